@@ -1,0 +1,1 @@
+"""What "equal" means: op records, error budgets, input strategies, assertions and reports."""

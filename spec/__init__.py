@@ -1,0 +1,1 @@
+"""What is computed: configs, weights, conventions and protocols. No mathematics."""

@@ -1,0 +1,170 @@
+"""What a model is: frozen configs, and an enum for every convention that people trip over.
+
+A `ModelConfig` is a tuple of `LayerConfig`s plus what stands before and after them. Anything that can differ from layer
+to layer (a window, a mixture of experts) is a field of the layer, so an irregular model needs no special case: its
+layers are just not all equal.
+
+Sizes count elements, lengths count tokens. Every config checks itself when it is made and raises `ConfigError`.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .errors import ConfigError
+
+
+class NormKind(StrEnum):
+    """How a norm centres and scales one token's hidden vector."""
+
+    LAYER = "layer"
+    """Subtract the mean, divide by the standard deviation, then gain and bias."""
+    RMS = "rms"
+    """Divide by the root mean square, then gain; nothing is subtracted."""
+
+
+class Activation(StrEnum):
+    """The non-linearity inside an MLP."""
+
+    GELU = "gelu"
+    """x * Phi(x), with the exact normal distribution function (erf)."""
+    GELU_TANH = "gelu_tanh"
+    """The tanh approximation of GELU, which GPT-2 was trained with. Not interchangeable with `GELU`."""
+    RELU = "relu"
+    SILU = "silu"
+    """x * sigmoid(x), also called swish."""
+
+
+class RotaryLayout(StrEnum):
+    """Which two elements of a head rotate together."""
+
+    HALF_SPLIT = "half_split"
+    """Element j with element j + size/2: Hugging Face's LLaMA."""
+    INTERLEAVED = "interleaved"
+    """Element 2j with element 2j + 1: Meta's LLaMA, GPT-J. Q and K rows permuted accordingly give equal scores."""
+
+
+class Storage(StrEnum):
+    """How matrices (linear weights and the token table) are kept. Norms, biases and positions stay float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    """Rounded to nearest, ties to even."""
+    INT8 = "int8"
+    """Symmetric, one float32 scale a row (an output of a linear, a token of the table); rounded half to even."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormConfig:
+    kind: NormKind
+    epsilon: float
+    """Added to the variance (or mean square) before the root."""
+
+    def __post_init__(self) -> None:
+        _require(self.epsilon > 0, "NormConfig.epsilon", self.epsilon, "a positive number, such as 1e-5")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotaryConfig:
+    """Rotary position embedding. The frequencies themselves are weights (`AttentionWeights.rotary_frequency_J`)."""
+
+    layout: RotaryLayout
+    size: int
+    """How many leading elements of each head rotate; the rest pass unchanged."""
+
+    def __post_init__(self) -> None:
+        _require(self.size > 0 and self.size % 2 == 0, "RotaryConfig.size", self.size, "a positive even number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfig:
+    heads: int
+    """Query heads, H."""
+    kv_heads: int
+    """Key/value heads, K: H for multi-head, 1 for multi-query; query head h reads key/value head h // (H // K)."""
+    head_size: int
+    """D. Need not be hidden / heads."""
+    scale: float
+    """Multiplies every score; usually head_size ** -0.5."""
+    window: int | None = None
+    """A token sees itself and the window - 1 before it; None sees everything before."""
+    rotary: RotaryConfig | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "heads", "kv_heads", "head_size")
+        _require(
+            self.heads % self.kv_heads == 0,
+            "AttentionConfig.kv_heads",
+            self.kv_heads,
+            f"a divisor of heads, which is {self.heads}",
+        )
+        _require(self.scale > 0, "AttentionConfig.scale", self.scale, "a positive number, such as head_size ** -0.5")
+        if self.window is not None:
+            _require(self.window > 0, "AttentionConfig.window", self.window, "at least 1, or None for no window")
+        if self.rotary is not None:
+            _require(
+                self.rotary.size <= self.head_size,
+                "RotaryConfig.size",
+                self.rotary.size,
+                f"at most head_size, which is {self.head_size}",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpConfig:
+    width: int
+    """Intermediate size, F."""
+    activation: Activation
+    gated: bool
+    """down(activation(gate(x)) * up(x)) if true, else down(activation(up(x)))."""
+    bias: bool = False
+    experts: int = 1
+    """How many such MLPs stand side by side behind a router; 1 is a plain dense MLP without a router."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "width", "experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerConfig:
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    norm: NormConfig
+    attention: AttentionConfig
+    mlp: MlpConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder: token (and perhaps position) table, layers, final norm, head."""
+
+    family: str
+    """Where it came from ("llama", "gpt2"); nothing is computed from it."""
+    hidden: int
+    """M."""
+    vocabulary: int
+    """V."""
+    context: int
+    """The most tokens a sequence may hold, prompt and new tokens together."""
+    layers: tuple[LayerConfig, ...]
+    final_norm: NormConfig
+    learned_positions: bool
+    """Whether a learned vector for each position is added to the token's."""
+    tied_head: bool
+    """Whether the token table is also the head's weight."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "hidden", "vocabulary", "context")
+        _require(len(self.layers) > 0, "ModelConfig.layers", self.layers, "at least one layer")
+
+
+def _require_positive(config: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(value > 0, f"{type(config).__name__}.{field}", value, "at least 1")
+
+
+def _require(holds: bool, field: str, value: object, right: str) -> None:
+    if not holds:
+        raise ConfigError(f"{field} is {value!r}; it must be {right}")

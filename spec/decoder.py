@@ -1,0 +1,122 @@
+"""What a path is: something that can extend sequences. Also the contract's checks, the same for every path.
+
+A prompt is a long extension, a decode step an extension by one token; chunked prefill, chat turns and the
+verification of drafted tokens need nothing more.
+
+Shapes: B sequences, V vocabulary, T_i new tokens of sequence i.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Literal, Protocol, overload
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .errors import RequestError
+
+
+class Path(StrEnum):
+    """The implementations of the `Decoder` protocol."""
+
+    REFERENCE = "reference"
+    COMPILED = "compiled"
+
+
+class Sequences(Protocol):
+    """Token sequences that a path holds open, with whatever it remembers of them."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens each sequence holds so far."""
+        ...
+
+    def close(self) -> None:
+        """Give back the memory. Extending closed sequences raises `RequestError`; closing twice does nothing."""
+        ...
+
+
+class Decoder(Protocol):
+    """A model on a device, ready to extend sequences."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def max_batch(self) -> int | None:
+        """The most sequences it can hold open at a time; None where only memory limits them."""
+        ...
+
+    def open(self, batch: int, reserve: int) -> Sequences:
+        """Start `batch` empty sequences with room for `reserve` tokens each; more is allowed later, at a cost.
+
+        Raises `RequestError` where batch < 1, batch > max_batch, or reserve is not in 1 .. config.context.
+        """
+        ...
+
+    @overload
+    def extend(
+        self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def extend(
+        self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[True]
+    ) -> list[Tensor]: ...
+
+    def extend(
+        self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
+    ) -> Tensor | list[Tensor]:
+        """Append tokens to the sequences and return the logits that follow.
+
+        `new_tokens` holds one 1-D integer tensor for each sequence, of any lengths, zero included. Returns [B, V],
+        the logits after each sequence's last token; a sequence given nothing repeats its last row. With
+        `every_position`, one [T_i, V] for each sequence, the logits after each of its new tokens. Logits are on the
+        path's device, float32 (float64 where the path computes in float64), owned by the caller: later calls leave
+        them alone.
+
+        Raises `RequestError`, and changes nothing, where `check_extension` does.
+        """
+        ...
+
+
+def check_open(config: ModelConfig, max_batch: int | None, batch: int, reserve: int) -> None:
+    """Raise `RequestError` unless `Decoder.open` may be called so."""
+    if batch < 1:
+        raise RequestError(f"batch is {batch}; it must be at least 1")
+    if max_batch is not None and batch > max_batch:
+        raise RequestError(f"batch is {batch}; this path holds at most {max_batch} sequences open")
+    if not 1 <= reserve <= config.context:
+        raise RequestError(f"reserve is {reserve} tokens; it must be from 1 to the model's context of {config.context}")
+
+
+def check_extension(config: ModelConfig, lengths: Sequence[int], new_tokens: Sequence[Tensor]) -> None:
+    """Raise `RequestError` unless sequences of these lengths may be extended by these tokens.
+
+    Refused: another number of tensors than sequences; a tensor that is not 1-D or not of integers; a token id
+    outside the vocabulary; a sequence longer than the context; nothing given to a sequence that holds nothing.
+    """
+    if len(new_tokens) != len(lengths):
+        raise RequestError(
+            f"new_tokens holds {len(new_tokens)} tensors; it must hold one for each of the {len(lengths)} sequences"
+        )
+    for index, (length, tokens) in enumerate(zip(lengths, new_tokens, strict=True)):
+        if tokens.ndim != 1 or tokens.dtype not in (torch.int32, torch.int64):
+            raise RequestError(
+                f"new_tokens[{index}] is {tokens.ndim}-D of {tokens.dtype}; it must be 1-D of torch.int64 or torch.int32"
+            )
+        if length + len(tokens) == 0:
+            raise RequestError(f"sequence {index} holds no token and is given none; give it at least one")
+        if length + len(tokens) > config.context:
+            raise RequestError(
+                f"sequence {index} would hold {length} + {len(tokens)} tokens; the model's context is {config.context}"
+            )
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocabulary:
+            wrong = next(int(token) for token in tokens if not 0 <= token < config.vocabulary)
+            raise RequestError(
+                f"sequence {index} is given token id {wrong}; ids run from 0 to {config.vocabulary - 1} in this model"
+            )
