@@ -1,0 +1,64 @@
+"""The parts of the reference decoder as one value, so that any of them can be swapped.
+
+>>> from dataclasses import replace
+>>> def forgetful(query, key, value, *, visible_TS, scale):
+...     return attention(query, key, value, visible_TS=visible_TS, scale=0.5 * scale)
+>>> replace(DEFAULT, attention=forgetful).attention is forgetful
+True
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..spec.config import LayerConfig, MlpConfig, NormConfig, RotaryLayout
+from ..spec.weights import LayerWeights, LinearWeights, MlpWeights, NormWeights
+from .attention import attention
+from .cache import KVCache
+from .layer import layer
+from .linear import linear
+from .mlp import mlp
+from .norms import norm
+from .positions import rotate
+
+
+class Norm(Protocol):
+    def __call__(self, x: Tensor, weights: NormWeights, config: NormConfig, /) -> Tensor: ...
+
+
+class Linear(Protocol):
+    def __call__(self, x: Tensor, weights: LinearWeights, /) -> Tensor: ...
+
+
+class Rotate(Protocol):
+    def __call__(self, x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, /) -> Tensor: ...
+
+
+class Attention(Protocol):
+    def __call__(
+        self, query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, /, *, visible_TS: Tensor, scale: float
+    ) -> Tensor: ...
+
+
+class Mlp(Protocol):
+    def __call__(self, x_BTM: Tensor, weights: MlpWeights, config: MlpConfig, /, *, linear: Linear) -> Tensor: ...
+
+
+class Layer(Protocol):
+    def __call__(
+        self, x_BTM: Tensor, weights: LayerWeights, config: LayerConfig, cache: KVCache, components: "Components", /
+    ) -> tuple[Tensor, KVCache]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Components:
+    norm: Norm = norm
+    linear: Linear = linear
+    rotate: Rotate = rotate
+    attention: Attention = attention
+    mlp: Mlp = mlp
+    layer: Layer = layer
+
+
+DEFAULT = Components()

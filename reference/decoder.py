@@ -1,0 +1,56 @@
+"""A whole decoder: embed the tokens, pass them through every layer, normalise, score the vocabulary.
+
+Shapes: B batch, T new tokens, M hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..spec.config import ModelConfig
+from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, LinearWeights
+from .cache import KVCache, empty
+from .components import DEFAULT, Components
+from .embedding import embed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DecoderWeights:
+    embedding: EmbeddingWeights
+    layers: tuple[LayerWeights, ...]
+    head: HeadWeights
+
+    @property
+    def projection(self) -> LinearWeights:
+        """The head's own weight, or the token table where the head is tied."""
+        return self.head.projection or LinearWeights(weight_NI=self.embedding.token_VM)
+
+
+def empty_caches(
+    batch: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[KVCache, ...]:
+    """One cache of no tokens for each layer: where every sequence starts."""
+    return tuple(empty(batch, layer.attention, dtype, device) for layer in config.layers)
+
+
+def decode(
+    token_BT: Tensor,
+    caches: tuple[KVCache, ...],
+    weights: DecoderWeights,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    components: Components = DEFAULT,
+) -> tuple[Tensor, tuple[KVCache, ...]]:
+    """Pass T tokens that follow those in the caches; returns the hidden vectors that `head_logits` scores, [B, T, M].
+
+    Activations are kept in `dtype` between components. The caches handed in stay as they were.
+    """
+    start = caches[0].length
+    position_T = torch.arange(start, start + token_BT.shape[1], device=token_BT.device)
+    x_BTM = embed(token_BT, position_T, weights.embedding, dtype)
+    grown = []
+    for layer_weights, layer_config, cache in zip(weights.layers, config.layers, caches, strict=True):
+        x_BTM, cache = components.layer(x_BTM, layer_weights, layer_config, cache, components)
+        grown.append(cache)
+    return components.norm(x_BTM, weights.head.norm, config.final_norm), tuple(grown)

@@ -1,0 +1,180 @@
+"""The reference as a path: the `Decoder` protocol, each sequence of a batch computed alone.
+
+A batch here is a loop. So there is no padding, no mask for padding and no position shared between sequences, and any
+mistake that a batched path makes with them is a visible difference.
+
+Shapes: B sequences, T_i new tokens of sequence i, M hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..spec.config import ModelConfig, Storage
+from ..spec.decoder import check_extension, check_open
+from ..spec.errors import RequestError
+from ..spec.weights import (
+    LinearWeights,
+    WeightSource,
+    validate_embedding,
+    validate_head,
+    validate_layer,
+)
+from .cache import KVCache
+from .components import DEFAULT, Components
+from .decoder import DecoderWeights, decode, empty_caches
+from .embedding import head_logits
+from .quantise import stored
+
+COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sequence:
+    caches: tuple[KVCache, ...]
+    last_hidden_M: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.caches[0].length
+
+
+class ReferenceSequences:
+    """Sequences held open by a `ReferencePath`."""
+
+    def __init__(self, states: list[_Sequence]):
+        self._states: list[_Sequence] | None = states
+
+    @property
+    def states(self) -> list[_Sequence]:
+        if self._states is None:
+            raise RequestError("these sequences are closed; open new ones")
+        return self._states
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(state.length for state in self.states)
+
+    def close(self) -> None:
+        self._states = None
+
+
+class ReferencePath:
+    """The readable path. Computes in `compute` on the matrices as they come back out of `storage`.
+
+    Matrices are held in float32 (float64 where compute is), so that narrow arithmetic never rounds a weight twice.
+    Raises `RequestError` for a compute dtype that is not in `COMPUTE_DTYPES`, and `WeightError` for weights that do
+    not fit the config.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        storage: Storage = Storage.FLOAT32,
+        compute: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        components: Components = DEFAULT,
+    ):
+        if compute not in COMPUTE_DTYPES:
+            raise RequestError(f"compute is {compute}; the reference computes in one of {list(COMPUTE_DTYPES)}")
+        self.config: ModelConfig = source.config
+        self.device = torch.device(device)
+        self.storage = storage
+        self.compute = compute
+        self.components = components
+        self.max_batch: int | None = None
+        self.weights = self._read(source)
+
+    def open(self, batch: int, reserve: int) -> ReferenceSequences:
+        check_open(self.config, self.max_batch, batch, reserve)
+        caches = empty_caches(1, self.config, self.compute, self.device)
+        return ReferenceSequences([_Sequence(caches)] * batch)
+
+    @overload
+    def extend(
+        self, sequences: ReferenceSequences, new_tokens: Sequence[Tensor], *, every_position: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def extend(
+        self, sequences: ReferenceSequences, new_tokens: Sequence[Tensor], *, every_position: Literal[True]
+    ) -> list[Tensor]: ...
+
+    @torch.no_grad()
+    def extend(
+        self, sequences: ReferenceSequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
+    ) -> Tensor | list[Tensor]:
+        hidden = self.extend_hidden(sequences, new_tokens)
+        if every_position:
+            return [self.logits(hidden_TM) for hidden_TM in hidden]
+        return torch.stack([self.logits(self._last_hidden(state)) for state in sequences.states])
+
+    @torch.no_grad()
+    def extend_hidden(self, sequences: ReferenceSequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Extend, but stop before the head: the normalised hidden vectors of the new tokens, [T_i, M] each."""
+        check_extension(self.config, sequences.lengths, new_tokens)
+        states, hidden = [], []
+        for state, token_T in zip(sequences.states, new_tokens, strict=True):
+            hidden_TM, caches = self._decode(token_T, state)
+            last_hidden_M = hidden_TM[-1] if len(token_T) else state.last_hidden_M
+            states.append(_Sequence(caches, last_hidden_M))
+            hidden.append(hidden_TM)
+        sequences.states[:] = states
+        return hidden
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Score hidden vectors [..., M] from `extend_hidden`: [..., V]."""
+        return head_logits(hidden, self.weights.projection)
+
+    def _decode(self, token_T: Tensor, state: _Sequence) -> tuple[Tensor, tuple[KVCache, ...]]:
+        if len(token_T) == 0:
+            return torch.empty(0, self.config.hidden, dtype=self.compute, device=self.device), state.caches
+        token_BT = token_T.to(self.device)[None]
+        hidden_BTM, caches = decode(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
+        return hidden_BTM[0], caches
+
+    def _last_hidden(self, state: _Sequence) -> Tensor:
+        assert state.last_hidden_M is not None, "check_extension lets no sequence stay empty"
+        return state.last_hidden_M
+
+    def _read(self, source: WeightSource) -> DecoderWeights:
+        config = source.config
+        embedding = source.embedding()
+        validate_embedding(embedding, config)
+        embedding = replace(self._wide(embedding), token_VM=self._matrix(embedding.token_VM))
+        layers = []
+        for index in range(len(config.layers)):
+            layer = source.layer(index)
+            validate_layer(layer, config, index)
+            layers.append(self._wide(layer))
+        head = source.head()
+        validate_head(head, config)
+        return DecoderWeights(embedding=embedding, layers=tuple(layers), head=self._wide(head))
+
+    def _wide(self, weights: Any) -> Any:
+        """The weights with every linear's matrix taken through storage; other floats widened, if need be."""
+
+        def convert(part: Any) -> Any:
+            if isinstance(part, LinearWeights):
+                bias_N = None if part.bias_N is None else self._vector(part.bias_N)
+                return LinearWeights(weight_NI=self._matrix(part.weight_NI), bias_N=bias_N)
+            return part if part is None else self._vector(part)
+
+        return pytree.tree_map(convert, weights, is_leaf=lambda part: isinstance(part, LinearWeights))
+
+    def _matrix(self, weight_NI: Tensor) -> Tensor:
+        return stored(weight_NI, self.storage, self._wide_dtype).to(self.device)
+
+    def _vector(self, vector: Tensor) -> Tensor:
+        keep = vector.dtype is torch.float64  # rotary frequencies
+        return vector.to(device=self.device, dtype=vector.dtype if keep else self._wide_dtype)
+
+    @property
+    def _wide_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.compute, torch.float32)
