@@ -107,7 +107,7 @@ def check_extension(config: ModelConfig, lengths: Sequence[int], new_tokens: Seq
     for index, (length, tokens) in enumerate(zip(lengths, new_tokens, strict=True)):
         if tokens.ndim != 1 or tokens.dtype not in (torch.int32, torch.int64):
             raise RequestError(
-                f"new_tokens[{index}] is {tokens.ndim}-D of {tokens.dtype}; it must be 1-D of torch.int64 or torch.int32"
+                f"new_tokens[{index}] is {tokens.ndim}-D of {tokens.dtype}; it must be 1-D of int64 or int32"
             )
         if length + len(tokens) == 0:
             raise RequestError(f"sequence {index} holds no token and is given none; give it at least one")

@@ -115,9 +115,7 @@ def validate_layer(weights: LayerWeights, config: ModelConfig, index: int) -> No
 def validate_head(weights: HeadWeights, config: ModelConfig) -> None:
     _check_norm(weights.norm, config.final_norm, config.hidden, "head norm")
     if (weights.projection is None) != config.tied_head:
-        raise WeightError(
-            f"head projection is {'absent' if config.tied_head is False else 'present'}, but the config's tied_head is {config.tied_head}"
-        )
+        raise _presence_error("head projection", wanted=not config.tied_head)
     if weights.projection is not None:
         _check_linear(weights.projection, config.vocabulary, config.hidden, False, "head projection")
 
@@ -148,9 +146,7 @@ def _check_mlp(weights: MlpWeights, layer: LayerConfig, hidden: int, where: str)
     _check_linear(weights.up, config.width, hidden, config.bias, where + ".up")
     _check_linear(weights.down, hidden, config.width, config.bias, where + ".down")
     if (weights.gate is not None) != config.gated:
-        raise WeightError(
-            f"{where}.gate is {'absent' if config.gated else 'present'}, but the config's gated is {config.gated}"
-        )
+        raise _presence_error(f"{where}.gate", wanted=config.gated)
     if weights.gate is not None:
         _check_linear(weights.gate, config.width, hidden, config.bias, where + ".gate")
 
@@ -167,9 +163,7 @@ def _check_linear(weights: LinearWeights, outputs: int, inputs: int, bias: bool,
 
 def _check_optional(tensor: Tensor | None, wanted: bool, shape: tuple[int, ...], where: str) -> None:
     if (tensor is not None) != wanted:
-        raise WeightError(
-            f"{where} is {'absent' if wanted else 'present'}; by the config it must be {'present' if wanted else 'absent'}"
-        )
+        raise _presence_error(where, wanted)
     if tensor is not None:
         _check(tensor, shape, where)
 
@@ -179,3 +173,8 @@ def _check(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
         raise WeightError(f"{where} has shape {list(tensor.shape)}; by the config it must be {list(shape)}")
     if not tensor.is_floating_point():
         raise WeightError(f"{where} has dtype {tensor.dtype}; it must be a float dtype")
+
+
+def _presence_error(where: str, wanted: bool) -> WeightError:
+    found, right = ("absent", "present") if wanted else ("present", "absent")
+    return WeightError(f"{where} is {found}; by the config it must be {right}")

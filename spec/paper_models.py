@@ -1,0 +1,100 @@
+"""The models that the paper measures (Tables I and II of arXiv 2207.00032), as configs without weights.
+
+The tables print hidden size (in thousands), layers and heads. Everything else is taken as in GPT-2, which all of them
+follow in what is counted here: layer norms, learned positions, biases everywhere, an MLP four times as wide as the
+hidden vector, a tied head, the vocabulary of 50257. Where Table I rounds, the exact hidden size is the one that
+reproduces the printed billions by 12 M^2 L, M hidden and L layers.
+
+Three entries differ from what is printed:
+
+- Table I lists four hidden sizes ("6, 8, 12, 12") for the three models of one row; they are 6144, 8192, 12288.
+- Table I gives GPT-J 32 heads; the released model has 16.
+- Table II has the layers of 8b-moe-128 and 24b-moe-128 swapped, and 1064.9 for 1046.9 billion. With 128 experts on
+  every other layer, experts hold (L/2) * 128 * 8 M^2 parameters and the rest 12 M^2 L - (L/2) * 8 M^2:
+  M = 4096 gives the printed 349.0 billion with L = 40 (and 262 with the printed 30); M = 8192 gives 1046.9 billion
+  with L = 30 (and 1396 with the printed 40), which is also what the authors' MoE tutorial prints.
+"""
+
+from dataclasses import dataclass
+
+from .config import Activation, AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
+from .errors import RequestError
+
+EXPERTS = 128
+VOCABULARY = 50257
+CONTEXT = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaperModel:
+    config: ModelConfig
+    printed_billions: float
+    """The size that the paper prints, its misprint corrected."""
+
+
+def paper_model(name: str) -> PaperModel:
+    """The model of that name; raises `RequestError` listing the names."""
+    if name not in PAPER_MODELS:
+        raise RequestError(f"{name!r} is no model of the paper; they are {', '.join(PAPER_MODELS)}")
+    return PAPER_MODELS[name]
+
+
+def _dense(billions: float, *, hidden: int, layers: int, heads: int) -> PaperModel:
+    dense = _layer(hidden, heads, experts=1)
+    return PaperModel(config=_model(hidden, (dense,) * layers), printed_billions=billions)
+
+
+def _sparse(billions: float, *, hidden: int, layers: int) -> PaperModel:
+    """Experts on every other layer, the second first. Table II prints no heads; 128 elements a head are assumed."""
+    dense, sparse = (_layer(hidden, hidden // 128, experts=experts) for experts in (1, EXPERTS))
+    return PaperModel(config=_model(hidden, (dense, sparse) * (layers // 2)), printed_billions=billions)
+
+
+def _layer(hidden: int, heads: int, *, experts: int) -> LayerConfig:
+    head_size = hidden // heads
+    return LayerConfig(
+        norm=_NORM,
+        attention=AttentionConfig(
+            heads=heads,
+            kv_heads=heads,
+            head_size=head_size,
+            scale=head_size**-0.5,
+            qkv_bias=True,
+            output_bias=True,
+        ),
+        mlp=MlpConfig(width=4 * hidden, activation=Activation.GELU_TANH, gated=False, bias=True, experts=experts),
+    )
+
+
+def _model(hidden: int, layers: tuple[LayerConfig, ...]) -> ModelConfig:
+    return ModelConfig(
+        family="gpt2",
+        hidden=hidden,
+        vocabulary=VOCABULARY,
+        context=CONTEXT,
+        layers=layers,
+        final_norm=_NORM,
+        learned_positions=True,
+        tied_head=True,
+    )
+
+
+_NORM = NormConfig(kind=NormKind.LAYER, epsilon=1e-5)
+
+PAPER_MODELS = {
+    "gpt2-1.5b": _dense(1.5, hidden=1600, layers=48, heads=25),
+    "gpt-neo-2.7b": _dense(2.7, hidden=2560, layers=32, heads=20),
+    "gpt-j-6b": _dense(6, hidden=4096, layers=28, heads=16),
+    "gpt-13b": _dense(13, hidden=5120, layers=40, heads=40),
+    "gpt-neox-20b": _dense(20, hidden=6144, layers=44, heads=64),
+    "gpt-50b": _dense(50, hidden=8192, layers=62, heads=64),
+    "gpt-87b": _dense(87, hidden=12288, layers=48, heads=96),
+    "lm-175b": _dense(175, hidden=12288, layers=96, heads=96),
+    "lm-530b": _dense(530, hidden=20480, layers=105, heads=128),
+    "1.3b-moe-128": _sparse(52, hidden=2048, layers=24),
+    "2.4b-moe-128": _sparse(107.7, hidden=3584, layers=16),
+    "8b-moe-128": _sparse(349.0, hidden=4096, layers=40),
+    "24b-moe-128": _sparse(1046.9, hidden=8192, layers=30),
+    "47b-moe-128": _sparse(2024.0, hidden=8192, layers=58),
+}
+"""By the names that `twinfer inspect` takes."""

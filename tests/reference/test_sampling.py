@@ -1,0 +1,120 @@
+"""Logits processing against transformers' processors, and the draw against the distribution it claims."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from twinfer.reference.logits import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, scale_temperature
+from twinfer.reference.sampling import Sampling, draw, generator_for, next_token
+from twinfer.spec.errors import RequestError
+
+
+def logits_of(seed: int, vocabulary: int) -> Tensor:
+    """Distinct logits: where some tie, transformers keeps an arbitrary one and we the lowest id."""
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+
+
+def theirs(processor: LogitsProcessor, logits_V: Tensor, previous: list[int] | None = None) -> Tensor:
+    return processor(torch.tensor([previous or [0]]), logits_V[None].clone())[0]
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    vocabulary=st.integers(2, 40),
+    k=st.integers(1, 50),
+    p=st.floats(0.01, 0.99),
+    temperature=st.floats(0.1, 4),
+    penalty=st.floats(0.5, 3),
+    previous=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+)
+def test_processors_are_transformers(
+    seed: int, vocabulary: int, k: int, p: float, temperature: float, penalty: float, previous: list[int]
+) -> None:
+    logits_V = logits_of(seed, vocabulary)
+    before = logits_V.clone()
+    assert torch.equal(keep_top_k(logits_V, k), theirs(TopKLogitsWarper(k), logits_V))
+    assert torch.equal(keep_top_p(logits_V, p), theirs(TopPLogitsWarper(p), logits_V))
+    assert torch.equal(keep_min_p(logits_V, p), theirs(MinPLogitsWarper(p), logits_V))
+    assert torch.equal(scale_temperature(logits_V, temperature), theirs(TemperatureLogitsWarper(temperature), logits_V))
+    penalised_V = penalise_repetition(logits_V, torch.tensor(previous), penalty)
+    assert torch.equal(penalised_V, theirs(RepetitionPenaltyLogitsProcessor(penalty), logits_V, previous))
+    assert torch.equal(logits_V, before)
+
+
+@given(values=st.lists(st.integers(0, 2), min_size=1, max_size=8), k=st.integers(1, 8), p=st.floats(0.05, 1))
+def test_ties_go_to_the_lower_id(values: list[int], k: int, p: float) -> None:
+    """Of equal logits, no filter keeps a higher id and drops a lower one."""
+    logits_V = torch.tensor(values, dtype=torch.float64)
+    for kept_V in (keep_top_k(logits_V, k).isfinite(), keep_top_p(logits_V, p).isfinite()):
+        for value in set(values):
+            kept_of_value = kept_V[logits_V == value].tolist()
+            assert kept_of_value == sorted(kept_of_value, reverse=True)
+    assert int(keep_top_k(logits_V, k).isfinite().sum()) == min(k, len(values))
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    logits_V = torch.tensor([0.0, 2.0, 1.0, 2.0])
+    assert next_token(logits_V, torch.tensor([1]), Sampling(), generator_for(0, 0)) == 1
+    assert next_token(logits_V, torch.tensor([1]), Sampling(repetition_penalty=1.5), generator_for(0, 0)) == 3
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Pearson's chi-square over 20 000 seeded draws, 5 degrees of freedom; 1 in a million fair samples exceeds 35.9."""
+    probability_V = torch.tensor([0.4, 0.3, 0.0, 0.15, 0.1, 0.04, 0.01])
+    generator = generator_for(seed=1, prompt_index=0)
+    draws = torch.tensor([draw(probability_V, generator) for _ in range(20_000)])
+    observed, expected = draws.bincount(minlength=7), 20_000 * probability_V
+    assert observed[2] == 0
+    possible = expected > 0
+    assert float(((observed - expected)[possible] ** 2 / expected[possible]).sum()) < 35.9
+
+
+def test_next_token_samples_what_the_filters_leave() -> None:
+    logits_V = logits_of(3, 20)
+    allowed = set(logits_V.topk(4).indices.tolist())
+    generator = generator_for(7, 0)
+    sampling = Sampling(temperature=3.0, top_k=4)
+    drawn = {next_token(logits_V, torch.tensor([0]), sampling, generator) for _ in range(300)}
+    assert drawn == allowed
+
+
+def test_streams_differ_between_neighbouring_seeds_and_prompts() -> None:
+    streams = {
+        tuple(torch.rand(4, generator=generator_for(seed, index)).tolist()) for seed in range(20) for index in range(20)
+    }
+    assert len(streams) == 400
+    again = torch.rand(4, generator=generator_for(3, 5)).tolist()
+    assert again == torch.rand(4, generator=generator_for(3, 5)).tolist()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+    ],
+)
+def test_impossible_settings_are_refused(field: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match=f"^{next(iter(field))} is "):
+        Sampling(**field)  # type: ignore[arg-type]
+
+
+def test_nan_logits_are_refused() -> None:
+    with pytest.raises(FloatingPointError, match="NaN"):
+        next_token(torch.tensor([0.0, torch.nan]), torch.tensor([0]), Sampling(), generator_for(0, 0))
