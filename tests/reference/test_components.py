@@ -176,6 +176,31 @@ def test_rotation_is_complex_multiplication(seed: int, start: int, pairs: int, p
         assert torch.equal(ours[..., 2 * pairs :], x_BTHD[..., 2 * pairs :])
 
 
+@given(seed=seeds, dtype=st.sampled_from([torch.bfloat16, torch.float16]))
+def test_narrow_results_are_wide_ones_rounded_once(seed: int, dtype: torch.dtype) -> None:
+    """A component given 16-bit numbers computes in float32 on exactly those, and rounds only its result."""
+    narrow = {name: normal(seed + i, 1, 3, 4, 6).to(dtype) for i, name in enumerate(("query", "key", "value"))}
+    wide = {name: tensor.float() for name, tensor in narrow.items()}
+    weights = LinearWeights(weight_NI=normal(seed + 3, 5, 6), bias_N=normal(seed + 4, 5))
+    gain = NormWeights(gain_M=normal(seed + 5, 6), bias_M=normal(seed + 6, 6))
+    seen_TS, frequency_J = torch.ones(3, 3, dtype=torch.bool).tril(), normal(seed + 7, 2)
+    position_T = torch.arange(3)
+
+    def all_of(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        return [
+            linear(query, weights),
+            layer_norm(query, gain, 1e-5),
+            rms_norm(query, gain, 1e-5),
+            attention(query, key, value, visible_TS=seen_TS, scale=0.5),
+            *(activation(query, kind) for kind in Activation),
+            *(rotate(query, position_T, frequency_J, layout) for layout in RotaryLayout),
+        ]
+
+    for from_narrow, from_wide in zip(all_of(**narrow), all_of(**wide), strict=True):
+        assert from_narrow.dtype is dtype
+        assert torch.equal(from_narrow, from_wide.to(dtype))
+
+
 @given(seed=seeds, before=st.integers(0, 4), new=st.integers(0, 4))
 def test_appending_leaves_the_old_cache_alone(seed: int, before: int, new: int) -> None:
     key, value = normal(seed, 1, before, 2, 3), normal(seed + 1, 1, before, 2, 3)

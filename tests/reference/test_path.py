@@ -1,0 +1,127 @@
+"""The reference path keeps the protocol's promises on small random models."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.reference.path import ReferencePath
+from twinfer.spec.config import Storage
+from twinfer.spec.errors import RequestError
+
+seeds = st.integers(0, 2**31)
+lengths = st.lists(st.integers(0, 6), min_size=1, max_size=3)
+
+
+def path_of(seed: int, compute: torch.dtype = torch.float64, storage: Storage = Storage.FLOAT32) -> ReferencePath:
+    config = draw_model_config(RandomPicker(seed))
+    return ReferencePath(RandomSource(config, seed), compute=compute, storage=storage)
+
+
+def tokens(path: ReferencePath, seed: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(path.config.vocabulary, (length,), generator=generator)
+
+
+def logits_at_once(path: ReferencePath, token_T: Tensor) -> Tensor:
+    return path.extend(path.open(1, len(token_T)), [token_T], every_position=True)[0]
+
+
+@given(seed=seeds, prompts=st.lists(st.integers(1, 9), min_size=1, max_size=3), storage=st.sampled_from(Storage))
+def test_a_row_of_a_batch_is_the_row_alone(seed: int, prompts: list[int], storage: Storage) -> None:
+    """Bitwise: a batch is a loop."""
+    path = path_of(seed, torch.float32, storage)
+    new_tokens = [tokens(path, seed + row, length) for row, length in enumerate(prompts)]
+    together = path.extend(path.open(len(prompts), 9), new_tokens, every_position=True)
+    for row_TV, token_T in zip(together, new_tokens, strict=True):
+        assert torch.equal(row_TV, logits_at_once(path, token_T))
+
+
+@given(seed=seeds, pieces=st.lists(st.integers(1, 5), min_size=2, max_size=4))
+def test_pieces_are_the_whole(seed: int, pieces: list[int]) -> None:
+    """Extending in pieces is as near to the float64 truth as extending at once, in float32."""
+    truth, path = path_of(seed, torch.float64), path_of(seed, torch.float32)
+    token_T = tokens(path, seed, sum(pieces))
+    sequences = truth.open(1, len(token_T))
+    hidden_TM = truth.extend_hidden(sequences, [token_T])[0]
+    expected_TV = truth.logits(hidden_TM)
+    scale_T = (hidden_TM.abs() @ truth.weights.projection.weight_NI.abs().T).amax(-1)
+
+    at_once_TV = logits_at_once(path, token_T)
+    sequences = path.open(1, len(token_T))
+    in_pieces_TV = torch.cat(
+        [path.extend(sequences, [piece], every_position=True)[0] for piece in token_T.split(pieces)]
+    )
+    allowed_T = 2 * (at_once_TV - expected_TV).abs().amax(-1) + 2 * torch.finfo(torch.float32).eps * scale_T
+    assert bool(((in_pieces_TV - expected_TV).abs().amax(-1) <= allowed_T).all())
+
+
+@given(seed=seeds, first=lengths, second=lengths)
+def test_extension_returns_what_follows_the_last_token(seed: int, first: list[int], second: list[int]) -> None:
+    """A sequence given nothing repeats its row, bit for bit; others get the last row of every_position."""
+    path = path_of(seed)
+    first = [length + 1 for length in first]
+    second = (second * 3)[: len(first)]
+    sequences, twins = path.open(len(first), 20), path.open(len(first), 20)
+    prompts = [tokens(path, seed + row, length) for row, length in enumerate(first)]
+    more = [tokens(path, seed - row, length) for row, length in enumerate(second)]
+    before_BV = path.extend(sequences, prompts)
+    kept_BV = before_BV.clone()
+    after_BV = path.extend(sequences, more)
+    path.extend(twins, prompts)
+    hidden = path.extend_hidden(twins, more)
+    for row, length in enumerate(second):
+        assert torch.equal(after_BV[row], path.logits(hidden[row][-1]) if length else before_BV[row])
+    assert torch.equal(before_BV, kept_BV)
+    assert sequences.lengths == tuple(a + b for a, b in zip(first, second, strict=True))
+
+
+@given(seed=seeds, cut=st.integers(1, 7))
+def test_later_tokens_do_not_reach_back(seed: int, cut: int) -> None:
+    """Logits up to a token depend on nothing after it, bit for bit."""
+    path = path_of(seed)
+    token_T = tokens(path, seed, 8)
+    other_T = torch.cat([token_T[:cut], tokens(path, seed + 1, 8 - cut)])
+    ours, others = logits_at_once(path, token_T)[:cut], logits_at_once(path, other_T)[:cut]
+    assert torch.equal(ours, others)
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "message"),
+    [
+        ([torch.tensor([1])], "holds 1 tensors; it must hold one for each of the 2"),
+        ([torch.tensor([1]), torch.tensor([], dtype=torch.long)], "sequence 1 holds no token"),
+        ([torch.tensor([1]), torch.tensor([-1])], "sequence 1 is given token id -1"),
+        ([torch.tensor([1]), torch.tensor([10**6])], "sequence 1 is given token id 1000000"),
+        (
+            [torch.tensor([1]), torch.zeros(65, dtype=torch.long)],
+            r"would hold 0 \+ 65 tokens; the model's context is 64",
+        ),
+        ([torch.tensor([1]), torch.tensor([[1]])], r"new_tokens\[1\] is 2-D of torch.int64"),
+        ([torch.tensor([1]), torch.tensor([1.0])], r"new_tokens\[1\] is 1-D of torch.float32"),
+    ],
+)
+def test_impossible_extensions_change_nothing(new_tokens: list[Tensor], message: str) -> None:
+    path = path_of(0)
+    sequences = path.open(2, 8)
+    with pytest.raises(RequestError, match=message):
+        path.extend(sequences, new_tokens)
+    assert sequences.lengths == (0, 0)
+
+
+def test_impossible_requests_are_refused() -> None:
+    path = path_of(0)
+    with pytest.raises(RequestError, match="batch is 0"):
+        path.open(0, 8)
+    with pytest.raises(RequestError, match="reserve is 65 tokens"):
+        path.open(1, 65)
+    with pytest.raises(RequestError, match=r"compute is torch.int8"):
+        path_of(0, torch.int8)
+    sequences = path.open(1, 8)
+    sequences.close()
+    sequences.close()
+    with pytest.raises(RequestError, match="closed"):
+        path.extend(sequences, [torch.tensor([0])])
