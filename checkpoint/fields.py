@@ -1,0 +1,136 @@
+"""A config file's fields, each read by name, so that none can change the result unread.
+
+A family's declaration reads every field it understands; `finish` then raises for whatever is left. Errors name the
+file, the field, its value, and what would be right.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from ..spec.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """The fields of one JSON object or metadata table. `where` begins every message."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self._values = values
+        self._read: set[str] = set()
+        self.where = where
+
+    @classmethod
+    def of_json(cls, content: bytes, where: str) -> "Fields":
+        """Parse a JSON object. Raises `CheckpointError` where it is none."""
+        try:
+            values = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{where} is not valid JSON ({error}); fetch the file again") from None
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{where} holds a JSON {type(values).__name__}; it must hold an object")
+        return cls(values, f"{where}: ")
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self._values.get(name) is not None
+
+    def integer(self, name: str, default: int | None = _REQUIRED, *, least: int = 1) -> int:
+        """A whole number of at least `least`."""
+        value = self._take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.wrong(name, f"a whole number of at least {least}")
+        return value
+
+    def number(self, name: str, default: float = _REQUIRED) -> float:
+        """A finite number above zero."""
+        value = self._take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.wrong(name, "a finite number above 0")
+        return float(value)
+
+    def flag(self, name: str, default: bool = _REQUIRED) -> bool:
+        value = self._take(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def text(self, name: str, default: str = _REQUIRED) -> str:
+        value = self._take(name, default)
+        if not isinstance(value, str):
+            raise self.wrong(name, "a string")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A list of strings."""
+        value = self._take(name, _REQUIRED)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(name, "a list of strings")
+        return value
+
+    def integers(self, name: str) -> list[int]:
+        """A list of whole numbers; one alone counts as a list of one, and null or nothing as an empty one."""
+        value = self._take(name, [])
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
+            raise self.wrong(name, "a whole number of at least 0, or a list of them")
+        return items
+
+    def choice(self, name: str, known: Mapping[str, T], default: str = _REQUIRED) -> T:
+        """What `known` holds for the field's value."""
+        value = self._take(name, default)
+        if not isinstance(value, str) or value not in known:
+            raise self.wrong(name, "one of " + ", ".join(known))
+        return known[value]
+
+    def only(self, name: str, *computed: object) -> None:
+        """Refuse any value but these, which are what is computed; the first also stands for an absent field."""
+        value = self._values.get(name, computed[0])
+        self._read.add(name)
+        if value not in computed:
+            raise self.wrong(name, f"{json.dumps(computed[0])}, which is all that this version computes")
+
+    def section(self, name: str) -> "Fields | None":
+        """The object that the field holds, as fields of its own; None where it is absent or null."""
+        self._read.add(name)
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(name, "an object or null")
+        return Fields(value, f"{self.where}{name}.")
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Mark fields as known to leave results unchanged."""
+        self._read.update(names)
+
+    def finish(self) -> None:
+        """Raise `ConfigError` if a field was neither read nor ignored."""
+        for name, value in self._values.items():
+            if name not in self._read:
+                raise ConfigError(
+                    f"{self.where}{name} is {_short(value)}; this version does not know what that field means, and it "
+                    "may change the results; remove it only if you know that it does not"
+                )
+
+    def wrong(self, name: str, right: str) -> ConfigError:
+        """The error for a field whose value cannot be used."""
+        if name not in self._values:
+            return ConfigError(f"{self.where}{name} is missing; it must be {right}")
+        return ConfigError(f"{self.where}{name} is {_short(self._values[name])}; it must be {right}")
+
+    def _take(self, name: str, default: Any) -> Any:
+        """The value, or the default where it is absent or null."""
+        self._read.add(name)
+        value = self._values.get(name)
+        return value if value is not None else None if default is _REQUIRED else default
+
+
+def _short(value: object) -> str:
+    """A value as one line of at most 80 characters."""
+    line = json.dumps(value, default=str)
+    return line if len(line) <= 80 else line[:77] + "..."

@@ -1,0 +1,105 @@
+"""A GGUF file: metadata, and tensors that are de-quantised one at a time.
+
+The `gguf` library reads the header and knows the quantised formats. What it does not check is checked here: that
+everything the header speaks of lies within the file.
+
+GGUF writes shapes with the fastest axis first; here they are [outputs, inputs] as everywhere else.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from torch import Tensor
+
+from ..spec.errors import CheckpointError, TwinferError
+
+REMEDY = "fetch the file again"
+
+
+class _Header(gguf.GGUFReader):
+    """The library's reader over a plain array: a read past the end raises, and reading is several times faster.
+
+    The file is mapped copy-on-write, so that tensors made from it are writable in memory and the file stays as it is.
+    """
+
+    def __init__(self, path: Path):
+        self._bytes: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+        super().__init__(path, "c")
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if self._bytes is None:
+            self._bytes = np.asarray(self.data)
+        kind = np.dtype(dtype)
+        end = int(offset) + int(count) * kind.itemsize
+        if end > self._bytes.size:
+            raise EOFError(f"it should reach byte {end}, but ends at byte {self._bytes.size}")
+        values = self._bytes[int(offset) : end].view(kind)
+        order = self.byte_order if override_order is None else override_order
+        return values if order == "I" else values.view(kind.newbyteorder(order))
+
+
+class GgufFile:
+    """A `TensorStore` over a GGUF file. Raises `CheckpointError` for a file that is damaged or not GGUF."""
+
+    def __init__(self, path: Path):
+        self.where = str(path)
+        self._header = _read_header(path)
+        self._tensors = {tensor.name: tensor for tensor in self._header.tensors}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in self._header.tensors
+        }
+        for name, shape in self.shapes.items():
+            self._check_extent(name, shape)
+
+    def metadata(self) -> dict[str, Any]:
+        """Every metadata value by its key, as plain Python numbers, strings and lists."""
+        try:
+            return {key: field.contents() for key, field in self._header.fields.items()}
+        except ValueError as error:
+            raise CheckpointError(f"{self.where} holds metadata that is not text ({error}); {REMEDY}") from None
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{self.where}: {name} is kept as {tensor.tensor_type.name}, which cannot be de-quantised here; use a "
+                "file in F16, Q8_0 or Q4_K"
+            ) from None
+        return torch.from_numpy(values).reshape(self.shapes[name])
+
+    def _check_extent(self, name: str, shape: tuple[int, ...]) -> None:
+        """Python's integers do not overflow, as those that the library multiplies may."""
+        tensor = self._tensors[name]
+        block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        if prod(shape) % block or prod(shape) // block * size != tensor.n_bytes:
+            raise CheckpointError(
+                f"{self.where}: {name} of shape {list(shape)} does not fill whole blocks of "
+                f"{tensor.tensor_type.name} within the file; {REMEDY}"
+            )
+
+
+def _read_header(path: Path) -> _Header:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file: it begins with {magic!r} instead of b'GGUF'; {REMEDY}")
+        header = _Header(path)
+    except TwinferError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # the library raises whatever its first step over nonsense happens to raise
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{path} is truncated or corrupt: {reason}; {REMEDY}") from None
+    if header.endianess is not gguf.GGUFEndian.LITTLE:
+        raise CheckpointError(f"{path} is a big-endian GGUF file; convert it to little-endian with gguf-convert-endian")
+    return header

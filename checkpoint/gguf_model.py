@@ -1,0 +1,162 @@
+"""GGUF files of the `llama` architecture (LLaMA, SmolLM, and Mistral without its window) as models."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec.config import (
+    Activation,
+    AttentionConfig,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    NormConfig,
+    NormKind,
+    RotaryConfig,
+    RotaryLayout,
+)
+from ..spec.errors import CheckpointError, ConfigError, WeightError
+from . import rotary
+from .fields import Fields
+from .gguf_file import GgufFile
+from .permutation import key_rows, query_rows
+from .source import FileSource
+from .table import Stored, Table
+
+ARCHITECTURES = ("llama",)
+
+ROTARY_DIVISORS = "rope_freqs.weight"
+"""By what each pair's frequency is to be divided: how converters write down LLaMA 3.1's scaling."""
+
+TABLE = Table(
+    embedding=(Stored(name="token_embd.weight", fills=("token_VM",)),),
+    layer=(
+        Stored(name="blk.{layer}.attn_norm.weight", fills=("attention_norm.gain_M",)),
+        Stored(name="blk.{layer}.attn_q.weight", fills=("attention.query.weight_NI",), reorder=query_rows),
+        Stored(name="blk.{layer}.attn_q.bias", fills=("attention.query.bias_N",), reorder=query_rows),
+        Stored(name="blk.{layer}.attn_k.weight", fills=("attention.key.weight_NI",), reorder=key_rows),
+        Stored(name="blk.{layer}.attn_k.bias", fills=("attention.key.bias_N",), reorder=key_rows),
+        Stored(name="blk.{layer}.attn_v.weight", fills=("attention.value.weight_NI",)),
+        Stored(name="blk.{layer}.attn_v.bias", fills=("attention.value.bias_N",)),
+        Stored(name="blk.{layer}.attn_output.weight", fills=("attention.output.weight_NI",)),
+        Stored(name="blk.{layer}.attn_output.bias", fills=("attention.output.bias_N",)),
+        Stored(name="blk.{layer}.ffn_norm.weight", fills=("mlp_norm.gain_M",)),
+        Stored(name="blk.{layer}.ffn_gate.weight", fills=("mlp.gate.weight_NI",)),
+        Stored(name="blk.{layer}.ffn_gate.bias", fills=("mlp.gate.bias_N",)),
+        Stored(name="blk.{layer}.ffn_up.weight", fills=("mlp.up.weight_NI",)),
+        Stored(name="blk.{layer}.ffn_up.bias", fills=("mlp.up.bias_N",)),
+        Stored(name="blk.{layer}.ffn_down.weight", fills=("mlp.down.weight_NI",)),
+        Stored(name="blk.{layer}.ffn_down.bias", fills=("mlp.down.bias_N",)),
+    ),
+    head=(
+        Stored(name="output_norm.weight", fills=("norm.gain_M",)),
+        Stored(name="output.weight", fills=("projection.weight_NI",)),
+    ),
+)
+
+HARMLESS = (
+    "tensor_data_layout",  # how the tool that wrote the file came by it
+    "rope.scaling.original_context_length",  # says what the scaling was made for; linear scaling does not use it
+    "rope.scaling.finetuned",
+)
+
+
+def source(file: GgufFile, metadata: dict[str, Any]) -> FileSource:
+    """The weights of a GGUF file. Raises `CheckpointError`, `ConfigError` or `WeightError` for what cannot be used."""
+    _check_architecture(file, metadata)
+    prefix = "llama."
+    values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    fields = Fields(values, f"{file.where}: {prefix}")
+    config = _config(fields, file)
+    rotating = config.layers[0].attention.rotary
+    assert rotating is not None, "every llama layer rotates"
+    frequency_J = _frequencies(fields, file, rotating.size)
+    fields.finish()
+    without_divisors = _Without(file, ROTARY_DIVISORS)
+    return FileSource(config, TABLE, without_divisors, [frequency_J] * len(config.layers))
+
+
+def _check_architecture(file: GgufFile, metadata: dict[str, Any]) -> None:
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{file.where} is of architecture {architecture!r}; the GGUF architectures known here are: "
+            + ", ".join(ARCHITECTURES)
+        )
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{file.where} holds a GGUF {kind}; it must hold a model")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(
+            f"{file.where} is one of {metadata['split.count']} pieces; join them with llama-gguf-split --merge"
+        )
+
+
+def _config(fields: Fields, file: GgufFile) -> ModelConfig:
+    hidden = fields.integer("embedding_length")
+    heads = fields.integer("attention.head_count")
+    head_size = fields.integer("attention.key_length", hidden // heads)
+    fields.only("attention.value_length", head_size)
+    fields.only("expert_count", 0)
+    fields.only("expert_used_count", 0)
+    fields.ignore(HARMLESS)
+    norm = NormConfig(kind=NormKind.RMS, epsilon=fields.number("attention.layer_norm_rms_epsilon"))
+    layer = LayerConfig(
+        norm=norm,
+        attention=AttentionConfig(
+            heads=heads,
+            kv_heads=fields.integer("attention.head_count_kv", heads),
+            head_size=head_size,
+            scale=head_size**-0.5,
+            rotary=RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=fields.integer("rope.dimension_count", head_size)),
+            qkv_bias="blk.0.attn_q.bias" in file.shapes,
+            output_bias="blk.0.attn_output.bias" in file.shapes,
+        ),
+        mlp=MlpConfig(
+            width=fields.integer("feed_forward_length"),
+            activation=Activation.SILU,
+            gated=True,
+            bias="blk.0.ffn_up.bias" in file.shapes,
+        ),
+    )
+    return ModelConfig(
+        family="llama",
+        hidden=hidden,
+        vocabulary=fields.integer("vocab_size", file.shapes.get("token_embd.weight", (0,))[0]),
+        context=fields.integer("context_length"),
+        layers=(layer,) * fields.integer("block_count"),
+        final_norm=norm,
+        learned_positions=False,
+        tied_head="output.weight" not in file.shapes,
+    )
+
+
+def _frequencies(fields: Fields, file: GgufFile, size: int) -> Tensor:
+    frequency_J = rotary.frequencies(fields.number("rope.freq_base", 10000.0), size)
+    scaling = fields.choice("rope.scaling.type", {"none": "none", "linear": "linear"}, "none")
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
+    if scaling == "linear" or fields.has("rope.scale_linear"):
+        frequency_J = rotary.scaled_linearly(frequency_J, factor)
+    if ROTARY_DIVISORS in file.shapes:
+        frequency_J = frequency_J / _divisors(file, size)
+    return frequency_J
+
+
+def _divisors(file: GgufFile, size: int) -> Tensor:
+    shape = file.shapes[ROTARY_DIVISORS]
+    if shape != (size // 2,):
+        raise WeightError(f"{file.where}: {ROTARY_DIVISORS} has shape {list(shape)}; it must be {[size // 2]}")
+    divisor_J = file.read(ROTARY_DIVISORS).to(torch.float64)
+    if not (divisor_J > 0).all():
+        raise ConfigError(f"{file.where}: {ROTARY_DIVISORS} holds {divisor_J.min().item()}; all must be above 0")
+    return divisor_J
+
+
+class _Without:
+    """A file but for one tensor, which has been used already."""
+
+    def __init__(self, file: GgufFile, name: str):
+        self.where = file.where
+        self.shapes = {key: shape for key, shape in file.shapes.items() if key != name}
+        self.read = file.read

@@ -1,0 +1,75 @@
+"""Open a model, whatever it is kept in: a Hugging Face folder, a GGUF file, or a built-in name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..spec.config import ModelConfig
+from ..spec.errors import CheckpointError
+from ..spec.weights import WeightSource
+from . import gguf_model, gguf_tokenizer
+from .builtin import BUILT_IN, cache_folder
+from .fetch import fetched
+from .fields import Fields
+from .gguf_file import GgufFile
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A model as found on disk: everything checked, no weight read yet."""
+
+    name: str
+    source: WeightSource
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    """None where the model comes without; it then takes and gives token ids alone."""
+    end_tokens: tuple[int, ...]
+    """Any of these ends a text."""
+    chat_template: str | None
+    """A Jinja template. It comes with the model: render it in a sandbox."""
+    special_tokens: dict[str, str]
+    """What the template may call by name: `bos_token`, `eos_token` and so on."""
+
+
+def open_model(model: str, *, report: Callable[[str], None] | None = None) -> Checkpoint:
+    """Open the model that `model` names: a folder, a .gguf file, or one of `BUILT_IN`.
+
+    `report` is told, in a line each, what takes long. Raises `CheckpointError`, `ConfigError` or `WeightError` for a
+    model that cannot be used.
+    """
+    if model in BUILT_IN:  # a folder of that name can still be given as ./name
+        return _open_gguf(fetched(BUILT_IN[model], cache_folder(), report or _quiet), model)
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            raise NotImplementedError
+        if path.is_file():
+            return _open_gguf(path, path.stem)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from None
+    kind = "file" if path.suffix else "folder"
+    raise CheckpointError(
+        f"there is no model {model!r}: it is no {kind} here and no built-in name ({', '.join(BUILT_IN)}); give one of "
+        "those names, a .gguf file, or a Hugging Face folder (config.json and model.safetensors)"
+    )
+
+
+def _open_gguf(path: Path, name: str) -> Checkpoint:
+    file = GgufFile(path)
+    metadata = file.metadata()
+    source = gguf_model.source(file, metadata)
+    fields = Fields(metadata, f"{path}: ")
+    return Checkpoint(
+        name=name,
+        source=source,
+        config=source.config,
+        tokenizer=gguf_tokenizer.rebuilt(fields),
+        end_tokens=gguf_tokenizer.end_tokens(fields, source.config.vocabulary),
+        chat_template=fields.text("tokenizer.chat_template") if fields.has("tokenizer.chat_template") else None,
+        special_tokens=gguf_tokenizer.special_tokens(fields),
+    )
+
+
+def _quiet(line: str) -> None:
+    """Report to nobody."""
