@@ -1,0 +1,44 @@
+"""A conversation as the text a chat model was trained on: its own template, rendered in a sandbox.
+
+Templates come with the model, so they are strangers' programs: jinja2's immutable sandbox lets them read the messages
+and build text, and nothing else.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from twinfer.spec.errors import CheckpointError, RequestError
+
+
+def render_chat(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
+    """Render messages ({"role": ..., "content": ...}), up to where the model's answer begins.
+
+    The template sees what it would see elsewhere: `messages`, `add_generation_prompt`, the special tokens by name
+    (`bos_token` ...), `raise_exception`, and a `tojson` that leaves HTML alone. Dates (`strftime_now`) are left
+    undefined, so that the same conversation gives the same text tomorrow.
+
+    Raises `CheckpointError` where the template is broken, `RequestError` where it refuses the messages.
+    """
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special_tokens)
+    except RequestError:
+        raise
+    except Exception as error:  # a stranger's program may raise anything
+        raise CheckpointError(
+            f"the model's chat template fails: {type(error).__name__}: {error}; use the prompt without chat"
+        ) from error
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RequestError(f"the model's chat template refuses these messages: {message}")
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,69 @@
+"""Options that several commands share, and how their values are read."""
+
+import argparse
+from pathlib import Path as FilePath
+
+from twinfer.spec.config import Storage
+from twinfer.spec.decoder import Path
+from twinfer.spec.errors import RequestError
+
+from .loading import Compute
+
+MODEL_HELP = "a folder (Hugging Face: config.json, model.safetensors), a .gguf file, or the built-in name smollm2"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage",
+        choices=[storage.value for storage in Storage],
+        default=Storage.FLOAT32.value,
+        help="how weights are kept (default %(default)s)",
+    )
+
+
+def add_arithmetic(parser: argparse.ArgumentParser) -> None:
+    """--path, --storage, --compute and --device, with the meaning that `twinfer.load` gives them."""
+    parser.add_argument(
+        "--path",
+        choices=[path.value for path in Path],
+        default=Path.COMPILED.value,
+        help="compiled: fast, compiles first; reference: readable, slow (default %(default)s)",
+    )
+    add_storage(parser)
+    parser.add_argument(
+        "--compute",
+        choices=[compute.value for compute in Compute],
+        default=Compute.FLOAT32.value,
+        help="the arithmetic (default %(default)s; others are slow on CPUs without 16-bit units)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default %(default)s)")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def token_ids(text: str) -> list[int]:
+    """Read "504,3575,282"."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not token ids; write them like 504,3575,282") from None
+
+
+def read_prompts(name: str) -> list[str]:
+    """The lines of a UTF-8 text file, one prompt each, blank ones skipped."""
+    try:
+        text = FilePath(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"prompts file {name} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"prompts file {name} is not UTF-8 text: byte {error.start} is wrong") from error
+    prompts = [line for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise RequestError(f"prompts file {name} holds no prompt; write one a line")
+    return prompts

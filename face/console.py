@@ -1,0 +1,34 @@
+"""What the commands say beside their results: on standard error, never on standard output."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@contextmanager
+def waiting() -> Iterator[Callable[[str], None]]:
+    """A function that says what is being waited for: a spinner on a terminal, plain lines elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda message: print(message, file=sys.stderr, flush=True)
+        return
+    with console.status("starting") as status:
+        yield lambda message: status.update(message)
+
+
+def print_table(table: Table) -> None:
+    """Print to standard output, at full width where that is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object to standard output."""
+    print(json.dumps(value, indent=2, allow_nan=False))
