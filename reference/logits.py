@@ -36,7 +36,7 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
-    """Keep the fewest likeliest tokens whose probabilities add up to at least p; the likeliest always stays.
+    """Keep the fewest likeliest tokens whose probabilities add up to at least p, where p > 0.
 
     Holtzman et al. 2020 (nucleus sampling). A token stays iff those likelier than it add up to less than p:
 
@@ -46,9 +46,7 @@ def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
     sorted_V, order_V = torch.sort(logits_V, descending=True, stable=True)
     probability_V = torch.softmax(sorted_V.to(torch.float64), -1)
     likelier_V = probability_V.cumsum(-1) - probability_V
-    ruled_out_V = likelier_V >= p
-    ruled_out_V[0] = False
-    return logits_V.index_fill(0, order_V[ruled_out_V], -torch.inf)
+    return logits_V.index_fill(0, order_V[likelier_V >= p], -torch.inf)
 
 
 def keep_min_p(logits_V: Tensor, p: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..spec.config import ModelConfig, Storage
-from ..spec.decoder import check_extension, check_open
+from ..spec.decoder import Sequences, check_extension, check_open
 from ..spec.errors import RequestError
 from ..spec.weights import (
     LinearWeights,
@@ -97,26 +97,27 @@ class ReferencePath:
 
     @overload
     def extend(
-        self, sequences: ReferenceSequences, new_tokens: Sequence[Tensor], *, every_position: Literal[False] = False
+        self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[False] = False
     ) -> Tensor: ...
 
     @overload
     def extend(
-        self, sequences: ReferenceSequences, new_tokens: Sequence[Tensor], *, every_position: Literal[True]
+        self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[True]
     ) -> list[Tensor]: ...
 
     @torch.no_grad()
     def extend(
-        self, sequences: ReferenceSequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
+        self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
     ) -> Tensor | list[Tensor]:
         hidden = self.extend_hidden(sequences, new_tokens)
         if every_position:
             return [self.logits(hidden_TM) for hidden_TM in hidden]
-        return torch.stack([self.logits(self._last_hidden(state)) for state in sequences.states])
+        return torch.stack([self.logits(_last_hidden(state)) for state in _own(sequences).states])
 
     @torch.no_grad()
-    def extend_hidden(self, sequences: ReferenceSequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
+    def extend_hidden(self, sequences: Sequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
         """Extend, but stop before the head: the normalised hidden vectors of the new tokens, [T_i, M] each."""
+        sequences = _own(sequences)
         check_extension(self.config, sequences.lengths, new_tokens)
         states, hidden = [], []
         for state, token_T in zip(sequences.states, new_tokens, strict=True):
@@ -138,10 +139,6 @@ class ReferencePath:
         token_BT = token_T.to(self.device)[None]
         hidden_BTM, caches = decode(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
         return hidden_BTM[0], caches
-
-    def _last_hidden(self, state: _Sequence) -> Tensor:
-        assert state.last_hidden_M is not None, "check_extension lets no sequence stay empty"
-        return state.last_hidden_M
 
     def _read(self, source: WeightSource) -> DecoderWeights:
         config = source.config
@@ -178,3 +175,14 @@ class ReferencePath:
     @property
     def _wide_dtype(self) -> torch.dtype:
         return torch.promote_types(self.compute, torch.float32)
+
+
+def _own(sequences: Sequences) -> ReferenceSequences:
+    if not isinstance(sequences, ReferenceSequences):
+        raise RequestError(f"sequences are {type(sequences).__name__}; they must come from a reference path's open()")
+    return sequences
+
+
+def _last_hidden(state: _Sequence) -> Tensor:
+    assert state.last_hidden_M is not None, "check_extension lets no sequence stay empty"
+    return state.last_hidden_M

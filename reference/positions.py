@@ -30,7 +30,7 @@ def rotate(x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: Rota
     cos_T1J = angle_TJ.cos().to(wide)[:, None, :]
     sin_T1J = angle_TJ.sin().to(wide)[:, None, :]
 
-    turning, passing = x_BTHD.split([2 * len(frequency_J), x_BTHD.shape[-1] - 2 * len(frequency_J)], dim=-1)
+    turning, passing = x_BTHD[..., : 2 * len(frequency_J)], x_BTHD[..., 2 * len(frequency_J) :]
     pairs = {RotaryLayout.HALF_SPLIT: "(pair j)", RotaryLayout.INTERLEAVED: "(j pair)"}[layout]
     first, second = rearrange(turning.to(wide), f"b t h {pairs} -> pair b t h j", pair=2)
     turned = torch.stack([first * cos_T1J - second * sin_T1J, first * sin_T1J + second * cos_T1J])

@@ -16,12 +16,17 @@ rows = st.integers(1, 8).flatmap(
 )
 
 
+halves = st.integers(-254, 254).map(lambda twice: twice / 2)
+tying_rows = st.lists(st.tuples(halves, halves, halves).map(lambda row: [127.0, *row]), min_size=1, max_size=4)
+"""Rows whose scale is exactly 1, so that half-integers are ties."""
+
+
 def float32(value: Fraction) -> Fraction:
     """The float32 nearest to an exact value that is itself the correctly rounded float64 of one operation."""
     return Fraction(struct.unpack("f", struct.pack("f", float(value)))[0])
 
 
-@given(weight=rows)
+@given(weight=rows | tying_rows)
 def test_codes_are_the_rounded_quotients(weight: list[list[float]]) -> None:
     """Python's round() of an exact fraction is half to even; scale and quotient are rounded to float32 first."""
     quantised = quantise_rows(torch.tensor(weight, dtype=torch.float32))

@@ -31,7 +31,7 @@ def theirs(processor: LogitsProcessor, logits_V: Tensor, previous: list[int] | N
 
 @given(
     seed=st.integers(0, 2**31),
-    vocabulary=st.integers(2, 40),
+    vocabulary=st.integers(2, 40) | st.just(1000),
     k=st.integers(1, 50),
     p=st.floats(0.01, 0.99),
     temperature=st.floats(0.1, 4),
