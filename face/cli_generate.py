@@ -8,7 +8,7 @@ from typing import Any
 from twinfer.reference.sampling import Sampling
 from twinfer.spec.errors import RequestError
 
-from .cli_options import add_arithmetic, add_json, add_model, read_prompts, token_ids
+from .cli_options import add_arithmetic, add_json, add_model, read_prompts, token_ids, unicode_text
 from .console import print_json, waiting
 from .generation import Generation
 from .loading import Model, load
@@ -41,7 +41,7 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     add_model(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    prompts.add_argument("--prompt", type=unicode_text, metavar="TEXT", help="the prompt")
     prompts.add_argument("--prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids: 504,3575,282")
     prompts.add_argument(
         "--prompts-file", metavar="FILE", help="UTF-8 text, one prompt a line; blank lines are skipped"
@@ -61,7 +61,14 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument(
+        "--stop",
+        type=unicode_text,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable",
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 

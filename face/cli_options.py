@@ -47,6 +47,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
+def unicode_text(text: str) -> str:
+    """Refuse what the shell handed over in another encoding than UTF-8 (Python keeps it as half surrogate pairs)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    return text
+
+
 def token_ids(text: str) -> list[int]:
     """Read "504,3575,282"."""
     try:

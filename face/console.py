@@ -30,5 +30,5 @@ def print_table(table: Table) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object to standard output."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    """Print one JSON object to standard output, on one line."""
+    print(json.dumps(value, allow_nan=False))

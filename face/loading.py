@@ -11,6 +11,7 @@ import torch
 from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.decoder import Decoder, Path
 from twinfer.spec.errors import MachineError, RequestError
+from twinfer.spec.paper_models import PAPER_MODELS
 
 from .chat import render_chat
 from .generation import Generation, generate
@@ -100,6 +101,10 @@ def load(
     chosen_storage = _choose(Storage, storage, "storage")
     chosen_compute = _choose(Compute, compute, "compute")
     chosen_device = _device(device)
+    if model in PAPER_MODELS:
+        raise RequestError(
+            f"{model} is known by its config alone: there are no weights of it; see `twinfer inspect {model}`"
+        )
     from twinfer.checkpoint import open_model  # here, so that importing twinfer stays light
 
     start = time.perf_counter()

@@ -1,0 +1,50 @@
+"""Chat templates: rendered as their authors meant them, in a sandbox."""
+
+import pytest
+
+from twinfer.chat import render_chat
+from twinfer.spec.errors import CheckpointError, RequestError
+
+HELLO = [{"role": "user", "content": "Hello <&>"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ bos_token }}{{ messages[0]['content'] }}", "<s>Hello <&>"),
+        ("{% for m in messages %}\n  {% if true %}\n{{ m.role }}\n{% endif %}\n{% endfor %}", "user\n"),
+        ("{% if add_generation_prompt %}answer:{% endif %}", "answer:"),
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "Hello <&>"}]'),
+        ("{% for n in range(9) %}{% if n == 2 %}{% break %}{% endif %}{{ n }}{% endfor %}", "01"),
+        ("{% if strftime_now is defined %}today{% else %}no date{% endif %}", "no date"),
+        ("{{ '%s' % eos_token }}|{{ unknown }}", "</s>|"),
+        ("{{ raise_exception.__globals__ }}", ""),
+    ],
+)
+def test_templates_render_as_the_field_does(template, text):
+    assert render_chat(template, HELLO, {"bos_token": "<s>", "eos_token": "</s>"}) == text
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% for x in range(10 ** 9) %}{% endfor %}",
+        "{% if %}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{% include 'secret' %}",
+    ],
+)
+def test_broken_and_escaping_templates_are_refused(template):
+    """A template can neither reach Python's internals nor change the messages, and its failure is a clean error."""
+    messages = [dict(HELLO[0])]
+    with pytest.raises(CheckpointError, match="chat template fails"):
+        render_chat(template, messages, {})
+    assert messages == HELLO
+
+
+def test_a_template_can_refuse_messages():
+    with pytest.raises(RequestError, match="refuses these messages: roles must alternate"):
+        render_chat("{{ raise_exception('roles must alternate') }}", HELLO, {})
