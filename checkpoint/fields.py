@@ -20,7 +20,7 @@ class Fields:
     """The fields of one JSON object or metadata table. `where` begins every message."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
-        self._values = values
+        self.values = values
         self._read: set[str] = set()
         self.where = where
 
@@ -35,9 +35,12 @@ class Fields:
             raise CheckpointError(f"{where} holds a JSON {type(values).__name__}; it must hold an object")
         return cls(values, f"{where}: ")
 
+    def names(self) -> list[str]:
+        return list(self.values)
+
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
-        return self._values.get(name) is not None
+        return self.values.get(name) is not None
 
     def integer(self, name: str, default: int | None = _REQUIRED, *, least: int = 1) -> int:
         """A whole number of at least `least`."""
@@ -45,6 +48,13 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(name, f"a whole number of at least {least}")
         return value
+
+    def optional_integer(self, name: str, absent: int | None) -> int | None:
+        """A whole number of at least 1, or null, which is not the same as the field being absent."""
+        if name in self.values and self.values[name] is None:
+            self._read.add(name)
+            return None
+        return absent if name not in self.values else self.integer(name)
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
         """A finite number above zero."""
@@ -89,7 +99,7 @@ class Fields:
 
     def only(self, name: str, *computed: object) -> None:
         """Refuse any value but these, which are what is computed; the first also stands for an absent field."""
-        value = self._values.get(name, computed[0])
+        value = self.values.get(name, computed[0])
         self._read.add(name)
         if value not in computed:
             raise self.wrong(name, f"{json.dumps(computed[0])}, which is all that this version computes")
@@ -97,7 +107,7 @@ class Fields:
     def section(self, name: str) -> "Fields | None":
         """The object that the field holds, as fields of its own; None where it is absent or null."""
         self._read.add(name)
-        value = self._values.get(name)
+        value = self.values.get(name)
         if value is None:
             return None
         if not isinstance(value, dict):
@@ -110,7 +120,7 @@ class Fields:
 
     def finish(self) -> None:
         """Raise `ConfigError` if a field was neither read nor ignored."""
-        for name, value in self._values.items():
+        for name, value in self.values.items():
             if name not in self._read:
                 raise ConfigError(
                     f"{self.where}{name} is {_short(value)}; this version does not know what that field means, and it "
@@ -119,14 +129,14 @@ class Fields:
 
     def wrong(self, name: str, right: str) -> ConfigError:
         """The error for a field whose value cannot be used."""
-        if name not in self._values:
+        if name not in self.values:
             return ConfigError(f"{self.where}{name} is missing; it must be {right}")
-        return ConfigError(f"{self.where}{name} is {_short(self._values[name])}; it must be {right}")
+        return ConfigError(f"{self.where}{name} is {_short(self.values[name])}; it must be {right}")
 
     def _take(self, name: str, default: Any) -> Any:
         """The value, or the default where it is absent or null."""
         self._read.add(name)
-        value = self._values.get(name)
+        value = self.values.get(name)
         return value if value is not None else None if default is _REQUIRED else default
 
 

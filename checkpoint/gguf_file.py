@@ -66,14 +66,16 @@ class GgufFile:
 
     def read(self, name: str) -> Tensor:
         tensor = self._tensors[name]
+        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(self.shapes[name])
+
+    def unreadable(self, name: str) -> str | None:
+        kind = self._tensors[name].tensor_type
+        _, size = gguf.GGML_QUANT_SIZES[kind]
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            dequantize(np.zeros(size, np.uint8), kind)  # one block tells whether the library knows the format
         except NotImplementedError:
-            raise CheckpointError(
-                f"{self.where}: {name} is kept as {tensor.tensor_type.name}, which cannot be de-quantised here; use a "
-                "file in F16, Q8_0 or Q4_K"
-            ) from None
-        return torch.from_numpy(values).reshape(self.shapes[name])
+            return f"kept as {kind.name}, which cannot be de-quantised here; F16, Q8_0 and Q4_K can, for example"
+        return None
 
     def _check_extent(self, name: str, shape: tuple[int, ...]) -> None:
         """Python's integers do not overflow, as those that the library multiplies may."""

@@ -160,3 +160,4 @@ class _Without:
         self.where = file.where
         self.shapes = {key: shape for key, shape in file.shapes.items() if key != name}
         self.read = file.read
+        self.unreadable = file.unreadable

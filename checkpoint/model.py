@@ -7,7 +7,7 @@ from pathlib import Path
 from ..spec.config import ModelConfig
 from ..spec.errors import CheckpointError
 from ..spec.weights import WeightSource
-from . import gguf_model, gguf_tokenizer
+from . import gguf_model, gguf_tokenizer, huggingface
 from .builtin import BUILT_IN, cache_folder
 from .fetch import fetched
 from .fields import Fields
@@ -43,7 +43,7 @@ def open_model(model: str, *, report: Callable[[str], None] | None = None) -> Ch
     path = Path(model).expanduser()
     try:
         if path.is_dir():
-            raise NotImplementedError
+            return _open_folder(path)
         if path.is_file():
             return _open_gguf(path, path.stem)
     except OSError as error:
@@ -52,6 +52,20 @@ def open_model(model: str, *, report: Callable[[str], None] | None = None) -> Ch
     raise CheckpointError(
         f"there is no model {model!r}: it is no {kind} here and no built-in name ({', '.join(BUILT_IN)}); give one of "
         "those names, a .gguf file, or a Hugging Face folder (config.json and model.safetensors)"
+    )
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    source = huggingface.source(folder)
+    tokenizer = huggingface.tokenizer(folder)
+    return Checkpoint(
+        name=folder.resolve().name,
+        source=source,
+        config=source.config,
+        tokenizer=tokenizer,
+        end_tokens=huggingface.end_tokens(folder, source.config.vocabulary, tokenizer),
+        chat_template=huggingface.chat_template(folder),
+        special_tokens=huggingface.special_tokens(folder),
     )
 
 

@@ -21,8 +21,8 @@ def half_split_from_interleaved(rows: Tensor, heads: int) -> Tensor:
         >>> half_split_from_interleaved(torch.tensor([0, 1, 2, 3, 10, 11, 12, 13]), heads=2).tolist()
         [0, 2, 1, 3, 10, 12, 11, 13]
     """
-    pairs = rows.unflatten(0, (heads, -1, 2))  # [H, D/2, 2, ...]
-    return pairs.transpose(1, 2).flatten(0, 2)
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])  # [H, D/2, 2, ...]
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def query_rows(rows: Tensor, layer: LayerConfig) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..spec.config import LayerConfig, ModelConfig
-from ..spec.errors import WeightError
 from ..spec.weights import (
     AttentionWeights,
     EmbeddingWeights,
@@ -20,8 +19,6 @@ from ..spec.weights import (
     NormWeights,
 )
 from .table import Reading, Table, TensorStore, plan
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class FileSource:
@@ -71,17 +68,12 @@ class FileSource:
         weights: dict[str, Tensor] = {}
         for reading in readings:
             tensor = self._store.read(reading.name)
-            if tensor.dtype not in FLOATS:
-                raise WeightError(
-                    f"{self._store.where}: {reading.name} is of {tensor.dtype}; weights must be float32, float16, "
-                    "bfloat16 or float64: use the checkpoint that was not quantised"
-                )
             if reading.stored.transposed:
                 tensor = tensor.transpose(0, -1)
             if reading.stored.reorder is not None:
                 assert layer is not None, "only layers hold rows in another order"
                 tensor = reading.stored.reorder(tensor, layer)
-            pieces = tensor.split(list(reading.fills.values()))
+            pieces = torch.split(tensor, list(reading.fills.values()))
             weights.update(zip(reading.fills, pieces, strict=True))
         return weights
 

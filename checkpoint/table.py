@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..spec.config import LayerConfig, ModelConfig
 from ..spec.errors import WeightError
 from .shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
+
+_PROJECTION = "projection.weight_NI"
+_TOKENS = "token_VM"
 
 
 class TensorStore(Protocol):
@@ -25,6 +29,10 @@ class TensorStore(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def unreadable(self, name: str) -> str | None:
+        """Why the tensor cannot be read as floats, told from the header alone; None if it can."""
+        ...
 
     def read(self, name: str) -> Tensor:
         """The tensor, in the file's own float dtype or float32; it may share memory with the file."""
@@ -125,7 +133,7 @@ def _check(
     missing = [name for name in claimed if name not in names]
     if missing:
         raise WeightError(f"{store.where} lacks {_some(missing)}, which a {config.family} model of its config has")
-    ignored = set(_ignored_names(table, len(config.layers)))
+    ignored = set(_ignored_names(table, len(config.layers))) | _repeated_head(table, config, store, names)
     surplus = [names[name] for name in names if name not in claimed and name not in ignored]
     if surplus:
         raise WeightError(
@@ -138,6 +146,27 @@ def _check(
             raise WeightError(
                 f"{store.where}: {names[name]} has shape {list(found)}; by its config it must be {list(shape)}"
             )
+        if reason := store.unreadable(names[name]):
+            raise WeightError(f"{store.where}: {names[name]} is {reason}; use the checkpoint that was not quantised so")
+
+
+def _repeated_head(table: Table, config: ModelConfig, store: TensorStore, names: Mapping[str, str]) -> set[str]:
+    """A tied head that the file holds all the same. Raises `WeightError` if it is not the token table."""
+    heads = [names[entry.name] for entry in table.head if _PROJECTION in entry.fills and entry.name in names]
+    tables = [names[entry.name] for entry in table.embedding if _TOKENS in entry.fills and entry.name in names]
+    if not (config.tied_head and heads and tables):
+        return set()
+    (head,), (token_table,) = heads, tables
+    if store.shapes[head] != store.shapes[token_table] or not _same_bits(store.read(head), store.read(token_table)):
+        raise WeightError(
+            f"{store.where}: {head} differs from {token_table}, but by its config the head is the token table; "
+            "set tie_word_embeddings to false if the head is its own"
+        )
+    return {entry.name for entry in table.head if _PROJECTION in entry.fills}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _without_prefix(prefix: str, store: TensorStore) -> dict[str, str]:

@@ -1,0 +1,108 @@
+"""The safetensors files of a Hugging Face folder, memory-mapped: one `model.safetensors`, or shards under an index."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..spec.errors import CheckpointError
+from .fields import Fields
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
+
+
+class SafetensorsFolder:
+    """A `TensorStore` over a folder. Raises `CheckpointError` for files that are missing, damaged or unsafe."""
+
+    def __init__(self, folder: Path):
+        self.where = str(folder)
+        self._file_of: dict[str, Any] = {}
+        self._dtypes: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, expected in _files(folder).items():
+            file = _opened(path)
+            names = set(file.keys())
+            if absent := sorted(expected - names):
+                raise CheckpointError(
+                    f"{path} does not hold {absent[0]}, though {INDEX} says so; fetch the folder again"
+                )
+            for name in file.keys():  # noqa: SIM118 (an open file is no dict)
+                if name in shapes:
+                    raise CheckpointError(
+                        f"{path} holds {name}, and so does another file of {folder}; keep one of them"
+                    )
+                entry = file.get_slice(name)
+                shapes[name] = tuple(entry.get_shape())
+                self._dtypes[name] = str(entry.get_dtype())
+                self._file_of[name] = file
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
+
+    def unreadable(self, name: str) -> str | None:
+        dtype = self._dtypes[name]
+        return None if dtype in FLOATS else f"kept as {dtype}; only {', '.join(FLOATS)} can be read"
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """The folder's weight files, each with the tensors that the index says it holds."""
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: set()}
+    if (folder / INDEX).is_file():
+        return _shards(folder)
+    for pattern in PICKLES:
+        if found := sorted(folder.glob(pattern)):
+            raise CheckpointError(
+                f"{folder} holds only {found[0].name}, a pickle, which can run any code when read and is refused; "
+                'where you trust it, convert it: python -c "import transformers; transformers.AutoModelForCausalLM.'
+                f"from_pretrained({str(folder)!r}).save_pretrained('converted')\""
+            )
+    raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; it must hold the model's weights")
+
+
+def _shards(folder: Path) -> dict[Path, set[str]]:
+    index = Fields.of_json((folder / INDEX).read_bytes(), str(folder / INDEX))
+    files: dict[Path, set[str]] = {}
+    weight_map = index.section("weight_map")
+    if weight_map is None:
+        raise CheckpointError(f"{index.where}weight_map is missing; fetch the folder again")
+    for name in weight_map.names():
+        files.setdefault(_inside(folder, weight_map.text(name)), set()).add(name)
+    return files
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file that an index names, which must lie in the index's own folder.
+
+    The Hugging Face hub's own cache is let through: there each file of `snapshots/<revision>` is a link into `blobs`
+    beside `snapshots`.
+    """
+    path = folder / name
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    plain = name not in ("", ".", "..") and Path(name).name == name and "\\" not in name
+    if not plain or path.resolve().parent not in homes:
+        raise CheckpointError(
+            f"{folder / INDEX} names {name!r}, which lies outside its folder; shards must lie beside the index"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{folder / INDEX} names {name}, which is not there; fetch the missing file")
+    return path
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or corrupt: {error}; fetch the file again") from None
