@@ -1,0 +1,1 @@
+"""How much faster: side-by-side measurements that anyone can run."""
