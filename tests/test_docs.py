@@ -1,0 +1,30 @@
+"""Every Python example in the docs and the README runs, and prints what stands below it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<output>.*?)```)?", re.DOTALL)
+
+
+def examples() -> list[tuple[str, str, str | None]]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        (f"{page.name}-{number}", match["code"], match["output"])
+        for page in pages
+        for number, match in enumerate(EXAMPLES.finditer(page.read_text()))
+    ]
+
+
+@pytest.mark.parametrize(("code", "output"), [pytest.param(*rest, id=name) for name, *rest in examples()])
+def test_example_prints_what_the_page_says(code: str, output: str | None, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    if output is not None:
+        assert done.stdout == output
