@@ -1,7 +1,6 @@
 """`twinfer demo`: one trained model, two paths, the same tokens, and how much faster the second is."""
 
 import argparse
-import os
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -118,7 +117,8 @@ def _verdict(storage: str, reference: Measurement, compiled: Measurement) -> str
 
 def _agreement(one: list[int], other: list[int]) -> int:
     """How many tokens agree from the start."""
-    return len(os.path.commonprefix([one, other]))
+    different = (index for index in range(min(len(one), len(other))) if one[index] != other[index])
+    return next(different, min(len(one), len(other)))
 
 
 def _table(measurements: list[Measurement]) -> Table:

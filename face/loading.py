@@ -109,20 +109,23 @@ def load(
 
     start = time.perf_counter()
     checkpoint = open_model(model, report=report)
-    how = {"storage": chosen_storage, "compute": chosen_compute.dtype, "device": chosen_device}
     compile_s = 0.0
     decoder: Decoder
     if chosen_path is Path.REFERENCE:
         from twinfer.reference.path import ReferencePath
 
-        decoder = ReferencePath(checkpoint.source, **how)
+        decoder = ReferencePath(
+            checkpoint.source, storage=chosen_storage, compute=chosen_compute.dtype, device=chosen_device
+        )
         load_s = time.perf_counter() - start
     else:
         from twinfer.compiled.path import CompiledPath
 
-        decoder = CompiledPath(checkpoint.source, **how, report=report)
+        decoder = compiled = CompiledPath(
+            checkpoint.source, storage=chosen_storage, compute=chosen_compute.dtype, device=chosen_device, report=report
+        )
         load_s = time.perf_counter() - start
-        compile_s = decoder.compile()
+        compile_s = compiled.compile()
     return Model(
         decoder=decoder,
         checkpoint=checkpoint,
