@@ -1,0 +1,137 @@
+"""The guarantees that are not error budgets: identical bits, identical decisions, a tested distribution."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .budget import named_index
+from .case import Data, Inputs
+from .trial import PASSED, Status, Trial, Verdict, copied, failure, same_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bitwise:
+    """Identical bits, NaN and signs of zeros included."""
+
+    def judge(self, trial: Trial) -> Verdict:
+        misfit = trial.misfit()
+        if misfit is not None:
+            return misfit
+        for axes, got, wanted in zip(trial.outputs, trial.got, trial.eager, strict=True):
+            if not same_bits(got, wanted):
+                differs = (got != wanted) & ~(got.isnan() & wanted.isnan())
+                if not differs.any():
+                    return failure("differs in the sign of a zero or the payload of a NaN, and promises identical bits")
+                where = tuple(differs.nonzero()[0].tolist())
+                return failure(
+                    f"differs in {int(differs.sum())} of {differs.numel()} elements, and promises identical bits",
+                    f"first at   {named_index(axes, where)}: candidate {got[where].item()!r}, reference {wanted[where].item()!r}",
+                )
+        return PASSED
+
+
+Regret = Callable[[Inputs, list[Tensor]], Tensor]
+"""From the float64 inputs and the candidate's outputs: by how much each of its decisions falls short of the best one.
+
+Zero for a best decision, infinite for a result that no tie can explain.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discrete:
+    """Identical decisions, unless the float64 gap between the best and the chosen is within the sum of both budgets."""
+
+    regret: Regret
+    scale: Callable[[Inputs], Tensor]
+    """The size of what is rounded on the way to the compared scores; broadcasts to the regret."""
+    eps: float = torch.finfo(torch.float32).eps
+    """Of the arithmetic that scores the options."""
+    c: float = 2.0
+    exact_on_integers: bool = True
+    """Whether scores of integers are exact, so that ties are true ties and the tie rule alone decides."""
+
+    def judge(self, trial: Trial) -> Verdict:
+        misfit = trial.misfit()
+        if misfit is not None:
+            return misfit
+        if all(torch.equal(got, wanted) for got, wanted in zip(trial.got, trial.eager, strict=True)):
+            return PASSED
+        if self.exact_on_integers and trial.case.data is Data.INTEGER:
+            return failure(
+                "decides differently on integers, where scores are exact and ties have a rule", *self._first(trial)
+            )
+        regret = self.regret(trial.exact_inputs, trial.got)
+        both_budgets = 2 * self.c * self.eps * self.scale(trial.exact_inputs)
+        ratio = float((regret / both_budgets.clamp_min(torch.finfo(torch.float32).smallest_normal)).max())
+        if ratio <= 1:
+            return Verdict(status=Status.PASSED, ratio=ratio)
+        return failure(
+            f"decides differently, and not for a tie: its choice is worse by {float(regret.max()):.4g}, "
+            f"{ratio:.3g} times what both budgets allow",
+            *self._first(trial),
+            ratio=ratio,
+        )
+
+    def _first(self, trial: Trial) -> list[str]:
+        for axes, got, wanted in zip(trial.outputs, trial.got, trial.eager, strict=True):
+            differs = got != wanted
+            if differs.any():
+                where = tuple(differs.nonzero()[0].tolist())
+                return [
+                    f"first at   {named_index(axes, where)}: candidate {got[where].item()!r}, reference {wanted[where].item()!r}"
+                ]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistical:
+    """A distribution: the candidate is called `samples` times, and its counts are held against the true probabilities.
+
+    The op must take a `generator` and return an integer. Pearson's chi-square over the outcomes expected at least five
+    times (the rest pooled); fails below `significance`, so a right implementation fails about once in 1 / significance cases.
+    """
+
+    probability: Callable[[Inputs], Tensor]
+    """The true distribution [V], from the float64 inputs."""
+    samples: int = 400
+    significance: float = 1e-9
+
+    def judge(self, trial: Trial) -> Verdict:
+        probability_V = self.probability(trial.exact_inputs)
+        given = copied(trial.inputs)
+        count_V = torch.zeros_like(probability_V)
+        for _ in range(self.samples):
+            outcome = int(trial.candidate(**given))
+            if not 0 <= outcome < len(count_V) or probability_V[outcome] == 0:
+                return failure(f"returns {outcome}, which has probability 0")
+            count_V[outcome] += 1
+        p_value = chi_square_p_value(count_V, probability_V)
+        if p_value >= self.significance:
+            return Verdict(status=Status.PASSED, ratio=self.significance / p_value)
+        worst = int(((count_V - self.samples * probability_V).abs()).argmax())
+        return failure(
+            f"does not follow the distribution: counts this far off have probability {p_value:.3g}",
+            f"worst at   outcome {worst}: {int(count_V[worst])} of {self.samples}, "
+            f"expected {float(self.samples * probability_V[worst]):.4g}",
+            ratio=self.significance / max(p_value, 1e-300),
+        )
+
+
+def chi_square_p_value(count_V: Tensor, probability_V: Tensor) -> float:
+    """The probability of counts at least this far from expectation, if the probabilities are right.
+
+    >>> round(chi_square_p_value(torch.tensor([60.0, 40.0]), torch.tensor([0.5, 0.5])), 4)
+    0.0455
+    """
+    expected_V = probability_V.double() * count_V.double().sum()
+    often = expected_V >= 5
+    expected = torch.cat([expected_V[often], expected_V[~often].sum()[None]])
+    counted = torch.cat([count_V[often], count_V[~often].sum()[None]]).double()
+    counted, expected = counted[expected > 0], expected[expected > 0]
+    if len(expected) < 2:
+        return 1.0
+    statistic = ((counted - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2))

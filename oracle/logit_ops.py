@@ -1,0 +1,442 @@
+"""Records of choosing the next token: the logit processors, draw, next_token.
+
+Shapes: V vocabulary, T tokens so far.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.logits import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, scale_temperature
+from ..reference.sampling import Sampling, draw, generator_for, next_token, shape_logits
+from .budget import Budget
+from .case import Case, Data, Inputs, Option, Picker, activations
+from .guarantees import Bitwise, Discrete, Statistical
+from .laws import repeats_itself
+from .op import Function, Op
+from .variants import changed
+
+_KINDS = (Data.NORMAL, Data.LARGE, Data.CONSTANT, Data.ZEROS, Data.INTEGER)
+_HOST = "runs on the host, on one row of logits, the same for every path: there is no fast twin"
+
+
+def logit_cases(pick: Picker, op: str, options: dict[str, Sequence[Option]]) -> Case:
+    return Case(
+        op=op,
+        sizes={"V": pick.integer(1, 30), "T": pick.integer(1, 6)},
+        options={name: pick.choice(values) for name, values in options.items()},
+        data=pick.choice(_KINDS),
+        seed=pick.integer(0, 2**31),
+    )
+
+
+def _cases(op: str, **options: Sequence[Option]) -> Callable[[Picker], Case]:
+    return partial(logit_cases, op=op, options=options)
+
+
+def logits(case: Case) -> Tensor:
+    return activations(case, "logits", case.n.V, large=4)
+
+
+def previous(case: Case) -> Tensor:
+    return torch.randint(case.n.V, (case.n.T,), generator=case.generator("previous"))
+
+
+def logit_inputs(case: Case) -> Inputs:
+    return {"logits_V": logits(case), **case.options}
+
+
+def penalty_inputs(case: Case) -> Inputs:
+    return {**logit_inputs(case), "previous_T": previous(case)}
+
+
+def next_token_inputs(case: Case) -> Inputs:
+    return {
+        "logits_V": logits(case),
+        "previous_T": previous(case),
+        "sampling": Sampling(repetition_penalty=float(case.options["penalty"] or 1)),
+        "generator": generator_for(case.seed, 0),
+    }
+
+
+def draw_inputs(case: Case) -> Inputs:
+    return {"probability_V": torch.softmax(logits(case), -1), "generator": generator_for(case.seed, 0)}
+
+
+# --- penalise_repetition, scale_temperature -------------------------------------------------------------------------
+
+
+def _penalty_by_loop(*, logits_V: Tensor, previous_T: Tensor, penalty: float) -> Tensor:
+    out = logits_V.clone()
+    for token in set(previous_T.tolist()):
+        out[token] = logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
+    return out
+
+
+def _penalty_for_every_occurrence(*, logits_V: Tensor, previous_T: Tensor, penalty: float) -> Tensor:
+    for token in previous_T:
+        logits_V = penalise_repetition(logits_V, token[None], penalty)
+    return logits_V
+
+
+def _negative_made_likelier(*, logits_V: Tensor, previous_T: Tensor, penalty: float) -> Tensor:
+    out = logits_V.clone()
+    out[previous_T] = logits_V[previous_T] / penalty
+    return out
+
+
+def _last_token_spared(inputs: Inputs) -> Inputs:
+    return {"previous_T": inputs["previous_T"][:-1]}
+
+
+def _penalty_subtracted(*, logits_V: Tensor, previous_T: Tensor, penalty: float) -> Tensor:
+    out = logits_V.clone()
+    out[previous_T] -= penalty - 1
+    return out
+
+
+def unseen_tokens_keep_their_bits(op: Op, function: Function, case: Case) -> None:
+    """Only tokens that occurred change."""
+    inputs = op.inputs(case)
+    unseen_V = torch.ones_like(inputs["logits_V"], dtype=torch.bool).index_fill(0, inputs["previous_T"], False)
+    assert torch.equal(function(**inputs)[unseen_V], inputs["logits_V"][unseen_V])
+
+
+PENALISE_REPETITION = Op(
+    name="penalise_repetition",
+    paper="-",
+    axes="V T",
+    reference=penalise_repetition,
+    outputs=("V",),
+    cases=_cases("penalise_repetition", penalty=[1.3, 1.0, 2.0, 0.7]),
+    inputs=penalty_inputs,
+    guarantee=Budget(rows="V"),
+    properties=(repeats_itself, unseen_tokens_keep_their_bits),
+    right={"loop": _penalty_by_loop},
+    wrong={
+        "once_for_every_occurrence": _penalty_for_every_occurrence,
+        "negative_logits_made_likelier": _negative_made_likelier,
+        "last_token_spared": changed(penalise_repetition, _last_token_spared),
+        "subtracted": _penalty_subtracted,
+    },
+    flops=lambda n: n.V,
+    bytes=lambda n: 4 * 2 * n.V + 8 * n.T,
+    no_fast=_HOST,
+)
+
+SCALE_TEMPERATURE = Op(
+    name="scale_temperature",
+    paper="-",
+    axes="V",
+    reference=scale_temperature,
+    outputs=("V",),
+    cases=_cases("scale_temperature", temperature=[0.7, 1.0, 2.0, 0.1]),
+    inputs=logit_inputs,
+    guarantee=Budget(rows="V"),
+    properties=(repeats_itself,),
+    right={"reciprocal": lambda logits_V, temperature: logits_V * (1 / temperature)},
+    wrong={
+        "multiplied": lambda logits_V, temperature: logits_V * temperature,
+        "ignored": lambda logits_V, temperature: logits_V.clone(),
+        "root": lambda logits_V, temperature: logits_V / temperature**0.5,
+    },
+    flops=lambda n: n.V,
+    bytes=lambda n: 4 * 2 * n.V,
+    no_fast=_HOST,
+)
+
+
+# --- the three filters ----------------------------------------------------------------------------------------------
+
+
+def _sorted_by_hand(logits_V: Tensor) -> list[int]:
+    """Token ids from the likeliest down; of equals the lower id first."""
+    return sorted(range(len(logits_V)), key=lambda token: (-float(logits_V[token]), token))
+
+
+def _keep(logits_V: Tensor, kept: Sequence[int]) -> Tensor:
+    out = torch.full_like(logits_V, -torch.inf)
+    for token in kept:
+        out[token] = logits_V[token]
+    return out
+
+
+def _top_k_by_hand(*, logits_V: Tensor, k: int) -> Tensor:
+    return _keep(logits_V, _sorted_by_hand(logits_V)[:k])
+
+
+def _top_k_later_ties(*, logits_V: Tensor, k: int) -> Tensor:
+    return keep_top_k(logits_V.flip(0), k).flip(0)
+
+
+def _top_k_all_ties(*, logits_V: Tensor, k: int) -> Tensor:
+    least = logits_V.sort(descending=True).values[min(k, len(logits_V)) - 1]
+    return logits_V.masked_fill(logits_V < least, -torch.inf)
+
+
+def _top_k_zeros(*, logits_V: Tensor, k: int) -> Tensor:
+    return keep_top_k(logits_V, k).nan_to_num(neginf=0.0)
+
+
+def keeps_exactly_k(op: Op, function: Function, case: Case) -> None:
+    """min(k, V) tokens stay, with their own bits, and none of the others is likelier."""
+    inputs = op.inputs(case)
+    out, logits_V = function(**inputs), inputs["logits_V"]
+    kept_V = out.isfinite()
+    assert int(kept_V.sum()) == min(inputs["k"], len(logits_V))
+    assert torch.equal(out[kept_V], logits_V[kept_V])
+    assert not (~kept_V).any() or bool(logits_V[kept_V].min() >= logits_V[~kept_V].max())
+
+
+KEEP_TOP_K = Op(
+    name="keep_top_k",
+    paper="-",
+    axes="V",
+    reference=keep_top_k,
+    outputs=("V",),
+    cases=_cases("keep_top_k", k=[1, 2, 3, 10, 100]),
+    inputs=logit_inputs,
+    guarantee=Bitwise(),
+    properties=(repeats_itself, keeps_exactly_k),
+    right={"by_hand": _top_k_by_hand},
+    wrong={
+        "one_too_many": lambda logits_V, k: keep_top_k(logits_V, k + 1),
+        "ties_to_the_higher_id": _top_k_later_ties,
+        "all_of_a_tie_kept": _top_k_all_ties,
+        "zero_for_minus_infinity": _top_k_zeros,
+    },
+    flops=lambda n: 0,
+    bytes=lambda n: 4 * 2 * n.V,
+    no_fast=_HOST,
+)
+
+
+def _filter_regret(score: Callable[[Inputs], Tensor]) -> Callable[[Inputs, list[Tensor]], Tensor]:
+    """For tokens kept or ruled out against the truth, how clear that case was; `score` >= 0 means keep."""
+
+    def regret(exact: Inputs, got: list[Tensor]) -> Tensor:
+        logits_V, out_V = exact["logits_V"], got[0].double()
+        score_V = score(exact)
+        kept_V = out_V != -torch.inf
+        wrongly_V = kept_V != (score_V >= 0)
+        regret_V = torch.where(wrongly_V, score_V.abs(), 0.0)
+        return regret_V.masked_fill(kept_V & (out_V != logits_V), torch.inf)  # what stays keeps its value
+
+    return regret
+
+
+def _one(exact: Inputs) -> Tensor:
+    return torch.ones(())
+
+
+def _top_p_score(exact: Inputs) -> Tensor:
+    """p minus the probability of all likelier tokens; the likeliest always stays."""
+    logits_V, p = exact["logits_V"], exact["p"]
+    order_V = torch.tensor(_sorted_by_hand(logits_V))
+    probability_V = torch.softmax(logits_V[order_V], -1)
+    likelier_V = probability_V.cumsum(-1) - probability_V
+    tiny = torch.finfo(torch.float64).tiny  # a token exactly at p goes: below zero, but no more than that
+    score_V = torch.where(likelier_V >= p, (p - likelier_V).clamp_max(-tiny), p - likelier_V)
+    score_V[0] = torch.inf
+    return torch.empty_like(score_V).index_copy(0, order_V, score_V)
+
+
+def _top_p_by_hand(*, logits_V: Tensor, p: float) -> Tensor:
+    """A running sum in float32, from the likeliest down."""
+    probability_V = torch.softmax(logits_V.float(), -1)
+    kept: list[int] = []
+    total = torch.zeros(())
+    for token in _sorted_by_hand(logits_V):
+        if kept and float(total) >= p:
+            break
+        kept.append(token)
+        total = total + probability_V[token]
+    return _keep(logits_V, kept)
+
+
+def _top_p_shifted(*, logits_V: Tensor, p: float, by: int) -> Tensor:
+    count = int(keep_top_p(logits_V, p).isfinite().sum())
+    return _keep(logits_V, _sorted_by_hand(logits_V)[: max(count + by, 0)])
+
+
+def _top_p_by_logits(*, logits_V: Tensor, p: float) -> Tensor:
+    """Cumulates in the order of the vocabulary."""
+    probability_V = torch.softmax(logits_V, -1)
+    return logits_V.masked_fill(probability_V.cumsum(-1) - probability_V >= p, -torch.inf)
+
+
+KEEP_TOP_P = Op(
+    name="keep_top_p",
+    paper="-",
+    axes="V",
+    reference=keep_top_p,
+    outputs=("V",),
+    cases=_cases("keep_top_p", p=[0.9, 0.5, 0.1, 1.0, 0.99]),
+    inputs=logit_inputs,
+    guarantee=Discrete(regret=_filter_regret(_top_p_score), scale=_one, exact_on_integers=False),
+    properties=(repeats_itself,),
+    right={"running_sum": _top_p_by_hand},
+    wrong={
+        "one_too_many": partial(_top_p_shifted, by=1),
+        "one_too_few": partial(_top_p_shifted, by=-1),
+        "not_sorted": _top_p_by_logits,
+        "complement": lambda logits_V, p: keep_top_p(logits_V, max(1 - p, 1e-9)),
+    },
+    flops=lambda n: 5 * n.V,
+    bytes=lambda n: 4 * 2 * n.V,
+    no_fast=_HOST,
+)
+
+
+def _min_p_score(exact: Inputs) -> Tensor:
+    logits_V: Tensor = exact["logits_V"]
+    ratio_V = torch.exp(logits_V - logits_V.max())
+    return ratio_V - exact["p"]
+
+
+def _min_p_by_probability(*, logits_V: Tensor, p: float) -> Tensor:
+    probability_V = torch.softmax(logits_V, -1)
+    return logits_V.masked_fill(probability_V < p * probability_V.max(), -torch.inf)
+
+
+def _absolute_min_p(*, logits_V: Tensor, p: float) -> Tensor:
+    return logits_V.masked_fill(torch.softmax(logits_V, -1) < p, -torch.inf)
+
+
+KEEP_MIN_P = Op(
+    name="keep_min_p",
+    paper="-",
+    axes="V",
+    reference=keep_min_p,
+    outputs=("V",),
+    cases=_cases("keep_min_p", p=[0.1, 0.5, 0.0, 1.0]),
+    inputs=logit_inputs,
+    guarantee=Discrete(regret=_filter_regret(_min_p_score), scale=_one, exact_on_integers=False),
+    properties=(repeats_itself,),
+    right={"by_probability": _min_p_by_probability},
+    wrong={
+        "absolute": _absolute_min_p,
+        "complement": lambda logits_V, p: keep_min_p(logits_V, 1 - p),
+        "likeliest_ruled_out": lambda logits_V, p: logits_V.masked_fill(logits_V == logits_V.max(), -torch.inf),
+    },
+    flops=lambda n: 2 * n.V,
+    bytes=lambda n: 4 * 2 * n.V,
+    no_fast=_HOST,
+)
+
+
+# --- choosing -------------------------------------------------------------------------------------------------------
+
+
+def _shaped(exact: Inputs) -> Tensor:
+    return shape_logits(exact["logits_V"], exact["previous_T"], exact["sampling"])
+
+
+def _greedy_regret(exact: Inputs, got: list[Tensor]) -> Tensor:
+    shaped_V = _shaped(exact)
+    token = int(got[0])
+    if not 0 <= token < len(shaped_V):
+        return torch.tensor(torch.inf)
+    return shaped_V.max() - shaped_V[token]
+
+
+def _greedy_scale(exact: Inputs) -> Tensor:
+    return _shaped(exact).abs().max()
+
+
+def _greedy_by_hand(*, logits_V: Tensor, previous_T: Tensor, sampling: Sampling, generator: Any) -> int:
+    return _sorted_by_hand(
+        _penalty_by_loop(logits_V=logits_V, previous_T=previous_T, penalty=sampling.repetition_penalty)
+    )[0]
+
+
+def _greedy_last_of_ties(*, logits_V: Tensor, previous_T: Tensor, sampling: Sampling, generator: Any) -> int:
+    shaped_V = shape_logits(logits_V, previous_T, sampling)
+    return int((shaped_V == shaped_V.max()).nonzero()[-1])
+
+
+def _second_best(*, logits_V: Tensor, previous_T: Tensor, sampling: Sampling, generator: Any) -> int:
+    return _sorted_by_hand(shape_logits(logits_V, previous_T, sampling))[min(1, len(logits_V) - 1)]
+
+
+def _penalty_forgotten(inputs: Inputs) -> Inputs:
+    return {"sampling": Sampling()}
+
+
+NEXT_TOKEN = Op(
+    name="next_token",
+    paper="-",
+    axes="V T",
+    reference=next_token,
+    outputs=("",),
+    cases=_cases("next_token", penalty=[1.0, 1.3, 2.0]),
+    inputs=next_token_inputs,
+    guarantee=Discrete(regret=_greedy_regret, scale=_greedy_scale),
+    properties=(repeats_itself,),
+    right={"by_hand": _greedy_by_hand},
+    wrong={
+        "ties_to_the_higher_id": _greedy_last_of_ties,
+        "second_best": _second_best,
+        "penalty_forgotten": changed(next_token, _penalty_forgotten),
+    },
+    flops=lambda n: n.V,
+    bytes=lambda n: 4 * n.V,
+    no_fast=_HOST,
+)
+
+
+def _normalised(exact: Inputs) -> Tensor:
+    probability_V: Tensor = exact["probability_V"]
+    return probability_V / probability_V.sum()
+
+
+def _multinomial(*, probability_V: Tensor, generator: torch.Generator) -> int:
+    return int(torch.multinomial(probability_V, 1, generator=generator))
+
+
+def _gumbel(*, probability_V: Tensor, generator: torch.Generator) -> int:
+    """The largest of log p plus Gumbel noise."""
+    uniform_V = torch.rand(probability_V.shape, dtype=torch.float64, generator=generator)
+    return int((probability_V.double().log() - torch.log(-torch.log(uniform_V))).argmax())
+
+
+def _always_the_mode(*, probability_V: Tensor, generator: torch.Generator) -> int:
+    return int(probability_V.argmax())
+
+
+def _off_by_one(*, probability_V: Tensor, generator: torch.Generator) -> int:
+    return min(draw(probability_V, generator) + 1, len(probability_V) - 1)
+
+
+def _uniform(*, probability_V: Tensor, generator: torch.Generator) -> int:
+    return int(torch.randint(len(probability_V), (), generator=generator))
+
+
+def _squared(*, probability_V: Tensor, generator: torch.Generator) -> int:
+    return draw(probability_V**2, generator)
+
+
+DRAW = Op(
+    name="draw",
+    paper="-",
+    axes="V",
+    reference=draw,
+    outputs=("",),
+    cases=_cases("draw"),
+    inputs=draw_inputs,
+    guarantee=Statistical(probability=_normalised),
+    properties=(),
+    right={"multinomial": _multinomial, "gumbel": _gumbel},
+    wrong={
+        "always_the_mode": _always_the_mode,
+        "off_by_one": _off_by_one,
+        "uniform": _uniform,
+        "squared": _squared,
+    },
+    flops=lambda n: n.V,
+    bytes=lambda n: 4 * n.V,
+    no_fast=_HOST,
+)

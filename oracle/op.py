@@ -1,0 +1,70 @@
+"""The record of an op: one place that says what it is, what it must equal, and what it costs.
+
+Tests, the benchmark, the tables in the docs and the `check` command all iterate over these records.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from ..spec.decoder import Path
+from .case import Case, Inputs, Picker
+from .trial import Guarantee, Trial
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fast:
+    """A fast callable, and how to call it like the reference."""
+
+    function: Function
+    """The function that the path's graph calls."""
+    adapt: Callable[[Function, Inputs], Any]
+    """Packs the case's inputs as the function wants them, calls it, and returns the outputs in the reference's form.
+
+    The function is an argument so that a test may hand in a compiled version of it.
+    """
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.adapt(self.function, inputs)
+
+
+Law = Callable[["Op", Function, Case], None]
+"""A law that an implementation must obey by itself: raises AssertionError where it does not. Its docstring states it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    name: str
+    paper: str
+    """The section of the DeepSpeed Inference paper that describes it; "-" where it takes it for granted."""
+    axes: str
+    """Letters of the symbolic axes, as the reference's legend explains them."""
+    reference: Function
+    """Called with keyword arguments; so is every other implementation."""
+    outputs: tuple[str, ...]
+    """The axes of each tensor that comes out, in order."""
+    cases: Callable[[Picker], Case]
+    inputs: Callable[[Case], Inputs]
+    guarantee: Guarantee
+    right: Mapping[str, Function]
+    """Other correct implementations, which sum in other orders: the guarantee must let them pass."""
+    wrong: Mapping[str, Function]
+    """Seeded faults: the guarantee must catch each of them."""
+    flops: Callable[[SimpleNamespace], int]
+    """Floating-point operations, from the sizes: a multiplication and an addition count one each."""
+    bytes: Callable[[SimpleNamespace], int]
+    """Bytes read and written where each float32 input is read once and each output written once."""
+    properties: tuple[Law, ...] = ()
+    fast: Mapping[Path, Fast] = field(default_factory=dict)
+    no_fast: str | None = None
+    """Why there is no fast twin."""
+
+    def __post_init__(self) -> None:
+        if bool(self.fast) == bool(self.no_fast):
+            raise ValueError(f"op {self.name}: give either fast callables or the reason why there is none")
+
+    def trial(self, candidate: Function, case: Case) -> Trial:
+        return Trial(case, self.inputs(case), self.reference, candidate, self.outputs)

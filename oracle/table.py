@@ -1,0 +1,54 @@
+"""Every op, by name; and why some public functions of the reference have no record."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ..spec.errors import RequestError
+from . import attention_ops, layer_ops, linear_ops, logit_ops, mlp_ops, norm_ops, position_ops, quantise_ops
+from .op import Op
+
+_ALL = (
+    linear_ops.LINEAR,
+    norm_ops.LAYER_NORM,
+    norm_ops.RMS_NORM,
+    mlp_ops.ACTIVATION,
+    mlp_ops.MLP,
+    position_ops.ROTATE,
+    attention_ops.VISIBLE,
+    attention_ops.ATTENTION,
+    attention_ops.APPEND,
+    layer_ops.SELF_ATTENTION,
+    layer_ops.LAYER,
+    linear_ops.EMBED,
+    linear_ops.HEAD_LOGITS,
+    quantise_ops.QUANTISE_ROWS,
+    quantise_ops.DEQUANTISE_ROWS,
+    quantise_ops.STORED,
+    logit_ops.PENALISE_REPETITION,
+    logit_ops.SCALE_TEMPERATURE,
+    logit_ops.KEEP_TOP_K,
+    logit_ops.KEEP_TOP_P,
+    logit_ops.KEEP_MIN_P,
+    logit_ops.NEXT_TOKEN,
+    logit_ops.DRAW,
+)
+
+OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _ALL})
+
+WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
+    {
+        "twinfer.reference.norms.norm": "picks layer_norm or rms_norm, which have records",
+        "twinfer.reference.cache.empty": "makes a cache of no tokens; there is nothing to compare",
+        "twinfer.reference.decoder.empty_caches": "one empty cache a layer; there is nothing to compare",
+        "twinfer.reference.decoder.decode": "the whole model: compare_paths judges it, over schedules",
+        "twinfer.reference.sampling.shape_logits": "applies the processors, which have records, in the order of its fields",
+        "twinfer.reference.sampling.generator_for": "seeds a generator; its streams are tested with the reference",
+    }
+)
+
+
+def op_named(name: str) -> Op:
+    """The op of this name; raises `RequestError` that lists the names where there is none."""
+    if name not in OPS:
+        raise RequestError(f"there is no op {name!r}; the ops are {', '.join(OPS)}")
+    return OPS[name]

@@ -1,0 +1,26 @@
+"""The unit in the last place: the one ruler that every report measures errors with."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The step from |value| to the next larger number of `dtype`, as float64, element by element.
+
+    `value` may itself be of a wider dtype. Below the smallest normal number the step is the smallest subnormal one;
+    at infinity and NaN, where there is no next number, it is NaN.
+
+        >>> ulp(torch.tensor([1.0, 1.5, 2.0, 0.0]), torch.float32).log2().tolist()
+        [-23.0, -23.0, -22.0, -149.0]
+        >>> ulp(torch.tensor([256.0]), torch.bfloat16).tolist()
+        [2.0]
+    """
+    limits = torch.finfo(dtype)
+    digits = 1 - round(math.log2(limits.eps))  # binary digits of the significand, the hidden one included
+    smallest = round(math.log2(limits.smallest_normal)) + 1  # exponent of the smallest normal number, as frexp counts
+    magnitude = value.to(torch.float64).abs()
+    exponent = torch.frexp(magnitude).exponent.clamp_min(smallest)
+    step = torch.ldexp(torch.ones_like(magnitude), exponent - digits)
+    return torch.where(torch.isfinite(magnitude), step, torch.nan)
