@@ -1,4 +1,4 @@
-"""A conversation as the text a chat model was trained on: its own template, rendered in a sandbox.
+"""Prompts as token ids: plain text, or a conversation written as the chat model was trained to read it.
 
 Templates come with the model, so they are strangers' programs: jinja2's immutable sandbox lets them read the messages
 and build text, and nothing else.
@@ -6,12 +6,31 @@ and build text, and nothing else.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from twinfer.spec.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from twinfer.checkpoint import Checkpoint
+
+
+def encode(checkpoint: "Checkpoint", prompt: str, *, chat: bool = False) -> list[int]:
+    """The prompt's token ids; with `chat`, those of a conversation in which the user says it and an answer is due.
+
+    Raises `RequestError` where the model has no tokenizer, or no chat template.
+    """
+    if checkpoint.tokenizer is None:
+        raise RequestError(f"{checkpoint.name} has no tokenizer; give prompts as token ids")
+    if not chat:
+        return checkpoint.tokenizer.encode(prompt)
+    if checkpoint.chat_template is None:
+        raise RequestError(f"{checkpoint.name} has no chat template; use it without chat")
+    messages = [{"role": "user", "content": prompt}]
+    text = render_chat(checkpoint.chat_template, messages, checkpoint.special_tokens)
+    return checkpoint.tokenizer.encode(text, special=False)  # the template has written the special tokens
 
 
 def render_chat(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:

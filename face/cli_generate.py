@@ -1,17 +1,19 @@
 """`twinfer generate`: continue prompts, streaming the text."""
 
 import argparse
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from twinfer.reference.sampling import Sampling
 from twinfer.spec.errors import RequestError
 
+from .chat import encode
 from .cli_options import add_arithmetic, add_json, add_model, read_prompts, token_ids, unicode_text
 from .console import print_json, waiting
-from .generation import Generation
-from .loading import Model, load
+from .generation import Generation, check_prompts, check_stops
+from .loading import Model, load, open_checkpoint
 from .memory import peak_memory_bytes
 
 EPILOG = """\
@@ -85,14 +87,16 @@ def run(args: argparse.Namespace) -> int:
     )
     prompts = _prompts(args)
     with waiting() as report:
-        model = load(args.model, args.path, args.storage, args.compute, args.device, report=report)
+        start = time.perf_counter()
+        checkpoint = open_checkpoint(args.model, report)
+        ids = [encode(checkpoint, prompt, chat=args.chat) if isinstance(prompt, str) else prompt for prompt in prompts]
+        check_prompts(checkpoint.config, ids, args.max_new_tokens)  # before minutes of compiling
+        check_stops(args.stop, checkpoint.tokenizer)
+        opening_s = time.perf_counter() - start
+        model = load(checkpoint, args.path, args.storage, args.compute, args.device, report=report)
+    model = replace(model, load_s=opening_s + model.load_s)
     generation = model.generate(
-        prompts,
-        chat=args.chat,
-        max_new_tokens=args.max_new_tokens,
-        stop=args.stop,
-        sampling=sampling,
-        seed=args.seed,
+        ids, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed
     )
     if args.json:
         print_json(report_of(model, args.model, generation))

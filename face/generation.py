@@ -133,8 +133,8 @@ def generate(
     for a prompt that is empty, holds an id outside the vocabulary, or has no room for the new tokens in the model's
     context; for more prompts than the path holds open; and for stop strings that are empty or without a tokenizer.
     """
-    _check_prompts(decoder.config, prompts, max_new_tokens)
-    _check_stops(stop, tokenizer)
+    check_prompts(decoder.config, prompts, max_new_tokens)
+    check_stops(stop, tokenizer)
     reserve = max(len(prompt) for prompt in prompts) + max_new_tokens
     check_open(decoder.config, decoder.max_batch, len(prompts), reserve)
     rows = [
@@ -235,7 +235,8 @@ def _step(decoder: Decoder, sequences: Sequences, rows: Sequence[_Row]) -> list[
     return [row.take(logits_V) for row, logits_V in zip(rows, logits_BV, strict=True) if row.stop is None]
 
 
-def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise `RequestError` unless `generate` may be given these; needs no decoder, so ask it early."""
     if not prompts:
         raise RequestError("there are 0 prompts; give at least one")
     if max_new_tokens < 1:
@@ -255,7 +256,8 @@ def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_ne
                 )
 
 
-def _check_stops(stop: Sequence[str], tokenizer: Streams | None) -> None:
+def check_stops(stop: Sequence[str], tokenizer: Streams | None) -> None:
+    """Raise `RequestError` unless these can be found in the text."""
     if isinstance(stop, str):
         raise RequestError(f"stop is the string {stop!r}; it must be a sequence of strings, such as [{stop!r}]")
     if stop and tokenizer is None:

@@ -12,13 +12,16 @@ from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.decoder import Decoder, Path
 from twinfer.spec.errors import MachineError, RequestError
 from twinfer.spec.paper_models import PAPER_MODELS
+from twinfer.spec.weights import WeightSource
 
-from .chat import render_chat
+from .chat import encode
 from .generation import Generation, generate
 
 if TYPE_CHECKING:
-    from twinfer.checkpoint import Checkpoint, Tokenizer
+    from twinfer.checkpoint import Checkpoint
 
+Report = Callable[[str], None]
+"""Told in a line each what is being waited for."""
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
@@ -55,86 +58,86 @@ class Model:
     def config(self) -> ModelConfig:
         return self.decoder.config
 
-    def encode(self, prompt: str) -> list[int]:
-        """The prompt's token ids; raises `RequestError` where the model has no tokenizer."""
-        return self._tokenizer().encode(prompt)
+    def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
+        """The prompt's token ids; with `chat`, those of a conversation that opens with it.
 
-    def encode_chat(self, prompt: str) -> list[int]:
-        """The ids of a conversation in which the user says `prompt` and the model is to answer."""
-        template = self.checkpoint.chat_template
-        if template is None:
-            raise RequestError(f"{self.checkpoint.name} has no chat template; use it without chat")
-        text = render_chat(template, [{"role": "user", "content": prompt}], self.checkpoint.special_tokens)
-        return self._tokenizer().encode(text, special=False)
+        Raises `RequestError` where the model has no tokenizer, or no chat template.
+        """
+        return encode(self.checkpoint, prompt, chat=chat)
 
     def generate(self, prompts: Sequence[str | Sequence[int]], *, chat: bool = False, **how: Any) -> Generation:
         """`twinfer.generate` for prompts given as text (or ids), with this model's tokenizer and end tokens."""
-        encode = self.encode_chat if chat else self.encode
-        ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = [self.encode(prompt, chat=chat) if isinstance(prompt, str) else prompt for prompt in prompts]
         end_tokens, tokenizer = self.checkpoint.end_tokens, self.checkpoint.tokenizer
         return generate(self.decoder, ids, end_tokens=end_tokens, tokenizer=tokenizer, **how)
 
-    def _tokenizer(self) -> "Tokenizer":
-        tokenizer = self.checkpoint.tokenizer
-        if tokenizer is None:
-            raise RequestError(f"{self.checkpoint.name} has no tokenizer; give prompts as token ids")
-        return tokenizer
-
 
 def load(
-    model: str,
+    model: "str | Checkpoint",
     path: str = "compiled",
     storage: str = "float32",
     compute: str = "float32",
     device: str = "cpu",
     *,
-    report: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> Model:
-    """Open a model (a folder, a .gguf file, or a built-in name such as smollm2) on a path, ready to run.
+    """Make a model ready to run on a path.
 
-    `path` is compiled or reference; `storage` how weights are kept (float32, bfloat16, int8); `compute` the
-    arithmetic. The compiled path compiles here, once for any prompt and batch size. `report` is told what takes long.
+    `model` is a folder, a .gguf file, a built-in name such as smollm2, or a checkpoint that is already open; `path` is
+    compiled or reference; `storage` how weights are kept (float32, bfloat16, int8); `compute` the arithmetic. The
+    compiled path compiles here, once for any prompt and batch size. `report` is told what takes long.
 
-    Raises `RequestError`, `CheckpointError`, `WeightError`, `ConfigError` or `MachineError`, all `TwinferError`s.
+    Raises a `TwinferError` that says what would be right: for a value that is none of these, a model that cannot be
+    used, or a machine that lacks what the path needs.
     """
     chosen_path = _choose(Path, path, "path")
     chosen_storage = _choose(Storage, storage, "storage")
     chosen_compute = _choose(Compute, compute, "compute")
     chosen_device = _device(device)
-    if model in PAPER_MODELS:
-        raise RequestError(
-            f"{model} is known by its config alone: there are no weights of it; see `twinfer inspect {model}`"
-        )
-    from twinfer.checkpoint import open_model  # here, so that importing twinfer stays light
-
     start = time.perf_counter()
-    checkpoint = open_model(model, report=report)
-    compile_s = 0.0
-    decoder: Decoder
-    if chosen_path is Path.REFERENCE:
-        from twinfer.reference.path import ReferencePath
-
-        decoder = ReferencePath(
-            checkpoint.source, storage=chosen_storage, compute=chosen_compute.dtype, device=chosen_device
-        )
-        load_s = time.perf_counter() - start
-    else:
-        from twinfer.compiled.path import CompiledPath
-
-        decoder = compiled = CompiledPath(
-            checkpoint.source, storage=chosen_storage, compute=chosen_compute.dtype, device=chosen_device, report=report
-        )
-        load_s = time.perf_counter() - start
-        compile_s = compiled.compile()
+    checkpoint = open_checkpoint(model, report) if isinstance(model, str) else model
+    make = {Path.REFERENCE: _reference, Path.COMPILED: _compiled}[chosen_path]
+    decoder, compile_s = make(checkpoint.source, chosen_storage, chosen_compute.dtype, chosen_device, report)
     return Model(
         decoder=decoder,
         checkpoint=checkpoint,
         path=chosen_path,
         storage=chosen_storage,
         compute=chosen_compute,
-        load_s=load_s,
+        load_s=time.perf_counter() - start - compile_s,
         compile_s=compile_s,
     )
+
+
+# The rooms below are imported where they are needed: importing twinfer must bring neither a compiler nor file formats.
+
+
+def open_checkpoint(model: str, report: Report | None = None) -> "Checkpoint":
+    """Open a folder, a .gguf file, or a built-in name; raises `TwinferError` where that fails."""
+    from twinfer.checkpoint import open_model
+
+    if model in PAPER_MODELS:
+        raise RequestError(
+            f"{model} is known by its config alone: there are no weights of it; see `twinfer inspect {model}`"
+        )
+    return open_model(model, report=report)
+
+
+def _reference(
+    source: WeightSource, storage: Storage, compute: torch.dtype, device: torch.device, report: Report | None
+) -> tuple[Decoder, float]:
+    from twinfer.reference.path import ReferencePath
+
+    return ReferencePath(source, storage=storage, compute=compute, device=device), 0.0
+
+
+def _compiled(
+    source: WeightSource, storage: Storage, compute: torch.dtype, device: torch.device, report: Report | None
+) -> tuple[Decoder, float]:
+    from twinfer.compiled.path import CompiledPath
+
+    decoder = CompiledPath(source, storage=storage, compute=compute, device=device, report=report)
+    return decoder, decoder.compile()
 
 
 def _choose(kind: type[Choice], value: str, what: str) -> Choice:

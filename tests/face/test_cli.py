@@ -180,6 +180,7 @@ def test_interrupt_and_closed_pipe_are_quiet(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("tiny_opens")
 def test_a_bug_keeps_its_traceback(monkeypatch):
     """Only errors raised on purpose become one line: the rest must be seen."""
 
