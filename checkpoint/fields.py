@@ -13,6 +13,11 @@ from ..spec.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
 
+MOST = 2**31 - 1
+"""No size of a model comes near; a damaged file may say so, and must not make anything that large."""
+
+MOST_LAYERS = 10_000
+
 _REQUIRED: Any = object()
 
 
@@ -42,11 +47,11 @@ class Fields:
         """Whether the field is there and not null."""
         return self.values.get(name) is not None
 
-    def integer(self, name: str, default: int | None = _REQUIRED, *, least: int = 1) -> int:
-        """A whole number of at least `least`."""
+    def integer(self, name: str, default: int | None = _REQUIRED, *, least: int = 1, most: int = MOST) -> int:
+        """A whole number from `least` to `most`."""
         value = self._take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.wrong(name, f"a whole number of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.wrong(name, f"a whole number from {least} to {most}")
         return value
 
     def optional_integer(self, name: str, absent: int | None) -> int | None:

@@ -18,7 +18,7 @@ from ..spec.config import (
 )
 from ..spec.errors import CheckpointError, ConfigError, WeightError
 from . import rotary
-from .fields import Fields
+from .fields import MOST_LAYERS, Fields
 from .gguf_file import GgufFile
 from .permutation import key_rows, query_rows
 from .source import FileSource
@@ -125,7 +125,7 @@ def _config(fields: Fields, file: GgufFile) -> ModelConfig:
         hidden=hidden,
         vocabulary=fields.integer("vocab_size", file.shapes.get("token_embd.weight", (0,))[0]),
         context=fields.integer("context_length"),
-        layers=(layer,) * fields.integer("block_count"),
+        layers=(layer,) * fields.integer("block_count", most=MOST_LAYERS),
         final_norm=norm,
         learned_positions=False,
         tied_head="output.weight" not in file.shapes,

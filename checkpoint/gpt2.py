@@ -2,7 +2,7 @@
 
 from ..spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
 from .family import ACTIVATIONS, Family, Understood, head_size
-from .fields import Fields
+from .fields import MOST_LAYERS, Fields
 from .table import Ignorable, Stored, Table
 
 _QKV = ("attention.query", "attention.key", "attention.value")
@@ -68,7 +68,7 @@ def _read(config: Fields) -> Understood:
         hidden=hidden,
         vocabulary=config.integer("vocab_size"),
         context=config.integer("n_positions"),
-        layers=tuple(layer(index) for index in range(config.integer("n_layer"))),
+        layers=tuple(layer(index) for index in range(config.integer("n_layer", most=MOST_LAYERS))),
         final_norm=norm,
         learned_positions=True,
         tied_head=config.flag("tie_word_embeddings", True),

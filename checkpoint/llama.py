@@ -12,7 +12,7 @@ from ..spec.config import (
 )
 from . import rotary
 from .family import ACTIVATIONS, Family, Understood, head_size
-from .fields import Fields
+from .fields import MOST_LAYERS, Fields
 from .table import Ignorable, Stored, Table
 
 TABLE = Table(
@@ -78,7 +78,7 @@ def _read(config: Fields, *, biases: bool, window: int | None) -> Understood:
         hidden=hidden,
         vocabulary=config.integer("vocab_size"),
         context=config.integer("max_position_embeddings"),
-        layers=(layer,) * config.integer("num_hidden_layers"),
+        layers=(layer,) * config.integer("num_hidden_layers", most=MOST_LAYERS),
         final_norm=norm,
         learned_positions=False,
         tied_head=config.flag("tie_word_embeddings", False),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..spec.config import ModelConfig
-from ..spec.errors import CheckpointError
+from ..spec.errors import CheckpointError, TwinferError
 from ..spec.weights import WeightSource
 from . import gguf_model, gguf_tokenizer, huggingface
 from .builtin import BUILT_IN, cache_folder
@@ -38,20 +38,28 @@ def open_model(model: str, *, report: Callable[[str], None] | None = None) -> Ch
     `report` is told, in a line each, what takes long. Raises `CheckpointError`, `ConfigError` or `WeightError` for a
     model that cannot be used.
     """
-    if model in BUILT_IN:  # a folder of that name can still be given as ./name
-        return _open_gguf(fetched(BUILT_IN[model], cache_folder(), report or _quiet), model)
-    path = Path(model).expanduser()
     try:
-        if path.is_dir():
-            return _open_folder(path)
-        if path.is_file():
-            return _open_gguf(path, path.stem)
+        return _open(model, report or _quiet)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from None
-    kind = "file" if path.suffix else "folder"
+        raise CheckpointError(f"{model} cannot be read: {error.strerror or error}; check its permissions") from None
+    except TwinferError as error:
+        if str(error).isprintable():
+            raise
+        escaped = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(error))
+        raise type(error)(escaped) from None  # a name in a damaged file may hold anything, line ends included
+
+
+def _open(model: str, report: Callable[[str], None]) -> Checkpoint:
+    if model in BUILT_IN:  # a folder of that name can still be given as ./name
+        return _open_gguf(fetched(BUILT_IN[model], cache_folder(), report), model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        return _open_gguf(path, path.stem)
     raise CheckpointError(
-        f"there is no model {model!r}: it is no {kind} here and no built-in name ({', '.join(BUILT_IN)}); give one of "
-        "those names, a .gguf file, or a Hugging Face folder (config.json and model.safetensors)"
+        f"there is no model {model!r}: neither a file or folder here nor a built-in name ({', '.join(BUILT_IN)}); give "
+        "one of those names, a .gguf file, or a Hugging Face folder (config.json and model.safetensors)"
     )
 
 

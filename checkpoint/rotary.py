@@ -16,13 +16,20 @@ from torch import Tensor
 from ..spec.errors import ConfigError
 from .fields import Fields
 
+MOST_SIZE = 2**16
+"""Far above any head's size; what a damaged file says must not make a table larger than this."""
+
 
 def frequencies(base: float, size: int) -> Tensor:
     """The unscaled frequencies of a head whose first `size` elements rotate: float64 [J].
 
+    Raises `ConfigError` for a size that no head has.
+
     >>> frequencies(10000.0, 4).tolist()
     [1.0, 0.01]
     """
+    if not 0 < size <= MOST_SIZE:
+        raise ConfigError(f"the rotary size is {size}; it must be from 1 to {MOST_SIZE}")
     exponent_J = torch.arange(0, size, 2, dtype=torch.float64) / size
     return 1 / torch.tensor(base, dtype=torch.float64) ** exponent_J
 

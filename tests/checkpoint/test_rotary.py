@@ -1,0 +1,151 @@
+"""Rotary frequencies against transformers' own initialisers, which compute in float32, and against their definition."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from twinfer.checkpoint import rotary
+from twinfer.checkpoint.fields import Fields
+from twinfer.spec.errors import ConfigError
+
+bases = st.sampled_from([100.0, 10000.0, 100000.0, 500000.0, 1e6])
+sizes = st.integers(1, 64).map(lambda pairs: 2 * pairs)
+factors = st.sampled_from([1.0, 2.0, 4.0, 8.0, 32.0, 2.5])
+
+
+@st.composite
+def llama3_scalings(draw: st.DrawFn) -> dict[str, Any]:
+    low = draw(st.sampled_from([0.5, 1.0, 2.0]))
+    return {
+        "rope_type": "llama3",
+        "factor": draw(factors),
+        "low_freq_factor": low,
+        "high_freq_factor": low + draw(st.sampled_from([0.5, 3.0])),
+        "original_max_position_embeddings": draw(st.sampled_from([16, 512, 8192])),
+    }
+
+
+scalings = st.one_of(
+    st.just({"rope_type": "default"}),
+    st.builds(lambda factor: {"rope_type": "linear", "factor": factor}, factors),
+    llama3_scalings(),
+)
+
+
+def ours(config: dict[str, Any], size: int) -> Tensor:
+    fields = Fields(config, "config.json: ")
+    frequency_J = rotary.from_config(fields, size)
+    fields.finish()
+    return frequency_J
+
+
+def theirs(base: float, size: int, scaling: dict[str, Any]) -> Tensor:
+    config = LlamaConfig(
+        hidden_size=4 * size,
+        num_attention_heads=4,
+        rope_parameters={"rope_theta": base, **scaling},
+        max_position_embeddings=2 * 8192,
+    )
+    module = LlamaRotaryEmbedding(config)
+    assert module.attention_scaling == 1.0
+    return module.inv_freq
+
+
+@given(base=bases, size=sizes, scaling=scalings)
+def test_frequencies_are_transformers(base: float, size: int, scaling: dict[str, Any]) -> None:
+    """To the float32 error of theirs.
+
+    Theirs rounds the exponent 2j/size (off by u = eps/2 of it), which base ** x makes ln(base) * u relative; the
+    power itself, good to 2 u; one u for the reciprocal, and one for each of at most seven operations of scaling.
+    Blending subtracts (turns - low) before it divides by (high - low), with |d kept| <= 2 u turns / (high - low) more.
+    """
+    unit = torch.finfo(torch.float32).eps / 2
+    expected_J = theirs(base, size, scaling).double()
+    relative = unit * (math.log(base) + 2 + 1 + 7)
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        blended = (relative + 4 * unit) * high / (high - low)  # of `kept`, where turns <= high
+        relative += blended * scaling["factor"]  # relative to a frequency at least 1 / factor of the plain one
+    found_J = ours({"rope_parameters": {"rope_theta": base, **scaling}}, size)
+    assert found_J.dtype == torch.float64
+    assert bool(((found_J - expected_J).abs() <= relative * expected_J).all()), (found_J / expected_J - 1) / unit
+
+
+@given(base=bases, size=sizes)
+def test_frequencies_keep_their_law(base: float, size: int) -> None:
+    """frequency[j] ** size * base ** 2j = 1, checked in exact arithmetic to a few float64 roundings a factor."""
+    frequency_J = rotary.frequencies(base, size)
+    unit = Fraction(torch.finfo(torch.float64).eps) / 2
+    # a relative error e of the frequency counts size times; e <= (ln(base) + 4) u, as above but in float64
+    allowed = size * unit * (math.ceil(math.log(base)) + 4) * 2
+    for pair, frequency in enumerate(frequency_J.tolist()):
+        assert abs(Fraction(frequency) ** size * Fraction(base) ** (2 * pair) - 1) <= allowed
+
+
+@given(base=bases, size=sizes, scaling=scalings)
+def test_older_and_newer_config_styles_mean_the_same(base: float, size: int, scaling: dict[str, Any]) -> None:
+    newer = ours({"rope_parameters": {"rope_theta": base, **scaling}}, size)
+    older = ours({"rope_theta": base, "rope_scaling": scaling}, size)
+    renamed = {"type" if name == "rope_type" else name: value for name, value in scaling.items()}
+    oldest = ours({"rope_theta": base, "rope_scaling": renamed}, size)
+    assert torch.equal(newer, older)
+    assert torch.equal(newer, oldest)
+
+
+@given(base=bases, size=sizes, scaling=llama3_scalings())
+def test_banded_scaling_keeps_fast_pairs_and_divides_slow_ones(base: float, size: int, scaling: dict[str, Any]) -> None:
+    plain_J = rotary.frequencies(base, size)
+    scaled_J = ours({"rope_parameters": {"rope_theta": base, **scaling}}, size)
+    turns_J = plain_J * scaling["original_max_position_embeddings"] / (2 * math.pi)
+    fast_J, slow_J = turns_J >= scaling["high_freq_factor"], turns_J <= scaling["low_freq_factor"]
+    assert torch.equal(scaled_J[fast_J], plain_J[fast_J])
+    assert torch.equal(scaled_J[slow_J], plain_J[slow_J] * (1 / scaling["factor"]))
+    between_J = ~(fast_J | slow_J)
+    assert bool((scaled_J[between_J] <= plain_J[between_J]).all())
+    assert bool((scaled_J[between_J] >= plain_J[between_J] / scaling["factor"]).all())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            'rope_type is "yarn"; it must be one of default, linear',
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0}},
+            "rope_scaling.factor is 0; it must be a finite number above 0",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2, "mscale": 1}},
+            "rope_scaling.mscale is 1; this version does not",
+        ),
+        ({"rope_scaling": {}, "rope_parameters": {}}, "rope_scaling and rope_parameters are both given"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; it must be 1"),
+        ({"rope_theta": "10000"}, 'rope_theta is "10000"; it must be a finite number'),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": 8192,
+                }
+            },
+            "high_freq_factor is 4.0; it must be above low_freq_factor, 4.0",
+        ),
+    ],
+)
+def test_scalings_that_are_not_understood_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        ours(config, 8)
