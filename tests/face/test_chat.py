@@ -1,8 +1,13 @@
 """Chat templates: rendered as their authors meant them, in a sandbox."""
 
-import pytest
+from dataclasses import replace
 
-from twinfer.chat import render_chat
+import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from twinfer.chat import encode, render_chat
+from twinfer.checkpoint import Tokenizer
 from twinfer.spec.errors import CheckpointError, RequestError
 
 HELLO = [{"role": "user", "content": "Hello <&>"}]
@@ -48,3 +53,11 @@ def test_broken_and_escaping_templates_are_refused(template):
 def test_a_template_can_refuse_messages():
     with pytest.raises(RequestError, match="refuses these messages: roles must alternate"):
         render_chat("{{ raise_exception('roles must alternate') }}", HELLO, {})
+
+
+def test_begin_tokens_are_not_added_twice(tiny):
+    """A tokenizer that begins every text with a special token does so for plain prompts, not for rendered chats."""
+    inner = tokenizers.Tokenizer.from_str(tiny.tokenizer.inner.to_str())
+    inner.post_processor = TemplateProcessing(single="<turn> $A", special_tokens=[("<turn>", 257)])
+    begins = replace(tiny, tokenizer=Tokenizer(inner), chat_template="<turn>{{ messages[0]['content'] }}")
+    assert encode(begins, "hi", chat=True) == encode(begins, "hi") == [257, *tiny.tokenizer.encode("hi")]

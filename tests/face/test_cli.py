@@ -124,6 +124,7 @@ BAD = {
     ),
     "absent device": ([*TINY, "--prompt", "x", "--device", "cuda:99"], "on this machine it must be one of cpu"),
     "no prompts file": ([*TINY, "--prompts-file", "/nowhere/prompts"], "No such file"),
+    "line break in a name": ([*TINY, "--prompts-file", "/nowhere\nfor prompts"], "/nowhere for prompts cannot be read"),
     "chat with ids": ([*TINY, "--prompt-ids", "1", "--chat"], "--chat takes text"),
     "paper model": (
         ["generate", "lm-175b", "--prompt", "x"],

@@ -156,6 +156,7 @@ class Pieces:
     stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
 )
 @example(pieces=["abc", "d"], stops=["abcd", "bc"])
+@example(pieces=["abcd"], stops=["abcd", "bc"])
 def test_a_stop_string_cuts_the_text_wherever_tokens_end(pieces, stops):
     """The text ends before the stop string that is complete first, whatever pieces it comes in; else it is whole."""
     whole = "".join(pieces)
@@ -188,9 +189,14 @@ def test_stop_strings_end_a_row(witness, tiny, seed, where, size):
     assert cut.text == free.text.split(stop)[0]
 
 
-def test_timings_count_tokens_of_the_whole_batch(witness):
-    timings = (generation := twinfer.generate(witness, [[1, 2, 3], [4]], max_new_tokens=5)).timings
+@same_fixture
+@given(prompts=st.lists(ids, min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_timings_count_tokens_of_the_whole_batch(witness, prompts, seed):
+    """Prefill counts prompt tokens; decode counts new tokens without the first of each row, whenever rows end."""
+    how = {"max_new_tokens": 5, "sampling": Sampling(temperature=1.0), "seed": seed, "end_tokens": range(0, 256, 3)}
+    timings = (generation := twinfer.generate(witness, prompts, **how)).timings
     assert timings.prefill_tokens_per_s is timings.decode_tokens_per_s is None
-    generation.outputs()
-    assert (timings.prefill_tokens, timings.decode_tokens) == (4, 8)
-    assert timings.decode_tokens_per_s == 8 / timings.decode_s
+    outputs = generation.outputs()
+    assert timings.prefill_tokens == sum(map(len, prompts))
+    assert timings.decode_tokens == sum(len(output.ids) - 1 for output in outputs)
+    assert timings.decode_tokens_per_s == (timings.decode_tokens / timings.decode_s if timings.decode_tokens else None)
