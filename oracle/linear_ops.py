@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..reference.embedding import embed, head_logits
 from ..reference.linear import linear
+from ..spec.decoder import Path
 from ..spec.weights import EmbeddingWeights, LinearWeights
+from . import fast
 from .budget import Budget
-from .case import DTYPES, UNMASKED, Case, Inputs, Picker, activations, parameters
+from .case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from .laws import call, first_rows_alone, repeats_itself
 from .op import Function, Op
 from .scale import linear_scale
@@ -21,17 +23,32 @@ from .variants import changed, one_row_3_percent_off, permutation, then
 
 
 def linear_weights(case: Case, name: str, outputs: int, inputs: int, bias: bool) -> LinearWeights:
+    """Weights of the case's kind; with the option "int8", such as int8 storage holds exactly."""
+    int8 = case.options.get("weights") == "int8"
     return LinearWeights(
-        weight_NI=parameters(case, name + " weight", outputs, inputs),
+        weight_NI=(_int8_exact if int8 else parameters)(case, name + " weight", outputs, inputs),
         bias_N=parameters(case, name + " bias", outputs) if bias else None,
     )
+
+
+def _int8_exact(case: Case, name: str, outputs: int, inputs: int) -> Tensor:
+    """Codes that reach 127 in every row, times a power of two."""
+    generator = case.generator(name)
+    code_NI = torch.randint(-127, 128, (outputs, inputs), generator=generator)
+    code_NI[:, 0] = 127
+    power_N1 = (
+        torch.zeros(outputs, 1)
+        if case.data is Data.INTEGER
+        else torch.randint(-9, -3, (outputs, 1), generator=generator)
+    )
+    return (code_NI * 2.0**power_N1).to(case.dtype)
 
 
 def linear_cases(pick: Picker) -> Case:
     return Case(
         op="linear",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "I": pick.integer(1, 40), "N": pick.integer(1, 9)},
-        options={"bias": pick.choice([False, True])},
+        options={"bias": pick.choice([False, True]), "weights": pick.choice(["float", "int8"])},
         data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
@@ -91,19 +108,13 @@ def _weights_rounded_to_bfloat16(inputs: Inputs) -> Inputs:
 
 def adds_up(op: Op, function: Function, case: Case) -> None:
     """On integers, where nothing rounds, the map of a doubled input without bias is the doubled map."""
-    whole = replace_data(case)
+    whole = replace(case, data=Data.INTEGER, dtype=torch.float32)
     inputs = op.inputs(whole)
     without_bias = _no_bias(inputs)["weights"] if "weights" in inputs else replace(inputs["projection"], bias_N=None)
     weights = "weights" if "weights" in inputs else "projection"
     once = call(op, function, whole, **{weights: without_bias})[0]
     twice = call(op, function, whole, **{weights: without_bias, "x": 2 * inputs["x"]})[0]
     assert torch.equal(2 * once, twice)
-
-
-def replace_data(case: Case) -> Case:
-    from .case import Data
-
-    return replace(case, data=Data.INTEGER, dtype=torch.float32)
 
 
 LINEAR = Op(
@@ -130,7 +141,7 @@ LINEAR = Op(
     },
     flops=lambda n: 2 * n.B * n.T * n.I * n.N,
     bytes=lambda n: 4 * (n.B * n.T * (n.I + n.N) + n.N * (n.I + 1)),
-    no_fast="pending",
+    fast={Path.COMPILED: fast.LINEAR},
 )
 
 
@@ -138,6 +149,7 @@ def head_cases(pick: Picker) -> Case:
     return Case(
         op="head_logits",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "M": pick.integer(1, 40), "V": pick.integer(1, 30)},
+        options={"weights": pick.choice(["float", "int8"])},
         data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
@@ -195,7 +207,7 @@ HEAD_LOGITS = Op(
     },
     flops=lambda n: 2 * n.B * n.T * n.M * n.V,
     bytes=lambda n: 4 * (n.B * n.T * (n.M + n.V) + n.V * n.M),
-    no_fast="pending",
+    fast={Path.COMPILED: fast.HEAD_LOGITS},
 )
 
 
@@ -276,5 +288,5 @@ EMBED = Op(
     },
     flops=lambda n: n.B * n.T * n.M,
     bytes=lambda n: 4 * 3 * n.B * n.T * n.M,
-    no_fast="pending",
+    fast={Path.COMPILED: fast.EMBED},
 )

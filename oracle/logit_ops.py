@@ -428,7 +428,7 @@ DRAW = Op(
     cases=_cases("draw"),
     inputs=draw_inputs,
     guarantee=Statistical(probability=_normalised),
-    properties=(),
+    properties=(repeats_itself,),
     right={"multinomial": _multinomial, "gumbel": _gumbel},
     wrong={
         "always_the_mode": _always_the_mode,

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..reference.norms import layer_norm, rms_norm
 from ..spec.config import NormConfig, NormKind
+from ..spec.decoder import Path
 from ..spec.weights import NormWeights
+from . import fast
 from .budget import Budget, Scale
 from .case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from .laws import assert_same_bits, call, first_rows_alone, repeats_itself
@@ -149,7 +151,7 @@ LAYER_NORM = Op(
     },
     flops=lambda n: 8 * n.B * n.T * n.M,
     bytes=lambda n: 4 * (2 * n.B * n.T * n.M + 2 * n.M),
-    no_fast="pending",
+    fast={Path.COMPILED: fast.LAYER_NORM},
 )
 
 RMS_NORM = Op(
@@ -171,5 +173,5 @@ RMS_NORM = Op(
     },
     flops=lambda n: 5 * n.B * n.T * n.M,
     bytes=lambda n: 4 * (2 * n.B * n.T * n.M + n.M),
-    no_fast="pending",
+    fast={Path.COMPILED: fast.RMS_NORM},
 )

@@ -15,7 +15,7 @@ from .trial import Guarantee, Trial
 Function = Callable[..., Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Fast:
     """A fast callable, and how to call it like the reference."""
 
@@ -26,6 +26,12 @@ class Fast:
 
     The function is an argument so that a test may hand in a compiled version of it.
     """
+    applies: Callable[[Inputs], bool] = lambda inputs: True
+    """Whether the path ever calls the function on such inputs."""
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
 
     def __call__(self, **inputs: Any) -> Any:
         return self.adapt(self.function, inputs)
@@ -58,7 +64,8 @@ class Op:
     bytes: Callable[[SimpleNamespace], int]
     """Bytes read and written where each float32 input is read once and each output written once."""
     properties: tuple[Law, ...] = ()
-    fast: Mapping[Path, Fast] = field(default_factory=dict)
+    fast: Mapping[Path, tuple[Fast, ...]] = field(default_factory=dict)
+    """For each path, the functions that do this op in its graphs: one for decoding, another for prefill."""
     no_fast: str | None = None
     """Why there is no fast twin."""
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..reference.positions import rotate
 from ..spec.config import RotaryLayout
+from ..spec.decoder import Path
+from . import fast
 from .budget import Budget
 from .case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from .laws import assert_same_bits, call, first_rows_alone, repeats_itself
@@ -182,5 +184,5 @@ ROTATE = Op(
     },
     flops=lambda n: 6 * n.B * n.T * n.H * n.J,
     bytes=lambda n: 4 * 2 * n.B * n.T * n.H * n.D,
-    no_fast="pending",
+    fast={Path.COMPILED: fast.ROTATE},
 )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..reference.quantise import RowQuantised, dequantise_rows, quantise_rows, stored
 from ..spec.config import Storage
+from ..spec.decoder import Path
+from . import fast
 from .budget import Budget
 from .case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from .guarantees import Bitwise, Discrete
@@ -129,7 +131,7 @@ QUANTISE_ROWS = Op(
     },
     flops=lambda n: 3 * n.N * n.I,
     bytes=lambda n: 4 * n.N * n.I + n.N * (n.I + 4),
-    no_fast="pending",
+    fast={Path.COMPILED: fast.QUANTISE_ROWS},
 )
 
 
@@ -176,7 +178,7 @@ DEQUANTISE_ROWS = Op(
     },
     flops=lambda n: n.N * n.I,
     bytes=lambda n: n.N * (n.I + 4) + 4 * n.N * n.I,
-    no_fast="pending",
+    fast={Path.COMPILED: fast.DEQUANTISE_ROWS},
 )
 
 
@@ -237,5 +239,5 @@ STORED = Op(
     },
     flops=lambda n: 4 * n.N * n.I,
     bytes=lambda n: 4 * 2 * n.N * n.I,
-    no_fast="pending",
+    fast={Path.COMPILED: fast.STORED},
 )

@@ -21,6 +21,6 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     digits = 1 - round(math.log2(limits.eps))  # binary digits of the significand, the hidden one included
     smallest = round(math.log2(limits.smallest_normal)) + 1  # exponent of the smallest normal number, as frexp counts
     magnitude = value.to(torch.float64).abs()
-    exponent = torch.frexp(magnitude).exponent.clamp_min(smallest)
+    exponent = torch.frexp(magnitude).exponent.clamp_min(smallest).where(magnitude > 0, smallest)
     step = torch.ldexp(torch.ones_like(magnitude), exponent - digits)
     return torch.where(torch.isfinite(magnitude), step, torch.nan)

@@ -1,0 +1,226 @@
+"""The compiled path's functions as fast twins: each is called like the reference, on inputs packed as its graph packs them.
+
+The compiled path computes in float32: narrower cases are widened on the way in and rounded on the way out.
+
+Shapes: as in the reference's files, and R rows, C slots of a static cache.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiled import attention, linear, mlp, norms, packing, rotary
+from ..compiled.linear import Matrix
+from ..reference.cache import KVCache
+from ..reference.quantise import RowQuantised
+from ..spec.config import Storage
+from ..spec.weights import EmbeddingWeights, LinearWeights, NormWeights
+from .case import Inputs
+from .op import Fast, Function
+
+
+def matrix_of(weights: LinearWeights) -> tuple[Matrix, Storage]:
+    """The weights packed in the narrowest storage that holds them exactly, so that packing rounds nothing."""
+    weight_NI = weights.weight_NI.float()
+    for storage in (Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
+        packed = packing.pack(weight_NI, storage, weights.bias_N)
+        matrix = Matrix(packing.as_graph_input(packed), packed.scale_N, packed.bias_N)
+        if torch.equal(packing.unpack(matrix.word_NJ, matrix.scale_N, storage, packed.inputs), weight_NI):
+            return matrix, storage
+    raise AssertionError("float32 holds every float32 weight")
+
+
+def _few(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
+    matrix, storage = matrix_of(weights)
+    out: Tensor = function(x.flatten(0, -2).float(), matrix, storage)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _many(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
+    matrix, storage = matrix_of(weights)
+    scratch = torch.full((weights.weight_NI.numel() + 1,), torch.nan)  # whatever it held before must not matter
+    out: Tensor = function(x.flatten(0, -2).float(), matrix, storage, scratch)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _linear_few(function: Function, inputs: Inputs) -> Tensor:
+    return _few(function, inputs["x"], inputs["weights"]).to(inputs["x"].dtype)
+
+
+def _linear_many(function: Function, inputs: Inputs) -> Tensor:
+    return _many(function, inputs["x"], inputs["weights"]).to(inputs["x"].dtype)
+
+
+def _head(function: Function, inputs: Inputs) -> Tensor:
+    return _few(function, inputs["x"], inputs["projection"])
+
+
+LINEAR = (Fast(linear.linear_few, _linear_few), Fast(linear.linear_many, _linear_many))
+HEAD_LOGITS = (Fast(linear.linear_few, _head),)
+
+
+def _lookup(function: Function, inputs: Inputs) -> Tensor:
+    weights: EmbeddingWeights = inputs["weights"]
+    token_BT: Tensor = inputs["token_BT"]
+    table, storage = matrix_of(LinearWeights(weight_NI=weights.token_VM))
+    x_BTM: Tensor = function(token_BT.flatten(), table, storage, weights.token_VM.shape[1]).unflatten(0, token_BT.shape)
+    if weights.position_PM is not None:
+        x_BTM = x_BTM + weights.position_PM.float()[inputs["position_T"]]
+    dtype: torch.dtype = inputs["dtype"]
+    return x_BTM.to(dtype)
+
+
+EMBED = (Fast(linear.lookup, _lookup),)
+
+
+def _norm(function: Function, inputs: Inputs) -> Tensor:
+    x: Tensor = inputs["x"]
+    weights: NormWeights = inputs["weights"]
+    vectors = [weights.gain_M.float()] if weights.bias_M is None else [weights.gain_M.float(), weights.bias_M.float()]
+    out: Tensor = function(x.flatten(0, -2).float(), *vectors, inputs["epsilon"])
+    return out.reshape(x.shape).to(x.dtype)
+
+
+LAYER_NORM = (Fast(norms.layer_norm, _norm),)
+RMS_NORM = (Fast(norms.rms_norm, _norm),)
+
+
+def _activation(function: Function, inputs: Inputs) -> Tensor:
+    out: Tensor = function(inputs["x"].float(), inputs["kind"])
+    return out.to(inputs["x"].dtype)
+
+
+ACTIVATION = (Fast(mlp.activation, _activation),)
+
+
+def _rotate(function: Function, inputs: Inputs) -> Tensor:
+    x_BTHD: Tensor = inputs["x_BTHD"]
+    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"])
+    rows = [function(x_THD, cos_TJ, sin_TJ, inputs["layout"]) for x_THD in x_BTHD.float()]
+    return torch.stack(rows).to(x_BTHD.dtype)
+
+
+ROTATE = (Fast(rotary.rotate, _rotate),)
+
+
+def _mask(function: Function, inputs: Inputs) -> Tensor:
+    out: Tensor = function(inputs["query_position_T"], inputs["key_position_S"], inputs["window"])
+    return out == 0
+
+
+def _is_causal_without_padding(inputs: Inputs) -> bool:
+    return bool(inputs["causal"]) and inputs["key_length"] is None
+
+
+VISIBLE = (Fast(attention.mask, _mask, applies=_is_causal_without_padding),)
+
+
+def _prefill(function: Function, inputs: Inputs) -> Tensor:
+    """Sequence by sequence, each with its own slots between those of others."""
+    query_BTHD: Tensor = inputs["query_BTHD"]
+    mask_TS = torch.where(inputs["visible_TS"], 0.0, -torch.inf)
+    slots, start_B, capacity = _slots(inputs["key_BSKD"], inputs["value_BSKD"])
+    slot_S = torch.arange(capacity - _SPARE)
+    rows = [
+        function(query_THD, *slots, slot_S=start + slot_S, mask_TS=mask_TS, scale=inputs["scale"])
+        for query_THD, start in zip(query_BTHD.float(), start_B, strict=True)
+    ]
+    return torch.stack(rows).to(query_BTHD.dtype)
+
+
+def _decode(function: Function, inputs: Inputs) -> Tensor:
+    """All sequences at once, query by query; a query that sees keys lo .. hi stands at hi, with that window."""
+    query_BTHD: Tensor = inputs["query_BTHD"]
+    slots, start_B, _ = _slots(inputs["key_BSKD"], inputs["value_BSKD"])
+    slot_S = torch.arange(inputs["key_BSKD"].shape[1])
+    columns = []
+    for t, seen_S in enumerate(inputs["visible_TS"]):
+        seen = seen_S.nonzero()[:, 0]
+        columns.append(
+            function(
+                query_BTHD[:, t].float(),
+                *slots,
+                start_R=start_B,
+                position_R=seen[-1].expand(len(query_BTHD)),
+                slot_S=slot_S,
+                scale=inputs["scale"],
+                window=len(seen),
+            )
+        )
+    return torch.stack(columns, 1).to(query_BTHD.dtype)
+
+
+_SPARE = 2  # slots past every sequence's length, full of NaN
+
+
+def _slots(key_BSKD: Tensor, value_BSKD: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, int]:
+    """Static caches [B * C, K, D] that hold the keys and values, the start of each sequence, and C."""
+    batch, held = key_BSKD.shape[:2]
+    capacity = held + _SPARE
+    caches = []
+    for part in (key_BSKD, value_BSKD):
+        cache = torch.full((batch, capacity, *part.shape[2:]), torch.nan)
+        cache[:, :held] = part
+        caches.append(cache.flatten(0, 1))
+    return (caches[0], caches[1]), torch.arange(batch) * capacity, capacity
+
+
+def _sees_something(inputs: Inputs) -> bool:
+    return bool(inputs["visible_TS"].any(-1).all())
+
+
+def _sees_runs(inputs: Inputs) -> bool:
+    """Whether every query sees an unbroken run of keys, as causal masks and windows give."""
+    seen_TS: Tensor = inputs["visible_TS"]
+    rises = (seen_TS.int().diff(dim=1, prepend=torch.zeros(len(seen_TS), 1, dtype=torch.int32)) == 1).sum(-1)
+    return bool((rises == 1).all())
+
+
+ATTENTION = (
+    Fast(attention.attend_decode, _decode, applies=_sees_runs),
+    Fast(attention.attend_prefill, _prefill, applies=_sees_something),
+)
+
+
+def _write(function: Function, inputs: Inputs) -> KVCache:
+    """New tokens of all sequences, token by token, into slots between those of others."""
+    cache: KVCache = inputs["cache"]
+    held, new = cache.length, inputs["key_BTKD"].shape[1]
+    grown = []
+    for old, more in ((cache.key_BSKD, inputs["key_BTKD"]), (cache.value_BSKD, inputs["value_BTKD"])):
+        capacity = held + new + _SPARE
+        slots = torch.full((len(old), capacity, *old.shape[2:]), torch.nan, dtype=old.dtype)
+        slots[:, :held] = old
+        slots = slots.flatten(0, 1)
+        start_B = torch.arange(len(old)) * capacity
+        for t in range(new):
+            function(slots, start_B + held + t, more[:, t])
+        grown.append(slots.unflatten(0, (len(old), capacity))[:, : held + new])
+    return KVCache(*grown)
+
+
+APPEND = (Fast(attention.write, _write),)
+
+
+def _quantise(function: Function, inputs: Inputs) -> RowQuantised:
+    return RowQuantised(*function(inputs["weight_NI"]))
+
+
+def _unpack(function: Function, inputs: Inputs) -> Tensor:
+    quantised: RowQuantised = inputs["quantised"]
+    words = packing.pack_lanes(quantised.code_NI, bits=8).view(torch.float32)
+    out: Tensor = function(words, quantised.scale_N, Storage.INT8, quantised.code_NI.shape[1])
+    dtype: torch.dtype = inputs["dtype"]
+    return out.to(dtype)
+
+
+def _pack(function: Function, inputs: Inputs) -> Tensor:
+    packed: Any = function(inputs["weight_NI"], inputs["storage"])
+    out = packing.unpack(packing.as_graph_input(packed), packed.scale_N, inputs["storage"], packed.inputs)
+    return out.to(inputs["dtype"])
+
+
+QUANTISE_ROWS = (Fast(packing.quantise, _quantise),)
+DEQUANTISE_ROWS = (Fast(packing.unpack, _unpack),)
+STORED = (Fast(packing.pack, _pack),)

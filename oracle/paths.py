@@ -1,0 +1,274 @@
+"""Comparing whole models: a path beside the reference, through any schedule of open, extend and close.
+
+Teacher-forced: the truth (the reference in float64), the eager reference (in the candidate's compute dtype) and the
+candidate are fed the same tokens, and judged after each step. A row is one position of one sequence; its scale is that
+of the head's contraction, max(|head| @ |last hidden|). Greedy choices must be equal unless the float64 gap is
+within the sum of both budgets: such a tie is admissible, and printed.
+
+Shapes: B sequences, T_i new tokens of sequence i, R rows judged in a step, E eager runs, M hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..reference.path import ReferenceSequences
+from ..spec.decoder import Decoder, Sequences
+from .budget import Budget, judge_rows
+from .schedule import GREEDY, Close, Extend, Open, Schedule, generation
+from .trial import Verdict
+from .yardstick import Yardstick, worst_of
+
+WHOLE_MODEL = Budget(rows="R")
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """A greedy choice that differs from the truth's, within what both budgets allow."""
+
+    step: int
+    sequence: int
+    position: int
+    chosen: int
+    best: int
+    gap: float
+    allowed: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}, sequence {self.sequence}, position {self.position}: token {self.chosen} instead of "
+            f"{self.best}; they are {self.gap:.3g} apart, and {self.allowed:.3g} is allowed"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class PathComparison:
+    """What came of a comparison. `holds` is the verdict; the rest says how near it was, or what went wrong."""
+
+    rows: int = 0
+    """Rows of logits judged."""
+    decisions: int = 0
+    """Greedy choices compared: one a row."""
+    largest_ratio: float = 0.0
+    """Largest error / bound."""
+    ties: list[Tie] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        return not self.failures
+
+    def __add__(self, other: "PathComparison") -> "PathComparison":
+        return PathComparison(
+            rows=self.rows + other.rows,
+            decisions=self.decisions + other.decisions,
+            largest_ratio=max(self.largest_ratio, other.largest_ratio),
+            ties=self.ties + other.ties,
+            failures=self.failures + other.failures,
+        )
+
+
+class PathMismatch(AssertionError):
+    """A path departed from the reference."""
+
+
+def compare_paths(yardstick: Yardstick, candidate: Decoder, schedule: Schedule) -> PathComparison:
+    """Run a schedule on the reference and the candidate, and judge every row of logits they return."""
+    return Comparison(yardstick, candidate).run(schedule)
+
+
+def assert_paths_agree(yardstick: Yardstick, candidate: Decoder, schedule: Schedule) -> PathComparison:
+    """`compare_paths`, raising `PathMismatch` with all failures and the schedule where it does not hold."""
+    comparison = compare_paths(yardstick, candidate, schedule)
+    if not comparison.holds:
+        raise PathMismatch("\n".join([*comparison.failures, f"schedule = {schedule!r}"]))
+    return comparison
+
+
+class Comparison:
+    """A comparison under way: feed it one step at a time, or a schedule."""
+
+    def __init__(self, yardstick: Yardstick, candidate: Decoder) -> None:
+        self.result = PathComparison()
+        self._truth, self._eager, self._candidate = yardstick.truth, yardstick.eager, candidate
+        self._groups: dict[str, _Group] = {}
+        self._step = 0
+        weight_VM = yardstick.truth.weights.projection.weight_NI
+        self._head_abs_VM = weight_VM.abs()
+
+    def run(self, schedule: Schedule) -> PathComparison:
+        try:
+            for step in schedule:
+                self.do(step)
+                if not self.result.holds:  # once apart, caches differ and every later row would be reported
+                    break
+        finally:
+            for group in list(self._groups):
+                self.do(Close(group))
+        return self.result
+
+    def do(self, step: Open | Extend | Close) -> None:
+        match step:
+            case Open(name, batch, reserve):
+                self._groups[name] = _Group(
+                    truth=self._truth.open(batch, reserve),
+                    eager=[eager.open(batch, reserve) for eager in self._eager],
+                    candidate=self._candidate.open(batch, reserve),
+                    last=[None] * batch,
+                )
+            case Extend(name, new_tokens, every_position):
+                self._extend(self._groups[name], new_tokens, every_position)
+            case Close(name):
+                group = self._groups.pop(name)
+                for sequences in (group.truth, *group.eager, group.candidate):
+                    sequences.close()
+        self._step += 1
+
+    def lengths(self, group: str) -> tuple[int, ...]:
+        return self._groups[group].truth.lengths
+
+    @torch.no_grad()
+    def _extend(self, group: "_Group", new_tokens: Sequence[tuple[int, ...]], every_position: bool) -> None:
+        before = group.truth.lengths
+        tokens = [_tensor(new, last) for new, last in zip(new_tokens, group.last, strict=True)]
+        true_hidden = self._truth.extend_hidden(group.truth, tokens)
+        runs = [path.extend_hidden(held, tokens) for path, held in zip(self._eager, group.eager, strict=True)]
+        eager_hidden = [torch.stack(samples) for samples in zip(*runs, strict=True)]
+        for index, (hidden_TM, eager_ETM) in enumerate(zip(true_hidden, eager_hidden, strict=True)):
+            if len(hidden_TM):
+                choice = int(self._truth.logits(hidden_TM[-1]).argmax())
+                group.last[index] = _Last(hidden_TM[-1:], eager_ETM[:, -1:], choice)
+        fed = [token_T.to(self._candidate.device) for token_T in tokens]
+        if every_position:
+            got = list(self._candidate.extend(group.candidate, fed, every_position=True))
+            first = before
+        else:
+            got = list(self._candidate.extend(group.candidate, fed).unsqueeze(1))
+            true_hidden = [_known(last).hidden_1M for last in group.last]
+            eager_hidden = [_known(last).eager_E1M for last in group.last]
+            first = tuple(length - 1 for length in group.truth.lengths)
+        if group.candidate.lengths != group.truth.lengths:
+            self._fail(f"lengths are {group.candidate.lengths}, the reference's {group.truth.lengths}")
+        for index, rows in enumerate(zip(got, true_hidden, eager_hidden, strict=True)):
+            self._judge(index, first[index], *rows)
+
+    def _judge(self, sequence: int, first: int, got_RV: Tensor, hidden_RM: Tensor, eager_ERM: Tensor) -> None:
+        truth_RV = self._truth.logits(hidden_RM).cpu()
+        runs = zip(self._eager, eager_ERM, strict=True)
+        eager_RV = worst_of([path.logits(eager_RM).cpu() for path, eager_RM in runs], truth_RV)
+        got_RV = got_RV.cpu()
+        where = f"step {self._step}, sequence {sequence}, positions from {first}"
+        if got_RV.shape != truth_RV.shape or got_RV.dtype != eager_RV.dtype:
+            self._fail(
+                f"{where}: logits are {list(got_RV.shape)} of {got_RV.dtype}, "
+                f"the reference's {list(truth_RV.shape)} of {eager_RV.dtype}"
+            )
+            return
+        if truth_RV.numel() == 0:
+            return
+        scale_R1 = (hidden_RM.abs() @ self._head_abs_VM.T).amax(-1, keepdim=True).cpu()
+        verdict = judge_rows(WHOLE_MODEL, "R V", got_RV, eager_RV, truth_RV, scale_R1)
+        self.result.rows += len(truth_RV)
+        self.result.decisions += len(truth_RV)
+        if verdict.failed:
+            self._fail(f"{where}: {_with_details(verdict)}")
+            return
+        self.result.largest_ratio = max(self.result.largest_ratio, verdict.ratio)
+        self._decide(sequence, first, got_RV, eager_RV, truth_RV, scale_R1)
+
+    def _decide(
+        self, sequence: int, first: int, got_RV: Tensor, eager_RV: Tensor, truth_RV: Tensor, scale_R1: Tensor
+    ) -> None:
+        best_R, chosen_R = truth_RV.argmax(-1), got_RV.argmax(-1)
+        eps = torch.finfo(got_RV.dtype).eps
+        budget_R = WHOLE_MODEL.k * (eager_RV.double() - truth_RV).abs().amax(-1) + WHOLE_MODEL.c * eps * scale_R1[:, 0]
+        for row in (best_R != chosen_R).nonzero()[:, 0].tolist():
+            best, chosen = int(best_R[row]), int(chosen_R[row])
+            gap = float(truth_RV[row, best] - truth_RV[row, chosen])
+            tie = Tie(self._step, sequence, first + row, chosen, best, gap, 2 * float(budget_R[row]))
+            if gap <= tie.allowed:
+                self.result.ties.append(tie)
+            else:
+                self._fail(f"another greedy choice that no tie explains: {tie}")
+
+    def _fail(self, what: str) -> None:
+        self.result.failures.append(what)
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """Of a sequence's last token: hidden vectors, and the truth's greedy choice of what follows."""
+
+    hidden_1M: Tensor
+    eager_E1M: Tensor
+    choice: int
+
+
+@dataclass(slots=True)
+class _Group:
+    truth: ReferenceSequences
+    eager: list[ReferenceSequences]
+    candidate: Sequences
+    last: list[_Last | None]
+
+
+def _known(last: _Last | None) -> _Last:
+    assert last is not None, "a path refuses to extend a sequence that stays empty"
+    return last
+
+
+def _tensor(new: tuple[int, ...], last: _Last | None) -> Tensor:
+    if new == (GREEDY,):
+        return torch.tensor([_known(last).choice])
+    return torch.tensor(new, dtype=torch.int64)
+
+
+def _with_details(verdict: Verdict) -> str:
+    return "\n  ".join([verdict.complaint, *verdict.details])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeRun:
+    """Greedy text of the truth and of a candidate, each fed its own tokens."""
+
+    truth: tuple[int, ...]
+    candidate: tuple[int, ...]
+    tie: Tie | None
+    """Where they part, if it is an admissible tie: after it, nothing can be compared."""
+
+    @property
+    def equal_for(self) -> int:
+        """How many tokens they share from the start."""
+        pairs = zip(self.truth, self.candidate, strict=True)
+        return next((index for index, (a, b) in enumerate(pairs) if a != b), len(self.truth))
+
+    @property
+    def holds(self) -> bool:
+        """Whether they are equal, or part at an admissible tie."""
+        return self.truth == self.candidate or self.tie is not None
+
+
+def free_run(yardstick: Yardstick, candidate: Decoder, prompt: Sequence[int], new_tokens: int) -> FreeRun:
+    """Let both generate greedily from a prompt, and say how far they agree.
+
+    Up to the first difference both were fed the same tokens, so the teacher-forced comparison judges that choice.
+    """
+    forced = compare_paths(yardstick, candidate, generation((tuple(prompt),), new_tokens))
+    own = [_greedy(path, prompt, new_tokens) for path in (yardstick.truth, candidate)]
+    parted = FreeRun(truth=own[0], candidate=own[1], tie=None).equal_for
+    at = len(prompt) - 1 + parted
+    tie = next((tie for tie in forced.ties if tie.position == at), None)
+    return FreeRun(truth=own[0], candidate=own[1], tie=tie if parted < new_tokens else None)
+
+
+def _greedy(path: Decoder, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
+    sequences = path.open(1, min(len(prompt) + new_tokens, path.config.context))
+    out: list[int] = []
+    token_T = torch.tensor(prompt, device=path.device)
+    for _ in range(new_tokens):
+        out.append(int(path.extend(sequences, [token_T])[0].argmax()))
+        token_T = torch.tensor(out[-1:], device=path.device)
+    sequences.close()
+    return tuple(out)

@@ -1,0 +1,134 @@
+"""Is this machine's fast path right? What `twinfer verify` does.
+
+Two questions: does the whole model, through drawn schedules, stay within its budget of the reference; and does every op
+that has a fast twin keep its guarantee on drawn cases. Nothing here needs Hypothesis.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+
+from ..spec.config import Storage
+from ..spec.decoder import Decoder, Path
+from ..spec.weights import WeightSource
+from .case import RandomPicker
+from .check import described
+from .op import Fast, Op
+from .paths import FreeRun, PathComparison, compare_paths, free_run
+from .schedule import Schedule, draw_schedule
+from .table import OPS
+from .trial import Status
+from .yardstick import Yardstick
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpVerdict:
+    """How one op's fast twin did."""
+
+    op: str
+    path: Path
+    function: str
+    """The path's function that does it."""
+    guarantee: str
+    cases: int
+    rejected: int
+    """Cases on which the reference itself overflows."""
+    largest_ratio: float
+    """Largest error / bound; above 1 fails."""
+    complaint: str | None
+    """What is wrong, of the first case that fails."""
+
+    @property
+    def holds(self) -> bool:
+        return self.complaint is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    storage: Storage
+    schedules: tuple[Schedule, ...]
+    model: PathComparison
+    """All schedules together."""
+    free_run: FreeRun
+    """Greedy text of both, each fed its own tokens."""
+    ops: tuple[OpVerdict, ...]
+
+    @property
+    def holds(self) -> bool:
+        return self.model.holds and self.free_run.holds and all(op.holds for op in self.ops)
+
+
+def verify(
+    source: WeightSource,
+    *,
+    storage: Storage = Storage.FLOAT32,
+    compute: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    candidate: Decoder | None = None,
+    schedules: int = 4,
+    cases: int = 25,
+    seed: int = 0,
+    report: Callable[[str], None] | None = None,
+) -> VerifyResult:
+    """Hold a path (by default the compiled one) against the reference, on the same stored weights.
+
+    `report` is told, in a line each, what is being done. Raises what the paths raise where they cannot be made.
+    """
+    tell = report or (lambda line: None)
+    if candidate is None:
+        from ..compiled.path import CompiledPath
+
+        tell(f"preparing the compiled path, weights kept in {storage}")
+        candidate = CompiledPath(source, storage=storage, compute=compute, device=device, report=report)
+    tell("preparing the reference in float64, and in the candidate's arithmetic")
+    yardstick = Yardstick.of(source, storage=storage, compute=compute, device=device)
+
+    drawn = tuple(draw_schedule(RandomPicker(seed + index), source.config) for index in range(schedules))
+    comparisons = []
+    for index, schedule in enumerate(drawn):
+        tell(f"comparing the paths through schedule {index + 1} of {schedules} ({len(schedule)} steps)")
+        comparisons.append(compare_paths(yardstick, candidate, schedule))
+    tell("comparing their greedy text")
+    prompt = [RandomPicker(seed).integer(0, source.config.vocabulary - 1)]
+    ran = free_run(yardstick, candidate, prompt, min(8, source.config.context - 1))
+    tell("comparing op by op")
+    return VerifyResult(
+        storage=storage,
+        schedules=drawn,
+        model=reduce(add, comparisons, PathComparison()),
+        free_run=ran,
+        ops=tuple(verify_ops(cases=cases, seed=seed)),
+    )
+
+
+def verify_ops(*, cases: int = 25, seed: int = 0) -> list[OpVerdict]:
+    """Every fast twin on drawn cases, run as it is written (compiling each for every shape would take hours)."""
+    return [_judged(op, path, fast, cases, seed) for op in OPS.values() for path, fast in op.fast.items()]
+
+
+def _judged(op: Op, path: Path, fast: Fast, cases: int, seed: int) -> OpVerdict:
+    judged, rejected, largest, complaint = 0, 0, 0.0, None
+    for index in range(cases):
+        case = op.cases(RandomPicker(seed + index))
+        if not fast.applies(op.inputs(case)):
+            continue
+        judged += 1
+        verdict = op.guarantee.judge(op.trial(fast, case))
+        rejected += verdict.status is Status.REJECTED
+        largest = max(largest, verdict.ratio)
+        if verdict.failed:
+            complaint = f"{verdict.complaint}, on {case!r}"
+            break
+    return OpVerdict(
+        op=op.name,
+        path=path,
+        function=fast.name,
+        guarantee=described(op),
+        cases=judged,
+        rejected=rejected,
+        largest_ratio=largest,
+        complaint=complaint,
+    )

@@ -1,0 +1,167 @@
+"""The table of ops: complete, every right implementation passes, every seeded fault is caught, laws hold."""
+
+import inspect
+import os
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import fields
+from importlib import import_module
+from itertools import count, islice
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import twinfer.reference
+from twinfer.oracle.case import Case, RandomPicker
+from twinfer.oracle.guarantees import Statistical
+from twinfer.oracle.op import Fast, Function, Law, Op
+from twinfer.oracle.table import OPS, WITHOUT_RECORD
+from twinfer.oracle.trial import Status, leaves, map_leaves
+
+PAIRS = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "exhaustive" else 120
+"""Of each op: a right implementation and a case."""
+FAULT_CASES = 100
+"""A fault must be caught within as many; `twinfer check` draws twice as many by default."""
+
+ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+faults = pytest.mark.parametrize(
+    ("op", "fault"), [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS.values() for name in op.wrong]
+)
+
+twins = pytest.mark.parametrize(
+    ("op", "twin"),
+    [
+        pytest.param(op, twin, id=f"{op.name}-{path}-{twin.name}")
+        for op in OPS.values()
+        for path, fast in op.fast.items()
+        for twin in fast
+    ],
+)
+
+
+def cases_for(op: Op, twin: Fast) -> Iterator[Case]:
+    drawn = (op.cases(RandomPicker(seed)) for seed in range(5000))
+    return (case for case in drawn if twin.applies(op.inputs(case)))
+
+
+def breaks(law: Law, op: Op, implementation: Function, case: Case) -> bool:
+    try:
+        law(op, implementation, case)
+    except Exception:
+        return True
+    return False
+
+
+def moody(function: Function) -> Function:
+    """Different at every call, and in every row for the others' sake."""
+    calls = count()
+
+    def call(**inputs: Any) -> Any:
+        noise = sum(float(leaf.double().nan_to_num().sum()) for leaf in leaves(inputs) if leaf.numel())
+        change = next(calls) + noise
+
+        def add(leaf: Any) -> Any:
+            return leaf + int(change) % 7 if isinstance(leaf, Tensor | int) else leaf
+
+        return map_leaves(add, function(**inputs))
+
+    return call
+
+
+def test_every_public_function_of_the_reference_has_a_record_or_a_reason() -> None:
+    """And nothing is listed that does not exist."""
+    public = {}
+    for module in pkgutil.iter_modules(twinfer.reference.__path__, "twinfer.reference."):
+        for name, function in vars(import_module(module.name)).items():
+            if inspect.isfunction(function) and function.__module__ == module.name and not name.startswith("_"):
+                public[f"{module.name}.{name}"] = function
+    recorded = {getattr(op.reference, "func", op.reference) for op in OPS.values()}
+    missing = {name for name, function in public.items() if function not in recorded} - WITHOUT_RECORD.keys()
+    assert not missing, f"give these a record in oracle/, or a reason in WITHOUT_RECORD: {sorted(missing)}"
+    assert WITHOUT_RECORD.keys() <= public.keys()
+    assert not {name for name in WITHOUT_RECORD if public[name] in recorded}
+    assert all(WITHOUT_RECORD.values())
+
+
+@ops
+def test_no_record_lacks_a_field(op: Op) -> None:
+    empty = {field.name for field in fields(op) if not getattr(op, field.name)} - {"fast", "no_fast"}
+    assert not empty
+    assert len(op.wrong) >= 3, "seed at least three faults"
+    assert op.name == op.cases(RandomPicker(0)).op
+    assert set(op.axes.split()) <= set(op.cases(RandomPicker(0)).sizes)
+    sizes = op.cases(RandomPicker(0)).n
+    assert op.flops(sizes) >= 0
+    assert op.bytes(sizes) > 0
+    for law in op.properties:
+        assert law.__doc__, "a law states itself in its docstring"
+
+
+@ops
+def test_flops_and_bytes_grow_with_every_axis(op: Op) -> None:
+    """Doubling a size never makes an op cheaper."""
+    for seed in range(10):
+        case = op.cases(RandomPicker(seed))
+        for axis in case.sizes:
+            larger = type(case.n)(**{**case.sizes, axis: 2 * case.sizes[axis]})
+            assert op.flops(larger) >= op.flops(case.n)
+            assert op.bytes(larger) >= op.bytes(case.n)
+
+
+@ops
+def test_no_false_alarm(op: Op) -> None:
+    """Every right implementation passes on every drawn case; what is rejected is rare."""
+    pairs = PAIRS // 20 if isinstance(op.guarantee, Statistical) else PAIRS
+    judged = rejected = 0
+    for seed in count():
+        if judged >= pairs:
+            break
+        case = op.cases(RandomPicker(seed))
+        for name, implementation in op.right.items():
+            verdict = op.guarantee.judge(op.trial(implementation, case))
+            assert not verdict.failed, f"{op.name}, {name}: {verdict.complaint} {verdict.details} on {case}"
+            judged += 1
+            rejected += verdict.status is Status.REJECTED
+    assert rejected <= 0.02 * judged + 1
+
+
+@faults
+def test_no_fault_is_missed(op: Op, fault: str) -> None:
+    for seed in range(FAULT_CASES):
+        if op.guarantee.judge(op.trial(op.wrong[fault], op.cases(RandomPicker(seed)))).failed:
+            return
+    pytest.fail(f"{op.name}: the fault {fault} passed {FAULT_CASES} cases")
+
+
+@ops
+def test_the_reference_obeys_the_laws(op: Op) -> None:
+    for seed in range(25):
+        case = op.cases(RandomPicker(seed))
+        for law in op.properties:
+            law(op, op.reference, case)
+
+
+@twins
+def test_fast_twins_keep_the_guarantee(op: Op, twin: Fast) -> None:
+    """Every fast callable, run as written, on drawn cases of the kind that its path meets."""
+    for case in islice(cases_for(op, twin), 60):
+        verdict = op.guarantee.judge(op.trial(twin, case))
+        assert not verdict.failed, f"{verdict.complaint} {verdict.details} on {case}"
+
+
+@twins
+def test_fast_twins_obey_the_laws(op: Op, twin: Fast) -> None:
+    for case in islice(cases_for(op, twin), 20):
+        for law in op.properties:
+            law(op, twin, case)
+
+
+@ops
+def test_laws_are_broken_by_some_fault(op: Op) -> None:
+    """A law that no implementation could break says nothing."""
+    impostors = [*op.wrong.values(), moody(op.reference)]
+    for law in op.properties:
+        assert any(breaks(law, op, wrong, op.cases(RandomPicker(seed))) for wrong in impostors for seed in range(25)), (
+            f"no fault of {op.name} breaks {law.__name__}"
+        )
