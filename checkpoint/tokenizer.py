@@ -28,11 +28,11 @@ class Tokenizer:
 
         With `special`, also what the model wants around every text (for most, nothing or one begin token); without,
         the text's own alone, as is right for a rendered chat template, which writes those tokens itself.
+        Bytes that the model has no token for are left out, as its makers' own tokenizer does.
         """
-        try:
-            return list(self.inner.encode(text, add_special_tokens=special).ids)
-        except UnicodeEncodeError:
-            raise RequestError(f"text {text[:40]!r} holds half a surrogate pair; it must be valid Unicode") from None
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise RequestError(f"text {text[:40]!r} holds half a surrogate pair; it must be valid Unicode")
+        return list(self.inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, special ones written out; bytes that are no character become U+FFFD."""

@@ -32,7 +32,7 @@ from twinfer.spec.errors import WeightError
 from twinfer.spec.weights import WeightSource, tensors, validate_embedding, validate_head, validate_layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-few = settings(max_examples=20)
+few = settings(max_examples=15)
 
 
 def randomised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
