@@ -12,9 +12,9 @@ from typing import NoReturn
 
 from twinfer.spec.errors import RequestError, TwinferError
 
-from . import cli_demo, cli_generate, cli_inspect
+from . import cli_check, cli_demo, cli_generate, cli_inspect, cli_ops, cli_verify
 
-COMMANDS = (cli_demo, cli_generate, cli_inspect)
+COMMANDS = (cli_demo, cli_generate, cli_verify, cli_inspect, cli_check, cli_ops)
 INTERRUPTED = 130
 """Exit status after control-C, as a shell would have it: 128 + SIGINT."""
 BROKEN_PIPE = 141

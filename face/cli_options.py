@@ -34,12 +34,20 @@ def add_arithmetic(parser: argparse.ArgumentParser) -> None:
         help="compiled: fast, compiles first; reference: readable, slow (default %(default)s)",
     )
     add_storage(parser)
+    add_compute(parser)
+    add_device(parser)
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compute",
         choices=[compute.value for compute in Compute],
         default=Compute.FLOAT32.value,
         help="the arithmetic (default %(default)s; others are slow on CPUs without 16-bit units)",
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default %(default)s)")
 
 
@@ -54,6 +62,13 @@ def unicode_text(text: str) -> str:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
     return text
+
+
+def positive(text: str) -> int:
+    """Read an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def token_ids(text: str) -> list[int]:

@@ -59,16 +59,16 @@ def test_same_tokens_end_with_status_0(measures, capsys):
 
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 @pytest.mark.parametrize("field", ["answer_ids", "continuation_ids"])
-def test_one_other_token_ends_with_status_1(measures, capsys, storage, field):
+def test_one_other_token_ends_with_status_1(measures, capsys, monkeypatch, storage, field):
     """Any token that differs, in any storage, is shown and fails the demo, and --json says so too."""
+    monkeypatch.setattr(cli_demo, "admissible_tie", lambda *_: None)
     wrong = replace(EQUAL, **{field: [*getattr(EQUAL, field)[:2], 99]})
     measures(lambda path, kept: wrong if (path, kept) == ("compiled", storage) else EQUAL)
     assert main(["demo"]) == 1
     what = field.removesuffix("_ids")
     last = getattr(EQUAL, field)[2]
-    assert f"{storage}: DIFFERENT tokens: the {what} agrees for 2 tokens, then [{last}] against [99]" in (
-        capsys.readouterr().out
-    )
+    says = f"{storage}: the {what} agrees for 2 tokens, then [{last}] against [99]: DIFFERENT tokens"
+    assert says in capsys.readouterr().out
     assert main(["demo", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["same_tokens"] == {kept: kept != storage for kept in ("float32", "int8")}
@@ -78,6 +78,17 @@ def test_one_other_token_ends_with_status_1(measures, capsys, storage, field):
         ("reference", "int8"),
         ("compiled", "int8"),
     ]
+
+
+def test_an_admissible_tie_is_printed_and_ends_with_status_0(measures, capsys, monkeypatch):
+    """The tie is looked for at the prompt and length at which the tokens part."""
+    asked = []
+    monkeypatch.setattr(cli_demo, "admissible_tie", lambda *how: asked.append(how) or "8 instead of 5, 1e-6 apart")
+    other = replace(EQUAL, continuation_ids=[7, 5, 9])
+    measures(lambda path, kept: other if (path, kept) == ("compiled", "int8") else EQUAL)
+    assert main(["demo"]) == 0
+    assert "[8] against [5]: an admissible tie: 8 instead of 5, 1e-6 apart" in capsys.readouterr().out
+    assert asked == [("int8", [4, 4], 2)]
 
 
 def test_a_measurement_that_fails_is_one_line(monkeypatch, capfd):
