@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import NoReturn
 
 from twinfer.spec.errors import RequestError, TwinferError
@@ -52,6 +53,7 @@ def parser() -> Parser:
         description="Run large language models twice: on a path to read and on a path to use, proven equal.",
         epilog="Start with: twinfer demo",
     )
+    whole.add_argument("--version", action="version", version=f"twinfer {version('twinfer')}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_to(commands)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -17,8 +18,8 @@ def waiting() -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
         yield lambda message: print(message, file=sys.stderr, flush=True)
         return
-    with console.status("starting") as status:
-        yield lambda message: status.update(message)
+    with console.status("loading") as status:
+        yield lambda message: status.update(escape(message))
 
 
 def print_table(table: Table) -> None:
