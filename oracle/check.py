@@ -82,7 +82,7 @@ def check_op(
         smallest = tally.smallest_failing
         if smallest is None:  # nothing that the implementation did: let it be seen
             raise
-        return tally.result(name, holds=False, report=_explain(failure), smallest=smallest)
+        return tally.result(name, holds=False, report=_explain(tally.last_failure or failure), smallest=smallest)
     return tally.result(name, holds=True)
 
 
@@ -94,6 +94,7 @@ class _Tally:
         self.implementation = implementation
         self.binding = binding
         self.smallest_failing: Case | None = None
+        self.last_failure: Exception | None = None
         self.cases = self.rejected = 0
         self.largest_ratio = 0.0
 
@@ -101,8 +102,8 @@ class _Tally:
         self.cases += 1
         try:
             verdict = assert_matches_reference(self.op, self.implementation, case, named=self.binding)
-        except Exception:
-            self.smallest_failing = case  # the search ends by running the smallest once more
+        except Exception as failure:  # the search ends by running the smallest once more
+            self.smallest_failing, self.last_failure = case, failure
             raise
         self.rejected += verdict.status is Status.REJECTED
         self.largest_ratio = max(self.largest_ratio, verdict.ratio)

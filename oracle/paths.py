@@ -18,7 +18,7 @@ from ..reference.path import ReferenceSequences
 from ..spec.decoder import Decoder, Sequences
 from .budget import Budget, judge_rows
 from .schedule import GREEDY, Close, Extend, Open, Schedule, generation
-from .trial import Verdict
+from .trial import Verdict, same_bits
 from .yardstick import Yardstick, worst_of
 
 WHOLE_MODEL = Budget(rows="R")
@@ -95,6 +95,7 @@ class Comparison:
         self._truth, self._eager, self._candidate = yardstick.truth, yardstick.eager, candidate
         self._groups: dict[str, _Group] = {}
         self._step = 0
+        self._kept: tuple[int, list[Tensor], list[Tensor]] | None = None
         weight_VM = yardstick.truth.weights.projection.weight_NI
         self._head_abs_VM = weight_VM.abs()
 
@@ -124,7 +125,15 @@ class Comparison:
                 group = self._groups.pop(name)
                 for sequences in (group.truth, *group.eager, group.candidate):
                     sequences.close()
+        self._check_kept()
         self._step += 1
+
+    def _check_kept(self) -> None:
+        """Logits belong to the caller: those of the step before must be as they were, NaN included."""
+        if self._kept is not None:
+            step, returned, copies = self._kept
+            if not all(map(same_bits, returned, copies)):
+                self._fail(f"the logits that step {step} returned were changed by step {self._step}")
 
     def lengths(self, group: str) -> tuple[int, ...]:
         return self._groups[group].truth.lengths
@@ -145,10 +154,12 @@ class Comparison:
             got = list(self._candidate.extend(group.candidate, fed, every_position=True))
             first = before
         else:
-            got = list(self._candidate.extend(group.candidate, fed).unsqueeze(1))
+            got = list(self._candidate.extend(group.candidate, fed)[:, None])
             true_hidden = [_known(last).hidden_1M for last in group.last]
             eager_hidden = [_known(last).eager_E1M for last in group.last]
             first = tuple(length - 1 for length in group.truth.lengths)
+        self._check_kept()
+        self._kept = (self._step, got, [rows.clone() for rows in got])
         if group.candidate.lengths != group.truth.lengths:
             self._fail(f"lengths are {group.candidate.lengths}, the reference's {group.truth.lengths}")
         for index, rows in enumerate(zip(got, true_hidden, eager_hidden, strict=True)):

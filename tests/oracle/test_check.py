@@ -1,0 +1,141 @@
+"""What a stranger sees who holds an implementation against the reference."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from twinfer.oracle.assertion import Mismatch
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.check import check_op, load_implementation, ops_table
+from twinfer.oracle.table import OPS
+from twinfer.spec.errors import RequestError, TwinferError
+
+SDPA = '''
+"""torch's attention, held against twinfer's."""
+
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attention(query_BTHD, key_BSKD, value_BSKD, visible_TS, scale):
+    query, key, value = (x.transpose(1, 2) for x in (query_BTHD, key_BSKD, value_BSKD))
+    out = scaled_dot_product_attention(query, key, value, attn_mask=visible_TS, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def without_scale(query_BTHD, key_BSKD, value_BSKD, visible_TS, scale):
+    return attention(query_BTHD, key_BSKD, value_BSKD, visible_TS, 1.0)
+
+
+not_a_function = 3
+'''
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in the current folder, as a stranger would have it."""
+    (tmp_path / "my_kernels.py").write_text(SDPA)
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("stranger")
+def test_torchs_attention_holds() -> None:
+    result = check_op("attention", load_implementation("my_kernels:attention"), max_examples=150)
+    assert result.holds, result.report
+    assert result.cases >= 150
+    assert 0 < result.largest_ratio <= 1
+    assert result.rejected <= result.cases // 20
+    assert result.report is result.smallest is result.snippet is None
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_wrong_one_fails_on_the_smallest_case_with_a_snippet_that_fails_too() -> None:
+    """Without the scale, two keys and two elements to a head are the least that shows it."""
+    result = check_op("attention", load_implementation("my_kernels:without_scale"), max_examples=150)
+    assert not result.holds
+    assert result.report is not None
+    assert result.snippet is not None
+    assert result.smallest is not None
+    assert "times what the budget allows" in result.report
+    assert "'B': 1, 'T': 1, 'S': 2, 'H': 1, 'K': 1, 'D': 2" in result.smallest
+    assert result.smallest in result.report
+    with pytest.raises(Mismatch):
+        exec(result.snippet, {})
+
+
+@pytest.mark.parametrize("op", ["linear", "rotate", "quantise_rows", "keep_top_p"])
+def test_every_fault_is_found_by_the_search(op: str) -> None:
+    """Hypothesis looks where random drawing may not: what the default number of examples misses, nobody sees."""
+    for name, wrong in OPS[op].wrong.items():
+        assert not check_op(op, wrong, max_examples=200).holds, f"{op}: {name}"
+
+
+def test_an_implementation_that_raises_fails_and_says_where() -> None:
+    def picky(x: Tensor, weights: object) -> Tensor:
+        if x.shape[-1] == 7:
+            raise IndexError("seven is unlucky")
+        return OPS["linear"].reference(x, weights)  # type: ignore[no-any-return]
+
+    result = check_op("linear", picky, max_examples=500)
+    assert not result.holds
+    assert "raises IndexError: seven is unlucky" in str(result.report)
+    assert "'I': 7" in str(result.smallest)
+
+
+def test_wrong_arguments_are_the_implementations_failure() -> None:
+    result = check_op("linear", lambda y: y, max_examples=5)
+    assert not result.holds
+    assert "unexpected keyword argument" in str(result.report)
+
+
+def test_an_unsteady_implementation_fails() -> None:
+    calls = iter(range(10**6))
+
+    def unsteady(x: Tensor, weights: object) -> Tensor:
+        out: Tensor = OPS["linear"].reference(x, weights)
+        return out + next(calls) % 2
+
+    assert not check_op("linear", unsteady, max_examples=50).holds
+
+
+def test_a_check_repeats_itself() -> None:
+    wrong = OPS["linear"].wrong["bias_dropped"]
+    one, other = (check_op("linear", wrong, max_examples=100, seed=4) for _ in range(2))
+    assert one == other
+
+
+@pytest.mark.usefixtures("stranger")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("attention", "package.module:function"),
+        ("my_kernels:", "package.module:function"),
+        ("no_such_module:attention", "'no_such_module'"),
+        ("broken:attention", "nothing_of_this_name"),
+        ("my_kernels:atention", "has no 'atention'"),
+        ("my_kernels:not_a_function", "cannot be called"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(name: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        load_implementation(name)
+
+
+def test_unknown_ops_and_counts_are_refused() -> None:
+    with pytest.raises(TwinferError, match="attention"):
+        check_op("atention", torch.relu)
+    with pytest.raises(TwinferError, match="at least 1"):
+        check_op("attention", torch.relu, max_examples=0)
+
+
+def test_the_table_says_how_an_implementation_is_called() -> None:
+    """The arguments listed are those of every call."""
+    rows = {row.name: row for row in ops_table()}
+    assert rows.keys() == OPS.keys()
+    for name, op in OPS.items():
+        assert set(rows[name].arguments) == set(op.inputs(op.cases(RandomPicker(0)))), name
+    assert rows["attention"].guarantee == "BUDGET by rows B T H"
+    assert {row.guarantee.split()[0] for row in rows.values()} == {"BITWISE", "BUDGET", "DISCRETE", "STATISTICAL"}
