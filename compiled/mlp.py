@@ -1,0 +1,28 @@
+"""What stands between an MLP's two products.
+
+Shapes: T rows, F intermediate.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..spec.config import Activation
+
+
+def activation(x: Tensor, kind: Activation) -> Tensor:
+    """The non-linearity, elementwise."""
+    if kind is Activation.SILU:
+        return x / (1 + torch.exp(-x))
+    if kind is Activation.RELU:
+        return x.clamp_min(0)
+    if kind is Activation.GELU:
+        return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def gated(gate_up_TF: Tensor, kind: Activation) -> Tensor:
+    """activation(gate) * up, where the one product gave [T, 2 F]: gate first, then up."""
+    width = gate_up_TF.shape[-1] // 2
+    return activation(gate_up_TF[..., :width], kind) * gate_up_TF[..., width:]

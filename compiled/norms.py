@@ -1,0 +1,28 @@
+"""Norms over the hidden axis, float32. In a graph each fuses with the addition before it into one pass.
+
+Shapes: T rows, M hidden.
+"""
+
+import torch
+from torch import Tensor
+
+from ..spec.config import NormConfig, NormKind
+
+
+def norm(x_TM: Tensor, gain_M: Tensor, bias_M: Tensor | None, config: NormConfig) -> Tensor:
+    """The norm that the config names: `rms_norm` or `layer_norm`."""
+    if config.kind is NormKind.RMS:
+        return rms_norm(x_TM, gain_M, config.epsilon)
+    assert bias_M is not None
+    return layer_norm(x_TM, gain_M, bias_M, config.epsilon)
+
+
+def rms_norm(x_TM: Tensor, gain_M: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x ** 2) + epsilon) * gain."""
+    return x_TM * torch.rsqrt((x_TM * x_TM).mean(-1, keepdim=True) + epsilon) * gain_M
+
+
+def layer_norm(x_TM: Tensor, gain_M: Tensor, bias_M: Tensor, epsilon: float) -> Tensor:
+    """(x - mean) / sqrt(var + epsilon) * gain + bias, the variance taken from the centred values."""
+    centred_TM = x_TM - x_TM.mean(-1, keepdim=True)
+    return centred_TM * torch.rsqrt((centred_TM * centred_TM).mean(-1, keepdim=True) + epsilon) * gain_M + bias_M

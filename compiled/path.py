@@ -1,0 +1,222 @@
+"""The compiled path: a `Decoder` whose every step is one call of a compiled graph.
+
+Why it is faster: see `steps` (the graphs), `linear` and `packing` (what they read) and `attention` (the cache). This
+file decides who runs in which graph. Sequences that gain one token run together, as a decode step; one that gains more
+runs alone, as a prefill of at most 512 tokens at a time, which bounds the scratch and needs no padding. A lone decode
+step has its own graph, since one row is the case that memory alone limits.
+
+Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V vocabulary, M hidden.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..spec import decoder as protocol
+from ..spec.config import ModelConfig, Storage
+from ..spec.errors import RequestError
+from ..spec.weights import WeightSource
+from .head import head_many
+from .machine import check_compiler, checked_device
+from .programs import as_is, dynamic, graph, pinned, region
+from .sequences import StaticSequences
+from .steps import decode_program, prefill_program
+from .weights import prepare
+
+_PREFILL_TOKENS = 512
+"""The longest piece of a prompt that is prefilled at once."""
+
+
+class CompiledPath:
+    """Implements `twinfer.spec.decoder.Decoder`.
+
+    Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage or
+    compute dtype, and what the source raises; all before the weights are read, the last excepted. `report` is told, in
+    a line of text, what takes long.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        storage: Storage = Storage.FLOAT32,
+        compute: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        report: Callable[[str], None] | None = None,
+        _eager: bool = False,
+        _keep_guards: bool = False,
+    ) -> None:
+        if storage not in list(Storage):
+            raise RequestError(f"storage is {storage!r}; it must be one of {', '.join(Storage)}")
+        if compute is not torch.float32:
+            raise RequestError(f"compute is {compute}; the compiled path offers torch.float32 alone")
+        self._device = checked_device(device)
+        if not _eager:
+            check_compiler(self._device)
+        self._config = source.config
+        self._storage = Storage(storage)
+        self._threads = torch.get_num_threads()
+        self._report = report or (lambda line: None)
+        with pinned(self._threads):
+            self._model = prepare(source, self._storage, self._device)
+            self._scratch = torch.empty(self._scratch_size(), device=self._device)
+            self._slots = torch.arange(max(2, self._config.context), device=self._device)
+        wrap = as_is if _eager else region
+        decode = decode_program(self._config, self._storage, wrap)
+        decode_rows = decode_program(self._config, self._storage, wrap)
+        prefill = prefill_program(self._config, self._storage, wrap)
+        self._programs: dict[str, Callable[..., Any]] = {
+            "prefill": prefill,
+            "decode": decode,
+            "decode rows": decode_rows,
+        }
+        if not _eager:
+            self._programs = {name: graph(each, keep_guards=_keep_guards) for name, each in self._programs.items()}
+        self._uncompiled = set() if _eager else set(self._programs)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def max_batch(self) -> int | None:
+        return None
+
+    def compile(self, *, batches: bool = True) -> float:
+        """Compile now what is not compiled yet, and return how many seconds it took; otherwise the first use does it.
+
+        Afterwards no batch, length, capacity or growth compiles anything. Without `batches`, the graph in which
+        several sequences gain a token together is left for later.
+        """
+        begin = time.perf_counter()
+        with pinned(self._threads):
+            for name in ("prefill", "decode", "decode rows") if batches else ("prefill", "decode"):
+                self._ready(name)
+        return time.perf_counter() - begin
+
+    def open(self, batch: int, reserve: int) -> StaticSequences:
+        """Start `batch` empty sequences with room for `reserve` tokens each; all memory is taken here."""
+        protocol.check_open(self._config, self.max_batch, batch, reserve)
+        with pinned(self._threads):
+            sequences = StaticSequences(self._config, batch, reserve, self._device)
+        sequences.owner = self
+        return sequences
+
+    @overload
+    def extend(
+        self, sequences: protocol.Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def extend(
+        self, sequences: protocol.Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[True]
+    ) -> list[Tensor]: ...
+
+    def extend(
+        self, sequences: protocol.Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
+    ) -> Tensor | list[Tensor]:
+        """Append tokens and return the logits that follow, as the protocol says."""
+        if not isinstance(sequences, StaticSequences) or sequences.owner is not self:
+            raise RequestError("the sequences were opened by another path; open them with this one")
+        sequences.check_open()
+        lengths = sequences.lengths
+        protocol.check_extension(self._config, lengths, new_tokens)
+        with pinned(self._threads):
+            gained = [len(tokens) for tokens in new_tokens]
+            sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
+            tokens = [each.detach().to(self._device, torch.int64) for each in new_tokens]
+            last_BV = sequences.last_BV.clone()
+            every: list[Tensor] = [last_BV.new_empty(0, self._config.vocabulary)] * len(gained)
+            single = [index for index, more in enumerate(gained) if more == 1]
+            if single:
+                logits_RV = self._decode(sequences, single, torch.cat([tokens[index] for index in single]))
+                last_BV[single] = logits_RV
+                every = [
+                    last_BV[index : index + 1].clone() if index in single else none for index, none in enumerate(every)
+                ]
+            for index in (index for index, more in enumerate(gained) if more > 1):
+                last_BV[index], every[index] = self._prefill(sequences, index, tokens[index], every_position)
+            sequences.advance(gained, last_BV)
+            return every if every_position else last_BV.clone()
+
+    def _decode(self, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
+        """One token for each of these sequences; logits [R, V]."""
+        positions = [sequences.lengths[row] for row in rows]
+        position_R = torch.tensor(positions, device=self._device)
+        start_R = torch.tensor([row * sequences.capacity for row in rows], device=self._device)
+        program = self._ready("decode" if len(rows) == 1 else "decode rows")
+        logits_RV: Tensor = program(
+            self._model, sequences.caches, token_R, position_R, start_R, self._slots[: max(2, max(positions) + 1)]
+        )
+        return logits_RV
+
+    def _prefill(
+        self, sequences: StaticSequences, row: int, token_T: Tensor, every_position: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Several tokens for one sequence, in even pieces; the last logits [V] and, if asked for, all [T, V]."""
+        begin = sequences.lengths[row]
+        start_1 = torch.tensor([row * sequences.capacity], device=self._device)
+        program = self._ready("prefill")
+        every: list[Tensor] = []
+        logits_1V = sequences.last_BV[:0]
+        for piece_T in token_T.tensor_split(-(-len(token_T) // _PREFILL_TOKENS)):
+            end = begin + len(piece_T)
+            position_T, slot_S = self._slots[begin:end], self._slots[:end]
+            logits_1V, hidden_TM = program(
+                self._model, sequences.caches, self._scratch, piece_T, position_T, start_1, slot_S
+            )
+            if every_position:
+                every.append(head_many(hidden_TM, self._model.head, self._storage, self._scratch))
+            begin = end
+        return logits_1V[0], torch.cat(every) if every else logits_1V[:0]
+
+    def _ready(self, name: str) -> Callable[..., Any]:
+        """The program of this name, compiled."""
+        program = self._programs[name]
+        if name in self._uncompiled:
+            self._report(f"compiling {name} (once; later starts find it in the cache)")
+            self._warm(name, program)
+            self._uncompiled.discard(name)
+        return program
+
+    def _warm(self, name: str, program: Callable[..., Any]) -> None:
+        """Run the program once on sequences of its own, whose sizes are marked as varying and differ from each other."""
+        rows = 3 if name == "decode rows" else 1
+        sequences = StaticSequences(self._config, rows, 11, self._device)
+        for cache in sequences.caches:
+            dynamic(*cache)
+        start_R = torch.arange(rows, device=self._device) * 11
+        if name == "prefill":
+            token_T, position_T = (
+                torch.zeros(5, dtype=torch.int64, device=self._device),
+                torch.arange(5, device=self._device),
+            )
+            slot_S = torch.arange(7, device=self._device)
+            dynamic(token_T, position_T, slot_S)
+            program(self._model, sequences.caches, self._scratch, token_T, position_T, start_R, slot_S)
+        else:
+            token_R, position_R = (torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(2))
+            slot_S = torch.arange(7, device=self._device)
+            dynamic(slot_S)
+            if rows > 1:
+                dynamic(token_R, position_R, start_R)
+            program(self._model, sequences.caches, token_R, position_R, start_R, slot_S)
+
+    def _scratch_size(self) -> int:
+        """Elements of the largest matrix of a layer, where prefill expands matrices at all."""
+        if self._storage is Storage.FLOAT32:
+            return 1
+        hidden = self._config.hidden
+        sizes = []
+        for layer in self._config.layers:
+            attention, mlp = layer.attention, layer.mlp
+            outputs = (attention.heads + 2 * attention.kv_heads) * attention.head_size
+            sizes.append(max(outputs, (1 + mlp.gated) * mlp.width, attention.heads * attention.head_size) * hidden)
+        return max(sizes)

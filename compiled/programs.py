@@ -1,0 +1,58 @@
+"""The programs as compiled graphs: compiled once with every size dynamic, then called with none of torch's guards.
+
+Why it is faster: checking the properties of some hundreds of weights at each call costs about as much as a layer. The
+checks can go because `path` alone makes the arguments: weights never change, sizes that change are marked dynamic (the
+marking fails if the graph were special to one), and everything else that torch would check is pinned by `pinned`.
+Tests compile with the guards kept, and run every shape under `fail_on_recompile`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPTIONS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False}
+"""Inductor's run-time checks of what the path has checked already; given for these graphs, not set globally."""
+
+
+def graph(program: Callable[..., Any], *, keep_guards: bool = False) -> Callable[..., Any]:
+    """The program under torch.compile; nothing is compiled before its first call."""
+    options = dict(OPTIONS)
+    if not keep_guards:
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+    return torch.compile(program, fullgraph=True, dynamic=False, options=options)
+
+
+def region(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A layer function that is compiled once for all its uses in a graph."""
+    compiled: Callable[..., Tensor] = torch.compiler.nested_compile_region(layer)
+    return compiled
+
+
+def as_is(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """In place of `region`, for programs that are not compiled."""
+    return layer
+
+
+def dynamic(*tensors: Tensor) -> None:
+    """Say that the first dimension of these varies from call to call."""
+    for tensor in tensors:
+        torch._dynamo.mark_dynamic(tensor, 0)
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Run with this many threads, float32 as default dtype, no autograd, inference mode or autocast; then as before."""
+    threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            if threads_before != threads:
+                torch.set_num_threads(threads)
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(dtype_before)
+            if threads_before != threads:
+                torch.set_num_threads(threads_before)

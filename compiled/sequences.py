@@ -1,0 +1,69 @@
+"""The static cache of a batch of sequences: who owns which slots, and what happens past the capacity.
+
+Every layer has one tensor for keys and one for values, [B * C, K, D]; sequence b keeps position p in slot b * C + p.
+Growing copies each sequence's slots to the place that the new capacity gives it:
+
+    B = 2, C = 2 -> 4: slots 0 1 2 3 go to 0 1 4 5
+
+Shapes: B sequences, C capacity, K key/value heads, D head size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from ..spec.config import ModelConfig
+from ..spec.errors import RequestError
+from .steps import Cache
+
+
+class StaticSequences:
+    """Implements `twinfer.spec.decoder.Sequences` for the compiled path."""
+
+    def __init__(self, config: ModelConfig, batch: int, reserve: int, device: torch.device) -> None:
+        self.owner: object = None
+        self.capacity = max(2, reserve)  # a graph's S is at least 2, and it reads S slots
+        self.caches = tuple(_empty(config, index, batch * self.capacity, device) for index in range(len(config.layers)))
+        self.last_BV = torch.zeros(batch, config.vocabulary, device=device)
+        self._config = config
+        self._lengths = [0] * batch
+        self._closed = False
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self._lengths)
+
+    def close(self) -> None:
+        self._closed = True
+        self.caches = ()
+        self.last_BV = self.last_BV[:0]
+
+    def check_open(self) -> None:
+        if self._closed:
+            raise RequestError("the sequences are closed; open new ones")
+
+    def make_room(self, longest: int) -> None:
+        """Let every sequence hold `longest` tokens: at least double the capacity, up to the context, and copy."""
+        if longest <= self.capacity:
+            return
+        capacity = min(max(longest, 2 * self.capacity), max(2, self._config.context))
+        self.caches = tuple(Cache(*(self._moved(old_SKD, capacity) for old_SKD in cache)) for cache in self.caches)
+        self.capacity = capacity
+
+    def advance(self, gained: list[int], last_BV: Tensor) -> None:
+        """Record that sequences gained tokens, and the logits after their last ones."""
+        self._lengths = [length + more for length, more in zip(self._lengths, gained, strict=True)]
+        self.last_BV = last_BV
+
+    def _moved(self, old_SKD: Tensor, capacity: int) -> Tensor:
+        batch = len(self._lengths)
+        new_BCKD = old_SKD.new_zeros(batch, capacity, *old_SKD.shape[1:])
+        new_BCKD[:, : self.capacity] = old_SKD.view(batch, self.capacity, *old_SKD.shape[1:])
+        return torch.empty(0, dtype=old_SKD.dtype, device=old_SKD.device).set_(
+            new_BCKD.untyped_storage(), 0, (batch * capacity, *old_SKD.shape[1:])
+        )
+
+
+def _empty(config: ModelConfig, layer: int, slots: int, device: torch.device) -> Cache:
+    attention = config.layers[layer].attention
+    shape = (slots, attention.kv_heads, attention.head_size)
+    return Cache(torch.zeros(shape, device=device), torch.zeros(shape, device=device))

@@ -1,0 +1,179 @@
+"""The two programs that are compiled: a decode step and a prefill, each over the whole model.
+
+Why it is faster: one graph call a step instead of hundreds of operator calls, norms, rotations, activations and
+additions fused into the products' neighbours, and the layer compiled once, as a region, for all layers of equal config.
+What it relies on: no step reads a tensor's value or allocates by one, so a CUDA graph can capture the decode step;
+caches are written in place and keep their addresses.
+
+Shapes: R sequences that gain one token, T prompt tokens of one sequence, S key positions, M hidden, H heads, K
+key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cache.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..spec.config import LayerConfig, ModelConfig, Storage
+from .attention import attend_decode, attend_prefill, mask, write
+from .linear import Matrix, linear_few, linear_many, lookup
+from .mlp import activation, gated
+from .norms import norm
+from .rotary import rotary_table, rotate
+from .weights import Layer, Model
+
+
+class Cache(NamedTuple):
+    """One layer's keys and values; sequence b, position p is slot b * capacity + p."""
+
+    key_CKD: Tensor
+    value_CKD: Tensor
+
+
+Table = tuple[Tensor, Tensor] | None
+"""cos and sin, or None for a layer without rotary positions."""
+
+
+def decode_program(
+    config: ModelConfig, storage: Storage, region: Callable[..., Callable[..., Tensor]]
+) -> Callable[..., Tensor]:
+    """A function (model, caches, token_R, position_R, start_R, slot_S) -> logits [R, V].
+
+    `region` wraps the layer function: `torch.compiler.nested_compile_region`, or the identity.
+    """
+    layer_of = {layer: region(_decode_layer(layer, storage)) for layer in set(config.layers)}
+
+    def decode(
+        model: Model, caches: tuple[Cache, ...], token_R: Tensor, position_R: Tensor, start_R: Tensor, slot_S: Tensor
+    ) -> Tensor:
+        x_RM = _embed(model, token_R, position_R, config, storage)
+        tables = _tables(model, position_R)
+        for layer, weights, cache, table in zip(config.layers, model.layers, caches, tables, strict=True):
+            x_RM = layer_of[layer](x_RM, weights, cache, table, start_R, position_R, slot_S)
+        x_RM = norm(x_RM, model.final_norm.gain_M, model.final_norm.bias_M, config.final_norm)
+        return linear_few(x_RM, model.head, storage)
+
+    return decode
+
+
+def prefill_program(
+    config: ModelConfig, storage: Storage, region: Callable[..., Callable[..., Tensor]]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function (model, caches, scratch, token_T, position_T, start, slot_S) -> logits [1, V], hidden [T, M].
+
+    The logits follow the last token; the hidden vectors, of every token, are normed and ready for the head.
+    """
+    layer_of = {layer: region(_prefill_layer(layer, storage)) for layer in set(config.layers)}
+
+    def prefill(
+        model: Model,
+        caches: tuple[Cache, ...],
+        scratch: Tensor,
+        token_T: Tensor,
+        position_T: Tensor,
+        start_1: Tensor,
+        slot_S: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        x_TM = _embed(model, token_T, position_T, config, storage)
+        tables = _tables(model, position_T)
+        masks = {
+            window: mask(position_T, slot_S, window) for window in {layer.attention.window for layer in config.layers}
+        }
+        write_T, read_S = start_1 + position_T, start_1 + slot_S
+        for layer, weights, cache, table in zip(config.layers, model.layers, caches, tables, strict=True):
+            mask_TS = masks[layer.attention.window]
+            x_TM = layer_of[layer](x_TM, weights, cache, table, scratch, write_T, read_S, mask_TS)
+        x_TM = norm(x_TM, model.final_norm.gain_M, model.final_norm.bias_M, config.final_norm)
+        return linear_few(x_TM[-1:], model.head, storage), x_TM
+
+    return prefill
+
+
+def _decode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor]:
+    def layer(
+        x_RM: Tensor, weights: Layer, cache: Cache, table: Table, start_R: Tensor, position_R: Tensor, slot_S: Tensor
+    ) -> Tensor:
+        normed_RM = norm(x_RM, weights.attention_norm.gain_M, weights.attention_norm.bias_M, config.norm)
+        query, key, value = _heads(linear_few(normed_RM, weights.qkv, storage), table, config)
+        write(cache.key_CKD, start_R + position_R, key)
+        write(cache.value_CKD, start_R + position_R, value)
+        mixed_RHD = attend_decode(
+            query,
+            cache.key_CKD,
+            cache.value_CKD,
+            start_R=start_R,
+            position_R=position_R,
+            slot_S=slot_S,
+            scale=config.attention.scale,
+            window=config.attention.window,
+        )
+        x_RM = x_RM + linear_few(mixed_RHD.flatten(1), weights.output, storage)
+        normed_RM = norm(x_RM, weights.mlp_norm.gain_M, weights.mlp_norm.bias_M, config.norm)
+        up_RF = _activated(linear_few(normed_RM, weights.up, storage), config)
+        return x_RM + linear_few(up_RF, weights.down, storage)
+
+    return layer
+
+
+def _prefill_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor]:
+    def layer(
+        x_TM: Tensor,
+        weights: Layer,
+        cache: Cache,
+        table: Table,
+        scratch: Tensor,
+        write_T: Tensor,
+        read_S: Tensor,
+        mask_TS: Tensor,
+    ) -> Tensor:
+        normed_TM = norm(x_TM, weights.attention_norm.gain_M, weights.attention_norm.bias_M, config.norm)
+        query, key, value = _heads(linear_many(normed_TM, weights.qkv, storage, scratch), table, config)
+        write(cache.key_CKD, write_T, key)
+        write(cache.value_CKD, write_T, value)
+        mixed_THD = attend_prefill(
+            query, cache.key_CKD, cache.value_CKD, slot_S=read_S, mask_TS=mask_TS, scale=config.attention.scale
+        )
+        x_TM = x_TM + linear_many(mixed_THD.flatten(1), weights.output, storage, scratch)
+        normed_TM = norm(x_TM, weights.mlp_norm.gain_M, weights.mlp_norm.bias_M, config.norm)
+        up_TF = _activated(linear_many(normed_TM, weights.up, storage, scratch), config)
+        return x_TM + linear_many(up_TF, weights.down, storage, scratch)
+
+    return layer
+
+
+def _embed(model: Model, token_T: Tensor, position_T: Tensor, config: ModelConfig, storage: Storage) -> Tensor:
+    x_TM = lookup(token_T, model.table, storage, config.hidden)
+    return x_TM if model.position_PM is None else x_TM + model.position_PM[position_T]
+
+
+def _tables(model: Model, position_T: Tensor) -> list[Table]:
+    """Each layer's rotary table; layers that hold the same frequencies share one."""
+    made: dict[int, Table] = {}
+    tables: list[Table] = []
+    for layer in model.layers:
+        if layer.frequency_J is None:
+            tables.append(None)
+            continue
+        if id(layer.frequency_J) not in made:
+            made[id(layer.frequency_J)] = rotary_table(position_T, layer.frequency_J)
+        tables.append(made[id(layer.frequency_J)])
+    return tables
+
+
+def _heads(qkv_TN: Tensor, table: Table, config: LayerConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [T, H, D], key and value [T, K, D] from the merged product, rotated."""
+    attention = config.attention
+    qkv_TGD = qkv_TN.unflatten(1, (-1, attention.head_size))
+    first_value = attention.heads + attention.kv_heads
+    query_key_TGD, value_TKD = qkv_TGD[:, :first_value], qkv_TGD[:, first_value:]
+    if table is not None:
+        assert attention.rotary is not None
+        query_key_TGD = rotate(query_key_TGD, *table, attention.rotary.layout)
+    return query_key_TGD[:, : attention.heads], query_key_TGD[:, attention.heads :], value_TKD
+
+
+def _activated(up_TF: Tensor, config: LayerConfig) -> Tensor:
+    kind = config.mlp.activation
+    return gated(up_TF, kind) if config.mlp.gated else activation(up_TF, kind)
