@@ -126,7 +126,7 @@ def admissible_tie(storage: str, prompt: list[int], new_tokens: int) -> str | No
     from twinfer.oracle.yardstick import Yardstick
 
     with waiting() as report:
-        model = load(MODEL, "compiled", storage, report=report)
+        model = load(MODEL, "compiled", storage, batches=False, report=report)
         yardstick = Yardstick.of(model.checkpoint.source, storage=model.storage)
         runs = [free_run(yardstick, path, prompt, new_tokens) for path in (yardstick.eager[0], model.decoder)]
     ties = [str(run.tie) for run in runs if run.tie is not None]

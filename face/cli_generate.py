@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         check_prompts(checkpoint.config, ids, args.max_new_tokens)  # before minutes of compiling
         check_stops(args.stop, checkpoint.tokenizer)
         opening_s = time.perf_counter() - start
-        model = load(checkpoint, args.path, args.storage, args.compute, args.device, report=report)
+        how = args.path, args.storage, args.compute, args.device
+        model = load(checkpoint, *how, batches=len(ids) > 1, report=report)
     model = replace(model, load_s=opening_s + model.load_s)
     generation = model.generate(
         ids, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed

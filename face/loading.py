@@ -19,6 +19,8 @@ from .generation import Generation, generate
 
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint
+    from twinfer.compiled.path import CompiledPath
+    from twinfer.reference.path import ReferencePath
 
 Report = Callable[[str], None]
 """Told in a line each what is being waited for."""
@@ -79,13 +81,15 @@ def load(
     compute: str = "float32",
     device: str = "cpu",
     *,
+    batches: bool = True,
     report: Report | None = None,
 ) -> Model:
     """Make a model ready to run on a path.
 
     `model` is a folder, a .gguf file, a built-in name such as smollm2, or a checkpoint that is already open; `path` is
     compiled or reference; `storage` how weights are kept (float32, bfloat16, int8); `compute` the arithmetic. The
-    compiled path compiles here, once for any prompt and batch size. `report` is told what takes long.
+    compiled path compiles here, once for any prompt and batch size; without `batches`, what only several prompts at
+    once need is compiled when they come. `report` is told what takes long.
 
     Raises a `TwinferError` that says what would be right: for a value that is none of these, a model that cannot be
     used, or a machine that lacks what the path needs.
@@ -96,8 +100,12 @@ def load(
     chosen_device = _device(device)
     start = time.perf_counter()
     checkpoint = open_checkpoint(model, report) if isinstance(model, str) else model
-    make = {Path.REFERENCE: _reference, Path.COMPILED: _compiled}[chosen_path]
-    decoder, compile_s = make(checkpoint.source, chosen_storage, chosen_compute.dtype, chosen_device, report)
+    decoder: Decoder
+    if chosen_path is Path.REFERENCE:
+        decoder, compile_s = _reference(checkpoint.source, chosen_storage, chosen_compute, chosen_device), 0.0
+    else:
+        decoder = compiled = _compiled(checkpoint.source, chosen_storage, chosen_compute, chosen_device, report)
+        compile_s = compiled.compile(batches=batches)
     return Model(
         decoder=decoder,
         checkpoint=checkpoint,
@@ -123,21 +131,18 @@ def open_checkpoint(model: str, report: Report | None = None) -> "Checkpoint":
     return open_model(model, report=report)
 
 
-def _reference(
-    source: WeightSource, storage: Storage, compute: torch.dtype, device: torch.device, report: Report | None
-) -> tuple[Decoder, float]:
+def _reference(source: WeightSource, storage: Storage, compute: Compute, device: torch.device) -> "ReferencePath":
     from twinfer.reference.path import ReferencePath
 
-    return ReferencePath(source, storage=storage, compute=compute, device=device), 0.0
+    return ReferencePath(source, storage=storage, compute=compute.dtype, device=device)
 
 
 def _compiled(
-    source: WeightSource, storage: Storage, compute: torch.dtype, device: torch.device, report: Report | None
-) -> tuple[Decoder, float]:
+    source: WeightSource, storage: Storage, compute: Compute, device: torch.device, report: Report | None
+) -> "CompiledPath":
     from twinfer.compiled.path import CompiledPath
 
-    decoder = CompiledPath(source, storage=storage, compute=compute, device=device, report=report)
-    return decoder, decoder.compile()
+    return CompiledPath(source, storage=storage, compute=compute.dtype, device=device, report=report)
 
 
 def _choose(kind: type[Choice], value: str, what: str) -> Choice:

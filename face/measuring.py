@@ -55,7 +55,7 @@ class Measurement:
 
 def measure(task: Task, report: Callable[[str], None] | None = None) -> Measurement:
     """Load, answer the question, then time a longer prompt and its continuation, everything warm by then."""
-    model = load(task.model, task.path, task.storage, report=report)
+    model = load(task.model, task.path, task.storage, batches=False, report=report)
     (answer,) = model.generate([task.question], chat=True, max_new_tokens=48).outputs()
     timed = (model.encode(PARAGRAPH) * task.prompt_tokens)[: task.prompt_tokens]
     generation = generate(model.decoder, [timed], max_new_tokens=task.new_tokens)
