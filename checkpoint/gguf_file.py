@@ -7,7 +7,6 @@ GGUF writes shapes with the fastest axis first; here they are [outputs, inputs] 
 """
 
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,6 @@ class GgufFile:
         self.shapes: Mapping[str, tuple[int, ...]] = {
             tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in self._header.tensors
         }
-        for name, shape in self.shapes.items():
-            self._check_extent(name, shape)
 
     def metadata(self) -> dict[str, Any]:
         """Every metadata value by its key, as plain Python numbers, strings and lists."""
@@ -76,16 +73,6 @@ class GgufFile:
         except NotImplementedError:
             return f"kept as {kind.name}, which cannot be de-quantised here; F16, Q8_0 and Q4_K can, for example"
         return None
-
-    def _check_extent(self, name: str, shape: tuple[int, ...]) -> None:
-        """Python's integers do not overflow, as those that the library multiplies may."""
-        tensor = self._tensors[name]
-        block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-        if prod(shape) % block or prod(shape) // block * size != tensor.n_bytes:
-            raise CheckpointError(
-                f"{self.where}: {name} of shape {list(shape)} does not fill whole blocks of "
-                f"{tensor.tensor_type.name} within the file; {REMEDY}"
-            )
 
 
 def _read_header(path: Path) -> _Header:
