@@ -91,8 +91,7 @@ def _inside(folder: Path, name: str) -> Path:
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
-    plain = name not in ("", ".", "..") and Path(name).name == name and "\\" not in name
-    if not plain or path.resolve().parent not in homes:
+    if not name.isprintable() or path.resolve().parent not in homes:  # a NUL is no part of any path
         raise CheckpointError(
             f"{folder / INDEX} names {name!r}, which lies outside its folder; shards must lie beside the index"
         )

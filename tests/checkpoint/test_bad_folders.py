@@ -233,7 +233,7 @@ def test_shards_are_read_only_beside_the_index(folder: Path, tmp_path: Path) -> 
     (folder / "link.safetensors").symlink_to(outside)
     (folder / "inner").mkdir()
     (folder / "inner" / "one.safetensors").write_bytes(outside.read_bytes())
-    for name in ("../outside.safetensors", str(outside), "link.safetensors", "inner/one.safetensors", "..", ""):
+    for name in ("../outside.safetensors", str(outside), "link.safetensors", "inner/one.safetensors", "..", "", "\0"):
         moved = {tensor: name if file == "one.safetensors" else file for tensor, file in weight_map.items()}
         write_index(folder, moved)
         assert f"names {name!r}, which lies outside its folder" in refusal(folder)

@@ -9,7 +9,7 @@ import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, convert_gguf_tokenizer
 
@@ -158,6 +158,17 @@ def test_a_stream_never_shows_half_a_character(tokenizer: Tokenizer, text: str) 
         assert whole.endswith("\ufffd") or shown == whole
     assert shown == text
     assert stream.finish() == ""
+
+
+@given(ids=st.lists(st.integers(0, 3), max_size=12))
+def test_a_stream_keeps_the_spaces_between_words(ids: list[int]) -> None:
+    """A decoder may drop the space before the first word; streamed, later words are not taken for first ones."""
+    inner = tokenizers.Tokenizer(models.WordLevel({"\u2581a": 0, "b": 1, "\u2581c": 2, "\u2581": 3}, unk_token="b"))
+    inner.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(inner)
+    assert tokenizer.decode([0, 1, 2]) == "ab c"
+    stream = tokenizer.stream()
+    assert "".join([stream.add(token) for token in ids]) + stream.finish() == tokenizer.decode(ids)
 
 
 def test_bytes_without_a_token_are_left_out(tokenizer: Tokenizer) -> None:
