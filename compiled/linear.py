@@ -10,7 +10,6 @@ Shapes: R or T rows, N outputs, I inputs, J words a row, V vocabulary, M hidden.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 

@@ -11,7 +11,7 @@ from ..spec.errors import MachineError, RequestError
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """The device, if tensors can be made on it. Raises `RequestError` for no device, `MachineError` for one not here."""
+    """The device, if tensors can be made on it. Raises `RequestError` or `MachineError`, which say why not."""
     try:
         wanted = torch.device(device)
     except RuntimeError as error:

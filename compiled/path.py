@@ -187,7 +187,7 @@ class CompiledPath:
         return program
 
     def _warm(self, name: str, program: Callable[..., Any]) -> None:
-        """Run the program once on sequences of its own, whose sizes are marked as varying and differ from each other."""
+        """Run the program once on sequences of its own; sizes that vary are marked and differ from each other."""
         rows = 3 if name == "decode rows" else 1
         sequences = StaticSequences(self._config, rows, 11, self._device)
         for cache in sequences.caches:

@@ -12,13 +12,11 @@ key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cac
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..spec.config import LayerConfig, ModelConfig, Storage
 from .attention import attend_decode, attend_prefill, mask, write
-from .linear import Matrix, linear_few, linear_many, lookup
+from .linear import linear_few, linear_many, lookup
 from .mlp import activation, gated
 from .norms import norm
 from .rotary import rotary_table, rotate

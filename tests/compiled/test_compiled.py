@@ -1,0 +1,168 @@
+"""What compiling adds: the graphs give what the programs give, for any sizes, and nothing compiles twice.
+
+Torch's guards are kept here, so that a graph that is special to a size would have to recompile; under
+`fail_on_recompile` that is an error. A small pool of models, since each takes seconds to compile.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twinfer.compiled.path import CompiledPath
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.models import RandomSource
+from twinfer.oracle.paths import assert_paths_agree
+from twinfer.oracle.schedule import draw_schedule
+from twinfer.oracle.yardstick import Yardstick
+from twinfer.spec.config import (
+    Activation,
+    AttentionConfig,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    NormConfig,
+    NormKind,
+    RotaryConfig,
+    RotaryLayout,
+    Storage,
+)
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def llama(window: int | None = None) -> ModelConfig:
+    """Two kinds of layers, so two regions; grouped heads; sizes that no packing divides."""
+    norm = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
+    mlp = MlpConfig(width=37, activation=Activation.SILU, gated=True)
+
+    def layer(window: int | None) -> LayerConfig:
+        rotary = RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=6)
+        attention = AttentionConfig(
+            heads=4, kv_heads=2, head_size=10, scale=10**-0.5, window=window, rotary=rotary, qkv_bias=window is not None
+        )
+        return LayerConfig(norm=norm, attention=attention, mlp=mlp)
+
+    return ModelConfig(
+        family="llama",
+        hidden=30,
+        vocabulary=53,
+        context=64,
+        layers=(layer(None), layer(window), layer(None)),
+        final_norm=norm,
+        learned_positions=False,
+        tied_head=True,
+    )
+
+
+def gpt2() -> ModelConfig:
+    norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-5)
+    attention = AttentionConfig(heads=3, kv_heads=3, head_size=8, scale=8**-0.5, qkv_bias=True, output_bias=True)
+    mlp = MlpConfig(width=40, activation=Activation.GELU_TANH, gated=False, bias=True)
+    return ModelConfig(
+        family="gpt2",
+        hidden=24,
+        vocabulary=50,
+        context=64,
+        layers=(LayerConfig(norm=norm, attention=attention, mlp=mlp),) * 2,
+        final_norm=norm,
+        learned_positions=True,
+        tied_head=True,
+    )
+
+
+POOL = [(llama(window=5), Storage.INT8), (gpt2(), Storage.FLOAT32), (gpt2(), Storage.BFLOAT16)]
+
+
+@cache
+def twins(which: int, device: str) -> tuple[CompiledPath, Yardstick]:
+    config, storage = POOL[which]
+    source = RandomSource(config, seed=which)
+    path = CompiledPath(source, storage=storage, device=device, _keep_guards=True)
+    with torch.compiler.set_stance("default"):
+        path.compile()
+    return path, Yardstick.of(source, storage=storage, device=device)
+
+
+@pytest.fixture(autouse=True)
+def surroundings() -> Iterator[None]:
+    """The caller's settings, put back."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("which", range(len(POOL)))
+def test_any_schedule_runs_without_compiling_again(which: int, device: str) -> None:
+    """Any batch, length, capacity and growth; and it agrees with the reference."""
+    path, yardstick = twins(which, device)
+
+    @settings(max_examples=30)
+    @given(seed=st.integers(0, 2**31))
+    def run(seed: int) -> None:
+        schedule = draw_schedule(RandomPicker(seed), path.config, max_piece=20)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert_paths_agree(yardstick, path, schedule)
+
+    run()
+
+
+def test_the_callers_settings_neither_matter_nor_change() -> None:
+    """Threads, default dtype, gradients, inference mode, autocast: whatever they are, same bits and no recompile."""
+    path, _ = twins(0, "cpu")
+    token_T = torch.arange(9)
+
+    def logits() -> list[float]:
+        sequences = path.open(2, 3)
+        path.extend(sequences, [token_T, token_T[:1]])
+        values: list[float] = path.extend(sequences, [token_T[:1], token_T[:1]]).flatten().tolist()
+        return values
+
+    with torch.compiler.set_stance("fail_on_recompile"):
+        plain = logits()
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_default_dtype(torch.float64)
+        threads = torch.get_num_threads()
+        assert logits() == plain
+        assert torch.get_num_threads() == threads
+        assert torch.get_default_dtype() is torch.float64
+        with torch.inference_mode():
+            assert logits() == plain
+        with torch.no_grad():
+            assert logits() == plain
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert logits() == plain
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.is_grad_enabled()
+
+
+def test_guards_left_out_change_nothing() -> None:
+    """The path as it is used, without torch's guards, gives the bits of the one with them."""
+    config, storage = POOL[0]
+    guarded, _ = twins(0, "cpu")
+    path = CompiledPath(RandomSource(config, seed=0), storage=storage)
+    assert path.compile() > 0
+    one, token_T = torch.arange(1), torch.arange(12)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch, length in ((1, 2), (3, 5), (2, 12), (4, 1)):
+            held = [each.open(batch, 4) for each in (path, guarded)]
+            for new in ([token_T[:length]] * batch, [one] * batch, [one] + [one[:0]] * (batch - 1)):
+                got, right = (
+                    each.extend(sequences, new) for each, sequences in zip((path, guarded), held, strict=True)
+                )
+                assert torch.equal(got, right)
+
+
+def test_compiling_twice_does_nothing_and_is_told_once() -> None:
+    config, storage = POOL[0]
+    told: list[str] = []
+    path = CompiledPath(RandomSource(config, seed=0), storage=storage, report=told.append)
+    path.compile(batches=False)
+    assert len(told) == 2
+    path.compile(batches=False)
+    assert len(told) == 2

@@ -1,0 +1,126 @@
+"""Packed words hold what they should, bit by bit, and the products read them as what they hold."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from twinfer.compiled.head import head_many
+from twinfer.compiled.linear import Matrix, linear_few, linear_many, lookup
+from twinfer.compiled.packing import as_graph_input, lane_values, pack, unpack
+from twinfer.spec.config import Storage
+
+seeds = st.integers(0, 2**31)
+sizes = st.integers(1, 19)
+storages = st.sampled_from(Storage)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(seed: int, *shape: int) -> Tensor:
+    """Small integers: every partial sum of their products is exact, so order does not matter."""
+    return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def bits(tensor: Tensor) -> list[int]:
+    values: list[int] = tensor.contiguous().view(torch.int32).flatten().tolist()
+    return values
+
+
+def matrix_of(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> Matrix:
+    packed = pack(weight_NI, storage, bias_N)
+    return Matrix(as_graph_input(packed), packed.scale_N, packed.bias_N)
+
+
+def stored(weight_NI: Tensor, storage: Storage) -> Tensor:
+    """What a matrix is after storage, by numpy, element by element."""
+    if storage is Storage.FLOAT32:
+        return weight_NI.float()
+    out = np.zeros(weight_NI.shape, np.float32)
+    for row, values in enumerate(weight_NI.float().numpy()):
+        scale = np.abs(values).max() / np.float32(127)
+        for column, value in enumerate(values):
+            if storage is Storage.INT8:
+                out[row, column] = np.rint(value / scale) * scale if scale > 0 else 0
+            else:  # nearest bfloat16, ties to the one whose last bit is zero
+                word = int(value.view(np.uint32))
+                low, upper = word & 0xFFFF, word >> 16
+                upper += low > 0x8000 or (low == 0x8000 and upper % 2 == 1)
+                out[row, column] = np.uint32(upper << 16).view(np.float32)
+    return torch.from_numpy(out)
+
+
+@given(seed=seeds, rows=sizes, inputs=sizes, storage=storages, spread=st.sampled_from([1e-30, 1.0, 1e30]))
+def test_unpacking_gives_what_is_stored(seed: int, rows: int, inputs: int, storage: Storage, spread: float) -> None:
+    """Codes, scales and roundings by a brute-force reimplementation; a row of zeros among them."""
+    weight_NI = normal(seed, rows, inputs) * spread
+    weight_NI[0] *= 0
+    matrix = matrix_of(weight_NI, storage)
+    unpacked = unpack(matrix.word_NJ, matrix.scale_N, storage, inputs)
+    assert bits(unpacked + 0.0) == bits(stored(weight_NI, storage) + 0.0)  # + 0.0: code 0 has no sign
+
+
+@given(seed=seeds, rows=sizes, inputs=sizes, storage=storages)
+def test_packing_again_changes_nothing(seed: int, rows: int, inputs: int, storage: Storage) -> None:
+    """Stored values are a fixed point; in int8 where code * scale is exact, for which the scale is 1/8 here."""
+    weight_NI = stored(normal(seed, rows, inputs), storage)
+    if storage is Storage.INT8:
+        weight_NI = torch.cat([integers(seed, rows, inputs), torch.full((rows, 1), 127.0)], 1) / 8
+    matrix = matrix_of(weight_NI, storage)
+    unpacked = unpack(matrix.word_NJ, matrix.scale_N, storage, weight_NI.shape[1])
+    assert bits(unpacked + 0.0) == bits(weight_NI + 0.0)
+
+
+def test_halves_round_to_even() -> None:
+    packed = pack(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]), Storage.INT8)
+    codes = torch.cat([lane_values(as_graph_input(packed), Storage.INT8, lane) for lane in range(4)], 1)
+    assert codes[0, :7].tolist() == [127, 0, 2, 2, 0, -2, -2]
+
+
+def test_words_are_integers_and_equal_themselves() -> None:
+    """As float32 this word would be NaN, unequal to itself; and packing shares no memory with its input."""
+    weight_NI = torch.full((1, 4), -1.0)
+    packed = pack(weight_NI, Storage.INT8)
+    assert packed.word_NJ.dtype is torch.int32
+    assert torch.equal(packed.word_NJ, packed.word_NJ.clone())
+    plain = pack(weight_NI, Storage.FLOAT32)
+    weight_NI.zero_()
+    assert plain.word_NJ.tolist() == [[-1.0] * 4]
+
+
+@given(seed=seeds, rows=st.integers(1, 5), inputs=sizes, outputs=sizes, storage=storages, bias=st.booleans())
+def test_products_read_the_stored_matrix(
+    seed: int, rows: int, inputs: int, outputs: int, storage: Storage, bias: bool
+) -> None:
+    """On integers every form is exact: few rows, many, the head in blocks. What the scratch held does not matter."""
+    weight_NI = integers(seed, outputs, inputs)
+    weight_NI[:, 0] = 127  # int8 scale 1
+    x_RI, bias_N = integers(seed + 1, rows, inputs), integers(seed + 2, outputs) if bias else None
+    right_RN = x_RI @ weight_NI.T + (0 if bias_N is None else bias_N)
+    matrix = matrix_of(weight_NI, storage, bias_N)
+    scratch = torch.full((outputs * inputs,), torch.nan)
+    assert torch.equal(linear_few(x_RI, matrix, storage), right_RN)
+    assert torch.equal(linear_many(x_RI, matrix, storage, scratch), right_RN)
+    assert torch.equal(head_many(x_RI, matrix, storage, scratch[: 3 * inputs]), right_RN)
+
+
+@given(seed=seeds, tokens=st.integers(1, 6), vocabulary=sizes, hidden=sizes, storage=storages)
+def test_lookup_gives_stored_rows(seed: int, tokens: int, vocabulary: int, hidden: int, storage: Storage) -> None:
+    table = normal(seed, vocabulary, hidden)
+    token_T = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
+    looked_up = lookup(token_T, matrix_of(table, storage), storage, hidden)
+    assert bits(looked_up + 0.0) == bits(stored(table, storage)[token_T] + 0.0)
+
+
+@pytest.mark.parametrize("storage", list(Storage))
+def test_blocks_do_not_show(storage: Storage) -> None:
+    """Matrices are packed in blocks of rows: one with a ragged last block equals its rows packed alone."""
+    weight_NI = normal(0, 4096 + 3, 5)
+    whole, tail = pack(weight_NI, storage), pack(weight_NI[4095:], storage)
+    assert bits(whole.word_NJ[4095:]) == bits(tail.word_NJ)
+    if whole.scale_N is not None and tail.scale_N is not None:
+        assert bits(whole.scale_N[4095:]) == bits(tail.scale_N)

@@ -1,0 +1,279 @@
+"""The path's algorithm, its programs run eagerly, over many drawn models and schedules."""
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from twinfer.compiled import path as path_module
+from twinfer.compiled.path import CompiledPath
+from twinfer.compiled.sequences import StaticSequences
+from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.oracle.paths import assert_paths_agree
+from twinfer.oracle.schedule import draw_schedule
+from twinfer.oracle.strategies import drawn
+from twinfer.oracle.yardstick import Yardstick
+from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.errors import MachineError, RequestError, TwinferError
+from twinfer.spec.weights import tensors
+
+CONTEXT = 40
+configs = drawn(lambda pick: draw_model_config(pick, context=CONTEXT))
+seeds = st.integers(0, 2**20)
+storages = st.sampled_from(Storage)
+
+
+def eager(config: ModelConfig, seed: int, storage: Storage = Storage.FLOAT32) -> CompiledPath:
+    return CompiledPath(RandomSource(config, seed), storage=storage, _eager=True)
+
+
+def tokens(config: ModelConfig, seed: int, length: int) -> Tensor:
+    return torch.randint(config.vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def bits(tensor: Tensor) -> list[int]:
+    values: list[int] = tensor.contiguous().view(torch.int32).flatten().tolist()
+    return values
+
+
+cases = drawn(
+    lambda pick: (
+        config := draw_model_config(pick, context=CONTEXT),
+        draw_schedule(pick, config),
+        pick.integer(0, 2**20),
+        pick.choice(list(Storage)),
+        pick.choice([2, 3, 512]),
+    )
+)
+
+
+@given(case=cases)
+def test_any_schedule_gives_what_the_reference_gives(case: tuple[Any, ...]) -> None:
+    """On the same stored weights, within the budget; prompts prefilled in pieces of a few tokens too."""
+    config, schedule, seed, storage, piece = case
+    source = RandomSource(config, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(path_module, "_PREFILL_TOKENS", piece)
+        path = CompiledPath(source, storage=storage, _eager=True)
+        assert_paths_agree(Yardstick.of(source, storage=storage), path, schedule)
+
+
+@given(config=configs, seed=seeds, storage=storages, lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4))
+def test_a_row_of_a_batch_is_the_row_alone(
+    config: ModelConfig, seed: int, storage: Storage, lengths: list[int]
+) -> None:
+    """Bit by bit while every sequence gains several tokens, for then each runs alone."""
+    path = eager(config, seed, storage)
+    lengths = [length + 1 for length in lengths]
+    given_tokens = [tokens(config, seed + index, length) for index, length in enumerate(lengths)]
+    together = path.extend(path.open(len(lengths), 5), given_tokens)
+    for row_V, each in zip(together, given_tokens, strict=True):
+        assert bits(row_V) == bits(path.extend(path.open(1, 9), [each])[0])
+
+
+@given(config=configs, seed=seeds, storage=storages, poison=st.sampled_from([torch.nan, torch.inf, 3e38, 1.0]))
+def test_what_unused_slots_hold_does_not_matter(
+    config: ModelConfig, seed: int, storage: Storage, poison: float
+) -> None:
+    """Ragged sequences, so that the shorter ones have unused slots below the length of the longest."""
+    path = eager(config, seed, storage)
+    clean, poisoned = path.open(3, 20), path.open(3, 20)
+    for cache in poisoned.caches:
+        cache.key_CKD.fill_(poison)
+        cache.value_CKD.fill_(-poison)
+    one = torch.zeros(1, dtype=torch.int64)
+    for step in ([2, 9, 1], [1, 1, 1], [1, 0, 1], [0, 3, 1]):
+        new = [tokens(config, seed + length, length) if length > 1 else one[:length] for length in step]
+        assert bits(path.extend(clean, new)) == bits(path.extend(poisoned, new))
+
+
+@given(config=configs, seed=seeds, storage=storages)
+def test_a_sequence_given_nothing_is_unchanged(config: ModelConfig, seed: int, storage: Storage) -> None:
+    """Its logits are repeated, its slots keep every bit, and growing moves them whole."""
+    path = eager(config, seed, storage)
+    sequences = path.open(2, 6)
+    first_BV = path.extend(sequences, [tokens(config, seed, 5), tokens(config, seed, 3)])
+    before = [each[:5].clone() for cache in sequences.caches for each in cache]
+    nothing = torch.zeros(0, dtype=torch.int64)
+    for length in (1, 2, 25):
+        again_BV = path.extend(sequences, [nothing, tokens(config, seed, length)])
+        assert bits(again_BV[0]) == bits(first_BV[0])
+    assert sequences.capacity > 6
+    after = [each[:5] for cache in sequences.caches for each in cache]
+    assert [bits(each) for each in after] == [bits(each) for each in before]
+    assert sequences.lengths == (5, 31)
+
+
+@given(config=configs, seed=seeds, storage=storages)
+def test_twice_the_same_is_the_same(config: ModelConfig, seed: int, storage: Storage) -> None:
+    """Bit by bit, whatever was reserved, with other sequences extended in between; and the inputs are untouched."""
+    path = eager(config, seed, storage)
+    pieces = [tokens(config, seed + index, length) for index, length in enumerate((4, 1, 1, 6, 1))]
+    kept = [piece.clone() for piece in pieces]
+    small, large, other = path.open(1, 1), path.open(1, CONTEXT), path.open(2, 3)
+    results = []
+    for piece in pieces:
+        results.append((path.extend(small, [piece]), path.extend(large, [piece])))
+        path.extend(other, [piece, piece])
+    assert all(bits(one) == bits(two) for one, two in results)
+    assert all(torch.equal(piece, copy) for piece, copy in zip(pieces, kept, strict=True))
+
+
+def test_returned_logits_belong_to_the_caller() -> None:
+    """Later calls leave them alone, and writing to them leaves the path alone."""
+    config = _some_config()
+    path = eager(config, 0)
+    sequences, nothing = path.open(2, 8), torch.zeros(0, dtype=torch.int64)
+    first_BV = path.extend(sequences, [tokens(config, 0, 3), tokens(config, 1, 1)])
+    copy_BV = first_BV.clone()
+    path.extend(sequences, [tokens(config, 2, 1), tokens(config, 3, 4)])
+    assert bits(first_BV) == bits(copy_BV)
+    second_BV = path.extend(sequences, [nothing, nothing])
+    copy_BV = second_BV.clone()
+    second_BV.fill_(7)
+    assert bits(path.extend(sequences, [nothing, nothing])) == bits(copy_BV)
+
+
+class Watched(RandomSource):
+    """A source whose weights are made once, so that writing to them would be seen."""
+
+    embedding = cache(RandomSource.embedding)
+    layer = cache(RandomSource.layer)
+    head = cache(RandomSource.head)
+
+
+@pytest.mark.parametrize("storage", list(Storage))
+def test_the_weights_handed_over_are_never_written_nor_kept(storage: Storage) -> None:
+    config = _some_config()
+    source = Watched(config)
+    parts = [source.embedding(), source.head(), *(source.layer(index) for index in range(len(config.layers)))]
+    every = [tensor for part in parts for _, tensor in tensors(part)]
+    copies = [tensor.clone() for tensor in every]
+    path = CompiledPath(source, storage=storage, _eager=True)
+    first = path.extend(path.open(1, 4), [tokens(config, 0, 4)])
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(every, copies, strict=True))
+    for tensor in every:
+        tensor.zero_()
+    assert bits(path.extend(path.open(1, 4), [tokens(config, 0, 4)])) == bits(first)
+
+
+def test_a_tied_head_shares_the_tables_memory() -> None:
+    for seed in range(8):
+        config = _some_config(seed)
+        model = eager(config, seed)._model
+        shared = model.head.word_NJ.data_ptr() == model.table.word_NJ.data_ptr()
+        assert shared == config.tied_head
+
+
+def test_growth_at_least_doubles_and_stops_at_the_context() -> None:
+    config = _some_config()
+    path = eager(config, 0)
+    sequences = path.open(1, 4)
+    capacities = []
+    for _ in range(CONTEXT):
+        path.extend(sequences, [torch.zeros(1, dtype=torch.int64)])
+        capacities.append(sequences.capacity)
+    assert sorted(set(capacities)) == [4, 8, 16, 32, CONTEXT]
+
+
+def _some_config(seed: int = 3) -> ModelConfig:
+    from twinfer.oracle.case import RandomPicker
+
+    return draw_model_config(RandomPicker(seed), context=CONTEXT)
+
+
+def bad_extensions() -> list[tuple[str, list[Tensor], str]]:
+    one, config = torch.zeros(1, dtype=torch.int64), _some_config()
+    return [
+        ("too few tensors", [one], "1 tensors"),
+        ("outside the vocabulary", [one, torch.tensor([0, config.vocabulary])], f"id {config.vocabulary}"),
+        ("negative", [one, torch.tensor([-1])], "id -1"),
+        ("past the context", [one, torch.zeros(CONTEXT, dtype=torch.int64)], str(CONTEXT)),
+        ("not integers", [one, torch.zeros(1)], "float32"),
+        ("not 1-D", [one, one[None]], "2-D"),
+    ]
+
+
+@pytest.mark.parametrize(("new", "says"), [case[1:] for case in bad_extensions()], ids=[c[0] for c in bad_extensions()])
+def test_a_refused_extension_changes_nothing(new: list[Tensor], says: str) -> None:
+    config = _some_config()
+    path = eager(config, 0)
+    sequences = path.open(2, 4)
+    path.extend(sequences, [tokens(config, 0, 4), tokens(config, 1, 2)])
+    before = [bits(each) for cache in sequences.caches for each in cache]
+    with pytest.raises(RequestError, match=says):
+        path.extend(sequences, new)
+    assert sequences.lengths == (4, 2)
+    assert sequences.capacity == 4
+    assert [bits(each) for cache in sequences.caches for each in cache] == before
+
+
+def test_a_sequence_must_begin_with_a_token() -> None:
+    path = eager(_some_config(), 0)
+    with pytest.raises(RequestError, match="sequence 0 holds no token"):
+        path.extend(path.open(1, 4), [torch.zeros(0, dtype=torch.int64)])
+
+
+def test_sequences_closed_or_of_another_path_are_refused() -> None:
+    config = _some_config()
+    path, one = eager(config, 0), [torch.zeros(1, dtype=torch.int64)]
+    sequences = path.open(1, 4)
+    with pytest.raises(RequestError, match="another path"):
+        eager(config, 0).extend(sequences, one)
+    sequences.close()
+    sequences.close()
+    with pytest.raises(RequestError, match="closed"):
+        path.extend(sequences, one)
+
+
+@pytest.mark.parametrize(("batch", "reserve"), [(0, 4), (1, 0), (1, CONTEXT + 1)])
+def test_impossible_openings_are_refused(batch: int, reserve: int) -> None:
+    with pytest.raises(RequestError):
+        eager(_some_config(), 0).open(batch, reserve)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"storage": "int3"}, RequestError, "float32, bfloat16, int8"),
+        ({"compute": torch.float16}, RequestError, "torch.float32 alone"),
+        ({"device": "nowhere"}, RequestError, "nowhere"),
+        ({"device": "meta"}, RequestError, "meta"),
+        ({"device": "cuda:77"}, MachineError, "cuda:77"),
+    ],
+)
+def test_what_is_not_offered_is_refused_before_anything_is_read(
+    options: dict[str, Any], error: type[TwinferError], says: str
+) -> None:
+    class Unread:
+        config = _some_config()
+
+    with pytest.raises(error, match=says):
+        CompiledPath(Unread(), _eager=True, **options)  # type: ignore[arg-type]
+
+
+def test_a_missing_compiler_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MachineError, match=r"C\+\+ compiler.*install.*path=reference"):
+        CompiledPath(RandomSource(_some_config()))
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(MachineError, match="no-such-compiler is not there"):
+        CompiledPath(RandomSource(_some_config()))
+
+
+def test_reserve_is_taken_when_opened() -> None:
+    """No step of what was reserved moves the caches."""
+    config = _some_config()
+    path = eager(config, 0)
+    sequences: StaticSequences = path.open(2, 20)
+    addresses = [[each.data_ptr() for cache in sequences.caches for each in cache]]
+    for length in (7, 1, 12):
+        path.extend(sequences, [tokens(config, 0, length), tokens(config, 1, length)])
+        addresses.append([each.data_ptr() for cache in sequences.caches for each in cache])
+    assert all(one == two for one, two in pairwise(addresses))
