@@ -22,7 +22,7 @@ comes from float64 truth. `twinfer ops --help` explains the guarantees.
 exit status: 0 if everything holds, 1 if not
 
 with --json, one object: {"model", "storage", "compute", "device", "holds",
-  "paths": {"schedules", "rows", "decisions", "largest_ratio", "ties", "failures"},
+  "paths": {"schedules", "rows", "decisions", "largest_ratio", "ties", "failures", "holds"},
   "greedy": {"reference", "compiled", "equal_for", "tie", "holds"},
   "ops": [{"op", "path", "function", "guarantee", "cases", "rejected", "largest_ratio", "complaint", "holds"}]}
   largest_ratio  largest error / bound; above 1 fails
@@ -83,7 +83,11 @@ def report_of(result: "VerifyResult") -> dict[str, Any]:
     greedy = result.free_run
     return {
         "holds": result.holds,
-        "paths": {"schedules": [repr(schedule) for schedule in result.schedules], **asdict(result.model)},
+        "paths": {
+            "schedules": [repr(schedule) for schedule in result.schedules],
+            **asdict(result.model),
+            "holds": result.model.holds,
+        },
         "greedy": {
             "reference": list(greedy.truth),
             "compiled": list(greedy.candidate),
