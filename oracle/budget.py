@@ -4,8 +4,8 @@
 
 `e_ref` is the error of the eager reference in the candidate's own dtype, measured on the same inputs, so a budget is as
 strict as the arithmetic allows: no tolerance is chosen by hand. The second term covers the luck of the draw, since the
-reference may happen to be exact where another order of summation is not; `scale` is the size of what is rounded on the way (for a
-contraction, the same contraction on absolute values), not of the result, which may have cancelled.
+reference may happen to be exact where another order of summation is not; `scale` is the size of what is rounded on the
+way (for a contraction, the same contraction on absolute values), not of the result, which may have cancelled.
 
 Errors are judged row by row along axes that never mix, the largest and the mean of each row: beside a huge row, a
 small one that is 3 % off would disappear in any norm taken over both.
@@ -87,17 +87,17 @@ def judge_exact(trial: Trial) -> Verdict:
         wanted = truth.to(got.dtype)
         wrong = ~((got == wanted) | (got.isnan() & wanted.isnan()))
         if wrong.any():
-            where = tuple(wrong.nonzero()[0].tolist())
+            at = tuple(wrong.nonzero()[0].tolist())
             return failure(
                 "differs on integers, where no sum rounds: the logic is wrong, not the arithmetic",
-                f"worst at   {named_index(axes, where)}: candidate {float(got[where])!r}, truth {float(wanted[where])!r}",
+                f"first at   {named_index(axes, at)}: candidate {float(got[at])!r}, truth {float(wanted[at])!r}",
                 f"wrong      {int(wrong.sum())} of {wrong.numel()} elements",
             )
     return PASSED
 
 
 def judge_rows(budget: Budget, axes: str, got: Tensor, eager: Tensor, truth: Tensor, scale: Tensor) -> Verdict:
-    """Judge one output. Where the truth is infinite or NaN the candidate must be the same, and is left out of the rest."""
+    """Judge one output. Where the truth is infinite or NaN the candidate must be so too, and the rest is judged."""
     finite = torch.isfinite(truth)
     wrong_kind = torch.where(finite, ~torch.isfinite(got), ~((got.double() == truth) | (got.isnan() & truth.isnan())))
     if wrong_kind.any():
@@ -119,7 +119,8 @@ def judge_rows(budget: Budget, axes: str, got: Tensor, eager: Tensor, truth: Ten
     # Nothing rounds to finer steps than the subnormals', so no scale is smaller than the smallest normal number.
     scale = rows(scale.expand_as(truth)).clamp_min(limits.smallest_normal)
     ratios = []
-    for name, reduce in (("max", lambda x: x.amax(-1)), ("mean", lambda x: x.mean(-1))):
+    reductions: dict[str, Callable[[Tensor], Tensor]] = {"max": lambda x: x.amax(-1), "mean": lambda x: x.mean(-1)}
+    for name, reduce in reductions.items():
         bound = budget.k * reduce(reference_error) + budget.c * limits.eps * reduce(scale)
         ratio = reduce(error) / bound
         row = int(ratio.argmax())

@@ -74,7 +74,7 @@ def check_op(
     from .strategies import search
 
     binding = import_of(implementation)
-    name = named or getattr(implementation, "__qualname__", repr(implementation))
+    name: str = named or getattr(implementation, "__qualname__", None) or repr(implementation)
     tally = _Tally(op, implementation, binding)
     try:
         search(op, tally.run, max_examples=max_examples, start=seed)

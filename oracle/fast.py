@@ -1,4 +1,4 @@
-"""The compiled path's functions as fast twins: each is called like the reference, on inputs packed as its graph packs them.
+"""The compiled path's functions as fast twins: called like the reference, on inputs packed as its graphs pack them.
 
 The compiled path computes in float32: narrower cases are widened on the way in and rounded on the way out.
 
@@ -196,7 +196,7 @@ def _write(function: Function, inputs: Inputs) -> KVCache:
         start_B = torch.arange(len(old)) * capacity
         for t in range(new):
             function(slots, start_B + held + t, more[:, t])
-        grown.append(slots.unflatten(0, (len(old), capacity))[:, : held + new])
+        grown.append(slots.view(len(old), capacity, *slots.shape[1:])[:, : held + new])
     return KVCache(*grown)
 
 

@@ -24,12 +24,16 @@ class Bitwise:
                 differs = (got != wanted) & ~(got.isnan() & wanted.isnan())
                 if not differs.any():
                     return failure("differs in the sign of a zero or the payload of a NaN, and promises identical bits")
-                where = tuple(differs.nonzero()[0].tolist())
                 return failure(
                     f"differs in {int(differs.sum())} of {differs.numel()} elements, and promises identical bits",
-                    f"first at   {named_index(axes, where)}: candidate {got[where].item()!r}, reference {wanted[where].item()!r}",
+                    _first(axes, differs, got, wanted),
                 )
         return PASSED
+
+
+def _first(axes: str, differs: Tensor, got: Tensor, wanted: Tensor) -> str:
+    at = tuple(differs.nonzero()[0].tolist())
+    return f"first at   {named_index(axes, at)}: candidate {got[at].item()!r}, reference {wanted[at].item()!r}"
 
 
 Regret = Callable[[Inputs, list[Tensor]], Tensor]
@@ -78,10 +82,7 @@ class Discrete:
         for axes, got, wanted in zip(trial.outputs, trial.got, trial.eager, strict=True):
             differs = got != wanted
             if differs.any():
-                where = tuple(differs.nonzero()[0].tolist())
-                return [
-                    f"first at   {named_index(axes, where)}: candidate {got[where].item()!r}, reference {wanted[where].item()!r}"
-                ]
+                return [_first(axes, differs, got, wanted)]
         return []
 
 
@@ -90,7 +91,8 @@ class Statistical:
     """A distribution: the candidate is called `samples` times, and its counts are held against the true probabilities.
 
     The op must take a `generator` and return an integer. Pearson's chi-square over the outcomes expected at least five
-    times (the rest pooled); fails below `significance`, so a right implementation fails about once in 1 / significance cases.
+    times (the rest pooled); fails below `significance`, so a right implementation fails once in about 1 / significance
+    cases.
     """
 
     probability: Callable[[Inputs], Tensor]

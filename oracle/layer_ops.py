@@ -40,7 +40,6 @@ from .models import RandomSource
 from .op import Function, Op
 from .position_ops import ROTATE, rotate_scale
 from .scale import attention_scale, linear_scale, norm_scale
-from .trial import map_leaves
 from .variants import changed, one_row_3_percent_off, permutation, then
 
 
@@ -288,7 +287,7 @@ def first_sequence_alone(op: Op, function: Function, case: Case) -> None:
     def one_by_one(*, x_BTM: Tensor, cache: KVCache, **rest: Any) -> tuple[Tensor, KVCache]:
         outs = []
         for b in range(len(x_BTM)):
-            mine = map_leaves(lambda leaf, b=b: leaf[b : b + 1], cache)
+            mine = KVCache(cache.key_BSKD[b : b + 1], cache.value_BSKD[b : b + 1])
             outs.append(function(x_BTM=x_BTM[b : b + 1], cache=mine, **rest))
         grown = [torch.cat([getattr(c, name) for _, c in outs]) for name in ("key_BSKD", "value_BSKD")]
         return torch.cat([out for out, _ in outs]), KVCache(*grown)
@@ -298,7 +297,7 @@ def first_sequence_alone(op: Op, function: Function, case: Case) -> None:
 
 
 def _projections(n: Any) -> int:
-    return n.M * n.D * (2 * n.H + 2 * n.K)
+    return int(n.M * n.D * (2 * n.H + 2 * n.K))
 
 
 SELF_ATTENTION = Op(
@@ -320,7 +319,7 @@ SELF_ATTENTION = Op(
     },
     flops=lambda n: 2 * n.B * n.T * _projections(n) + 4 * n.B * n.H * n.T * (n.S + n.T) * n.D,
     bytes=lambda n: 4 * (_projections(n) + 2 * n.B * n.T * n.M + 2 * n.B * (n.S + n.T) * n.K * n.D),
-    no_fast="compiled into a step of the whole model, on merged weights and caches written in place: compare_paths judges it",
+    no_fast="compiled into a step of the whole model, its cache written in place: compare_paths judges it",
 )
 
 LAYER = Op(
@@ -344,5 +343,5 @@ LAYER = Op(
     },
     flops=lambda n: SELF_ATTENTION.flops(n) + 6 * n.B * n.T * n.M * n.F,
     bytes=lambda n: SELF_ATTENTION.bytes(n) + 4 * (3 * n.M * n.F + 4 * n.M),
-    no_fast="compiled into a step of the whole model, on merged weights and caches written in place: compare_paths judges it",
+    no_fast="compiled into a step of the whole model, its cache written in place: compare_paths judges it",
 )

@@ -294,7 +294,8 @@ KEEP_TOP_P = Op(
 def _min_p_score(exact: Inputs) -> Tensor:
     logits_V: Tensor = exact["logits_V"]
     ratio_V = torch.exp(logits_V - logits_V.max())
-    return ratio_V - exact["p"]
+    score_V: Tensor = ratio_V - exact["p"]
+    return score_V
 
 
 def _min_p_by_probability(*, logits_V: Tensor, p: float) -> Tensor:

@@ -224,5 +224,5 @@ MLP = Op(
     },
     flops=lambda n: 6 * n.B * n.T * n.M * n.F,
     bytes=lambda n: 4 * (2 * n.B * n.T * n.M + 3 * n.M * n.F),
-    no_fast="two products and an activation, which have records; the compiled layer joins them, and compare_paths judges it",
+    no_fast="products and an activation, which have records; the compiled layer joins them: compare_paths judges it",
 )

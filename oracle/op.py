@@ -38,7 +38,7 @@ class Fast:
 
 
 Law = Callable[["Op", Function, Case], None]
-"""A law that an implementation must obey by itself: raises AssertionError where it does not. Its docstring states it."""
+"""What an implementation must obey by itself: raises AssertionError where it does not. The docstring states it."""
 
 
 @dataclass(frozen=True, kw_only=True)

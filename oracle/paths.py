@@ -9,7 +9,7 @@ Shapes: B sequences, T_i new tokens of sequence i, R rows judged in a step, E ea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -266,12 +266,13 @@ def free_run(yardstick: Yardstick, candidate: Decoder, prompt: Sequence[int], ne
 
     Up to the first difference both were fed the same tokens, so the teacher-forced comparison judges that choice.
     """
-    forced = compare_paths(yardstick, candidate, generation((tuple(prompt),), new_tokens))
-    own = [_greedy(path, prompt, new_tokens) for path in (yardstick.truth, candidate)]
-    parted = FreeRun(truth=own[0], candidate=own[1], tie=None).equal_for
-    at = len(prompt) - 1 + parted
-    tie = next((tie for tie in forced.ties if tie.position == at), None)
-    return FreeRun(truth=own[0], candidate=own[1], tie=tie if parted < new_tokens else None)
+    one, other = (_greedy(path, prompt, new_tokens) for path in (yardstick.truth, candidate))
+    parted = FreeRun(truth=one, candidate=other, tie=None)
+    if one == other:
+        return parted
+    forced = compare_paths(yardstick, candidate, generation((tuple(prompt),), parted.equal_for + 1))
+    at = len(prompt) - 1 + parted.equal_for
+    return replace(parted, tie=next((tie for tie in forced.ties if tie.position == at), None))
 
 
 def _greedy(path: Decoder, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:

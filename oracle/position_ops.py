@@ -56,7 +56,8 @@ def rotate_inputs(case: Case) -> Inputs:
 def rotate_scale(scale_x: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout) -> Tensor:
     """The same turn on absolute values."""
     angle_T1J = (position_T[:, None].double() * frequency_J)[:, None]
-    turning, passing = scale_x.split([2 * len(frequency_J), scale_x.shape[-1] - 2 * len(frequency_J)], -1)
+    size = 2 * len(frequency_J)
+    turning, passing = scale_x[..., :size], scale_x[..., size:]
     first, second = rearrange(turning, f"b t h {_PAIRS[layout]} -> pair b t h j", pair=2)
     cos, sin = angle_T1J.cos().abs(), angle_T1J.sin().abs()
     turned = torch.stack([first * cos + second * sin, first * sin + second * cos])
@@ -142,7 +143,8 @@ def products_depend_on_distance_alone(op: Op, function: Function, case: Case) ->
         moved = {**inputs, "position_T": inputs["position_T"] + shift}
         turned = function(**{**moved, "x_BTHD": query}).double()
         further = function(**{**moved, "x_BTHD": key, "position_T": moved["position_T"] + 3}).double()
-        return (turned * further).sum(-1)
+        products: Tensor = (turned * further).sum(-1)
+        return products
 
     allowed = 16 * torch.finfo(torch.float32).eps * query.double().norm(dim=-1) * key.double().norm(dim=-1)
     gap = (product(0) - product(7)).abs()

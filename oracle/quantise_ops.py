@@ -56,14 +56,16 @@ def _regret(exact: Inputs, got: list[Tensor]) -> Tensor:
     wrong_scale_N1 = ((scale_N - true_scale_N).abs() > slack_N)[:, None]
     out_of_range = code_NI.abs() > 127
     regret = (quotient_NI - code_NI).abs() - (quotient_NI - quotient_NI.round()).abs()
-    return regret.masked_fill(wrong_scale_N1 | out_of_range, torch.inf)
+    masked: Tensor = regret.masked_fill(wrong_scale_N1 | out_of_range, torch.inf)
+    return masked
 
 
 def _quotient_size(exact: Inputs) -> Tensor:
     """The quotient rounds by its size, which is at most 127; a subnormal scale has few digits, and theirs count."""
     scale_N1 = exact["weight_NI"].abs().amax(-1, keepdim=True) / 127
     limits = torch.finfo(torch.float32)
-    return 127 * (limits.smallest_normal / scale_N1.where(scale_N1 > 0, 1.0)).clamp_min(1.0)
+    size: Tensor = 127 * (limits.smallest_normal / scale_N1.where(scale_N1 > 0, 1.0)).clamp_min(1.0)
+    return size
 
 
 def _reciprocal(*, weight_NI: Tensor) -> RowQuantised:

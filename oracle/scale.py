@@ -1,8 +1,8 @@
 """Forward error analysis: how large are the numbers whose rounding can reach a result?
 
-Each function takes what an op takes, in float64, with for each activation x a tensor |x| <= scale_x such that x is known to
-within about eps * scale_x, and returns the same for the op's result, to first order. Higham 2002, chapter 3. Exact
-inputs have scale |x|.
+Each function takes what an op takes, in float64, and with each activation x a tensor scale_x >= |x| such that x is
+known to within about eps * scale_x; it returns the scale of the op's result, to first order. Higham 2002, chapter 3.
+Exact inputs have scale |x|.
 
 Shapes: as in the reference's files.
 """

@@ -73,8 +73,9 @@ def draw_schedule(pick: Picker, config: ModelConfig, *, max_steps: int = 8, max_
         elif kind == "decode":
             for _ in range(pick.integer(1, 3)):
                 if max(held) < config.context:
-                    steps.append(Extend(group, tuple((GREEDY,) if pick.integer(0, 5) else () for _ in held)))
-                    held[:] = [h + len(new) for h, new in zip(held, steps[-1].new_tokens, strict=True)]
+                    step = Extend(group, tuple((GREEDY,) if pick.integer(0, 5) else () for _ in held))
+                    steps.append(step)
+                    held[:] = [h + len(new) for h, new in zip(held, step.new_tokens, strict=True)]
         else:
             pieces = tuple(
                 _tokens(pick, config, pick.integer(0 if h else 1, max_piece), config.context - h) for h in held

@@ -1,6 +1,6 @@
 """The drawing of cases, as Hypothesis strategies.
 
-Hypothesis is an extra (`pip install 'twinfer[oracle]'`), needed by the tests and by the `check` command; this is the one
+Hypothesis is an extra (`pip install 'twinfer[oracle]'`) that the tests and the `check` command need; this is the one
 module that imports it.
 """
 

@@ -1,7 +1,7 @@
 """One call of a candidate beside the reference, and what was thought of it.
 
 `Trial` computes each side at most once: the truth (the reference in float64 on the very values the candidate gets), the
-eager reference (in the candidate's own dtype), and the candidate. A `Guarantee` looks at a trial and returns a `Verdict`.
+eager reference (in the candidate's own dtype), and the candidate. A `Guarantee` looks at a trial and returns a verdict.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Status(StrEnum):
 class Verdict:
     status: Status
     ratio: float = 0.0
-    """Largest error / bound; above 1 fails. 0 where nothing may differ and nothing does, infinite where something does."""
+    """Largest error / bound; above 1 fails. Where nothing may differ, 0 or infinite."""
     complaint: str = ""
     """What is wrong, in one line. Empty unless failed."""
     details: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def leaves(value: Any) -> list[Tensor]:
-    """Every tensor within, in order; an integer counts as a tensor of no axes. A tensor outside CPU memory is fetched."""
+    """Every tensor within, in order, in CPU memory; an integer counts as a tensor of no axes."""
     found: list[Tensor] = []
 
     def note(leaf: Any) -> Any:
@@ -145,8 +145,10 @@ def copied(inputs: Inputs) -> Inputs:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same bits: NaN equals itself, and 0.0 is not -0.0.
 
-    >>> same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan])), same_bits(torch.tensor(0.0), torch.tensor(-0.0))
-    (True, False)
+    >>> same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
+    True
+    >>> same_bits(torch.tensor(0.0), torch.tensor(-0.0))
+    False
     """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False

@@ -80,5 +80,5 @@ class TwinPaths(RuleBasedStateMachine):
         )
 
 
-TwinPaths.TestCase.settings = settings(max_examples=8, stateful_step_count=8)
+TwinPaths.TestCase.settings = settings(max_examples=12, stateful_step_count=10)
 TestTwinPaths = TwinPaths.TestCase

@@ -1,0 +1,61 @@
+"""`verify` holds a right path to be right, and says what is wrong with a wrong one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from twinfer.compiled.path import CompiledPath
+from twinfer.oracle import verify as room
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.oracle.op import Fast
+from twinfer.oracle.table import OPS
+from twinfer.oracle.verify import verify, verify_ops
+from twinfer.spec.config import Storage
+from twinfer.spec.decoder import Path
+
+
+def source_of(seed: int) -> RandomSource:
+    return RandomSource(draw_model_config(RandomPicker(seed)), seed)
+
+
+@pytest.mark.parametrize("storage", Storage)
+def test_the_compiled_path_holds(storage: Storage) -> None:
+    """Its graphs run eagerly here; every stage is told."""
+    source, told = source_of(1), list[str]()
+    candidate = CompiledPath(source, storage=storage, _eager=True)
+    result = verify(source, storage=storage, candidate=candidate, schedules=2, cases=5, report=told.append)
+    assert result.holds
+    assert result.storage is storage
+    assert len(result.schedules) == 2
+    assert result.model.rows > 0
+    assert 0 < result.model.largest_ratio <= 1
+    assert {op.op for op in result.ops} == {op.name for op in OPS.values() if op.fast}
+    assert len(told) >= 4
+
+
+def test_a_path_on_other_weights_fails() -> None:
+    """Float32 weights where int8 ones are claimed: a difference of storage, not of rounding."""
+    source = source_of(1)
+    result = verify(source, storage=Storage.INT8, candidate=CompiledPath(source, _eager=True), schedules=2, cases=1)
+    assert not result.holds
+    assert "times what the budget allows" in result.model.failures[0]
+
+
+def test_every_op_is_tried_as_often_as_asked() -> None:
+    assert {verdict.cases for verdict in verify_ops(cases=7)} == {7}
+
+
+def test_a_wrong_fast_twin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * torch.relu(x)
+
+    wrong = Fast(doubled, lambda function, inputs: function(inputs["x"]))
+    broken = replace(OPS["activation"], fast={Path.COMPILED: (wrong,)})
+    monkeypatch.setattr(room, "OPS", {"activation": broken})
+    (verdict,) = verify_ops(cases=25)
+    assert not verdict.holds
+    assert (verdict.op, verdict.function) == ("activation", "doubled")
+    assert "Case(op='activation'" in str(verdict.complaint)
