@@ -124,8 +124,9 @@ def judge_rows(budget: Budget, axes: str, got: Tensor, eager: Tensor, truth: Ten
         bound = budget.k * reduce(reference_error) + budget.c * limits.eps * reduce(scale)
         ratio = reduce(error) / bound
         row = int(ratio.argmax())
-        ratios.append((float(ratio[row]), name, row, float(bound[row]), float(reduce(reference_error)[row])))
-    largest, name, row, bound_of_row, eager_of_row = max(ratios)
+        terms = (float(bound[row]), float(reduce(reference_error)[row]), float(reduce(scale)[row]))
+        ratios.append((float(ratio[row]), name, row, terms))
+    largest, name, row, (bound_of_row, eager_of_row, scale_of_row) = max(ratios)
     if largest <= 1:
         return Verdict(status=Status.PASSED, ratio=largest)
 
@@ -143,7 +144,7 @@ def judge_rows(budget: Budget, axes: str, got: Tensor, eager: Tensor, truth: Ten
         f"worst at   {named_index(axes, where)}: candidate {float(got[where])!r}, truth {float(truth[where])!r}, "
         f"eager reference {float(eager[where])!r}",
         f"row bound  {name} {bound_of_row:.4g} = {budget.k:g} * {eager_of_row:.4g} (eager error) + "
-        f"{budget.c:g} * eps * scale",
+        f"{budget.c:g} * {limits.eps:.3g} (eps) * {scale_of_row:.4g} (scale)",
         ratio=largest,
     )
 
