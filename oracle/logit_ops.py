@@ -1,26 +1,24 @@
-"""Records of choosing the next token: the logit processors, draw, next_token.
+"""Records of the logit processors.
 
 Shapes: V vocabulary, T tokens so far.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference.logits import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, scale_temperature
-from ..reference.sampling import Sampling, draw, generator_for, next_token, shape_logits
 from .budget import Budget
 from .case import Case, Data, Inputs, Option, Picker, activations
-from .guarantees import Bitwise, Discrete, Statistical
+from .guarantees import Bitwise, Discrete
 from .laws import repeats_itself
 from .op import Function, Op
 from .variants import changed
 
 _KINDS = (Data.NORMAL, Data.LARGE, Data.CONSTANT, Data.ZEROS, Data.INTEGER)
-_HOST = "runs on the host, on one row of logits, the same for every path: there is no fast twin"
+HOST = "runs on the host, on one row of logits, the same for every path: there is no fast twin"
 
 
 def logit_cases(pick: Picker, op: str, options: dict[str, Sequence[Option]]) -> Case:
@@ -33,7 +31,7 @@ def logit_cases(pick: Picker, op: str, options: dict[str, Sequence[Option]]) -> 
     )
 
 
-def _cases(op: str, **options: Sequence[Option]) -> Callable[[Picker], Case]:
+def cases_of(op: str, **options: Sequence[Option]) -> Callable[[Picker], Case]:
     return partial(logit_cases, op=op, options=options)
 
 
@@ -53,23 +51,10 @@ def penalty_inputs(case: Case) -> Inputs:
     return {**logit_inputs(case), "previous_T": previous(case)}
 
 
-def next_token_inputs(case: Case) -> Inputs:
-    return {
-        "logits_V": logits(case),
-        "previous_T": previous(case),
-        "sampling": Sampling(repetition_penalty=float(case.options["penalty"] or 1)),
-        "generator": generator_for(case.seed, 0),
-    }
-
-
-def draw_inputs(case: Case) -> Inputs:
-    return {"probability_V": torch.softmax(logits(case), -1), "generator": generator_for(case.seed, 0)}
-
-
 # --- penalise_repetition, scale_temperature -------------------------------------------------------------------------
 
 
-def _penalty_by_loop(*, logits_V: Tensor, previous_T: Tensor, penalty: float) -> Tensor:
+def penalty_by_loop(*, logits_V: Tensor, previous_T: Tensor, penalty: float) -> Tensor:
     out = logits_V.clone()
     for token in set(previous_T.tolist()):
         out[token] = logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
@@ -111,11 +96,11 @@ PENALISE_REPETITION = Op(
     axes="V T",
     reference=penalise_repetition,
     outputs=("V",),
-    cases=_cases("penalise_repetition", penalty=[1.3, 1.0, 2.0, 0.7]),
+    cases=cases_of("penalise_repetition", penalty=[1.3, 1.0, 2.0, 0.7]),
     inputs=penalty_inputs,
     guarantee=Budget(rows="V"),
     properties=(repeats_itself, unseen_tokens_keep_their_bits),
-    right={"loop": _penalty_by_loop},
+    right={"loop": penalty_by_loop},
     wrong={
         "once_for_every_occurrence": _penalty_for_every_occurrence,
         "negative_logits_made_likelier": _negative_made_likelier,
@@ -124,7 +109,7 @@ PENALISE_REPETITION = Op(
     },
     flops=lambda n: n.V,
     bytes=lambda n: 4 * 2 * n.V + 8 * n.T,
-    no_fast=_HOST,
+    no_fast=HOST,
 )
 
 SCALE_TEMPERATURE = Op(
@@ -133,7 +118,7 @@ SCALE_TEMPERATURE = Op(
     axes="V",
     reference=scale_temperature,
     outputs=("V",),
-    cases=_cases("scale_temperature", temperature=[0.7, 1.0, 2.0, 0.1]),
+    cases=cases_of("scale_temperature", temperature=[0.7, 1.0, 2.0, 0.1]),
     inputs=logit_inputs,
     guarantee=Budget(rows="V"),
     properties=(repeats_itself,),
@@ -145,14 +130,14 @@ SCALE_TEMPERATURE = Op(
     },
     flops=lambda n: n.V,
     bytes=lambda n: 4 * 2 * n.V,
-    no_fast=_HOST,
+    no_fast=HOST,
 )
 
 
 # --- the three filters ----------------------------------------------------------------------------------------------
 
 
-def _sorted_by_hand(logits_V: Tensor) -> list[int]:
+def sorted_by_hand(logits_V: Tensor) -> list[int]:
     """Token ids from the likeliest down; of equals the lower id first."""
     return sorted(range(len(logits_V)), key=lambda token: (-float(logits_V[token]), token))
 
@@ -165,7 +150,7 @@ def _keep(logits_V: Tensor, kept: Sequence[int]) -> Tensor:
 
 
 def _top_k_by_hand(*, logits_V: Tensor, k: int) -> Tensor:
-    return _keep(logits_V, _sorted_by_hand(logits_V)[:k])
+    return _keep(logits_V, sorted_by_hand(logits_V)[:k])
 
 
 def _top_k_later_ties(*, logits_V: Tensor, k: int) -> Tensor:
@@ -197,7 +182,7 @@ KEEP_TOP_K = Op(
     axes="V",
     reference=keep_top_k,
     outputs=("V",),
-    cases=_cases("keep_top_k", k=[1, 2, 3, 10, 100]),
+    cases=cases_of("keep_top_k", k=[1, 2, 3, 10, 100]),
     inputs=logit_inputs,
     guarantee=Bitwise(),
     properties=(repeats_itself, keeps_exactly_k),
@@ -210,7 +195,7 @@ KEEP_TOP_K = Op(
     },
     flops=lambda n: 0,
     bytes=lambda n: 4 * 2 * n.V,
-    no_fast=_HOST,
+    no_fast=HOST,
 )
 
 
@@ -235,7 +220,7 @@ def _one(exact: Inputs) -> Tensor:
 def _top_p_score(exact: Inputs) -> Tensor:
     """p minus the probability of all likelier tokens; the likeliest always stays."""
     logits_V, p = exact["logits_V"], exact["p"]
-    order_V = torch.tensor(_sorted_by_hand(logits_V))
+    order_V = torch.tensor(sorted_by_hand(logits_V))
     probability_V = torch.softmax(logits_V[order_V], -1)
     likelier_V = probability_V.cumsum(-1) - probability_V
     tiny = torch.finfo(torch.float64).tiny  # a token exactly at p goes: below zero, but no more than that
@@ -249,7 +234,7 @@ def _top_p_by_hand(*, logits_V: Tensor, p: float) -> Tensor:
     probability_V = torch.softmax(logits_V.float(), -1)
     kept: list[int] = []
     total = torch.zeros(())
-    for token in _sorted_by_hand(logits_V):
+    for token in sorted_by_hand(logits_V):
         if kept and float(total) >= p:
             break
         kept.append(token)
@@ -259,7 +244,7 @@ def _top_p_by_hand(*, logits_V: Tensor, p: float) -> Tensor:
 
 def _top_p_shifted(*, logits_V: Tensor, p: float, by: int) -> Tensor:
     count = int(keep_top_p(logits_V, p).isfinite().sum())
-    return _keep(logits_V, _sorted_by_hand(logits_V)[: max(count + by, 0)])
+    return _keep(logits_V, sorted_by_hand(logits_V)[: max(count + by, 0)])
 
 
 def _top_p_by_logits(*, logits_V: Tensor, p: float) -> Tensor:
@@ -274,7 +259,7 @@ KEEP_TOP_P = Op(
     axes="V",
     reference=keep_top_p,
     outputs=("V",),
-    cases=_cases("keep_top_p", p=[0.9, 0.5, 0.1, 1.0, 0.99]),
+    cases=cases_of("keep_top_p", p=[0.9, 0.5, 0.1, 1.0, 0.99]),
     inputs=logit_inputs,
     guarantee=Discrete(regret=_filter_regret(_top_p_score), scale=_one, exact_on_integers=False),
     properties=(repeats_itself,),
@@ -287,7 +272,7 @@ KEEP_TOP_P = Op(
     },
     flops=lambda n: 5 * n.V,
     bytes=lambda n: 4 * 2 * n.V,
-    no_fast=_HOST,
+    no_fast=HOST,
 )
 
 
@@ -313,7 +298,7 @@ KEEP_MIN_P = Op(
     axes="V",
     reference=keep_min_p,
     outputs=("V",),
-    cases=_cases("keep_min_p", p=[0.1, 0.5, 0.0, 1.0]),
+    cases=cases_of("keep_min_p", p=[0.1, 0.5, 0.0, 1.0]),
     inputs=logit_inputs,
     guarantee=Discrete(regret=_filter_regret(_min_p_score), scale=_one, exact_on_integers=False),
     properties=(repeats_itself,),
@@ -325,119 +310,5 @@ KEEP_MIN_P = Op(
     },
     flops=lambda n: 2 * n.V,
     bytes=lambda n: 4 * 2 * n.V,
-    no_fast=_HOST,
-)
-
-
-# --- choosing -------------------------------------------------------------------------------------------------------
-
-
-def _shaped(exact: Inputs) -> Tensor:
-    return shape_logits(exact["logits_V"], exact["previous_T"], exact["sampling"])
-
-
-def _greedy_regret(exact: Inputs, got: list[Tensor]) -> Tensor:
-    shaped_V = _shaped(exact)
-    token = int(got[0])
-    if not 0 <= token < len(shaped_V):
-        return torch.tensor(torch.inf)
-    return shaped_V.max() - shaped_V[token]
-
-
-def _greedy_scale(exact: Inputs) -> Tensor:
-    return _shaped(exact).abs().max()
-
-
-def _greedy_by_hand(*, logits_V: Tensor, previous_T: Tensor, sampling: Sampling, generator: Any) -> int:
-    return _sorted_by_hand(
-        _penalty_by_loop(logits_V=logits_V, previous_T=previous_T, penalty=sampling.repetition_penalty)
-    )[0]
-
-
-def _greedy_last_of_ties(*, logits_V: Tensor, previous_T: Tensor, sampling: Sampling, generator: Any) -> int:
-    shaped_V = shape_logits(logits_V, previous_T, sampling)
-    return int((shaped_V == shaped_V.max()).nonzero()[-1])
-
-
-def _second_best(*, logits_V: Tensor, previous_T: Tensor, sampling: Sampling, generator: Any) -> int:
-    return _sorted_by_hand(shape_logits(logits_V, previous_T, sampling))[min(1, len(logits_V) - 1)]
-
-
-def _penalty_forgotten(inputs: Inputs) -> Inputs:
-    return {"sampling": Sampling()}
-
-
-NEXT_TOKEN = Op(
-    name="next_token",
-    paper="-",
-    axes="V T",
-    reference=next_token,
-    outputs=("",),
-    cases=_cases("next_token", penalty=[1.0, 1.3, 2.0]),
-    inputs=next_token_inputs,
-    guarantee=Discrete(regret=_greedy_regret, scale=_greedy_scale),
-    properties=(repeats_itself,),
-    right={"by_hand": _greedy_by_hand},
-    wrong={
-        "ties_to_the_higher_id": _greedy_last_of_ties,
-        "second_best": _second_best,
-        "penalty_forgotten": changed(next_token, _penalty_forgotten),
-    },
-    flops=lambda n: n.V,
-    bytes=lambda n: 4 * n.V,
-    no_fast=_HOST,
-)
-
-
-def _normalised(exact: Inputs) -> Tensor:
-    probability_V: Tensor = exact["probability_V"]
-    return probability_V / probability_V.sum()
-
-
-def _multinomial(*, probability_V: Tensor, generator: torch.Generator) -> int:
-    return int(torch.multinomial(probability_V, 1, generator=generator))
-
-
-def _gumbel(*, probability_V: Tensor, generator: torch.Generator) -> int:
-    """The largest of log p plus Gumbel noise."""
-    uniform_V = torch.rand(probability_V.shape, dtype=torch.float64, generator=generator)
-    return int((probability_V.double().log() - torch.log(-torch.log(uniform_V))).argmax())
-
-
-def _always_the_mode(*, probability_V: Tensor, generator: torch.Generator) -> int:
-    return int(probability_V.argmax())
-
-
-def _off_by_one(*, probability_V: Tensor, generator: torch.Generator) -> int:
-    return min(draw(probability_V, generator) + 1, len(probability_V) - 1)
-
-
-def _uniform(*, probability_V: Tensor, generator: torch.Generator) -> int:
-    return int(torch.randint(len(probability_V), (), generator=generator))
-
-
-def _squared(*, probability_V: Tensor, generator: torch.Generator) -> int:
-    return draw(probability_V**2, generator)
-
-
-DRAW = Op(
-    name="draw",
-    paper="-",
-    axes="V",
-    reference=draw,
-    outputs=("",),
-    cases=_cases("draw"),
-    inputs=draw_inputs,
-    guarantee=Statistical(probability=_normalised),
-    properties=(repeats_itself,),
-    right={"multinomial": _multinomial, "gumbel": _gumbel},
-    wrong={
-        "always_the_mode": _always_the_mode,
-        "off_by_one": _off_by_one,
-        "uniform": _uniform,
-        "squared": _squared,
-    },
-    flops=lambda n: n.V,
-    bytes=lambda n: 4 * n.V,
-    no_fast=_HOST,
+    no_fast=HOST,
 )

@@ -4,7 +4,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..spec.errors import RequestError
-from . import attention_ops, layer_ops, linear_ops, logit_ops, mlp_ops, norm_ops, position_ops, quantise_ops
+from . import (
+    attention_ops,
+    cache_ops,
+    layer_ops,
+    linear_ops,
+    logit_ops,
+    mlp_ops,
+    norm_ops,
+    position_ops,
+    quantise_ops,
+    sampling_ops,
+)
 from .op import Op
 
 _ALL = (
@@ -16,7 +27,7 @@ _ALL = (
     position_ops.ROTATE,
     attention_ops.VISIBLE,
     attention_ops.ATTENTION,
-    attention_ops.APPEND,
+    cache_ops.APPEND,
     layer_ops.SELF_ATTENTION,
     layer_ops.LAYER,
     linear_ops.EMBED,
@@ -29,8 +40,8 @@ _ALL = (
     logit_ops.KEEP_TOP_K,
     logit_ops.KEEP_TOP_P,
     logit_ops.KEEP_MIN_P,
-    logit_ops.NEXT_TOKEN,
-    logit_ops.DRAW,
+    sampling_ops.NEXT_TOKEN,
+    sampling_ops.DRAW,
 )
 
 OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _ALL})

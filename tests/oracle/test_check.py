@@ -1,5 +1,7 @@
 """What a stranger sees who holds an implementation against the reference."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,22 @@ def test_the_table_says_how_an_implementation_is_called() -> None:
         assert set(rows[name].arguments) == set(op.inputs(op.cases(RandomPicker(0)))), name
     assert rows["attention"].guarantee == "BUDGET by rows B T H"
     assert {row.guarantee.split()[0] for row in rows.values()} == {"BITWISE", "BUDGET", "DISCRETE", "STATISTICAL"}
+
+
+def test_only_check_needs_hypothesis() -> None:
+    """Without the package the rest imports, and check says what to install."""
+    script = """
+import sys
+import twinfer.oracle.verify, twinfer.oracle.paths, twinfer.oracle.evidence
+from twinfer.oracle.check import check_op
+from twinfer.spec.errors import MachineError
+assert "hypothesis" not in sys.modules
+sys.modules["hypothesis"] = None
+try:
+    check_op("linear", print)
+except MachineError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "pip install 'twinfer[oracle]'" in run.stdout
