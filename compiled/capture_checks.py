@@ -51,7 +51,8 @@ def violations(program: Callable[..., Any], arguments: tuple[Any, ...]) -> list[
         graphs.append(graph)
         return graph.forward
 
-    traced = torch.compile(program, backend=record, fullgraph=True, isolate_recompiles=True)
+    compile_apart: Callable[..., Callable[..., Any]] = torch.compile  # its type stub does not know isolate_recompiles
+    traced = compile_apart(program, backend=record, fullgraph=True, isolate_recompiles=True)
     with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
         try:
             traced(*arguments)

@@ -21,7 +21,7 @@ from ..spec.config import Storage
 LANES = {Storage.FLOAT32: 1, Storage.BFLOAT16: 2, Storage.INT8: 4}
 """How many weights one 32-bit word holds."""
 
-_BLOCK_ROWS = 4096  # rows packed at a time, which bounds the scratch: the token table is larger than a layer
+_BLOCK_ROWS = 512  # rows packed at a time, which bounds the scratch: the token table is larger than a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -127,9 +127,11 @@ def unpack(word_NJ: Tensor, scale_N: Tensor | None, storage: Storage, inputs: in
 
 
 def as_graph_input(matrix: Packed) -> Tensor:
-    """The words bit-cast to float32, over the same memory but not as a view of it: regions refuse views."""
-    words = matrix.word_NJ
-    if words.dtype is torch.float32:
-        return words
-    cast = torch.empty(0, dtype=torch.float32, device=words.device)
-    return cast.set_(words.untyped_storage(), 0, words.shape, words.stride())
+    """The words bit-cast to float32, over the same memory."""
+    return own(matrix.word_NJ.view(torch.float32))
+
+
+def own(contiguous: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: what enters a compiled region may not be a view."""
+    bare = torch.empty(0, dtype=contiguous.dtype, device=contiguous.device)
+    return bare.set_(contiguous.untyped_storage(), 0, contiguous.shape, contiguous.stride())

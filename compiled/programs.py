@@ -17,12 +17,17 @@ OPTIONS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "a
 """Inductor's run-time checks of what the path has checked already; given for these graphs, not set globally."""
 
 
+_compile: Callable[..., Any] = torch.compile  # its type stub does not know isolate_recompiles
+
+
 def graph(program: Callable[..., Any], *, keep_guards: bool = False) -> Callable[..., Any]:
     """The program under torch.compile; nothing is compiled before its first call."""
     options = dict(OPTIONS)
     if not keep_guards:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    return torch.compile(program, fullgraph=True, dynamic=False, options=options)
+    # Programs of other paths share this one's code: without guards, only isolation keeps their graphs apart.
+    compiled: Callable[..., Any] = _compile(program, fullgraph=True, options=options, isolate_recompiles=True)
+    return compiled
 
 
 def region(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:

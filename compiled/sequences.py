@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..spec.config import ModelConfig
 from ..spec.errors import RequestError
+from .packing import own
 from .steps import Cache
 
 
@@ -58,9 +59,7 @@ class StaticSequences:
         batch = len(self._lengths)
         new_BCKD = old_SKD.new_zeros(batch, capacity, *old_SKD.shape[1:])
         new_BCKD[:, : self.capacity] = old_SKD.view(batch, self.capacity, *old_SKD.shape[1:])
-        return torch.empty(0, dtype=old_SKD.dtype, device=old_SKD.device).set_(
-            new_BCKD.untyped_storage(), 0, (batch * capacity, *old_SKD.shape[1:])
-        )
+        return own(new_BCKD.flatten(0, 1))
 
 
 def _empty(config: ModelConfig, layer: int, slots: int, device: torch.device) -> Cache:

@@ -163,7 +163,7 @@ def _tables(model: Model, position_T: Tensor) -> list[Table]:
 def _heads(qkv_TN: Tensor, table: Table, config: LayerConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Query [T, H, D], key and value [T, K, D] from the merged product, rotated."""
     attention = config.attention
-    qkv_TGD = qkv_TN.unflatten(1, (-1, attention.head_size))
+    qkv_TGD = qkv_TN.view(qkv_TN.shape[0], -1, attention.head_size)
     first_value = attention.heads + attention.kv_heads
     query_key_TGD, value_TKD = qkv_TGD[:, :first_value], qkv_TGD[:, first_value:]
     if table is not None:

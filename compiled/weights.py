@@ -21,6 +21,7 @@ from ..spec.weights import (
     validate_layer,
 )
 from .linear import Matrix
+from .machine import return_freed_memory
 from .packing import as_graph_input, pack
 
 
@@ -72,6 +73,8 @@ def prepare(source: WeightSource, storage: Storage, device: torch.device) -> Mod
         weights = source.layer(index)
         validate_layer(weights, config, index)
         layers.append(_layer(weights, storage, device, layers))
+        del weights
+        return_freed_memory()
     return Model(table, position_PM, tuple(layers), final_norm, head_matrix)
 
 

@@ -34,7 +34,7 @@ from twinfer.spec.config import (
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def llama(window: int | None = None) -> ModelConfig:
+def llama(window: int) -> ModelConfig:
     """Two kinds of layers, so two regions; grouped heads; sizes that no packing divides."""
     norm = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
     mlp = MlpConfig(width=37, activation=Activation.SILU, gated=True)
@@ -51,7 +51,7 @@ def llama(window: int | None = None) -> ModelConfig:
         hidden=30,
         vocabulary=53,
         context=64,
-        layers=(layer(None), layer(window), layer(None)),
+        layers=(layer(None), layer(window)),
         final_norm=norm,
         learned_positions=False,
         tied_head=True,
@@ -74,7 +74,7 @@ def gpt2() -> ModelConfig:
     )
 
 
-POOL = [(llama(window=5), Storage.INT8), (gpt2(), Storage.FLOAT32), (gpt2(), Storage.BFLOAT16)]
+POOL = [(llama(window=5), Storage.INT8), (gpt2(), Storage.BFLOAT16)]
 
 
 @cache
@@ -102,7 +102,7 @@ def test_any_schedule_runs_without_compiling_again(which: int, device: str) -> N
     """Any batch, length, capacity and growth; and it agrees with the reference."""
     path, yardstick = twins(which, device)
 
-    @settings(max_examples=30)
+    @settings(max_examples=20)
     @given(seed=st.integers(0, 2**31))
     def run(seed: int) -> None:
         schedule = draw_schedule(RandomPicker(seed), path.config, max_piece=20)

@@ -1,6 +1,6 @@
 """The path's algorithm, its programs run eagerly, over many drawn models and schedules."""
 
-from functools import cache
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -142,9 +142,9 @@ def test_returned_logits_belong_to_the_caller() -> None:
 class Watched(RandomSource):
     """A source whose weights are made once, so that writing to them would be seen."""
 
-    embedding = cache(RandomSource.embedding)
-    layer = cache(RandomSource.layer)
-    head = cache(RandomSource.head)
+    embedding = functools.cache(RandomSource.embedding)
+    layer = functools.cache(RandomSource.layer)
+    head = functools.cache(RandomSource.head)
 
 
 @pytest.mark.parametrize("storage", list(Storage))
