@@ -25,8 +25,11 @@ def graph(program: Callable[..., Any], *, keep_guards: bool = False) -> Callable
     options = dict(OPTIONS)
     if not keep_guards:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    # Programs of other paths share this one's code: without guards, only isolation keeps their graphs apart.
-    compiled: Callable[..., Any] = _compile(program, fullgraph=True, options=options, isolate_recompiles=True)
+    # Programs of other paths share this one's code: without guards, only isolation keeps their graphs apart. And with
+    # dynamic=None a float that another path's config has otherwise would be traced as a variable.
+    compiled: Callable[..., Any] = _compile(
+        program, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
+    )
     return compiled
 
 
