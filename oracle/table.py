@@ -51,7 +51,7 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
         "twinfer.reference.norms.norm": "picks layer_norm or rms_norm, which have records",
         "twinfer.reference.cache.empty": "makes a cache of no tokens; there is nothing to compare",
         "twinfer.reference.decoder.empty_caches": "one empty cache a layer; there is nothing to compare",
-        "twinfer.reference.decoder.decode": "the whole model: compare_paths judges it, over schedules",
+        "twinfer.reference.decoder.forward": "the whole model: compare_paths judges it, over schedules",
         "twinfer.reference.sampling.shape_logits": "applies the processors, which have records, in a fixed order",
         "twinfer.reference.sampling.generator_for": "seeds a generator; its streams are tested with the reference",
     }

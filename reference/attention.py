@@ -25,7 +25,7 @@ def visible(
 
     Positions count tokens from the start of the sequence, so a query that follows a cache of S - T tokens is simply
     given positions S - T .. S - 1 (bottom-right alignment needs no special case). A window of W keys is the token
-    itself and the W - 1 before it. Keys at or past `key_length` do not exist (padding).
+    itself and the W - 1 before it; what comes after is `causal`'s matter. Keys at or past `key_length` are padding.
 
         >>> visible(torch.tensor([2, 3]), torch.arange(4), window=2).int().tolist()
         [[0, 1, 1, 0], [0, 0, 1, 1]]
@@ -51,17 +51,20 @@ def attention(
 ) -> Tensor:
     """Attend every query to the keys it may see; returns [B, T, H, D] in the queries' dtype.
 
+    `visible_TS` is a boolean [T, S], or [B, T, S] where sequences differ (in their lengths, say).
+
     A query that may see no key gets zeros: a softmax over nothing has no value, and padding must not invent one.
     Keys and values that no query may see do not matter, not even when they are NaN.
     """
     wide = torch.promote_types(query_BTHD.dtype, torch.float32)
-    seen_by_any_S = visible_TS.any(0)[:, None, None]
-    key_BSKD = key_BSKD.to(wide).where(seen_by_any_S, 0.0)  # what is never seen may hold anything, and 0 * NaN is NaN
-    value_BSKD = value_BSKD.to(wide).where(seen_by_any_S, 0.0)
+    seen_BTS = visible_TS.expand(len(query_BTHD), -1, -1)
+    seen_by_any_BS11 = seen_BTS.any(1)[:, :, None, None]
+    key_BSKD = key_BSKD.to(wide).where(seen_by_any_BS11, 0.0)  # what is never seen may hold anything; 0 * NaN is NaN
+    value_BSKD = value_BSKD.to(wide).where(seen_by_any_BS11, 0.0)
     query_BTKGD = rearrange(query_BTHD.to(wide), "b t (k g) d -> b t k g d", k=key_BSKD.shape[2])
 
     score_BKGTS = scale * einsum(query_BTKGD, key_BSKD, "b t k g d, b s k d -> b k g t s")
-    weight_BKGTS = _softmax_over(score_BKGTS, visible_TS)
+    weight_BKGTS = _softmax_over(score_BKGTS, seen_BTS[:, None, None])
     out_BTKGD = einsum(weight_BKGTS, value_BSKD, "b k g t s, b s k d -> b t k g d")
     return rearrange(out_BTKGD, "b t k g d -> b t (k g) d").to(query_BTHD.dtype)
 

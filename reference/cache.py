@@ -1,7 +1,7 @@
 """What a layer remembers of the tokens it has seen: their keys (already rotated) and values.
 
 A cache is a value, not a place: `append` returns a new one and leaves the old as it was. So a sequence can be tried in
-two ways from the same point, and extending in pieces equals extending at once by construction.
+two ways from the same point, and extending in pieces is the same formula as extending at once: only rounding differs.
 
 Shapes: B batch, S tokens so far, T new tokens, K key/value heads, D head size.
 """

@@ -1,6 +1,6 @@
-"""A whole decoder: embed the tokens, pass them through every layer, normalise, score the vocabulary.
+"""A whole decoder up to its head: embed the tokens, pass them through every layer, normalise.
 
-Shapes: B batch, T new tokens, M hidden, V vocabulary.
+Shapes: B batch, T new tokens, M hidden.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def empty_caches(
     return tuple(empty(batch, layer.attention, dtype, device) for layer in config.layers)
 
 
-def decode(
+def forward(
     token_BT: Tensor,
     caches: tuple[KVCache, ...],
     weights: DecoderWeights,

@@ -6,11 +6,13 @@
 Shapes: B batch, T tokens, M hidden, V vocabulary, P positions.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..spec.weights import EmbeddingWeights, LinearWeights
-from .linear import linear
+from .linear import linear as plain_linear
 
 
 def embed(token_BT: Tensor, position_T: Tensor, weights: EmbeddingWeights, dtype: torch.dtype) -> Tensor:
@@ -22,7 +24,9 @@ def embed(token_BT: Tensor, position_T: Tensor, weights: EmbeddingWeights, dtype
     return x_BTM.to(dtype)
 
 
-def head_logits(x: Tensor, projection: LinearWeights) -> Tensor:
+def head_logits(
+    x: Tensor, projection: LinearWeights, *, linear: Callable[[Tensor, LinearWeights], Tensor] = plain_linear
+) -> Tensor:
     """Score every token of the vocabulary: normalised hidden [..., M] to logits [..., V], float32 or wider.
 
     Logits are not rounded to a narrow x's dtype: neighbouring tokens would tie.

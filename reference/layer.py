@@ -3,7 +3,7 @@
     x = x + output(attention(rotate(query(n)), rotate(key(n)), value(n))),   n = norm(x)
     x = x + mlp(norm(x))
 
-Everything within a layer is one of its `Components`; swap one to try an idea on a real model.
+Norm, linear maps, rotation, attention and MLP are `Components`; swap one to try an idea on a real model.
 
 Shapes: B batch, T new tokens, S tokens before them, M hidden, H query heads, K key/value heads, D head size.
 """

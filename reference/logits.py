@@ -13,10 +13,10 @@ from torch import Tensor
 def penalise_repetition(logits_V: Tensor, previous_T: Tensor, penalty: float) -> Tensor:
     """Make tokens that already occurred less likely: positive logits are divided by the penalty, negative multiplied.
 
-    Keskar et al. 2019, section 4.1. How often a token occurred does not matter. 1.0 changes nothing.
+    Keskar et al. 2019, section 4.1, divide whatever the sign, which makes negative logits likelier; the rule by sign is
+    the one in use since. How often a token occurred does not matter. 1.0 changes nothing.
     """
-    seen_V = torch.zeros_like(logits_V, dtype=torch.bool)
-    seen_V[previous_T] = True
+    seen_V = torch.isin(torch.arange(len(logits_V), device=logits_V.device), previous_T)
     return torch.where(seen_V, torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V)
 
 
@@ -36,13 +36,15 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
-    """Keep the fewest likeliest tokens whose probabilities add up to at least p, where p > 0.
+    """Keep the fewest likeliest tokens whose probabilities add up to at least p, where p > 0; 1 keeps all.
 
     Holtzman et al. 2020 (nucleus sampling). A token stays iff those likelier than it add up to less than p:
 
         >>> keep_top_p(torch.tensor([0.5, 0.3, 0.2]).log(), 0.6).exp().tolist()
         [0.5, 0.30000001192092896, 0.0]
     """
+    if p >= 1:  # the rounding of a long sum must not rule out what no sum was to rule out
+        return logits_V
     sorted_V, order_V = torch.sort(logits_V, descending=True, stable=True)
     probability_V = torch.softmax(sorted_V.to(torch.float64), -1)
     likelier_V = probability_V.cumsum(-1) - probability_V

@@ -26,7 +26,7 @@ from ..spec.weights import (
 )
 from .cache import KVCache
 from .components import DEFAULT, Components
-from .decoder import DecoderWeights, decode, empty_caches
+from .decoder import DecoderWeights, empty_caches, forward
 from .embedding import head_logits
 from .quantise import stored
 
@@ -46,7 +46,8 @@ class _Sequence:
 class ReferenceSequences:
     """Sequences held open by a `ReferencePath`."""
 
-    def __init__(self, states: list[_Sequence]):
+    def __init__(self, owner: "ReferencePath", states: list[_Sequence]):
+        self.owner = owner
         self._states: list[_Sequence] | None = states
 
     @property
@@ -80,11 +81,13 @@ class ReferencePath:
         device: torch.device | str = "cpu",
         components: Components = DEFAULT,
     ):
+        if storage not in list(Storage):
+            raise RequestError(f"storage is {storage!r}; it must be one of {', '.join(Storage)}")
         if compute not in COMPUTE_DTYPES:
             raise RequestError(f"compute is {compute}; the reference computes in one of {list(COMPUTE_DTYPES)}")
         self.config: ModelConfig = source.config
         self.device = torch.device(device)
-        self.storage = storage
+        self.storage = Storage(storage)
         self.compute = compute
         self.components = components
         self.max_batch: int | None = None
@@ -93,7 +96,7 @@ class ReferencePath:
     def open(self, batch: int, reserve: int) -> ReferenceSequences:
         check_open(self.config, self.max_batch, batch, reserve)
         caches = empty_caches(1, self.config, self.compute, self.device)
-        return ReferenceSequences([_Sequence(caches)] * batch)
+        return ReferenceSequences(self, [_Sequence(caches)] * batch)
 
     @overload
     def extend(
@@ -112,16 +115,16 @@ class ReferencePath:
         hidden = self.extend_hidden(sequences, new_tokens)
         if every_position:
             return [self.logits(hidden_TM) for hidden_TM in hidden]
-        return torch.stack([self.logits(_last_hidden(state)) for state in _own(sequences).states])
+        return torch.stack([self.logits(_last_hidden(state)) for state in self._own(sequences).states])
 
     @torch.no_grad()
     def extend_hidden(self, sequences: Sequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
         """Extend, but stop before the head: the normalised hidden vectors of the new tokens, [T_i, M] each."""
-        sequences = _own(sequences)
+        sequences = self._own(sequences)
         check_extension(self.config, sequences.lengths, new_tokens)
         states, hidden = [], []
         for state, token_T in zip(sequences.states, new_tokens, strict=True):
-            hidden_TM, caches = self._decode(token_T, state)
+            hidden_TM, caches = self._forward(token_T, state)
             last_hidden_M = hidden_TM[-1] if len(token_T) else state.last_hidden_M
             states.append(_Sequence(caches, last_hidden_M))
             hidden.append(hidden_TM)
@@ -131,13 +134,18 @@ class ReferencePath:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Score hidden vectors [..., M] from `extend_hidden`: [..., V]."""
-        return head_logits(hidden, self.weights.projection)
+        return head_logits(hidden, self.weights.projection, linear=self.components.linear)
 
-    def _decode(self, token_T: Tensor, state: _Sequence) -> tuple[Tensor, tuple[KVCache, ...]]:
+    def _own(self, sequences: Sequences) -> ReferenceSequences:
+        if not isinstance(sequences, ReferenceSequences) or sequences.owner is not self:
+            raise RequestError("the sequences were opened by another path; open them with this one")
+        return sequences
+
+    def _forward(self, token_T: Tensor, state: _Sequence) -> tuple[Tensor, tuple[KVCache, ...]]:
         if len(token_T) == 0:
             return torch.empty(0, self.config.hidden, dtype=self.compute, device=self.device), state.caches
         token_BT = token_T.to(self.device)[None]
-        hidden_BTM, caches = decode(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
+        hidden_BTM, caches = forward(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
         return hidden_BTM[0], caches
 
     def _read(self, source: WeightSource) -> DecoderWeights:
@@ -149,13 +157,17 @@ class ReferencePath:
         for index in range(len(config.layers)):
             layer = source.layer(index)
             validate_layer(layer, config, index)
-            layers.append(self._wide(layer))
+            # Rotary frequencies are angles a token, float64 whatever the arithmetic.
+            frequency_J = layer.attention.rotary_frequency_J
+            frequency_J = None if frequency_J is None else frequency_J.to(self.device)
+            layer = self._wide(layer)
+            layers.append(replace(layer, attention=replace(layer.attention, rotary_frequency_J=frequency_J)))
         head = source.head()
         validate_head(head, config)
         return DecoderWeights(embedding=embedding, layers=tuple(layers), head=self._wide(head))
 
     def _wide(self, weights: Any) -> Any:
-        """The weights with every linear's matrix taken through storage; other floats widened, if need be."""
+        """The weights with every linear's matrix taken through storage; every other tensor through float32."""
 
         def convert(part: Any) -> Any:
             if isinstance(part, LinearWeights):
@@ -169,18 +181,11 @@ class ReferencePath:
         return stored(weight_NI, self.storage, self._wide_dtype).to(self.device)
 
     def _vector(self, vector: Tensor) -> Tensor:
-        keep = vector.dtype is torch.float64  # rotary frequencies
-        return vector.to(device=self.device, dtype=vector.dtype if keep else self._wide_dtype)
+        return vector.to(torch.float32).to(device=self.device, dtype=self._wide_dtype)
 
     @property
     def _wide_dtype(self) -> torch.dtype:
         return torch.promote_types(self.compute, torch.float32)
-
-
-def _own(sequences: Sequences) -> ReferenceSequences:
-    if not isinstance(sequences, ReferenceSequences):
-        raise RequestError(f"sequences are {type(sequences).__name__}; they must come from a reference path's open()")
-    return sequences
 
 
 def _last_hidden(state: _Sequence) -> Tensor:

@@ -5,8 +5,8 @@ Int8, symmetric, one scale a row:
     scale[n] = max_i |weight[n, i]| / 127        code[n, i] = round(weight[n, i] / scale[n])
 
 rounded half to even, so codes lie in -127 .. 127 and -128 is never used. The weight that counts from then on is
-code * scale: whatever computes with it is compared on exactly that. Paper, section III-D (INT8); its public code uses
-groups along the flattened weight instead of rows.
+code * scale: whatever computes with it is compared on exactly that. This is the weight half of the INT8 of the paper's
+section III-D, which quantises activations as well; its public code uses groups along the flattened weight.
 
 Shapes: N rows (outputs), I inputs.
 """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..spec.errors import RequestError
+from ..spec.errors import NumericsError, RequestError
 from .logits import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, scale_temperature
 
 
@@ -73,11 +73,14 @@ def draw(probability_V: Tensor, generator: torch.Generator) -> int:
 def next_token(logits_V: Tensor, previous_T: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Choose the token that follows; of equal logits, greedy choice takes the lowest token id.
 
-    Raises `FloatingPointError` where the logits hold NaN: a model gone wrong must not look like a model that talks.
+    Raises `NumericsError` where logits are NaN or +inf, or all are -inf: a model gone wrong must not look like a model
+    that talks.
     """
+    if not float(logits_V.max()) < torch.inf or float(logits_V.max()) == -torch.inf:  # max is NaN where any is
+        raise NumericsError(
+            f"the largest logit is {float(logits_V.max())}; it must be finite: check the weights, or compute in float32"
+        )
     logits_V = shape_logits(logits_V.cpu(), previous_T.cpu(), sampling)
-    if bool(logits_V.isnan().any()):
-        raise FloatingPointError("logits hold NaN: the weights or the arithmetic that made them are broken")
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     return draw(torch.softmax(logits_V.to(torch.float64), -1), generator)

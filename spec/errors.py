@@ -25,5 +25,9 @@ class CheckpointError(TwinferError):
     """A model folder or file is missing, malformed, truncated, unsafe, or of an unknown architecture."""
 
 
+class NumericsError(TwinferError):
+    """Numbers went wrong on the way (NaN, overflow): the weights, or the arithmetic chosen for them."""
+
+
 class MachineError(TwinferError):
     """The machine lacks something that the request needs, such as a C++ compiler or a device."""

@@ -143,6 +143,10 @@ def _check_attention(weights: AttentionWeights, config: AttentionConfig, hidden:
 
 def _check_mlp(weights: MlpWeights, layer: LayerConfig, hidden: int, where: str) -> None:
     config: MlpConfig = layer.mlp
+    if config.experts != 1:
+        raise WeightError(
+            f"{where} has {config.experts} experts; weights of dense MLPs alone are known, so it must be 1"
+        )
     _check_linear(weights.up, config.width, hidden, config.bias, where + ".up")
     _check_linear(weights.down, hidden, config.width, config.bias, where + ".down")
     if (weights.gate is not None) != config.gated:

@@ -140,6 +140,25 @@ def test_attention_is_torchs(
     assert_within(ours, theirs, rounding(head_size + keys, (1 + score_reach) * value_BSKD.abs().max()))
 
 
+@given(seed=seeds, key_lengths=st.lists(st.integers(0, 6), min_size=1, max_size=3), queries=st.integers(1, 3))
+def test_padded_keys_are_as_good_as_absent(seed: int, key_lengths: list[int], queries: int) -> None:
+    """A batch whose masks end at each sequence's own key length is each sequence with its own keys alone."""
+    query = normal(seed, len(key_lengths), queries, 2, 4)
+    key, value = normal(seed + 1, len(key_lengths), 6, 1, 4), normal(seed + 2, len(key_lengths), 6, 1, 4)
+    position_T, position_S = torch.arange(6, 6 + queries), torch.arange(6)
+    visible_BTS = torch.stack([visible(position_T, position_S, key_length=length) for length in key_lengths])
+    together = attention(query, key, value, visible_TS=visible_BTS, scale=0.5)
+    for row, length in enumerate(key_lengths):
+        cut_key, cut_value = key[row : row + 1, :length], value[row : row + 1, :length]
+        seen_TS = torch.ones(queries, length, dtype=torch.bool)
+        if length == 0:
+            assert torch.equal(together[row], torch.zeros_like(query[row]))
+            continue
+        alone = attention(query[row : row + 1], cut_key, cut_value, visible_TS=seen_TS, scale=0.5)
+        reach = 1 + query[row].abs().sum(-1).max() * key[row].abs().max()
+        assert_within(together[row], alone[0], rounding(4 + length, reach * value[row].abs().max()))
+
+
 @given(seed=seeds, queries=st.integers(1, 4), keys=st.integers(1, 5), seen=st.integers(0, 5))
 def test_unseen_keys_do_not_matter(seed: int, queries: int, keys: int, seen: int) -> None:
     """Replacing every key and value that no query may see, even by NaN, changes no bit; seeing none gives zeros."""

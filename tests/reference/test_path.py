@@ -1,5 +1,7 @@
 """The reference path keeps the protocol's promises on small random models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
-from twinfer.reference.path import ReferencePath
+from twinfer.reference.components import DEFAULT
+from twinfer.reference.path import COMPUTE_DTYPES, ReferencePath
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import RequestError
 
@@ -30,13 +33,21 @@ def logits_at_once(path: ReferencePath, token_T: Tensor) -> Tensor:
     return path.extend(path.open(1, len(token_T)), [token_T], every_position=True)[0]
 
 
-@given(seed=seeds, prompts=st.lists(st.integers(1, 9), min_size=1, max_size=3), storage=st.sampled_from(Storage))
-def test_a_row_of_a_batch_is_the_row_alone(seed: int, prompts: list[int], storage: Storage) -> None:
-    """Bitwise: a batch is a loop."""
-    path = path_of(seed, torch.float32, storage)
+@given(
+    seed=seeds,
+    prompts=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    storage=st.sampled_from(Storage),
+    compute=st.sampled_from(COMPUTE_DTYPES),
+)
+def test_a_row_of_a_batch_is_the_row_alone(
+    seed: int, prompts: list[int], storage: Storage, compute: torch.dtype
+) -> None:
+    """Bitwise, in every arithmetic: a batch is a loop. Logits are never narrower than float32."""
+    path = path_of(seed, compute, storage)
     new_tokens = [tokens(path, seed + row, length) for row, length in enumerate(prompts)]
     together = path.extend(path.open(len(prompts), 9), new_tokens, every_position=True)
     for row_TV, token_T in zip(together, new_tokens, strict=True):
+        assert row_TV.dtype is torch.promote_types(compute, torch.float32)
         assert torch.equal(row_TV, logits_at_once(path, token_T))
 
 
@@ -120,8 +131,40 @@ def test_impossible_requests_are_refused() -> None:
         path.open(1, 65)
     with pytest.raises(RequestError, match=r"compute is torch.int8"):
         path_of(0, torch.int8)
+    with pytest.raises(RequestError, match="storage is 'int4'"):
+        path_of(0, storage="int4")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="opened by another path"):
+        path.extend(path_of(0).open(1, 8), [torch.tensor([0])])
     sequences = path.open(1, 8)
     sequences.close()
     sequences.close()
     with pytest.raises(RequestError, match="closed"):
         path.extend(sequences, [torch.tensor([0])])
+
+
+@given(seed=seeds, storage=st.sampled_from(Storage))
+def test_arithmetic_gets_better_as_it_gets_wider(seed: int, storage: Storage) -> None:
+    """On the same stored weights, each wider arithmetic lies nearer to float64, by half of the digits it adds at least.
+
+    Errors go with eps, so float32 should be nearer than bfloat16 by 2 ** 16 and float16 by 2 ** 3; half of these powers
+    leave room for luck.
+    """
+    truth = path_of(seed, torch.float64, storage)
+    if truth.config.vocabulary * truth.config.hidden < 50:
+        return  # one logit of two numbers may be exact in any arithmetic
+    token_T = tokens(truth, seed, 8)
+    expected_TV = logits_at_once(truth, token_T)
+    error = {
+        compute: float((logits_at_once(path_of(seed, compute, storage), token_T) - expected_TV).square().mean().sqrt())
+        for compute in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    assert 0 < error[torch.float32] < error[torch.bfloat16] / 2**8
+    assert 0 < error[torch.float16] < error[torch.bfloat16] / 2**1.5
+
+
+def test_a_swapped_linear_map_reaches_the_head() -> None:
+    """A researcher who quantises every linear map means the head's too."""
+    config = draw_model_config(RandomPicker(0))
+    silent = replace(DEFAULT, linear=lambda x, weights: torch.zeros(*x.shape[:-1], len(weights.weight_NI)))
+    path = ReferencePath(RandomSource(config), components=silent)
+    assert not path.extend(path.open(1, 4), [torch.tensor([0, 1])]).any()

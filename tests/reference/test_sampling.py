@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 
 from twinfer.reference.logits import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, scale_temperature
 from twinfer.reference.sampling import Sampling, draw, generator_for, next_token
-from twinfer.spec.errors import RequestError
+from twinfer.spec.errors import NumericsError, RequestError
 
 
 def logits_of(seed: int, vocabulary: int) -> Tensor:
@@ -115,6 +115,21 @@ def test_impossible_settings_are_refused(field: dict[str, float]) -> None:
         Sampling(**field)  # type: ignore[arg-type]
 
 
-def test_nan_logits_are_refused() -> None:
-    with pytest.raises(FloatingPointError, match="NaN"):
-        next_token(torch.tensor([0.0, torch.nan]), torch.tensor([0]), Sampling(), generator_for(0, 0))
+@pytest.mark.parametrize("logits", [[0.0, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_no_model_means_are_refused(logits: list[float], temperature: float) -> None:
+    with pytest.raises(NumericsError, match="it must be finite"):
+        next_token(torch.tensor(logits), torch.tensor([0]), Sampling(temperature=temperature), generator_for(0, 0))
+
+
+def test_a_ruled_out_token_is_no_error() -> None:
+    assert next_token(
+        torch.tensor([-torch.inf, 0.0]), torch.tensor([0]), Sampling(temperature=1.0), generator_for(0, 0)
+    )
+
+
+@given(seed=st.integers(0, 2**31))
+def test_top_p_of_one_keeps_everything(seed: int) -> None:
+    """Bit for bit, also in a vocabulary so large that its probabilities add up to more than 1 by rounding."""
+    logits_V = logits_of(seed, 49152).float()
+    assert torch.equal(keep_top_p(logits_V, 1.0), logits_V)
