@@ -4,22 +4,25 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from itertools import count, islice
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import twinfer.reference
+from twinfer.compiled import packing
 from twinfer.oracle.case import Case, RandomPicker
 from twinfer.oracle.evidence import false_alarms
 from twinfer.oracle.op import Fast, Function, Law, Op
 from twinfer.oracle.table import OPS, WITHOUT_RECORD
 from twinfer.oracle.trial import leaves, map_leaves
 
-PAIRS = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "exhaustive" else 120
+EXHAUSTIVE = os.environ.get("HYPOTHESIS_PROFILE") == "exhaustive"
+PAIRS = 10_000 if EXHAUSTIVE else 120
 """Of each op: a right implementation and a case."""
 FAULT_CASES = 60
 """A fault must be caught within as many; `twinfer check` draws three times as many by default."""
@@ -145,6 +148,24 @@ def test_fast_twins_obey_the_laws(op: Op, twin: Fast) -> None:
     for case in islice(cases_for(op, twin), 20):
         for law in op.properties:
             law(op, twin, case)
+
+
+@pytest.mark.parametrize(
+    ("op", "twin"),
+    [
+        pytest.param(op, twin, id=f"{op.name}-{twin.name}")
+        for op in (OPS.values() if EXHAUSTIVE else [OPS["rms_norm"]])
+        for fast in op.fast.values()
+        for twin in fast
+        if twin.function not in (packing.pack, packing.quantise)  # run once, at loading, and never in a graph
+    ],
+)
+def test_fast_twins_keep_the_guarantee_compiled(op: Op, twin: Fast) -> None:
+    """Compiled alone, by Inductor. Whole graphs are compiled in the tests of the path; here the profile decides."""
+    compiled = replace(twin, function=torch.compile(twin.function, dynamic=True))
+    for case in islice(cases_for(op, twin), 12 if EXHAUSTIVE else 4):
+        verdict = op.guarantee.judge(op.trial(compiled, case))
+        assert not verdict.failed, f"{verdict.complaint} {verdict.details} on {case}"
 
 
 @ops
