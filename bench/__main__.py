@@ -54,6 +54,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
         compile_s[storage.value] = path.compile()
         prepared[storage.value] = path.weight_bytes
         candidates[f"compiled {storage}"] = PathCandidate(path)
+    memory_rows = [memory(model, each, prepared[each.value], compile_s[each.value]) for each in Storage]
     speeds = measure(candidates, checkpoint.config.vocabulary, LENGTHS, rounds, messages.print)
     peer = speeds[PEER]
     return {
@@ -71,7 +72,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
             }
             for name, own in speeds.items()
         ],
-        "memory": [memory(model, storage, prepared[storage.value], compile_s[storage.value]) for storage in Storage],
+        "memory": memory_rows,
     }
 
 
@@ -119,7 +120,7 @@ def show(result: dict[str, Any]) -> None:
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise TwinferError(f"{' '.join(command[:4])} ... failed: {done.stderr.strip().splitlines()[-1]}")
+        raise TwinferError(f"{' '.join(command[:4])} ... failed: {done.stderr.strip() or done.returncode}")
     return done.stdout
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec.config import Activation, NormKind
+from ..spec.config import Activation, NormKind, RotaryConfig, RotaryLayout
 from ..spec.errors import MachineError, RequestError
 from ..spec.weights import WeightSource, tensors
 
@@ -33,9 +33,13 @@ def transformers_llama(source: WeightSource) -> Any:
         raise MachineError("this comparison needs transformers; install it with: pip install transformers") from None
     config, layer = source.config, source.config.layers[0]
     attention, mlp = layer.attention, layer.mlp
-    plain = (mlp.gated, mlp.activation, layer.norm.kind) == (True, Activation.SILU, NormKind.RMS)
+    whole_head = RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=attention.head_size)
+    plain_mlp = (mlp.gated, mlp.activation, mlp.bias, mlp.experts) == (True, Activation.SILU, False, 1)
+    biased = attention.qkv_bias or attention.output_bias
+    plain_attention = attention.rotary == whole_head and attention.window is None and not biased
+    plain_scale = attention.scale == attention.head_size**-0.5 and layer.norm.kind is NormKind.RMS
     frequency_J = source.layer(0).attention.rotary_frequency_J
-    if not plain or frequency_J is None or attention.window is not None or len(set(config.layers)) != 1:
+    if not (plain_mlp and plain_attention and plain_scale) or frequency_J is None or len(set(config.layers)) != 1:
         raise RequestError(f"this comparison is for LLaMA-like models; the model given is of family {config.family}")
     with torch.device("meta"):
         model = LlamaForCausalLM(
@@ -50,7 +54,6 @@ def transformers_llama(source: WeightSource) -> Any:
                 rms_norm_eps=layer.norm.epsilon,
                 max_position_embeddings=config.context,
                 tie_word_embeddings=config.tied_head,
-                attention_bias=attention.qkv_bias,
             )
         )
     model = model.to_empty(device="cpu").eval()

@@ -23,7 +23,7 @@ class Candidate(Protocol):
     """Something that can be timed: prompts and steps of one sequence."""
 
     def prefill(self, token_T: Tensor) -> float:
-        """Seconds to read a prompt and give the logits after its last token."""
+        """Seconds to read a prompt and give the logits after its last token, the cache's allocation included."""
         ...
 
     def decode(self, prompt_T: Tensor, steps: int) -> float:
@@ -38,10 +38,12 @@ class PathCandidate:
         self._decoder = decoder
 
     def prefill(self, token_T: Tensor) -> float:
-        sequences = self._decoder.open(1, len(token_T))
-        seconds, _ = _timed(lambda: self._decoder.extend(sequences, [token_T]))
-        sequences.close()
-        return seconds
+        def read() -> None:
+            sequences = self._decoder.open(1, len(token_T))
+            self._decoder.extend(sequences, [token_T])
+            sequences.close()
+
+        return _seconds(read)
 
     def decode(self, prompt_T: Tensor, steps: int) -> float:
         sequences = self._decoder.open(1, len(prompt_T) + steps)
@@ -52,7 +54,7 @@ class PathCandidate:
             for _ in range(steps):
                 following_BV = self._decoder.extend(sequences, [following_BV.argmax(-1)])
 
-        seconds, _ = _timed(step_on)
+        seconds = _seconds(step_on)
         sequences.close()
         return seconds / steps
 
@@ -65,7 +67,7 @@ class TransformersCandidate:
 
     @torch.no_grad()
     def prefill(self, token_T: Tensor) -> float:
-        return _timed(lambda: self._model(token_T[None], use_cache=True, logits_to_keep=1))[0]
+        return _seconds(lambda: self._model(token_T[None], use_cache=True, logits_to_keep=1))
 
     @torch.no_grad()
     def decode(self, prompt_T: Tensor, steps: int) -> float:
@@ -79,7 +81,7 @@ class TransformersCandidate:
                     token_BT, past_key_values=following.past_key_values, use_cache=True, logits_to_keep=1
                 )
 
-        return _timed(step_on)[0] / steps
+        return _seconds(step_on) / steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ def measure(
     return speeds
 
 
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
+    run()
+    return time.perf_counter() - start

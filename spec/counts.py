@@ -1,8 +1,8 @@
 """How many parameters a model has and how many bytes they take, by component, from its config alone.
 
-Exact, not an estimate: the sums equal the number of elements of the weights that `validate_*` accepts, so models too
-large for this machine can be sized on it. Tables that are computed rather than trained (rotary frequencies) are not
-counted.
+Exact, not an estimate: for dense models the sums equal the number of elements of the weights that `validate_*` accepts,
+so models too large for this machine can be sized on it. Tables that are computed rather than trained (rotary
+frequencies) are not counted.
 
 Shapes: M hidden, H query heads, K key/value heads, D head size, F intermediate, E experts, V vocabulary, P positions.
 """

@@ -1,9 +1,10 @@
 """The models that the paper measures (Tables I and II of arXiv 2207.00032), as configs without weights.
 
-The tables print hidden size (in thousands), layers and heads. Everything else is taken as in GPT-2, which all of them
-follow in what is counted here: layer norms, learned positions, biases everywhere, an MLP four times as wide as the
-hidden vector, a tied head, the vocabulary of 50257. Where Table I rounds, the exact hidden size is the one that
-reproduces the printed billions by 12 M^2 L, M hidden and L layers.
+The tables print hidden size (in thousands), layers and heads. Everything else is counted as if it were GPT-2: layer
+norms, learned positions, biases everywhere, an MLP four times as wide as the hidden vector, a tied head, the
+vocabulary of 50257. (The released GPT-Neo, GPT-J and GPT-NeoX differ from that in positions, biases or head, which
+moves their counts by less than the tables round.) Where Table I rounds a hidden size, it is the multiple of 32 under
+which 12 M^2 L, M hidden and L layers, comes within 7 % of the printed billions and that models of that size have.
 
 Three entries differ from what is printed:
 
