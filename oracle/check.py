@@ -6,18 +6,16 @@ An implementation is a function that takes the op's arguments by keyword and ret
 """
 
 import importlib
-import inspect
 import os
 import sys
 import traceback
 from dataclasses import dataclass
-from functools import partial
 
 from ..spec.errors import RequestError
 from . import guarantees
 from .assertion import Mismatch, assert_matches_reference, import_of, reproduction
 from .budget import Budget
-from .case import Case
+from .case import Case, RandomPicker
 from .op import Function, Op
 from .table import OPS, op_named
 from .trial import Status
@@ -180,9 +178,7 @@ def arguments(op: Op) -> tuple[str, ...]:
     >>> arguments(OPS["attention"])
     ('query_BTHD', 'key_BSKD', 'value_BSKD', 'visible_TS', 'scale')
     """
-    bound = op.reference.keywords if isinstance(op.reference, partial) else {}
-    used = {"linear"} if op.name == "mlp" else set()  # a component, for those who swap one; never passed
-    return tuple(name for name in inspect.signature(op.reference).parameters if name not in bound and name not in used)
+    return tuple(op.inputs(op.cases(RandomPicker(0))))
 
 
 def described(op: Op) -> str:
