@@ -6,6 +6,7 @@ everything the header speaks of lies within the file.
 GGUF writes shapes with the fastest axis first; here they are [outputs, inputs] as everywhere else.
 """
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from ..spec.errors import CheckpointError, TwinferError
+
+_ROWS = 2048
 
 REMEDY = "fetch the file again"
 
@@ -30,6 +33,12 @@ class _Header(gguf.GGUFReader):
     def __init__(self, path: Path):
         self._bytes: np.ndarray[Any, np.dtype[np.uint8]] | None = None
         super().__init__(path, "c")
+
+    def forget_pages(self) -> None:
+        """Let the system drop the pages read so far: it counts them as this process's memory, and can read them again."""
+        mapping = getattr(self.data, "_mmap", None)
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         if self._bytes is None:
@@ -54,16 +63,29 @@ class GgufFile:
             tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in self._header.tensors
         }
 
-    def metadata(self) -> dict[str, Any]:
-        """Every metadata value by its key, as plain Python numbers, strings and lists."""
+    def take_metadata(self) -> dict[str, Any]:
+        """Every metadata value by its key, as plain Python numbers, strings and lists.
+
+        To be called once: the library's form of them, an array for each token of the vocabulary, is let go here.
+        """
+        assert self._header.fields, "the metadata have been taken"
         try:
-            return {key: field.contents() for key, field in self._header.fields.items()}
+            values = {key: field.contents() for key, field in self._header.fields.items()}
         except ValueError as error:
             raise CheckpointError(f"{self.where} holds metadata that is not text ({error}); {REMEDY}") from None
+        self._header.fields.clear()
+        return values
 
     def read(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(self.shapes[name])
+        """Read some rows at a time: the library's arithmetic takes several times the memory of its result."""
+        tensor, shape = self._tensors[name], self.shapes[name]
+        if len(shape) < 2:
+            return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+        out = np.empty(shape, np.float32)
+        for first in range(0, shape[0], _ROWS):
+            out[first : first + _ROWS] = dequantize(tensor.data[first : first + _ROWS], tensor.tensor_type)
+        self._header.forget_pages()
+        return torch.from_numpy(out)
 
     def unreadable(self, name: str) -> str | None:
         kind = self._tensors[name].tensor_type

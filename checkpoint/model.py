@@ -79,7 +79,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 def _open_gguf(path: Path, name: str) -> Checkpoint:
     file = GgufFile(path)
-    metadata = file.metadata()
+    metadata = file.take_metadata()
     source = gguf_model.source(file, metadata)
     fields = Fields(metadata, f"{path}: ")
     return Checkpoint(

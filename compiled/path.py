@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
@@ -88,6 +89,13 @@ class CompiledPath:
     @property
     def max_batch(self) -> int | None:
         return None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the prepared weights; a tied head counts once."""
+        leaves = pytree.tree_leaves(self._model)
+        storages = {each.untyped_storage() for each in leaves if isinstance(each, Tensor)}
+        return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
     def compile(self, *, batches: bool = True) -> float:
         """Compile now what is not compiled yet, and return how many seconds it took; otherwise the first use does it.

@@ -38,7 +38,7 @@ def model() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def metadata() -> dict[str, Any]:
-    return GgufFile(fetched(BUILT_IN["smollm2"], cache_folder(), print)).metadata()
+    return GgufFile(fetched(BUILT_IN["smollm2"], cache_folder(), print)).take_metadata()
 
 
 @pytest.fixture(scope="module")
