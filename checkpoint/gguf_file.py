@@ -35,7 +35,7 @@ class _Header(gguf.GGUFReader):
         super().__init__(path, "c")
 
     def forget_pages(self) -> None:
-        """Let the system drop the pages read so far: it counts them as this process's memory, and can read them again."""
+        """Let the system drop the pages read so far, which it counts as our memory; it can read them again."""
         mapping = getattr(self.data, "_mmap", None)
         if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapping.madvise(mmap.MADV_DONTNEED)
