@@ -52,7 +52,8 @@ def violations(program: Callable[..., Any], arguments: tuple[Any, ...]) -> list[
         return graph.forward
 
     compile_apart: Callable[..., Callable[..., Any]] = torch.compile  # its type stub does not know isolate_recompiles
-    traced = compile_apart(program, backend=record, fullgraph=True, isolate_recompiles=True)
+    # dynamic=False: a float that an earlier trace of the same code had otherwise would be made a variable, and read.
+    traced = compile_apart(program, backend=record, fullgraph=True, dynamic=False, isolate_recompiles=True)
     with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
         try:
             traced(*arguments)

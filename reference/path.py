@@ -6,6 +6,7 @@ mistake that a batched path makes with them is a visible difference.
 Shapes: B sequences, T_i new tokens of sequence i, M hidden, V vocabulary.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
@@ -92,6 +93,12 @@ class ReferencePath:
         self.components = components
         self.max_batch: int | None = None
         self.weights = self._read(source)
+
+    def with_components(self, components: Components) -> "ReferencePath":
+        """The same model with other components; the weights are shared."""
+        other = copy.copy(self)
+        other.components = components
+        return other
 
     def open(self, batch: int, reserve: int) -> ReferenceSequences:
         check_open(self.config, self.max_batch, batch, reserve)
