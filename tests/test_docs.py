@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from twinfer.oracle.check import ops_table
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<output>.*?)```)?", re.DOTALL)
 
@@ -28,3 +30,16 @@ def test_example_prints_what_the_page_says(code: str, output: str | None, tmp_pa
     assert done.returncode == 0, done.stderr
     if output is not None:
         assert done.stdout == output
+
+
+def test_the_table_of_ops_is_the_table_of_ops() -> None:
+    page = (ROOT / "docs" / "equal.md").read_text().splitlines()
+    rows = [f"| {row.name} | {row.axes} | {row.guarantee} | {row.paper} |" for row in ops_table()]
+    first = page.index("| op | axes | guarantee | paper |") + 2
+    assert page[first:] == rows
+
+
+def test_pages_that_are_linked_to_exist() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^):#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
