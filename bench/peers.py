@@ -41,6 +41,7 @@ def transformers_llama(source: WeightSource) -> Any:
     frequency_J = source.layer(0).attention.rotary_frequency_J
     if not (plain_mlp and plain_attention and plain_scale) or frequency_J is None or len(set(config.layers)) != 1:
         raise RequestError(f"this comparison is for LLaMA-like models; the model given is of family {config.family}")
+    model: Any
     with torch.device("meta"):
         model = LlamaForCausalLM(
             LlamaConfig(
