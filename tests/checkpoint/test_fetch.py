@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import disk_usage
@@ -248,6 +249,15 @@ def alive(pid: int) -> bool:
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] if Path("/proc").is_dir() else True
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Control-C raises, also where the tests were started in the background and would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_download_keeps_nothing(shop: Workshop) -> None:
     """Control-C: a clear line, pip gone, nothing left but the lock; the next run succeeds."""
     pips = []
