@@ -1,10 +1,9 @@
 """The reference as a measure for whole models: the truth, and how wrong eager arithmetic is around it.
 
-One eager run is one sample of a rounding error, and a sample can be small by luck: in a model of a few hidden elements,
-and in a trained one where a few huge activations decide (at the first token of a sequence). With one run, 0.1 % of the
-rows of drawn tiny models fail correct variants, and so did a row of a trained one. So the error is the largest of
-several runs, in all but the first of which every number that enters a component is nudged to a neighbour at random
-(Monte Carlo arithmetic: Parker 1997).
+One eager run is one sample of a rounding error, and a sample can be small by luck: in a model of a few hidden elements
+0.1 % of the rows of correct variants fail with one run. There the error is the largest of several runs, in all but the
+first of which every number that enters a component is nudged to a neighbour at random (Monte Carlo arithmetic: Parker
+1997). Wide models are judged by one.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +19,9 @@ from ..reference.path import ReferencePath
 from ..spec.config import Activation, MlpConfig, Storage
 from ..spec.weights import MlpWeights, WeightSource
 
-RUNS = 6
+WIDE = 128
+"""Hidden elements from which on a single eager run measures the error."""
+RUNS_WHERE_NARROW = 6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,9 +39,11 @@ class Yardstick:
         storage: Storage = Storage.FLOAT32,
         compute: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        runs: int = RUNS,
+        runs: int | None = None,
     ) -> "Yardstick":
-        """Build it from a model, with `runs` eager samples, which share their weights."""
+        """Build it from a model; `runs` eager samples (1 for a wide model, 6 for a narrow one) share their weights."""
+        if runs is None:
+            runs = 1 if source.config.hidden >= WIDE else RUNS_WHERE_NARROW
         truth, eager = (
             ReferencePath(source, storage=storage, compute=dtype, device=device) for dtype in (torch.float64, compute)
         )
