@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .linear import settled
+
 
 def write(cache_SKD: Tensor, slot_R: Tensor, new_RKD: Tensor) -> None:
     """Put each new row into its slot, in place.
@@ -65,20 +67,16 @@ def attend_prefill(
 ) -> Tensor:
     """T queries of one sequence over its S slots, all of them written; `mask_TS` from `mask`; [T, H, D].
 
-    The G query heads of a key/value head stand below one another as G * T queries, so keys are not repeated.
+    Keys and values are repeated for the query heads that share them, in the same pass that reads their slots.
     """
-    tokens, heads, size = query_THD.shape
-    kv_heads = key_CKD.shape[1]
-    query_KQD = query_THD.view(tokens, kv_heads, -1, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
-    mask_QS = mask_TS.expand(heads // kv_heads, -1, -1).reshape(-1, mask_TS.shape[1])
-    out_1KQD = functional.scaled_dot_product_attention(
-        query_KQD[None],
-        key_CKD[slot_S].transpose(0, 1)[None],
-        value_CKD[slot_S].transpose(0, 1)[None],
-        attn_mask=mask_QS[None, None],
+    group = query_THD.shape[1] // key_CKD.shape[1]
+    key_SHD, value_SHD = (settled(part_CKD[slot_S].repeat_interleave(group, 1)) for part_CKD in (key_CKD, value_CKD))
+    out_1HTD = functional.scaled_dot_product_attention(
+        *(part.transpose(0, 1)[None] for part in (query_THD, key_SHD, value_SHD)),
+        attn_mask=mask_TS[None, None],
         scale=scale,
     )
-    return out_1KQD.view(kv_heads, -1, tokens, size).permute(2, 0, 1, 3).reshape(query_THD.shape)
+    return out_1HTD[0].transpose(0, 1)
 
 
 def mask(position_T: Tensor, slot_S: Tensor, window: int | None) -> Tensor:

@@ -11,13 +11,15 @@ from ..spec.config import Storage
 from .linear import Matrix
 from .packing import unpack
 
+_BLOCK_WEIGHTS = 2**21  # 8 MiB of float32
 
-def head_many(hidden_TM: Tensor, head: Matrix, storage: Storage, scratch: Tensor) -> Tensor:
-    """Logits [T, V], float32. A packed head is expanded in blocks of as many tokens as `scratch` holds, not at once."""
+
+def head_many(hidden_TM: Tensor, head: Matrix, storage: Storage, *, block_weights: int = _BLOCK_WEIGHTS) -> Tensor:
+    """Logits [T, V], float32. A packed head is expanded `block_weights` elements at a time, not at once."""
     if storage is Storage.FLOAT32:
         return functional.linear(hidden_TM, head.word_NJ, head.bias_N)
     tokens, hidden = hidden_TM.shape
-    vocabulary, step = head.word_NJ.shape[0], max(1, scratch.numel() // hidden)
+    vocabulary, step = head.word_NJ.shape[0], max(1, block_weights // hidden)
     logits_TV = torch.empty(tokens, vocabulary, device=hidden_TM.device)
     for first in range(0, vocabulary, step):
         block = slice(first, first + step)

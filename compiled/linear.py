@@ -1,9 +1,9 @@
-"""Products with stored matrices: for a few rows straight from the packed words, for many through a float32 scratch.
+"""Products with stored matrices: for a few rows straight from the packed words, for many through float32.
 
 Why it is faster: with one row, `(W * x).sum(-1)` fused over the packed words reads each word once and never writes a
 weight; torch's own matrix-vector product is at best as fast in float32 and cannot read packed words. With many rows
-the arithmetic dominates, so the words are expanded once, one matrix at a time, into a scratch that stays in cache, for
-torch's matrix product.
+the arithmetic dominates, so the words are expanded once, one matrix at a time, for torch's matrix product; the graph
+takes the same memory for one after the other.
 
 Shapes: R or T rows, N outputs, I inputs, J words a row, V vocabulary, M hidden.
 """
@@ -43,16 +43,12 @@ def linear_few(x_RI: Tensor, matrix: Matrix, storage: Storage) -> Tensor:
         out_NR = out_NR * matrix.scale_N[:, None]
     if matrix.bias_N is not None:
         out_NR = out_NR + matrix.bias_N[:, None]
-    return out_NR.t()
+    return out_NR.t().contiguous()  # rows that are strided here would be summed one by one in the next norm and product
 
 
-def linear_many(x_TI: Tensor, matrix: Matrix, storage: Storage, scratch: Tensor) -> Tensor:
-    """x @ weight.T + bias for many rows, float32 [T, N]; `scratch` [at least N * I] is overwritten."""
-    if storage is Storage.FLOAT32:
-        return functional.linear(x_TI, matrix.word_NJ, matrix.bias_N)
-    outputs, inputs = matrix.word_NJ.shape[0], x_TI.shape[1]
-    weight_NI = scratch[: outputs * inputs].view(outputs, inputs)
-    weight_NI.copy_(unpack(matrix.word_NJ, matrix.scale_N, storage, inputs))
+def linear_many(x_TI: Tensor, matrix: Matrix, storage: Storage) -> Tensor:
+    """x @ weight.T + bias for many rows, float32 [T, N]."""
+    weight_NI = unpack(matrix.word_NJ, matrix.scale_N, storage, x_TI.shape[1])
     return functional.linear(x_TI, weight_NI, matrix.bias_N)
 
 

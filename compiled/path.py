@@ -2,7 +2,7 @@
 
 Why it is faster: see `steps` (the graphs), `linear` and `packing` (what they read) and `attention` (the cache). This
 file decides who runs in which graph. Sequences that gain one token run together, as a decode step; one that gains more
-runs alone, as a prefill of at most 512 tokens at a time, which bounds the scratch and needs no padding. A lone decode
+runs alone, as a prefill of at most 512 tokens at a time, which bounds the memory and needs no padding. A lone decode
 step has its own graph, since one row is the case that memory alone limits.
 
 Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V vocabulary, M hidden.
@@ -63,7 +63,6 @@ class CompiledPath:
         self._report = report or (lambda line: None)
         with pinned(self._threads):
             self._model = prepare(source, self._storage, self._device)
-            self._scratch = torch.empty(self._scratch_size(), device=self._device)
             self._slots = torch.arange(max(2, self._config.context), device=self._device)
         wrap = as_is if _eager else region
         decode = decode_program(self._config, self._storage, wrap)
@@ -177,11 +176,9 @@ class CompiledPath:
         for piece_T in token_T.tensor_split(-(-len(token_T) // _PREFILL_TOKENS)):
             end = begin + len(piece_T)
             position_T, slot_S = self._slots[begin:end], self._slots[:end]
-            logits_1V, hidden_TM = program(
-                self._model, sequences.caches, self._scratch, piece_T, position_T, start_1, slot_S
-            )
+            logits_1V, hidden_TM = program(self._model, sequences.caches, piece_T, position_T, start_1, slot_S)
             if every_position:
-                every.append(head_many(hidden_TM, self._model.head, self._storage, self._scratch))
+                every.append(head_many(hidden_TM, self._model.head, self._storage))
             begin = end
         return logits_1V[0], torch.cat(every) if every else logits_1V[:0]
 
@@ -195,36 +192,25 @@ class CompiledPath:
         return program
 
     def _warm(self, name: str, program: Callable[..., Any]) -> None:
-        """Run the program once on sequences of its own; sizes that vary are marked and differ from each other."""
+        """Run the program once on sequences of its own; sizes that vary are marked and differ from each other.
+
+        Loops over sizes that are small here would be compiled as serial ones.
+        """
         rows = 3 if name == "decode rows" else 1
-        sequences = StaticSequences(self._config, rows, 11, self._device)
+        tokens, slots, capacity = 160, 224, 352
+        sequences = StaticSequences(self._config, rows, capacity, self._device)
         for cache in sequences.caches:
             dynamic(*cache)
-        start_R = torch.arange(rows, device=self._device) * 11
+        start_R = torch.arange(rows, device=self._device) * capacity
+        slot_S = torch.arange(slots, device=self._device)
         if name == "prefill":
-            token_T, position_T = (
-                torch.zeros(5, dtype=torch.int64, device=self._device),
-                torch.arange(5, device=self._device),
-            )
-            slot_S = torch.arange(7, device=self._device)
+            token_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
+            position_T = torch.arange(tokens, device=self._device) % self._config.context
             dynamic(token_T, position_T, slot_S)
-            program(self._model, sequences.caches, self._scratch, token_T, position_T, start_R, slot_S)
+            program(self._model, sequences.caches, token_T, position_T, start_R, slot_S)
         else:
             token_R, position_R = (torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(2))
-            slot_S = torch.arange(7, device=self._device)
             dynamic(slot_S)
             if rows > 1:
                 dynamic(token_R, position_R, start_R)
             program(self._model, sequences.caches, token_R, position_R, start_R, slot_S)
-
-    def _scratch_size(self) -> int:
-        """Elements of the largest matrix of a layer, where prefill expands matrices at all."""
-        if self._storage is Storage.FLOAT32:
-            return 1
-        hidden = self._config.hidden
-        sizes = []
-        for layer in self._config.layers:
-            attention, mlp = layer.attention, layer.mlp
-            outputs = (attention.heads + 2 * attention.kv_heads) * attention.head_size
-            sizes.append(max(outputs, (1 + mlp.gated) * mlp.width, attention.heads * attention.head_size) * hidden)
-        return max(sizes)

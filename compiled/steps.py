@@ -59,7 +59,7 @@ def decode_program(
 def prefill_program(
     config: ModelConfig, storage: Storage, region: Callable[..., Callable[..., Tensor]]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A function (model, caches, scratch, token_T, position_T, start, slot_S) -> logits [1, V], hidden [T, M].
+    """A function (model, caches, token_T, position_T, start, slot_S) -> logits [1, V], hidden [T, M].
 
     The logits follow the last token; the hidden vectors, of every token, are normed and ready for the head.
     """
@@ -68,7 +68,6 @@ def prefill_program(
     def prefill(
         model: Model,
         caches: tuple[Cache, ...],
-        scratch: Tensor,
         token_T: Tensor,
         position_T: Tensor,
         start_1: Tensor,
@@ -82,7 +81,7 @@ def prefill_program(
         write_T, read_S = start_1 + position_T, start_1 + slot_S
         for layer, weights, cache, table in zip(config.layers, model.layers, caches, tables, strict=True):
             mask_TS = masks[layer.attention.window]
-            x_TM = layer_of[layer](x_TM, weights, cache, table, scratch, write_T, read_S, mask_TS)
+            x_TM = layer_of[layer](x_TM, weights, cache, table, write_T, read_S, mask_TS)
         x_TM = norm(x_TM, model.final_norm.gain_M, model.final_norm.bias_M, config.final_norm)
         return linear_few(x_TM[-1:], model.head, storage), x_TM
 
@@ -121,22 +120,21 @@ def _prefill_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tenso
         weights: Layer,
         cache: Cache,
         table: Table,
-        scratch: Tensor,
         write_T: Tensor,
         read_S: Tensor,
         mask_TS: Tensor,
     ) -> Tensor:
         normed_TM = norm(x_TM, weights.attention_norm.gain_M, weights.attention_norm.bias_M, config.norm)
-        query, key, value = _heads(linear_many(normed_TM, weights.qkv, storage, scratch), table, config)
+        query, key, value = _heads(linear_many(normed_TM, weights.qkv, storage), table, config)
         write(cache.key_CKD, write_T, key)
         write(cache.value_CKD, write_T, value)
         mixed_THD = attend_prefill(
             query, cache.key_CKD, cache.value_CKD, slot_S=read_S, mask_TS=mask_TS, scale=config.attention.scale
         )
-        x_TM = x_TM + linear_many(mixed_THD.flatten(1), weights.output, storage, scratch)
+        x_TM = x_TM + linear_many(mixed_THD.flatten(1), weights.output, storage)
         normed_TM = norm(x_TM, weights.mlp_norm.gain_M, weights.mlp_norm.bias_M, config.norm)
-        up_TF = _activated(linear_many(normed_TM, weights.up, storage, scratch), config)
-        return x_TM + linear_many(up_TF, weights.down, storage, scratch)
+        up_TF = _activated(linear_many(normed_TM, weights.up, storage), config)
+        return x_TM + linear_many(up_TF, weights.down, storage)
 
     return layer
 

@@ -39,8 +39,7 @@ def _few(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
 
 def _many(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
     matrix, storage = matrix_of(weights)
-    scratch = torch.full((weights.weight_NI.numel() + 1,), torch.nan)  # whatever it held before must not matter
-    out: Tensor = function(x.flatten(0, -2).float(), matrix, storage, scratch)
+    out: Tensor = function(x.flatten(0, -2).float(), matrix, storage)
     return out.reshape(*x.shape[:-1], -1)
 
 
