@@ -70,9 +70,12 @@ def attend_prefill(
     Keys and values are repeated for the query heads that share them, in the same pass that reads their slots.
     """
     group = query_THD.shape[1] // key_CKD.shape[1]
-    key_SHD, value_SHD = (settled(part_CKD[slot_S].repeat_interleave(group, 1)) for part_CKD in (key_CKD, value_CKD))
+    key_SHD = settled(key_CKD[slot_S].repeat_interleave(group, 1))
+    value_SHD = settled(value_CKD[slot_S].repeat_interleave(group, 1))
     out_1HTD = functional.scaled_dot_product_attention(
-        *(part.transpose(0, 1)[None] for part in (query_THD, key_SHD, value_SHD)),
+        query_THD.transpose(0, 1)[None],
+        key_SHD.transpose(0, 1)[None],
+        value_SHD.transpose(0, 1)[None],
         attn_mask=mask_TS[None, None],
         scale=scale,
     )
