@@ -20,6 +20,7 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
+from .artefacts import ready
 from .head import head_many
 from .machine import check_compiler, checked_device
 from .programs import as_is, dynamic, graph, pinned, region
@@ -76,6 +77,7 @@ class CompiledPath:
         if not _eager:
             self._programs = {name: graph(each, keep_guards=_keep_guards) for name, each in self._programs.items()}
         self._uncompiled = set() if _eager else set(self._programs)
+        self._keep_guards = _keep_guards
 
     @property
     def config(self) -> ModelConfig:
@@ -184,15 +186,20 @@ class CompiledPath:
 
     def _ready(self, name: str) -> Callable[..., Any]:
         """The program of this name, compiled."""
-        program = self._programs[name]
         if name in self._uncompiled:
-            self._report(f"compiling {name} (once; later starts find it in the cache)")
-            self._warm(name, program)
+            program, arguments = self._programs[name], self._example(name)
+            if self._keep_guards:
+                program(*arguments)
+            else:
+                described = f"{name} {self._storage} {self._config}"
+                self._programs[name] = ready(
+                    program, arguments, described, lambda reason: self._report(f"compiling {name} ({reason})")
+                )
             self._uncompiled.discard(name)
-        return program
+        return self._programs[name]
 
-    def _warm(self, name: str, program: Callable[..., Any]) -> None:
-        """Run the program once on sequences of its own; sizes that vary are marked and differ from each other.
+    def _example(self, name: str) -> tuple[Any, ...]:
+        """Arguments of the program, with sequences of their own; sizes that vary are marked and differ from each other.
 
         Loops over sizes that are small here would be compiled as serial ones.
         """
@@ -207,10 +214,9 @@ class CompiledPath:
             token_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
             position_T = torch.arange(tokens, device=self._device) % self._config.context
             dynamic(token_T, position_T, slot_S)
-            program(self._model, sequences.caches, token_T, position_T, start_R, slot_S)
-        else:
-            token_R, position_R = (torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(2))
-            dynamic(slot_S)
-            if rows > 1:
-                dynamic(token_R, position_R, start_R)
-            program(self._model, sequences.caches, token_R, position_R, start_R, slot_S)
+            return self._model, sequences.caches, token_T, position_T, start_R, slot_S
+        token_R, position_R = (torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(2))
+        dynamic(slot_S)
+        if rows > 1:
+            dynamic(token_R, position_R, start_R)
+        return self._model, sequences.caches, token_R, position_R, start_R, slot_S

@@ -1,11 +1,13 @@
 """What compiling adds: the graphs give what the programs give, for any sizes, and nothing compiles twice.
 
-Torch's guards are kept here, so that a graph that is special to a size would have to recompile; under
-`fail_on_recompile` that is an error. A small pool of models, since each takes seconds to compile.
+One model keeps torch's guards, so that a graph that is special to a size would have to recompile; under
+`fail_on_recompile` that is an error. The other is compiled as it is used, without guards. No more of them, since each
+takes many seconds to compile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -75,15 +77,15 @@ def gpt2() -> ModelConfig:
 
 
 POOL = [(llama(window=5), Storage.INT8), (gpt2(), Storage.BFLOAT16)]
+GUARDED = 0
 
 
 @cache
 def twins(which: int, device: str) -> tuple[CompiledPath, Yardstick]:
     config, storage = POOL[which]
     source = RandomSource(config, seed=which)
-    path = CompiledPath(source, storage=storage, device=device, _keep_guards=True)
-    with torch.compiler.set_stance("default"):
-        path.compile()
+    path = CompiledPath(source, storage=storage, device=device, _keep_guards=which == GUARDED)
+    path.compile()
     return path, Yardstick.of(source, storage=storage, device=device)
 
 
@@ -141,28 +143,34 @@ def test_the_callers_settings_neither_matter_nor_change() -> None:
         assert torch.is_grad_enabled()
 
 
-def test_guards_left_out_change_nothing() -> None:
-    """The path as it is used, without torch's guards, gives the bits of the one with them."""
-    config, storage = POOL[0]
-    guarded, _ = twins(0, "cpu")
-    path = CompiledPath(RandomSource(config, seed=0), storage=storage)
-    assert path.compile() > 0
-    one, token_T = torch.arange(1), torch.arange(12)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for batch, length in ((1, 2), (3, 5), (2, 12), (4, 1)):
-            held = [each.open(batch, 4) for each in (path, guarded)]
-            for new in ([token_T[:length]] * batch, [one] * batch, [one] + [one[:0]] * (batch - 1)):
-                got, right = (
-                    each.extend(sequences, new) for each, sequences in zip((path, guarded), held, strict=True)
-                )
-                assert torch.equal(got, right)
-
-
-def test_compiling_twice_does_nothing_and_is_told_once() -> None:
-    config, storage = POOL[0]
+def test_a_later_start_finds_the_programs() -> None:
+    """A second path like the first compiles nothing and gives the same bits."""
+    config, storage = POOL[1]
+    compiled, _ = twins(1, "cpu")
     told: list[str] = []
-    path = CompiledPath(RandomSource(config, seed=0), storage=storage, report=told.append)
+    later = CompiledPath(RandomSource(config, seed=1), storage=storage, report=told.append)
+    later.compile()
+    assert told == []
+    one, token_T = torch.arange(1), torch.arange(12)
+    for batch, length in ((1, 2), (3, 5), (2, 12), (4, 1)):
+        held = [path.open(batch, 4) for path in (compiled, later)]
+        for new in ([token_T[:length]] * batch, [one] * batch, [one] + [one[:0]] * (batch - 1)):
+            right, got = (path.extend(sequences, new) for path, sequences in zip((compiled, later), held, strict=True))
+            assert torch.equal(got, right)
+
+
+def test_what_is_compiled_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ready(program: Callable[..., Any], *_: object) -> Callable[..., Any]:
+        compiling = _[-1]
+        assert callable(compiling)
+        compiling("why")
+        return program
+
+    monkeypatch.setattr("twinfer.compiled.path.ready", ready)
+    told: list[str] = []
+    path = CompiledPath(RandomSource(gpt2(), seed=1), report=told.append)
     path.compile(batches=False)
-    assert len(told) == 2
     path.compile(batches=False)
-    assert len(told) == 2
+    assert told == ["compiling prefill (why)", "compiling decode (why)"]
+    path.compile()
+    assert told[2:] == ["compiling decode rows (why)"]
