@@ -129,7 +129,13 @@ def _prefill_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tenso
         write(cache.key_CKD, write_T, key)
         write(cache.value_CKD, write_T, value)
         mixed_THD = attend_prefill(
-            query, cache.key_CKD, cache.value_CKD, slot_S=read_S, mask_TS=mask_TS, scale=config.attention.scale
+            query,
+            cache.key_CKD,
+            cache.value_CKD,
+            slot_S=read_S,
+            mask_TS=mask_TS,
+            scale=config.attention.scale,
+            window=config.attention.window,
         )
         x_TM = x_TM + linear_many(mixed_THD.flatten(1), weights.output, storage)
         normed_TM = norm(x_TM, weights.mlp_norm.gain_M, weights.mlp_norm.bias_M, config.norm)

@@ -122,7 +122,7 @@ def _prefill(function: Function, inputs: Inputs) -> Tensor:
     slots, start_B, capacity = _slots(inputs["key_BSKD"], inputs["value_BSKD"])
     slot_S = torch.arange(capacity - _SPARE)
     rows = [
-        function(query_THD, *slots, slot_S=start + slot_S, mask_TS=mask_TS, scale=inputs["scale"])
+        function(query_THD, *slots, slot_S=start + slot_S, mask_TS=mask_TS, scale=inputs["scale"], window=None)
         for query_THD, start in zip(query_BTHD.float(), start_B, strict=True)
     ]
     return torch.stack(rows).to(query_BTHD.dtype)
@@ -165,8 +165,11 @@ def _slots(key_BSKD: Tensor, value_BSKD: Tensor) -> tuple[tuple[Tensor, Tensor],
     return (caches[0], caches[1]), torch.arange(batch) * capacity, capacity
 
 
-def _sees_something(inputs: Inputs) -> bool:
-    return bool(inputs["visible_TS"].any(-1).all())
+def _sees_no_later_key(inputs: Inputs) -> bool:
+    """Whether every query sees something, and nothing after itself, the queries being the last positions."""
+    seen_TS: Tensor = inputs["visible_TS"]
+    queries, keys = seen_TS.shape
+    return bool(seen_TS.any(-1).all()) and not bool(seen_TS.triu(keys - queries + 1).any())
 
 
 def _sees_runs(inputs: Inputs) -> bool:
@@ -178,7 +181,7 @@ def _sees_runs(inputs: Inputs) -> bool:
 
 ATTENTION = (
     Fast(attention.attend_decode, _decode, applies=_sees_runs),
-    Fast(attention.attend_prefill, _prefill, applies=_sees_something),
+    Fast(attention.attend_prefill, _prefill, applies=_sees_no_later_key),
 )
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from twinfer.compiled import attention
 from twinfer.compiled import path as path_module
 from twinfer.compiled.path import CompiledPath
 from twinfer.compiled.sequences import StaticSequences
@@ -48,17 +49,19 @@ cases = drawn(
         pick.integer(0, 2**20),
         pick.choice(list(Storage)),
         pick.choice([2, 3, 512]),
+        pick.choice([1, 2, 128]),
     )
 )
 
 
 @given(case=cases)
 def test_any_schedule_gives_what_the_reference_gives(case: tuple[Any, ...]) -> None:
-    """On the same stored weights, within the budget; prompts prefilled in pieces of a few tokens too."""
-    config, schedule, seed, storage, piece = case
+    """On the same stored weights, within the budget; prompts in pieces of a few tokens too, and pieces in blocks of a few queries."""
+    config, schedule, seed, storage, piece, block = case
     source = RandomSource(config, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path_module, "_PREFILL_TOKENS", piece)
+        patch.setattr(attention, "_BLOCK", block)
         path = CompiledPath(source, storage=storage, _eager=True)
         assert_paths_agree(Yardstick.of(source, storage=storage), path, schedule)
 
