@@ -56,7 +56,7 @@ cases = drawn(
 
 @given(case=cases)
 def test_any_schedule_gives_what_the_reference_gives(case: tuple[Any, ...]) -> None:
-    """On the same stored weights, within the budget; prompts in pieces of a few tokens too, and pieces in blocks of a few queries."""
+    """On the same stored weights, within the budget; prompts in small pieces, those in small blocks."""
     config, schedule, seed, storage, piece, block = case
     source = RandomSource(config, seed)
     with pytest.MonkeyPatch.context() as patch:
