@@ -5,7 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec.config import Activation, NormKind, RotaryConfig, RotaryLayout
+from ..spec.config import (
+    Activation,
+    AttentionConfig,
+    Head,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    NormConfig,
+    NormKind,
+    RotaryConfig,
+    RotaryLayout,
+)
 from ..spec.errors import MachineError, RequestError
 from ..spec.weights import WeightSource, tensors
 
@@ -33,14 +44,10 @@ def transformers_llama(source: WeightSource) -> Any:
         raise MachineError("this comparison needs transformers; install it with: pip install transformers") from None
     config, layer = source.config, source.config.layers[0]
     attention, mlp = layer.attention, layer.mlp
-    whole_head = RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=attention.head_size)
-    plain_mlp = (mlp.gated, mlp.activation, mlp.bias, mlp.experts) == (True, Activation.SILU, False, 1)
-    biased = attention.qkv_bias or attention.output_bias
-    plain_attention = attention.rotary == whole_head and attention.window is None and not biased
-    plain_scale = attention.scale == attention.head_size**-0.5 and layer.norm.kind is NormKind.RMS
-    frequency_J = source.layer(0).attention.rotary_frequency_J
-    if not (plain_mlp and plain_attention and plain_scale) or frequency_J is None or len(set(config.layers)) != 1:
+    if config != _llama_like(config):
         raise RequestError(f"this comparison is for LLaMA-like models; the model given is of family {config.family}")
+    frequency_J = source.layer(0).attention.rotary_frequency_J
+    assert frequency_J is not None, "LLaMA-like models rotate"
     model: Any
     with torch.device("meta"):
         model = LlamaForCausalLM(
@@ -54,7 +61,7 @@ def transformers_llama(source: WeightSource) -> Any:
                 head_dim=attention.head_size,
                 rms_norm_eps=layer.norm.epsilon,
                 max_position_embeddings=config.context,
-                tie_word_embeddings=config.tied_head,
+                tie_word_embeddings=config.head is Head.TIED,
             )
         )
     model = model.to_empty(device="cpu").eval()
@@ -63,13 +70,41 @@ def transformers_llama(source: WeightSource) -> Any:
     return model
 
 
+def _llama_like(config: ModelConfig) -> ModelConfig:
+    """The LLaMA of the same sizes: whatever the config has besides them, this has not."""
+    first = config.layers[0]
+    head_size = first.attention.head_size
+    norm = NormConfig(kind=NormKind.RMS, epsilon=first.norm.epsilon)
+    layer = LayerConfig(
+        norm=norm,
+        attention=AttentionConfig(
+            heads=first.attention.heads,
+            kv_heads=first.attention.kv_heads,
+            head_size=head_size,
+            scale=head_size**-0.5,
+            rotary=RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=head_size),
+        ),
+        mlp=MlpConfig(width=first.mlp.width, activation=Activation.SILU, gated=True),
+    )
+    return ModelConfig(
+        family=config.family,
+        hidden=config.hidden,
+        vocabulary=config.vocabulary,
+        context=config.context,
+        layers=(layer,) * len(config.layers),
+        final_norm=norm,
+        learned_positions=False,
+        head=config.head,
+    )
+
+
 def _state(source: WeightSource) -> dict[str, Tensor]:
-    head, token_VM = source.head(), source.embedding().token_VM
-    projection_VM = token_VM if head.projection is None else head.projection.weight_NI
+    head, token_VE = source.head(), source.embedding().token_VE
+    projection_VE = token_VE if head.projection is None else head.projection.weight_NI
     state = {
-        "model.embed_tokens.weight": token_VM,
+        "model.embed_tokens.weight": token_VE,
         "model.norm.weight": head.norm.gain_M,
-        "lm_head.weight": projection_VM,
+        "lm_head.weight": projection_VE,
     }
     for index in range(len(source.config.layers)):
         for name, tensor in tensors(source.layer(index)):

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..spec.config import (
     Activation,
     AttentionConfig,
+    Head,
     LayerConfig,
     MlpConfig,
     ModelConfig,
@@ -30,7 +31,7 @@ ROTARY_DIVISORS = "rope_freqs.weight"
 """By what each pair's frequency is to be divided: how converters write down LLaMA 3.1's scaling."""
 
 TABLE = Table(
-    embedding=(Stored(name="token_embd.weight", fills=("token_VM",)),),
+    embedding=(Stored(name="token_embd.weight", fills=("token_VE",)),),
     layer=(
         Stored(name="blk.{layer}.attn_norm.weight", fills=("attention_norm.gain_M",)),
         Stored(name="blk.{layer}.attn_q.weight", fills=("attention.query.weight_NI",), reorder=query_rows),
@@ -128,7 +129,7 @@ def _config(fields: Fields, file: GgufFile) -> ModelConfig:
         layers=(layer,) * fields.integer("block_count", most=MOST_LAYERS),
         final_norm=norm,
         learned_positions=False,
-        tied_head="output.weight" not in file.shapes,
+        head=Head.OWN if "output.weight" in file.shapes else Head.TIED,
     )
 
 

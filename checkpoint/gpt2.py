@@ -1,6 +1,6 @@
 """GPT-2: layer norms, learned positions, merged query-key-value projection, plain MLPs, tied head."""
 
-from ..spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
+from ..spec.config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
 from .family import ACTIVATIONS, Family, Understood, head_size
 from .fields import MOST_LAYERS, Fields
 from .table import Ignorable, Stored, Table
@@ -10,7 +10,7 @@ _QKV = ("attention.query", "attention.key", "attention.value")
 TABLE = Table(
     prefix="transformer.",
     embedding=(
-        Stored(name="wte.weight", fills=("token_VM",)),
+        Stored(name="wte.weight", fills=("token_VE",)),
         Stored(name="wpe.weight", fills=("position_PM",)),
     ),
     layer=(
@@ -71,7 +71,7 @@ def _read(config: Fields) -> Understood:
         layers=tuple(layer(index) for index in range(config.integer("n_layer", most=MOST_LAYERS))),
         final_norm=norm,
         learned_positions=True,
-        tied_head=config.flag("tie_word_embeddings", True),
+        head=Head.TIED if config.flag("tie_word_embeddings", True) else Head.OWN,
     )
     return Understood(config=model, frequencies=(None,) * len(model.layers))
 

@@ -2,6 +2,7 @@
 
 from ..spec.config import (
     AttentionConfig,
+    Head,
     LayerConfig,
     MlpConfig,
     ModelConfig,
@@ -17,7 +18,7 @@ from .table import Ignorable, Stored, Table
 
 TABLE = Table(
     prefix="model.",
-    embedding=(Stored(name="embed_tokens.weight", fills=("token_VM",)),),
+    embedding=(Stored(name="embed_tokens.weight", fills=("token_VE",)),),
     layer=(
         Stored(name="layers.{layer}.input_layernorm.weight", fills=("attention_norm.gain_M",)),
         Stored(name="layers.{layer}.self_attn.q_proj.weight", fills=("attention.query.weight_NI",)),
@@ -81,7 +82,7 @@ def _read(config: Fields, *, biases: bool, window: int | None) -> Understood:
         layers=(layer,) * config.integer("num_hidden_layers", most=MOST_LAYERS),
         final_norm=norm,
         learned_positions=False,
-        tied_head=config.flag("tie_word_embeddings", False),
+        head=Head.TIED if config.flag("tie_word_embeddings", False) else Head.OWN,
     )
     config.only("partial_rotary_factor", 1.0)
     frequency_J = rotary.from_config(config, size)

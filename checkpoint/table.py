@@ -11,12 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..spec.config import LayerConfig, ModelConfig
+from ..spec.config import Head, LayerConfig, ModelConfig
 from ..spec.errors import WeightError
-from .shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
+from ..spec.shapes import Shapes, embedding_shapes, head_shapes, layer_shapes, trained
 
 _PROJECTION = "projection.weight_NI"
-_TOKENS = "token_VM"
+_TOKENS = "token_VE"
 
 
 class TensorStore(Protocol):
@@ -115,7 +115,8 @@ def plan(table: Table, config: ModelConfig, store: TensorStore) -> Plan:
     result = Plan(
         embedding=part(table.embedding, embedding_shapes(config)),
         layers=tuple(
-            part(table.layer, layer_shapes(layer, config.hidden), index) for index, layer in enumerate(config.layers)
+            part(table.layer, trained(layer_shapes(layer, config.hidden)), index)
+            for index, layer in enumerate(config.layers)
         ),
         head=part(table.head, head_shapes(config)),
     )
@@ -154,7 +155,7 @@ def _repeated_head(table: Table, config: ModelConfig, store: TensorStore, names:
     """A tied head that the file holds all the same. Raises `WeightError` if it is not the token table."""
     heads = [names[entry.name] for entry in table.head if _PROJECTION in entry.fills and entry.name in names]
     tables = [names[entry.name] for entry in table.embedding if _TOKENS in entry.fills and entry.name in names]
-    if not (config.tied_head and heads and tables):
+    if not (config.head is Head.TIED and heads and tables):
         return set()
     (head,), (token_table,) = heads, tables
     if store.shapes[head] != store.shapes[token_table] or not _same_bits(store.read(head), store.read(token_table)):

@@ -60,7 +60,7 @@ def prepare(source: WeightSource, storage: Storage, device: torch.device) -> Mod
     _check_computed(config)
     embedding = source.embedding()
     validate_embedding(embedding, config)
-    table = _matrix([LinearWeights(weight_NI=embedding.token_VM)], storage, device)
+    table = _matrix([LinearWeights(weight_NI=embedding.token_VE)], storage, device)
     position_PM = None if embedding.position_PM is None else _plain(embedding.position_PM, device)
     del embedding
     head = source.head()

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from twinfer.spec.config import LayerConfig, ModelConfig, Storage
+from twinfer.spec.config import Head, LayerConfig, ModelConfig, Storage
 from twinfer.spec.counts import Count, cache_bytes_per_token, count, total
 from twinfer.spec.paper_models import PAPER_MODELS
 
@@ -36,6 +36,9 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or a model of the paper, listed below")
     add_json(parser)
     parser.set_defaults(run=run)
+
+
+HEADS = {Head.TIED: "tied head", Head.OWN: "head of its own", Head.NONE: "no head"}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +71,7 @@ def describe_model(config: ModelConfig) -> str:
             f"context {config.context}",
             f"{len(config.layers)} layers",
             "learned positions" if config.learned_positions else "no learned positions",
-            "tied head" if config.tied_head else "head of its own",
+            HEADS[config.head],
         ]
     )
 

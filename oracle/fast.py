@@ -62,8 +62,8 @@ HEAD_LOGITS = (Fast(linear.linear_few, _head),)
 def _lookup(function: Function, inputs: Inputs) -> Tensor:
     weights: EmbeddingWeights = inputs["weights"]
     token_BT: Tensor = inputs["token_BT"]
-    table, storage = matrix_of(LinearWeights(weight_NI=weights.token_VM))
-    x_BTM: Tensor = function(token_BT.flatten(), table, storage, weights.token_VM.shape[1]).unflatten(0, token_BT.shape)
+    table, storage = matrix_of(LinearWeights(weight_NI=weights.token_VE))
+    x_BTM: Tensor = function(token_BT.flatten(), table, storage, weights.token_VE.shape[1]).unflatten(0, token_BT.shape)
     if weights.position_PM is not None:
         x_BTM = x_BTM + weights.position_PM.float()[inputs["position_T"]]
     dtype: torch.dtype = inputs["dtype"]

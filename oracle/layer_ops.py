@@ -22,6 +22,7 @@ from ..reference.positions import rotate
 from ..spec.config import (
     Activation,
     AttentionConfig,
+    Head,
     LayerConfig,
     MlpConfig,
     ModelConfig,
@@ -102,7 +103,7 @@ def model_config(config: LayerConfig, hidden: int) -> ModelConfig:
         layers=(config,),
         final_norm=config.norm,
         learned_positions=False,
-        tied_head=True,
+        head=Head.TIED,
     )
 
 

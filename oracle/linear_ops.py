@@ -235,7 +235,7 @@ def embed_inputs(case: Case) -> Inputs:
         "token_BT": torch.randint(n.V, (n.B, n.T), generator=case.generator("token")),
         "position_T": torch.arange(start, start + n.T),
         "weights": EmbeddingWeights(
-            token_VM=activations(case, "token table", n.V, n.M),
+            token_VE=activations(case, "token table", n.V, n.M),
             position_PM=activations(case, "position table", n.P, n.M) if case.options["learned"] else None,
         ),
         "dtype": case.dtype,
@@ -244,12 +244,12 @@ def embed_inputs(case: Case) -> Inputs:
 
 def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
     weights: EmbeddingWeights = exact["weights"]
-    scale = weights.token_VM[exact["token_BT"]].abs()
+    scale = weights.token_VE[exact["token_BT"]].abs()
     return [scale if weights.position_PM is None else scale + weights.position_PM[exact["position_T"]].abs()]
 
 
 def _torch_embed(*, token_BT: Tensor, position_T: Tensor, weights: EmbeddingWeights, dtype: torch.dtype) -> Tensor:
-    x_BTM = F.embedding(token_BT, weights.token_VM.float())
+    x_BTM = F.embedding(token_BT, weights.token_VE.float())
     if weights.position_PM is not None:
         x_BTM = F.embedding(position_T, weights.position_PM.float()) + x_BTM
     return x_BTM.to(dtype)

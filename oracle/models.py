@@ -4,6 +4,7 @@ Two families at the extremes (LLaMA-like, GPT-2-like) and everything between: ea
 path that handles only the combinations that published models have is found out.
 """
 
+import math
 import zlib
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..spec.config import (
     Activation,
     AttentionConfig,
+    Head,
     LayerConfig,
     MlpConfig,
     ModelConfig,
@@ -20,15 +22,8 @@ from ..spec.config import (
     RotaryConfig,
     RotaryLayout,
 )
-from ..spec.weights import (
-    AttentionWeights,
-    EmbeddingWeights,
-    HeadWeights,
-    LayerWeights,
-    LinearWeights,
-    MlpWeights,
-    NormWeights,
-)
+from ..spec.shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
+from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble
 from .case import Picker
 
 
@@ -69,7 +64,7 @@ def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
         layers=tuple(layer(window) for window in windows),
         final_norm=norm,
         learned_positions=pick.choice([False, True]),
-        tied_head=pick.choice([True, False]),
+        head=pick.choice([Head.TIED, Head.OWN]),
     )
 
 
@@ -82,54 +77,28 @@ class RandomSource:
         self._dtype = dtype
 
     def embedding(self) -> EmbeddingWeights:
-        config = self.config
-        return EmbeddingWeights(
-            token_VM=self._normal("token", config.vocabulary, config.hidden),
-            position_PM=self._normal("position", config.context, config.hidden) if config.learned_positions else None,
-        )
+        return assemble(EmbeddingWeights, self._drawn("embedding", embedding_shapes(self.config)))
 
     def layer(self, index: int) -> LayerWeights:
-        config, name, hidden = self.config.layers[index], f"layer {index} ", self.config.hidden
-        attention, mlp = config.attention, config.mlp
-        query_width, kv_width = attention.heads * attention.head_size, attention.kv_heads * attention.head_size
-        pairs = attention.rotary.size // 2 if attention.rotary else 0
-        return LayerWeights(
-            attention_norm=self._norm(name + "attention_norm", config.norm),
-            attention=AttentionWeights(
-                query=self._linear(name + "query", query_width, hidden, attention.qkv_bias),
-                key=self._linear(name + "key", kv_width, hidden, attention.qkv_bias),
-                value=self._linear(name + "value", kv_width, hidden, attention.qkv_bias),
-                output=self._linear(name + "output", hidden, query_width, attention.output_bias),
-                rotary_frequency_J=10.0 ** -torch.arange(pairs, dtype=torch.float64) if pairs else None,
-            ),
-            mlp_norm=self._norm(name + "mlp_norm", config.norm),
-            mlp=MlpWeights(
-                up=self._linear(name + "up", mlp.width, hidden, mlp.bias),
-                down=self._linear(name + "down", hidden, mlp.width, mlp.bias),
-                gate=self._linear(name + "gate", mlp.width, hidden, mlp.bias) if mlp.gated else None,
-            ),
-        )
+        shapes = layer_shapes(self.config.layers[index], self.config.hidden)
+        return assemble(LayerWeights, self._drawn(f"layer {index}", shapes))
 
     def head(self) -> HeadWeights:
-        config = self.config
-        tied = config.tied_head
-        return HeadWeights(
-            norm=self._norm("head norm", config.final_norm),
-            projection=None if tied else self._linear("head", config.vocabulary, config.hidden, bias=False),
-        )
+        return assemble(HeadWeights, self._drawn("head", head_shapes(self.config)))
 
-    def _linear(self, name: str, outputs: int, inputs: int, bias: bool) -> LinearWeights:
-        return LinearWeights(
-            weight_NI=self._normal(name + " weight", outputs, inputs) * inputs**-0.5,
-            bias_N=self._normal(name + " bias", outputs) if bias else None,
-        )
+    def _drawn(self, part: str, shapes: Shapes) -> dict[str, Tensor]:
+        return {name: self._tensor(part, name, shape) for name, shape in shapes.items()}
 
-    def _norm(self, name: str, config: NormConfig) -> NormWeights:
-        return NormWeights(
-            gain_M=1 + 0.1 * self._normal(name + " gain", self.config.hidden),
-            bias_M=self._normal(name + " bias", self.config.hidden) if config.kind is NormKind.LAYER else None,
-        )
+    def _tensor(self, part: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        match name.rpartition(".")[2]:
+            case "rotary_frequency_J":
+                return torch.logspace(0, 1 - shape[0], shape[0], dtype=torch.float64)
+            case "weight_NI":
+                return self._normal(part, name, shape) / math.sqrt(shape[1])
+            case "gain_M":
+                return 1 + 0.1 * self._normal(part, name, shape)
+        return self._normal(part, name, shape)
 
-    def _normal(self, name: str, *shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
-        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(self._dtype)
+    def _normal(self, part: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {part} {name}".encode()))
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(self._dtype)

@@ -24,7 +24,7 @@ class DecoderWeights:
     @property
     def projection(self) -> LinearWeights:
         """The head's own weight, or the token table where the head is tied."""
-        return self.head.projection or LinearWeights(weight_NI=self.embedding.token_VM)
+        return self.head.projection or LinearWeights(weight_NI=self.embedding.token_VE)
 
 
 def empty_caches(

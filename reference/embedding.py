@@ -18,7 +18,7 @@ from .linear import linear as plain_linear
 def embed(token_BT: Tensor, position_T: Tensor, weights: EmbeddingWeights, dtype: torch.dtype) -> Tensor:
     """Look up tokens, and positions if the model learned them; returns [B, T, M] in `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
-    x_BTM = weights.token_VM[token_BT].to(wide)
+    x_BTM = weights.token_VE[token_BT].to(wide)
     if weights.position_PM is not None:
         x_BTM = x_BTM + weights.position_PM[position_T].to(wide)
     return x_BTM.to(dtype)

@@ -8,19 +8,21 @@ Shapes: B sequences, T_i new tokens of sequence i, M hidden, V vocabulary.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..spec.config import ModelConfig, Storage
 from ..spec.decoder import Sequences, check_extension, check_open
 from ..spec.errors import RequestError
+from ..spec.shapes import is_made, is_matrix
 from ..spec.weights import (
-    LinearWeights,
+    Part,
     WeightSource,
+    assemble,
+    tensors,
     validate_embedding,
     validate_head,
     validate_layer,
@@ -159,30 +161,28 @@ class ReferencePath:
         config = source.config
         embedding = source.embedding()
         validate_embedding(embedding, config)
-        embedding = replace(self._wide(embedding), token_VM=self._matrix(embedding.token_VM))
+        embedding = self._held(embedding)
         layers = []
         for index in range(len(config.layers)):
             layer = source.layer(index)
             validate_layer(layer, config, index)
-            # Rotary frequencies are angles a token, float64 whatever the arithmetic.
-            frequency_J = layer.attention.rotary_frequency_J
-            frequency_J = None if frequency_J is None else frequency_J.to(self.device)
-            layer = self._wide(layer)
-            layers.append(replace(layer, attention=replace(layer.attention, rotary_frequency_J=frequency_J)))
+            layers.append(self._held(layer))
         head = source.head()
         validate_head(head, config)
-        return DecoderWeights(embedding=embedding, layers=tuple(layers), head=self._wide(head))
+        return DecoderWeights(embedding=embedding, layers=tuple(layers), head=self._held(head))
 
-    def _wide(self, weights: Any) -> Any:
-        """The weights with every linear's matrix taken through storage; every other tensor through float32."""
+    def _held(self, weights: Part) -> Part:
+        """The weights with every matrix taken through storage, and every other tensor through float32.
 
-        def convert(part: Any) -> Any:
-            if isinstance(part, LinearWeights):
-                bias_N = None if part.bias_N is None else self._vector(part.bias_N)
-                return LinearWeights(weight_NI=self._matrix(part.weight_NI), bias_N=bias_N)
-            return part if part is None else self._vector(part)
+        What was made for the model (angles a token) is float64 whatever the arithmetic.
+        """
 
-        return pytree.tree_map(convert, weights, is_leaf=lambda part: isinstance(part, LinearWeights))
+        def held(name: str, tensor: Tensor) -> Tensor:
+            if is_made(name):
+                return tensor.to(self.device)
+            return self._matrix(tensor) if is_matrix(name) else self._vector(tensor)
+
+        return assemble(type(weights), {name: held(name, tensor) for name, tensor in tensors(weights)})
 
     def _matrix(self, weight_NI: Tensor) -> Tensor:
         return stored(weight_NI, self.storage, self._wide_dtype).to(self.device)

@@ -43,6 +43,16 @@ class RotaryLayout(StrEnum):
     """Element 2j with element 2j + 1: Meta's LLaMA, GPT-J. Q and K rows permuted accordingly give equal scores."""
 
 
+class Head(StrEnum):
+    """Where the matrix that scores the vocabulary comes from."""
+
+    TIED = "tied"
+    """It is the token table."""
+    OWN = "own"
+    NONE = "none"
+    """There is none: the hidden vectors are the result."""
+
+
 class Storage(StrEnum):
     """How matrices (linear weights and the token table) are kept. Norms, biases and positions stay float32."""
 
@@ -151,8 +161,7 @@ class ModelConfig:
     final_norm: NormConfig
     learned_positions: bool
     """Whether a learned vector for each position is added to the token's."""
-    tied_head: bool
-    """Whether the token table is also the head's weight."""
+    head: Head
 
     def __post_init__(self) -> None:
         _require_positive(self, "hidden", "vocabulary", "context")

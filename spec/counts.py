@@ -3,15 +3,15 @@
 Exact, not an estimate: for dense models the sums equal the number of elements of the weights that `validate_*` accepts,
 so models too large for this machine can be sized on it. Tables that are computed rather than trained (rotary
 frequencies) are not counted.
-
-Shapes: M hidden, H query heads, K key/value heads, D head size, F intermediate, E experts, V vocabulary, P positions.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .config import AttentionConfig, MlpConfig, ModelConfig, NormConfig, NormKind, Storage
+from .config import ModelConfig, Storage
+from .shapes import Shapes, embedding_shapes, head_shapes, is_matrix, layer_shapes, trained
 
 FLOAT32_BYTES = 4
 
@@ -27,7 +27,7 @@ class Component(StrEnum):
     EXPERTS = "experts"
     ROUTER = "router"
     NORMS = "norms"
-    """Two in each layer and the final one."""
+    """Of layers, of queries and keys, of the embedding, and the final one."""
     HEAD = "head"
     """The output matrix; nothing where it is tied to the token table."""
 
@@ -81,41 +81,26 @@ def cache_bytes_per_token(config: ModelConfig, element: int = FLOAT32_BYTES) -> 
 
 
 def _parts(config: ModelConfig) -> Iterator[tuple[Component, Count]]:
-    hidden, vocabulary = config.hidden, config.vocabulary
-    positions = config.context * hidden if config.learned_positions else 0
-    yield Component.EMBEDDING, _linear(vocabulary, hidden) + Count(float32=positions)
+    yield from _counted(embedding_shapes(config), Component.EMBEDDING)
     for layer in config.layers:
-        yield Component.ATTENTION, _attention(layer.attention, hidden)
-        yield Component.NORMS, 2 * _norm(layer.norm, hidden)
-        if layer.mlp.experts == 1:
-            yield Component.MLP, _mlp(layer.mlp, hidden)
-        else:
-            yield Component.EXPERTS, layer.mlp.experts * _mlp(layer.mlp, hidden)
-            yield Component.ROUTER, Count(float32=hidden * layer.mlp.experts)
-    yield Component.NORMS, _norm(config.final_norm, hidden)
-    if not config.tied_head:
-        yield Component.HEAD, _linear(vocabulary, hidden)
+        experts = layer.mlp.experts
+        for component, part in _counted(layer_shapes(layer, config.hidden), Component.MLP):
+            if component is Component.MLP and experts > 1:
+                yield Component.EXPERTS, experts * part
+            else:
+                yield component, part
+        if experts > 1:
+            yield Component.ROUTER, Count(float32=config.hidden * experts)
+    yield from _counted(head_shapes(config), Component.HEAD)
 
 
-def _attention(config: AttentionConfig, hidden: int) -> Count:
-    """Query and output are H * D by M, key and value K * D by M."""
-    query, key = config.heads * config.head_size, config.kv_heads * config.head_size
-    return (
-        _linear(query, hidden, bias=config.qkv_bias)
-        + 2 * _linear(key, hidden, bias=config.qkv_bias)
-        + _linear(hidden, query, bias=config.output_bias)
-    )
-
-
-def _mlp(config: MlpConfig, hidden: int) -> Count:
-    """One expert: up, gate where there is one, and down."""
-    inward = 2 if config.gated else 1
-    return inward * _linear(config.width, hidden, bias=config.bias) + _linear(hidden, config.width, bias=config.bias)
-
-
-def _norm(config: NormConfig, hidden: int) -> Count:
-    return Count(float32=hidden * (2 if config.kind is NormKind.LAYER else 1))
-
-
-def _linear(outputs: int, inputs: int, *, bias: bool = False) -> Count:
-    return Count(matrix=outputs * inputs, rows=outputs, float32=outputs if bias else 0)
+def _counted(shapes: Shapes, other: Component) -> Iterator[tuple[Component, Count]]:
+    """Each trained tensor's count, by component; what is neither a norm nor attention belongs to `other`."""
+    for name, shape in trained(shapes).items():
+        first = name.partition(".")[0]
+        component = Component.ATTENTION if first == "attention" else other
+        elements = math.prod(shape)
+        yield (
+            Component.NORMS if first.endswith("norm") else component,
+            Count(matrix=elements, rows=shape[0]) if is_matrix(name) else Count(float32=elements),
+        )

@@ -18,7 +18,7 @@ Three entries differ from what is printed:
 
 from dataclasses import dataclass
 
-from .config import Activation, AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
+from .config import Activation, AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
 from .errors import RequestError
 
 EXPERTS = 128
@@ -76,7 +76,7 @@ def _model(hidden: int, layers: tuple[LayerConfig, ...]) -> ModelConfig:
         layers=layers,
         final_norm=_NORM,
         learned_positions=True,
-        tied_head=True,
+        head=Head.TIED,
     )
 
 

@@ -3,19 +3,23 @@
 All are pytrees (`torch.utils._pytree` maps over them) and compare by identity; to compare values, compare bits.
 Linear weights are stored [outputs, inputs]: y = x @ weight.T + bias.
 
-Shapes: M hidden, H query heads, K key/value heads, D head size, F intermediate, V vocabulary, P positions,
-J = rotary size / 2, N outputs and I inputs of a linear.
+Shapes: M hidden, E width of the token table, H query heads, K key/value heads, D head size, F intermediate,
+V vocabulary, P positions, J = rotary size / 2, N outputs and I inputs of a linear.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from types import NoneType
+from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from .config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
+from .config import ModelConfig
 from .errors import WeightError
+from .shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,7 +68,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EmbeddingWeights:
-    token_VM: Tensor
+    token_VE: Tensor
     position_PM: Tensor | None = None
 
 
@@ -99,25 +103,20 @@ class WeightSource(Protocol):
 
 def validate_embedding(weights: EmbeddingWeights, config: ModelConfig) -> None:
     """Raise `WeightError` naming the first tensor that does not fit the config; likewise the two below."""
-    _check(weights.token_VM, (config.vocabulary, config.hidden), "token_VM")
-    _check_optional(weights.position_PM, config.learned_positions, (config.context, config.hidden), "position_PM")
+    _check(weights, embedding_shapes(config), "embedding")
 
 
 def validate_layer(weights: LayerWeights, config: ModelConfig, index: int) -> None:
     layer = config.layers[index]
-    where = f"layer {index} "
-    _check_norm(weights.attention_norm, layer.norm, config.hidden, where + "attention_norm")
-    _check_attention(weights.attention, layer.attention, config.hidden, where + "attention")
-    _check_norm(weights.mlp_norm, layer.norm, config.hidden, where + "mlp_norm")
-    _check_mlp(weights.mlp, layer, config.hidden, where + "mlp")
+    if layer.mlp.experts != 1:
+        raise WeightError(
+            f"layer {index} mlp has {layer.mlp.experts} experts; weights of dense MLPs alone are known, so it must be 1"
+        )
+    _check(weights, layer_shapes(layer, config.hidden), f"layer {index}")
 
 
 def validate_head(weights: HeadWeights, config: ModelConfig) -> None:
-    _check_norm(weights.norm, config.final_norm, config.hidden, "head norm")
-    if (weights.projection is None) != config.tied_head:
-        raise _presence_error("head projection", wanted=not config.tied_head)
-    if weights.projection is not None:
-        _check_linear(weights.projection, config.vocabulary, config.hidden, False, "head projection")
+    _check(weights, head_shapes(config), "head")
 
 
 def tensors(weights: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -131,54 +130,49 @@ def tensors(weights: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors(value, f"{name}.")
 
 
-def _check_attention(weights: AttentionWeights, config: AttentionConfig, hidden: int, where: str) -> None:
-    query_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
-    _check_linear(weights.query, query_width, hidden, config.qkv_bias, where + ".query")
-    _check_linear(weights.key, kv_width, hidden, config.qkv_bias, where + ".key")
-    _check_linear(weights.value, kv_width, hidden, config.qkv_bias, where + ".value")
-    _check_linear(weights.output, hidden, query_width, config.output_bias, where + ".output")
-    pairs = config.rotary.size // 2 if config.rotary is not None else 0
-    _check_optional(weights.rotary_frequency_J, pairs > 0, (pairs,), where + ".rotary_frequency_J")
+def assemble(kind: type[Part], named: Mapping[str, Tensor]) -> Part:
+    """The weights dataclass of that kind that holds these tensors, by their dotted names: `tensors` undone.
+
+    What is not named is None. Raises `WeightError` for a tensor that is missing or has no place.
+
+    >>> assemble(NormWeights, {"gain_M": torch.ones(2)}).bias_M is None
+    True
+    """
+    part, left = _assembled(kind, dict(named), "")
+    if left:
+        raise WeightError(f"{next(iter(left))} has no place in {kind.__name__}; it holds {_field_names(kind)}")
+    return part
 
 
-def _check_mlp(weights: MlpWeights, layer: LayerConfig, hidden: int, where: str) -> None:
-    config: MlpConfig = layer.mlp
-    if config.experts != 1:
-        raise WeightError(
-            f"{where} has {config.experts} experts; weights of dense MLPs alone are known, so it must be 1"
-        )
-    _check_linear(weights.up, config.width, hidden, config.bias, where + ".up")
-    _check_linear(weights.down, hidden, config.width, config.bias, where + ".down")
-    if (weights.gate is not None) != config.gated:
-        raise _presence_error(f"{where}.gate", wanted=config.gated)
-    if weights.gate is not None:
-        _check_linear(weights.gate, config.width, hidden, config.bias, where + ".gate")
+def _assembled(kind: type[Part], named: dict[str, Tensor], prefix: str) -> tuple[Part, dict[str, Tensor]]:
+    """The part whose tensors' names begin with the prefix, and the tensors that it did not take."""
+    values: dict[str, Any] = {}
+    for field, wanted in get_type_hints(kind).items():
+        name = f"{prefix}{field}"
+        inner = next(each for each in (get_args(wanted) or (wanted,)) if each is not NoneType)
+        if inner is Tensor and name in named:
+            values[field] = named.pop(name)
+        elif inner is not Tensor and any(each.startswith(f"{name}.") for each in named):
+            values[field], named = _assembled(inner, named, f"{name}.")
+        elif NoneType not in get_args(wanted):
+            raise WeightError(f"{name} is missing; {kind.__name__} holds {_field_names(kind)}")
+    return kind(**values), named
 
 
-def _check_norm(weights: NormWeights, config: NormConfig, hidden: int, where: str) -> None:
-    _check(weights.gain_M, (hidden,), where + ".gain_M")
-    _check_optional(weights.bias_M, config.kind is NormKind.LAYER, (hidden,), where + ".bias_M")
+def _field_names(kind: type) -> str:
+    return ", ".join(get_type_hints(kind))
 
 
-def _check_linear(weights: LinearWeights, outputs: int, inputs: int, bias: bool, where: str) -> None:
-    _check(weights.weight_NI, (outputs, inputs), where + ".weight_NI")
-    _check_optional(weights.bias_N, bias, (outputs,), where + ".bias_N")
-
-
-def _check_optional(tensor: Tensor | None, wanted: bool, shape: tuple[int, ...], where: str) -> None:
-    if (tensor is not None) != wanted:
-        raise _presence_error(where, wanted)
-    if tensor is not None:
-        _check(tensor, shape, where)
-
-
-def _check(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise WeightError(f"{where} has shape {list(tensor.shape)}; by the config it must be {list(shape)}")
-    if not tensor.is_floating_point():
-        raise WeightError(f"{where} has dtype {tensor.dtype}; it must be a float dtype")
-
-
-def _presence_error(where: str, wanted: bool) -> WeightError:
-    found, right = ("absent", "present") if wanted else ("present", "absent")
-    return WeightError(f"{where} is {found}; by the config it must be {right}")
+def _check(weights: Any, shapes: Shapes, where: str) -> None:
+    found = dict(tensors(weights))
+    for name in [*found, *shapes]:
+        if (name in found) != (name in shapes):
+            here, right = ("present", "absent") if name in found else ("absent", "present")
+            raise WeightError(f"{where} {name} is {here}; by the config it must be {right}")
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise WeightError(
+                f"{where} {name} has shape {list(tensor.shape)}; by the config it must be {list(shapes[name])}"
+            )
+        if not tensor.is_floating_point():
+            raise WeightError(f"{where} {name} has dtype {tensor.dtype}; it must be a float dtype")

@@ -27,7 +27,7 @@ from twinfer.checkpoint import open_model
 from twinfer.checkpoint.families import FAMILIES
 from twinfer.checkpoint.family import HARMLESS
 from twinfer.reference.path import ReferencePath
-from twinfer.spec.config import Activation, NormKind
+from twinfer.spec.config import Activation, Head, NormKind
 from twinfer.spec.errors import WeightError
 from twinfer.spec.weights import WeightSource, tensors, validate_embedding, validate_head, validate_layer
 
@@ -125,7 +125,7 @@ def gpt2s(draw: st.DrawFn) -> PreTrainedModel:
 def llama_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The module's parameters under our names: the mapping that the LLaMA table promises, written out again."""
     ours = {
-        "embedding.token_VM": model.model.embed_tokens.weight,
+        "embedding.token_VE": model.model.embed_tokens.weight,
         "head.norm.gain_M": model.model.norm.weight,
     }
     for index, layer in enumerate(model.model.layers):
@@ -150,7 +150,7 @@ def llama_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def gpt2_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The same for GPT-2, whose linears are kept [inputs, outputs] and whose query, key and value lie side by side."""
     ours = {
-        "embedding.token_VM": model.transformer.wte.weight,
+        "embedding.token_VE": model.transformer.wte.weight,
         "embedding.position_PM": model.transformer.wpe.weight,
         "head.norm.gain_M": model.transformer.ln_f.weight,
         "head.norm.bias_M": model.transformer.ln_f.bias,
@@ -258,7 +258,7 @@ def test_llama_configs_say_what_the_modules_do(model: PreTrainedModel) -> None:
     assert layer.norm.epsilon == config.final_norm.epsilon == model.model.norm.variance_epsilon
     assert (layer.norm.kind, layer.mlp.gated, layer.mlp.width) == (NormKind.RMS, True, theirs.intermediate_size)
     assert config.layers == (layer,) * theirs.num_hidden_layers
-    assert config.tied_head == theirs.tie_word_embeddings
+    assert (config.head is Head.TIED) == theirs.tie_word_embeddings
     assert config.family == theirs.model_type
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from twinfer.checkpoint import open_model, rotary
 from twinfer.checkpoint.permutation import half_split_from_interleaved
-from twinfer.spec.config import RotaryLayout
+from twinfer.spec.config import Head, RotaryLayout
 from twinfer.spec.errors import CheckpointError, ConfigError, TwinferError, WeightError
 from twinfer.spec.weights import tensors, validate_embedding, validate_head, validate_layer
 
@@ -185,12 +185,12 @@ def test_weights_are_the_models_as_stored(model: PreTrainedModel, kind: gguf.GGM
         embedding, head = source.embedding(), source.head()
         validate_embedding(embedding, source.config)
         validate_head(head, source.config)
-        assert torch.equal(embedding.token_VM, stored(model.model.embed_tokens.weight, kind))
+        assert torch.equal(embedding.token_VE, stored(model.model.embed_tokens.weight, kind))
         assert torch.equal(head.norm.gain_M, model.model.norm.weight)
         if not model.config.tie_word_embeddings:
             assert head.projection is not None
             assert torch.equal(head.projection.weight_NI, stored(model.lm_head.weight, kind))
-        assert source.config.tied_head == model.config.tie_word_embeddings
+        assert (source.config.head is Head.TIED) == model.config.tie_word_embeddings
         for index, layer in enumerate(model.model.layers):
             ours = source.layer(index)
             validate_layer(ours, source.config, index)
@@ -242,7 +242,7 @@ def test_reading_leaves_the_file_alone() -> None:
         path = Path(folder) / "m.gguf"
         write(path, tiny())
         before = path.read_bytes()
-        open_model(str(path)).source.embedding().token_VM.zero_()
+        open_model(str(path)).source.embedding().token_VE.zero_()
         assert path.read_bytes() == before
 
 

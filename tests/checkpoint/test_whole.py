@@ -10,6 +10,7 @@ from twinfer.checkpoint import Checkpoint, gguf_model, open_model, permutation, 
 from twinfer.checkpoint.families import FAMILIES
 from twinfer.checkpoint.table import Table
 from twinfer.reference.path import ReferencePath
+from twinfer.spec.config import Head
 from twinfer.spec.weights import validate_embedding, validate_head, validate_layer
 
 
@@ -36,7 +37,7 @@ def test_the_trained_model_fits_its_config(model: Checkpoint) -> None:
     validate_layer(source.layer(29), config, 29)
     validate_head(source.head(), config)
     assert (len(config.layers), config.hidden, config.vocabulary, config.context) == (30, 576, 49152, 8192)
-    assert config.tied_head
+    assert config.head is Head.TIED
     assert source.head().projection is None
 
 

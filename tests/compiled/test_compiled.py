@@ -23,6 +23,7 @@ from twinfer.oracle.yardstick import Yardstick
 from twinfer.spec.config import (
     Activation,
     AttentionConfig,
+    Head,
     LayerConfig,
     MlpConfig,
     ModelConfig,
@@ -56,7 +57,7 @@ def llama(window: int) -> ModelConfig:
         layers=(layer(None), layer(window)),
         final_norm=norm,
         learned_positions=False,
-        tied_head=True,
+        head=Head.TIED,
     )
 
 
@@ -72,7 +73,7 @@ def gpt2() -> ModelConfig:
         layers=(LayerConfig(norm=norm, attention=attention, mlp=mlp),) * 2,
         final_norm=norm,
         learned_positions=True,
-        tied_head=True,
+        head=Head.TIED,
     )
 
 

@@ -19,7 +19,7 @@ from twinfer.oracle.paths import assert_paths_agree
 from twinfer.oracle.schedule import draw_schedule
 from twinfer.oracle.strategies import drawn
 from twinfer.oracle.yardstick import Yardstick
-from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.config import Head, ModelConfig, Storage
 from twinfer.spec.errors import MachineError, RequestError, TwinferError
 from twinfer.spec.weights import tensors
 
@@ -170,7 +170,7 @@ def test_a_tied_head_shares_the_tables_memory() -> None:
         config = _some_config(seed)
         model = eager(config, seed)._model
         shared = model.head.word_NJ.data_ptr() == model.table.word_NJ.data_ptr()
-        assert shared == config.tied_head
+        assert shared == (config.head is Head.TIED)
 
 
 def test_growth_at_least_doubles_and_stops_at_the_context() -> None:

@@ -12,7 +12,16 @@ from torch import Tensor
 import twinfer.checkpoint
 from twinfer.checkpoint import Checkpoint, Tokenizer
 from twinfer.oracle.models import RandomSource
-from twinfer.spec.config import Activation, AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
+from twinfer.spec.config import (
+    Activation,
+    AttentionConfig,
+    Head,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    NormConfig,
+    NormKind,
+)
 
 END, TURN = 256, 257
 TEMPLATE = """\
@@ -47,7 +56,7 @@ def tiny_config(context: int = 40) -> ModelConfig:
         layers=(layer, layer),
         final_norm=norm,
         learned_positions=True,
-        tied_head=False,
+        head=Head.OWN,
     )
 
 

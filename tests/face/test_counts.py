@@ -21,7 +21,7 @@ PARTS = {
     "mlp_norm": Component.NORMS,
     "norm": Component.NORMS,
     "projection": Component.HEAD,
-    "token_VM": Component.EMBEDDING,
+    "token_VE": Component.EMBEDDING,
     "position_PM": Component.EMBEDDING,
 }
 
@@ -41,7 +41,7 @@ def test_counts_are_the_elements_of_the_weights(seed):
     counts = count(config)
     for component in Component:
         mine = [(name, tensor) for part, name, tensor in trained(RandomSource(config)) if part is component]
-        matrices = [tensor for name, tensor in mine if name.endswith(("weight_NI", "token_VM"))]
+        matrices = [tensor for name, tensor in mine if name.endswith(("weight_NI", "token_VE"))]
         elements, in_matrices = sum(t.numel() for _, t in mine), sum(t.numel() for t in matrices)
         rows = sum(len(t) for t in matrices)
         assert counts[component].parameters == elements

@@ -18,7 +18,7 @@ from twinfer.oracle.schedule import GREEDY, Close, Extend, Open, Schedule, draw_
 from twinfer.oracle.strategies import drawn
 from twinfer.oracle.yardstick import Yardstick, worst_of
 from twinfer.reference.path import ReferencePath, ReferenceSequences
-from twinfer.spec.config import NormConfig, NormKind, Storage
+from twinfer.spec.config import Head, NormConfig, NormKind, Storage
 from twinfer.spec.weights import HeadWeights, LinearWeights, NormWeights
 
 CONFIG = draw_model_config(RandomPicker(3), context=24)
@@ -207,7 +207,7 @@ class Nudged(ReferencePath):
 
 def tied_source() -> Twins:
     final_norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-5)
-    return Twins(replace(CONFIG, tied_head=False, final_norm=final_norm), 1)
+    return Twins(replace(CONFIG, head=Head.OWN, final_norm=final_norm), 1)
 
 
 def test_an_admissible_tie_is_printed_and_no_failure() -> None:

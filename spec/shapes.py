@@ -1,0 +1,95 @@
+"""Which tensors a config asks for, and of what shape, by their dotted names in the weights dataclasses.
+
+The one place that says so. Weights are checked against it, files are checked against it before anything of them is
+read, random weights are drawn by it, and models too large for this machine are counted by it.
+
+Shapes: M hidden, E table width, H query heads, K key/value heads, D head size, J = rotary size / 2, F intermediate,
+V vocabulary, P positions.
+"""
+
+from .config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
+
+Shapes = dict[str, tuple[int, ...]]
+
+_MATRICES = ("weight_NI", "token_VE")
+_MADE = ("rotary_frequency_J",)
+
+
+def is_matrix(name: str) -> bool:
+    """Whether the tensor of that name is kept in the chosen `Storage`; all others stay float32.
+
+    >>> is_matrix("attention.query.weight_NI"), is_matrix("attention.query.bias_N")
+    (True, False)
+    """
+    return name.rpartition(".")[2] in _MATRICES
+
+
+def is_made(name: str) -> bool:
+    """Whether the tensor is computed when a model is loaded, in float64, rather than read; it is no parameter."""
+    return name.rpartition(".")[2] in _MADE
+
+
+def trained(shapes: Shapes) -> Shapes:
+    """Those that are read, not made."""
+    return {name: shape for name, shape in shapes.items() if not is_made(name)}
+
+
+def embedding_shapes(config: ModelConfig) -> Shapes:
+    shapes: Shapes = {"token_VE": (config.vocabulary, config.hidden)}
+    if config.learned_positions:
+        shapes["position_PM"] = (config.context, config.hidden)
+    return shapes
+
+
+def layer_shapes(config: LayerConfig, hidden: int) -> Shapes:
+    """One layer; of a mixture of experts, one expert."""
+    return {
+        **_norm("attention_norm", config.norm, hidden),
+        **_attention(config.attention, hidden),
+        **_norm("mlp_norm", config.norm, hidden),
+        **_mlp(config.mlp, hidden),
+    }
+
+
+def head_shapes(config: ModelConfig) -> Shapes:
+    shapes = _norm("norm", config.final_norm, config.hidden)
+    if config.head is Head.OWN:
+        shapes |= _linear("projection", config.vocabulary, config.hidden, bias=False)
+    return shapes
+
+
+def _attention(config: AttentionConfig, hidden: int) -> Shapes:
+    query_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
+    shapes = {
+        **_linear("attention.query", query_width, hidden, config.qkv_bias),
+        **_linear("attention.key", kv_width, hidden, config.qkv_bias),
+        **_linear("attention.value", kv_width, hidden, config.qkv_bias),
+        **_linear("attention.output", hidden, query_width, config.output_bias),
+    }
+    if config.rotary is not None:
+        shapes["attention.rotary_frequency_J"] = (config.rotary.size // 2,)
+    return shapes
+
+
+def _mlp(config: MlpConfig, hidden: int) -> Shapes:
+    shapes = {
+        **_linear("mlp.up", config.width, hidden, config.bias),
+        **_linear("mlp.down", hidden, config.width, config.bias),
+    }
+    if config.gated:
+        shapes |= _linear("mlp.gate", config.width, hidden, config.bias)
+    return shapes
+
+
+def _norm(name: str, config: NormConfig, width: int) -> Shapes:
+    shapes: Shapes = {f"{name}.gain_M": (width,)}
+    if config.kind is NormKind.LAYER:
+        shapes[f"{name}.bias_M"] = (width,)
+    return shapes
+
+
+def _linear(name: str, outputs: int, inputs: int, bias: bool) -> Shapes:
+    shapes: Shapes = {f"{name}.weight_NI": (outputs, inputs)}
+    if bias:
+        shapes[f"{name}.bias_N"] = (outputs,)
+    return shapes
