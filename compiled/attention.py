@@ -49,6 +49,8 @@ def attend_decode(
     slot_S: Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
+    slope_H: Tensor | None = None,
 ) -> Tensor:
     """One query for each of R sequences, at `position_R`, over its slots start .. start + position; [R, H, D].
 
@@ -61,6 +63,10 @@ def attend_decode(
     key_RSKD, value_RSKD = key_CKD[slot_RS], value_CKD[slot_RS]
 
     score_RSKG = (query_RKGD[:, None] * key_RSKD[:, :, :, None, :]).sum(-1)
+    if softcap is not None:
+        score_RSKG = softcap * torch.tanh(score_RSKG / softcap)
+    if slope_H is not None:
+        score_RSKG = score_RSKG + alibi(position_R, slot_S, slope_H).view(score_RSKG.shape)
     score_RSKG = torch.where(seen_RS[:, :, None, None], score_RSKG, -torch.inf)
     weight_RSKG = torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True))
     weight_RSKG = weight_RSKG / weight_RSKG.sum(1, keepdim=True)
@@ -78,6 +84,8 @@ def attend_prefill(
     mask_TS: Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
+    slope_H: Tensor | None = None,
 ) -> Tensor:
     """The last T queries of one sequence over its S slots, all of them written; `mask_TS` from `mask`; [T, H, D].
 
@@ -86,13 +94,22 @@ def attend_prefill(
     group = query_THD.shape[1] // key_CKD.shape[1]
     key_SHD = settled(key_CKD[slot_S].repeat_interleave(group, 1))
     value_SHD = settled(value_CKD[slot_S].repeat_interleave(group, 1))
-    out_THD: Tensor = torch.ops.twinfer.attend_blocks(query_THD, key_SHD, value_SHD, mask_TS, scale, window)
+    out_THD: Tensor = torch.ops.twinfer.attend_blocks(
+        query_THD, key_SHD, value_SHD, mask_TS, scale, window, softcap, slope_H
+    )
     return out_THD
 
 
 @torch.library.custom_op("twinfer::attend_blocks", mutates_args=())
 def _attend_blocks(
-    query_THD: Tensor, key_SHD: Tensor, value_SHD: Tensor, mask_TS: Tensor, scale: float, window: int | None
+    query_THD: Tensor,
+    key_SHD: Tensor,
+    value_SHD: Tensor,
+    mask_TS: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    slope_H: Tensor | None,
 ) -> Tensor:
     """Attention of the last T of S positions, in blocks of queries; a block reads the keys that one of it may see.
 
@@ -106,20 +123,37 @@ def _attend_blocks(
         block = slice(begin, min(begin + _BLOCK, tokens))
         first = 0 if window is None else max(0, before + block.start - window + 1)
         seen = slice(first, before + block.stop)
-        out_HTD = functional.scaled_dot_product_attention(
-            query_HTD[None, :, block],
-            key_HSD[None, :, seen],
-            value_HSD[None, :, seen],
-            attn_mask=mask_TS[None, None, block, seen],
-            scale=scale,
-        )[0]
-        out_THD[block] = out_HTD.transpose(0, 1)
+        added_HTS = mask_TS[None, block, seen]
+        if slope_H is not None:
+            position_S = torch.arange(seen.start, seen.stop, device=slope_H.device)
+            position_T = torch.arange(before + block.start, before + block.stop, device=slope_H.device)
+            added_HTS = added_HTS + alibi(position_T, position_S, slope_H).permute(2, 0, 1)
+        operands = query_HTD[:, block], key_HSD[:, seen], value_HSD[:, seen], added_HTS
+        out_THD[block] = _attend_block(*operands, scale, softcap).transpose(0, 1)
     return out_THD
+
+
+def _attend_block(
+    query_HTD: Tensor, key_HSD: Tensor, value_HSD: Tensor, added_HTS: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """torch's fused attention, which knows no cap; with one, score by score."""
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            query_HTD[None], key_HSD[None], value_HSD[None], attn_mask=added_HTS[None], scale=scale
+        )[0]
+    score_HTS = softcap * torch.tanh((scale / softcap) * (query_HTD @ key_HSD.mT)) + added_HTS
+    return torch.softmax(score_HTS, -1) @ value_HSD
 
 
 @_attend_blocks.register_fake
 def _(query_THD: Tensor, *_: object) -> Tensor:
     return query_THD.new_empty(query_THD.shape)
+
+
+def alibi(position_R: Tensor, slot_S: Tensor, slope_H: Tensor) -> Tensor:
+    """What ALiBi adds to the scores, float32 [R, S, H]; multiplied in the slopes' dtype, float64."""
+    distance_RS = slot_S[None, :] - position_R[:, None]
+    return (distance_RS[..., None] * slope_H).to(torch.float32)
 
 
 def mask(position_T: Tensor, slot_S: Tensor, window: int | None) -> Tensor:

@@ -13,7 +13,6 @@ def norm(x_TM: Tensor, gain_M: Tensor, bias_M: Tensor | None, config: NormConfig
     """The norm that the config names: `rms_norm` or `layer_norm`."""
     if config.kind is NormKind.RMS:
         return rms_norm(x_TM, gain_M, config.epsilon)
-    assert bias_M is not None
     return layer_norm(x_TM, gain_M, bias_M, config.epsilon)
 
 
@@ -22,7 +21,8 @@ def rms_norm(x_TM: Tensor, gain_M: Tensor, epsilon: float) -> Tensor:
     return x_TM * torch.rsqrt((x_TM * x_TM).mean(-1, keepdim=True) + epsilon) * gain_M
 
 
-def layer_norm(x_TM: Tensor, gain_M: Tensor, bias_M: Tensor, epsilon: float) -> Tensor:
-    """(x - mean) / sqrt(var + epsilon) * gain + bias, the variance taken from the centred values."""
+def layer_norm(x_TM: Tensor, gain_M: Tensor, bias_M: Tensor | None, epsilon: float) -> Tensor:
+    """(x - mean) / sqrt(var + epsilon) * gain (+ bias), the variance taken from the centred values."""
     centred_TM = x_TM - x_TM.mean(-1, keepdim=True)
-    return centred_TM * torch.rsqrt((centred_TM * centred_TM).mean(-1, keepdim=True) + epsilon) * gain_M + bias_M
+    out_TM = centred_TM * torch.rsqrt((centred_TM * centred_TM).mean(-1, keepdim=True) + epsilon) * gain_M
+    return out_TM if bias_M is None else out_TM + bias_M

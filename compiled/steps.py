@@ -12,15 +12,16 @@ key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cac
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..spec.config import LayerConfig, ModelConfig, Storage
+from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormPlacement, QkNormSpan, Residual, Storage
 from .attention import attend_decode, attend_prefill, mask, write
 from .linear import linear_few, linear_many, lookup
 from .mlp import activation, gated
 from .norms import norm
 from .rotary import rotary_table, rotate
-from .weights import Layer, Model
+from .weights import Layer, Model, Norm
 
 
 class Cache(NamedTuple):
@@ -47,7 +48,7 @@ def decode_program(
         model: Model, caches: tuple[Cache, ...], token_R: Tensor, position_R: Tensor, start_R: Tensor, slot_S: Tensor
     ) -> Tensor:
         x_RM = _embed(model, token_R, position_R, config, storage)
-        tables = _tables(model, position_R)
+        tables = _tables(model, config, position_R)
         for layer, weights, cache, table in zip(config.layers, model.layers, caches, tables, strict=True):
             x_RM = layer_of[layer](x_RM, weights, cache, table, start_R, position_R, slot_S)
         x_RM = norm(x_RM, model.final_norm.gain_M, model.final_norm.bias_M, config.final_norm)
@@ -74,7 +75,7 @@ def prefill_program(
         slot_S: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x_TM = _embed(model, token_T, position_T, config, storage)
-        tables = _tables(model, position_T)
+        tables = _tables(model, config, position_T)
         masks = {
             window: mask(position_T, slot_S, window) for window in {layer.attention.window for layer in config.layers}
         }
@@ -92,24 +93,28 @@ def _decode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor
     def layer(
         x_RM: Tensor, weights: Layer, cache: Cache, table: Table, start_R: Tensor, position_R: Tensor, slot_S: Tensor
     ) -> Tensor:
-        normed_RM = norm(x_RM, weights.attention_norm.gain_M, weights.attention_norm.bias_M, config.norm)
-        query, key, value = _heads(linear_few(normed_RM, weights.qkv, storage), table, config)
-        write(cache.key_CKD, start_R + position_R, key)
-        write(cache.value_CKD, start_R + position_R, value)
-        mixed_RHD = attend_decode(
-            query,
-            cache.key_CKD,
-            cache.value_CKD,
-            start_R=start_R,
-            position_R=position_R,
-            slot_S=slot_S,
-            scale=config.attention.scale,
-            window=config.attention.window,
-        )
-        x_RM = x_RM + linear_few(mixed_RHD.flatten(1), weights.output, storage)
-        normed_RM = norm(x_RM, weights.mlp_norm.gain_M, weights.mlp_norm.bias_M, config.norm)
-        up_RF = _activated(linear_few(normed_RM, weights.up, storage), config)
-        return x_RM + linear_few(up_RF, weights.down, storage)
+        def attend(normed_RM: Tensor) -> Tensor:
+            query, key, value = _heads(linear_few(normed_RM, weights.qkv, storage), weights, table, config)
+            write(cache.key_CKD, start_R + position_R, key)
+            write(cache.value_CKD, start_R + position_R, value)
+            mixed_RHD = attend_decode(
+                query,
+                cache.key_CKD,
+                cache.value_CKD,
+                start_R=start_R,
+                position_R=position_R,
+                slot_S=slot_S,
+                scale=config.attention.scale,
+                window=config.attention.window,
+                softcap=config.attention.softcap,
+                slope_H=weights.slope_H,
+            )
+            return linear_few(mixed_RHD.flatten(1), weights.output, storage)
+
+        def feed(normed_RM: Tensor) -> Tensor:
+            return linear_few(_activated(linear_few(normed_RM, weights.up, storage), config), weights.down, storage)
+
+        return _around(x_RM, weights, config, attend, feed)
 
     return layer
 
@@ -124,25 +129,52 @@ def _prefill_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tenso
         read_S: Tensor,
         mask_TS: Tensor,
     ) -> Tensor:
-        normed_TM = norm(x_TM, weights.attention_norm.gain_M, weights.attention_norm.bias_M, config.norm)
-        query, key, value = _heads(linear_many(normed_TM, weights.qkv, storage), table, config)
-        write(cache.key_CKD, write_T, key)
-        write(cache.value_CKD, write_T, value)
-        mixed_THD = attend_prefill(
-            query,
-            cache.key_CKD,
-            cache.value_CKD,
-            slot_S=read_S,
-            mask_TS=mask_TS,
-            scale=config.attention.scale,
-            window=config.attention.window,
-        )
-        x_TM = x_TM + linear_many(mixed_THD.flatten(1), weights.output, storage)
-        normed_TM = norm(x_TM, weights.mlp_norm.gain_M, weights.mlp_norm.bias_M, config.norm)
-        up_TF = _activated(linear_many(normed_TM, weights.up, storage), config)
-        return x_TM + linear_many(up_TF, weights.down, storage)
+        def attend(normed_TM: Tensor) -> Tensor:
+            query, key, value = _heads(linear_many(normed_TM, weights.qkv, storage), weights, table, config)
+            write(cache.key_CKD, write_T, key)
+            write(cache.value_CKD, write_T, value)
+            mixed_THD = attend_prefill(
+                query,
+                cache.key_CKD,
+                cache.value_CKD,
+                slot_S=read_S,
+                mask_TS=mask_TS,
+                scale=config.attention.scale,
+                window=config.attention.window,
+                softcap=config.attention.softcap,
+                slope_H=weights.slope_H,
+            )
+            return linear_many(mixed_THD.flatten(1), weights.output, storage)
+
+        def feed(normed_TM: Tensor) -> Tensor:
+            return linear_many(_activated(linear_many(normed_TM, weights.up, storage), config), weights.down, storage)
+
+        return _around(x_TM, weights, config, attend, feed)
 
     return layer
+
+
+Half = Callable[[Tensor], Tensor]
+"""Attention or MLP: rows [T, M] to what is added to them."""
+
+
+def _around(x_TM: Tensor, weights: Layer, config: LayerConfig, attend: Half, feed: Half) -> Tensor:
+    """The norms and additions around a layer's halves; the config is a constant, so one of these forms is traced."""
+    scale = config.residual_scale
+    read_TM = _normed(x_TM, weights.attention_norm, config)
+    if config.residual is not Residual.SEQUENTIAL:
+        mlp_read_TM = read_TM if weights.mlp_norm is None else _normed(x_TM, weights.mlp_norm, config)
+        return x_TM + scale * (attend(read_TM) + feed(mlp_read_TM))
+    if config.norm_placement is NormPlacement.ON_SUM:
+        x_TM = _normed(x_TM + scale * attend(read_TM), weights.attention_output_norm, config)
+        return _normed(x_TM + scale * feed(x_TM), weights.mlp_output_norm, config)
+    x_TM = x_TM + scale * _normed(attend(read_TM), weights.attention_output_norm, config)
+    read_TM = _normed(x_TM, weights.mlp_norm, config)
+    return x_TM + scale * _normed(feed(read_TM), weights.mlp_output_norm, config)
+
+
+def _normed(x_TM: Tensor, weights: Norm | None, config: LayerConfig) -> Tensor:
+    return x_TM if weights is None else norm(x_TM, weights.gain_M, weights.bias_M, config.norm)
 
 
 def _embed(model: Model, token_T: Tensor, position_T: Tensor, config: ModelConfig, storage: Storage) -> Tensor:
@@ -150,30 +182,45 @@ def _embed(model: Model, token_T: Tensor, position_T: Tensor, config: ModelConfi
     return x_TM if model.position_PM is None else x_TM + model.position_PM[position_T]
 
 
-def _tables(model: Model, position_T: Tensor) -> list[Table]:
-    """Each layer's rotary table; layers that hold the same frequencies share one."""
-    made: dict[int, Table] = {}
+def _tables(model: Model, config: ModelConfig, position_T: Tensor) -> list[Table]:
+    """Each layer's rotary table; layers that hold the same frequencies, and stretch them equally, share one."""
+    made: dict[tuple[int, float], Table] = {}
     tables: list[Table] = []
-    for layer in model.layers:
-        if layer.frequency_J is None:
+    for weights, layer in zip(model.layers, config.layers, strict=True):
+        rotary = layer.attention.rotary
+        if weights.frequency_J is None or rotary is None:
             tables.append(None)
             continue
-        if id(layer.frequency_J) not in made:
-            made[id(layer.frequency_J)] = rotary_table(position_T, layer.frequency_J)
-        tables.append(made[id(layer.frequency_J)])
+        key = id(weights.frequency_J), rotary.magnitude
+        if key not in made:
+            made[key] = rotary_table(position_T, weights.frequency_J, rotary.magnitude)
+        tables.append(made[key])
     return tables
 
 
-def _heads(qkv_TN: Tensor, table: Table, config: LayerConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [T, H, D], key and value [T, K, D] from the merged product, rotated."""
+def _heads(qkv_TN: Tensor, weights: Layer, table: Table, config: LayerConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [T, H, D], key and value [T, K, D] from the merged product: clipped, normed, rotated."""
     attention = config.attention
+    if attention.qkv_clip is not None:
+        qkv_TN = qkv_TN.clamp(-attention.qkv_clip, attention.qkv_clip)
     qkv_TGD = qkv_TN.view(qkv_TN.shape[0], -1, attention.head_size)
     first_value = attention.heads + attention.kv_heads
     query_key_TGD, value_TKD = qkv_TGD[:, :first_value], qkv_TGD[:, first_value:]
+    if weights.query_norm is not None and weights.key_norm is not None:
+        query_THD = _head_normed(query_key_TGD[:, : attention.heads], weights.query_norm, attention)
+        key_TKD = _head_normed(query_key_TGD[:, attention.heads :], weights.key_norm, attention)
+        query_key_TGD = torch.cat((query_THD, key_TKD), 1)
     if table is not None:
         assert attention.rotary is not None
         query_key_TGD = rotate(query_key_TGD, *table, attention.rotary.layout)
     return query_key_TGD[:, : attention.heads], query_key_TGD[:, attention.heads :], value_TKD
+
+
+def _head_normed(x_THD: Tensor, weights: Norm, config: AttentionConfig) -> Tensor:
+    """Over each head, or over all of them as one row."""
+    assert config.qk_norm is not None
+    each = x_THD if config.qk_norm_span is QkNormSpan.HEAD else x_THD.flatten(1)
+    return norm(each, weights.gain_M, weights.bias_M, config.qk_norm).view(x_THD.shape)
 
 
 def _activated(up_TF: Tensor, config: LayerConfig) -> Tensor:

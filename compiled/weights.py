@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec.config import ModelConfig, Storage
+from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig, QkNormSpan, Storage
 from ..spec.errors import ConfigError
 from ..spec.weights import (
     LayerWeights,
@@ -22,27 +22,36 @@ from ..spec.weights import (
 )
 from .linear import Matrix
 from .machine import return_freed_memory
-from .packing import as_graph_input, pack
+from .packing import as_graph_input, own, pack
 
 
 class Norm(NamedTuple):
     gain_M: Tensor
+    """What multiplies, whether or not it was stored as its distance from 1."""
     bias_M: Tensor | None
 
 
 class Layer(NamedTuple):
     """One layer; matrices are [outputs, inputs]."""
 
-    attention_norm: Norm
+    attention_norm: Norm | None
+    """Of both inputs where attention and MLP share one."""
     qkv: Matrix
     """[(H + 2 K) * D, M]: query heads, then key heads, then value heads."""
     output: Matrix
-    mlp_norm: Norm
+    attention_output_norm: Norm | None
+    mlp_norm: Norm | None
     up: Matrix
     """[2 F, M] where gated, gate first; else [F, M]."""
     down: Matrix
+    mlp_output_norm: Norm | None
     frequency_J: Tensor | None
     """float64; layers of equal frequencies hold the same tensor."""
+    slope_H: Tensor | None
+    """ALiBi's, float64."""
+    query_norm: Norm | None
+    """[H, D] where each head is normalised by itself, else [H * D]."""
+    key_norm: Norm | None
 
 
 class Model(NamedTuple):
@@ -65,34 +74,44 @@ def prepare(source: WeightSource, storage: Storage, device: torch.device) -> Mod
     del embedding
     head = source.head()
     validate_head(head, config)
-    final_norm = _norm(head.norm, device)
+    final_norm = prepared_norm(head.norm, config.final_norm, device)
     head_matrix = table if head.projection is None else _matrix([head.projection], storage, device)
     del head
     layers: list[Layer] = []
     for index in range(len(config.layers)):
         weights = source.layer(index)
         validate_layer(weights, config, index)
-        layers.append(_layer(weights, storage, device, layers))
+        layers.append(_layer(weights, config.layers[index], storage, device, layers))
         del weights
         return_freed_memory()
     return Model(table, position_PM, tuple(layers), final_norm, head_matrix)
 
 
-def _layer(weights: LayerWeights, storage: Storage, device: torch.device, before: list[Layer]) -> Layer:
+def _layer(
+    weights: LayerWeights, config: LayerConfig, storage: Storage, device: torch.device, before: list[Layer]
+) -> Layer:
+    def norm(part: NormWeights | None) -> Norm | None:
+        return None if part is None else prepared_norm(part, config.norm, device)
+
     attention, mlp = weights.attention, weights.mlp
-    frequency_J = attention.rotary_frequency_J
+    frequency_J, slope_H = attention.rotary_frequency_J, attention.alibi_slope_H
     if frequency_J is not None:
         same = (layer.frequency_J for layer in before if layer.frequency_J is not None)
         here_J = frequency_J.detach().to(device, torch.float64, copy=True)
         frequency_J = next((other_J for other_J in same if torch.equal(other_J, here_J)), here_J)
     return Layer(
-        attention_norm=_norm(weights.attention_norm, device),
+        attention_norm=norm(weights.attention_norm),
         qkv=_matrix([attention.query, attention.key, attention.value], storage, device),
         output=_matrix([attention.output], storage, device),
-        mlp_norm=_norm(weights.mlp_norm, device),
+        attention_output_norm=norm(weights.attention_output_norm),
+        mlp_norm=norm(weights.mlp_norm),
         up=_matrix([mlp.up] if mlp.gate is None else [mlp.gate, mlp.up], storage, device),
         down=_matrix([mlp.down], storage, device),
+        mlp_output_norm=norm(weights.mlp_output_norm),
         frequency_J=frequency_J,
+        slope_H=None if slope_H is None else slope_H.detach().to(device, torch.float64, copy=True),
+        query_norm=_head_norm(attention.query_norm, config.attention, device),
+        key_norm=_head_norm(attention.key_norm, config.attention, device),
     )
 
 
@@ -105,9 +124,21 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
     return Matrix(as_graph_input(on_device), on_device.scale_N, on_device.bias_N)
 
 
-def _norm(weights: NormWeights, device: torch.device) -> Norm:
+def prepared_norm(weights: NormWeights, config: NormConfig, device: torch.device) -> Norm:
+    """Float32 vectors; a gain stored as its distance from 1 is made whole here, so no graph does it."""
+    gain_M = 1 + weights.gain_M.to(torch.float64) if config.gain_from_one else weights.gain_M
     bias_M = None if weights.bias_M is None else _plain(weights.bias_M, device)
-    return Norm(_plain(weights.gain_M, device), bias_M)
+    return Norm(_plain(gain_M, device), bias_M)
+
+
+def _head_norm(weights: NormWeights | None, config: AttentionConfig, device: torch.device) -> Norm | None:
+    if weights is None or config.qk_norm is None:
+        return None
+    flat = prepared_norm(weights, config.qk_norm, device)
+    if config.qk_norm_span is QkNormSpan.ALL_HEADS:
+        return flat
+    bias_M = None if flat.bias_M is None else own(flat.bias_M.view(-1, config.head_size))
+    return Norm(own(flat.gain_M.view(-1, config.head_size)), bias_M)
 
 
 def _plain(tensor: Tensor, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from twinfer.spec.config import Head, LayerConfig, ModelConfig, Storage
+from twinfer.spec.config import Head, LayerConfig, ModelConfig, NormPlacement, Residual, Storage
 from twinfer.spec.counts import Count, cache_bytes_per_token, count, total
 from twinfer.spec.paper_models import PAPER_MODELS
 
@@ -38,6 +38,12 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.set_defaults(run=run)
 
 
+PLACEMENTS = {
+    NormPlacement.BEFORE: "",
+    NormPlacement.AFTER: " after attention and MLP",
+    NormPlacement.AROUND: " before and after attention and MLP",
+    NormPlacement.ON_SUM: " of the sums",
+}
 HEADS = {Head.TIED: "tied head", Head.OWN: "head of its own", Head.NONE: "no head"}
 
 
@@ -78,13 +84,26 @@ def describe_model(config: ModelConfig) -> str:
 
 def describe_layer(layer: LayerConfig) -> str:
     attention, mlp = layer.attention, layer.mlp
-    words = [f"{layer.norm.kind} norm", f"{attention.heads} heads of {attention.head_size}"]
+    words = [
+        f"{layer.norm.kind} norm{PLACEMENTS[layer.norm_placement]}",
+        f"{attention.heads} heads of {attention.head_size}",
+    ]
     if attention.kv_heads != attention.heads:
         words.append(f"{attention.kv_heads} key/value heads")
     if attention.rotary is not None:
         words.append(f"rotary positions on {attention.rotary.size} elements, {attention.rotary.layout}")
+    if attention.alibi:
+        words.append("ALiBi")
+    if attention.qk_norm is not None:
+        words.append(f"{attention.qk_norm.kind} norm of queries and keys")
+    if attention.softcap is not None:
+        words.append(f"scores capped at {attention.softcap:g}")
+    if attention.qkv_clip is not None:
+        words.append(f"queries, keys and values clipped at {attention.qkv_clip:g}")
     if attention.window is not None:
         words.append(f"window {attention.window}")
+    if layer.residual is not Residual.SEQUENTIAL:
+        words.append("attention beside MLP")
     gated = "gated " if mlp.gated else ""
     words.append(
         f"{f'{mlp.experts} experts, each a ' if mlp.experts > 1 else ''}{gated}{mlp.activation} MLP of {mlp.width}"

@@ -175,8 +175,15 @@ def _head_size_shuffled(inputs: Inputs) -> Inputs:
     return {"query_BTHD": inputs["query_BTHD"][..., order], "key_BSKD": inputs["key_BSKD"][..., order]}
 
 
-def _running_softmax(
-    *, query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, visible_TS: Tensor, scale: float
+def running_softmax(
+    *,
+    query_BTHD: Tensor,
+    key_BSKD: Tensor,
+    value_BSKD: Tensor,
+    visible_TS: Tensor,
+    scale: float,
+    bias_HTS: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One key after the other, with a running peak and sum (Milakov, Gimelshein 2018), as fused kernels do."""
     group = query_BTHD.shape[2] // key_BSKD.shape[2]
@@ -186,7 +193,10 @@ def _running_softmax(
     total, out = torch.zeros(query.shape[:3]), torch.zeros_like(query)
     for s in range(visible_TS.shape[1]):
         seen_1T1 = visible_TS[None, :, s, None]
-        score = (query * key[:, s, None]).sum(-1).masked_fill(~seen_1T1, -torch.inf)
+        score = (query * key[:, s, None]).sum(-1)
+        score = score if softcap is None else torch.tanh(score / softcap) * softcap
+        score = score if bias_HTS is None else score + bias_HTS[None, :, :, s].mT.float()
+        score = score.masked_fill(~seen_1T1, -torch.inf)
         new_peak = torch.maximum(peak, score)
         shrink = torch.exp(peak - new_peak).nan_to_num(0.0)
         weight = torch.exp(score - new_peak).nan_to_num(0.0)
@@ -227,7 +237,7 @@ def _grouped_by_modulo(inputs: Inputs) -> Inputs:
 
 
 def _not_normalised(
-    *, query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, visible_TS: Tensor, scale: float
+    *, query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, visible_TS: Tensor, scale: float, **_: object
 ) -> Tensor:
     wide = query_BTHD.float()
     grouped = rearrange(wide, "b t (k g) d -> b k g t d", k=key_BSKD.shape[2])
@@ -303,7 +313,7 @@ ATTENTION = Op(
         "torch": _torch_attention,
         "keys_shuffled": changed(attention, _keys_shuffled),
         "head_size_shuffled": changed(attention, _head_size_shuffled),
-        "running_softmax": _running_softmax,
+        "running_softmax": running_softmax,
     },
     wrong={
         "not_scaled": changed(attention, _not_scaled),

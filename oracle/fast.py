@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..compiled import attention, linear, mlp, norms, packing, rotary
 from ..compiled.linear import Matrix
+from ..compiled.weights import prepared_norm
 from ..reference.cache import KVCache
 from ..reference.quantise import RowQuantised
 from ..spec.config import Storage
@@ -81,6 +82,14 @@ def _norm(function: Function, inputs: Inputs) -> Tensor:
     return out.reshape(x.shape).to(x.dtype)
 
 
+def _configured_norm(function: Function, inputs: Inputs) -> Tensor:
+    x: Tensor = inputs["x"]
+    prepared = prepared_norm(inputs["weights"], inputs["config"], x.device)
+    out: Tensor = function(x.flatten(0, -2).float(), *prepared, inputs["config"])
+    return out.reshape(x.shape).to(x.dtype)
+
+
+NORM = (Fast(norms.norm, _configured_norm),)
 LAYER_NORM = (Fast(norms.layer_norm, _norm),)
 RMS_NORM = (Fast(norms.rms_norm, _norm),)
 
@@ -95,7 +104,7 @@ ACTIVATION = (Fast(mlp.activation, _activation),)
 
 def _rotate(function: Function, inputs: Inputs) -> Tensor:
     x_BTHD: Tensor = inputs["x_BTHD"]
-    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"])
+    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"], inputs["magnitude"])
     rows = [function(x_THD, cos_TJ, sin_TJ, inputs["layout"]) for x_THD in x_BTHD.float()]
     return torch.stack(rows).to(x_BTHD.dtype)
 
@@ -121,8 +130,9 @@ def _prefill(function: Function, inputs: Inputs) -> Tensor:
     mask_TS = torch.where(inputs["visible_TS"], 0.0, -torch.inf)
     slots, start_B, capacity = _slots(inputs["key_BSKD"], inputs["value_BSKD"])
     slot_S = torch.arange(capacity - _SPARE)
+    given = {"mask_TS": mask_TS, "scale": inputs["scale"], "window": None, **_shaping(inputs)}
     rows = [
-        function(query_THD, *slots, slot_S=start + slot_S, mask_TS=mask_TS, scale=inputs["scale"], window=None)
+        function(query_THD, *slots, slot_S=start + slot_S, **given)
         for query_THD, start in zip(query_BTHD.float(), start_B, strict=True)
     ]
     return torch.stack(rows).to(query_BTHD.dtype)
@@ -145,9 +155,19 @@ def _decode(function: Function, inputs: Inputs) -> Tensor:
                 slot_S=slot_S,
                 scale=inputs["scale"],
                 window=len(seen),
+                **_shaping(inputs),
             )
         )
     return torch.stack(columns, 1).to(query_BTHD.dtype)
+
+
+def _shaping(inputs: Inputs) -> dict[str, Any]:
+    """What the compiled functions take in place of a bias: the slopes, by which the bias grows from key to key."""
+    bias_HTS: Tensor | None = inputs.get("bias_HTS")
+    if bias_HTS is None:
+        return {"softcap": inputs.get("softcap")}
+    slope_H = bias_HTS[:, -1, -1] - bias_HTS[:, -1, max(0, bias_HTS.shape[2] - 2)]
+    return {"softcap": inputs.get("softcap"), "slope_H": slope_H.double()}
 
 
 _SPARE = 2  # slots past every sequence's length, full of NaN
@@ -183,6 +203,18 @@ ATTENTION = (
     Fast(attention.attend_decode, _decode, applies=_sees_runs),
     Fast(attention.attend_prefill, _prefill, applies=_sees_no_later_key),
 )
+
+
+SHAPED_ATTENTION = ATTENTION
+
+
+def _alibi(function: Function, inputs: Inputs) -> Tensor:
+    slope_H: Tensor = inputs["slope_H"]
+    bias_TSH: Tensor = function(inputs["query_position_T"], inputs["key_position_S"], slope_H.double())
+    return bias_TSH.permute(2, 0, 1).to(slope_H.dtype)
+
+
+ALIBI = (Fast(attention.alibi, _alibi),)
 
 
 def _write(function: Function, inputs: Inputs) -> KVCache:

@@ -4,175 +4,41 @@ Shapes: B batch, T new tokens, S tokens before them, M hidden, H query heads, K 
 intermediate, J rotating pairs.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from ..reference import attention as attention_file
-from ..reference.cache import KVCache, append
+from ..reference.cache import KVCache
 from ..reference.components import DEFAULT, Components
 from ..reference.layer import layer, self_attention
 from ..reference.linear import linear
 from ..reference.norms import norm
 from ..reference.positions import rotate
 from ..spec.config import (
-    Activation,
     AttentionConfig,
-    Head,
     LayerConfig,
     MlpConfig,
-    ModelConfig,
     NormConfig,
-    NormKind,
-    RotaryConfig,
+    NormPlacement,
+    QkNormSpan,
+    Residual,
     RotaryLayout,
 )
-from ..spec.weights import AttentionWeights, LayerWeights, LinearWeights
+from ..spec.weights import AttentionWeights, LayerWeights, LinearWeights, NormWeights
 from .attention_ops import ATTENTION
 from .budget import Budget
-from .case import DTYPES, UNMASKED, Case, Inputs, Picker, activations
+from .case import Case, Inputs
 from .laws import assert_same_bits, call, repeats_itself
-from .mlp_ops import MLP, mlp_scale
-from .models import RandomSource
+from .layer_cases import layer_cases, layer_inputs, self_attention_inputs
+from .layer_scale import scale_of_layer, scale_of_self_attention
+from .mlp_ops import MLP
 from .op import Function, Op
-from .position_ops import ROTATE, rotate_scale
-from .scale import attention_scale, linear_scale, norm_scale
+from .position_ops import ROTATE
 from .variants import changed, one_row_3_percent_off, permutation, then
-
-
-def layer_cases(pick: Picker, op: str) -> Case:
-    kv_heads, pairs = pick.integer(1, 2), pick.integer(0, 3)
-    return Case(
-        op=op,
-        sizes={
-            "B": pick.integer(1, 2),
-            "T": pick.integer(1, 3),
-            "S": pick.integer(0, 4),
-            "M": pick.integer(2, 12),
-            "H": kv_heads * pick.integer(1, 3),
-            "K": kv_heads,
-            "D": 2 * max(pairs, 1) + 2 * pick.integer(0, 1),
-            "F": pick.integer(1, 12),
-            "J": pairs,
-        },
-        options={
-            "norm": pick.choice([kind.value for kind in NormKind]),
-            "layout": pick.choice([layout.value for layout in RotaryLayout]),
-            "window": pick.choice([None, 1, 2, 4]),
-            "kind": pick.choice([kind.value for kind in Activation]),
-            "gated": pick.choice([True, False]),
-            "bias": pick.choice([False, True]),
-        },
-        data=pick.choice(UNMASKED),
-        dtype=pick.choice(DTYPES),
-        seed=pick.integer(0, 2**31),
-    )
-
-
-def layer_config(case: Case) -> LayerConfig:
-    n, options = case.n, case.options
-    bias = bool(options["bias"])
-    window = options["window"]
-    layout = RotaryLayout(str(options["layout"]))
-    return LayerConfig(
-        norm=NormConfig(kind=NormKind(str(options["norm"])), epsilon=1e-5),
-        attention=AttentionConfig(
-            heads=n.H,
-            kv_heads=n.K,
-            head_size=n.D,
-            scale=n.D**-0.5,
-            window=None if window is None else int(window),
-            rotary=RotaryConfig(layout=layout, size=2 * n.J) if n.J else None,
-            qkv_bias=bias,
-            output_bias=bias,
-        ),
-        mlp=MlpConfig(width=n.F, activation=Activation(str(options["kind"])), gated=bool(options["gated"]), bias=bias),
-    )
-
-
-def model_config(config: LayerConfig, hidden: int) -> ModelConfig:
-    return ModelConfig(
-        family="random",
-        hidden=hidden,
-        vocabulary=2,
-        context=64,
-        layers=(config,),
-        final_norm=config.norm,
-        learned_positions=False,
-        head=Head.TIED,
-    )
-
-
-def layer_inputs(case: Case) -> Inputs:
-    n, config = case.n, layer_config(case)
-    cache = KVCache(*(activations(case, name, n.B, n.S, n.K, n.D, large=3) for name in ("old keys", "old values")))
-    return {
-        "x_BTM": activations(case, "x", n.B, n.T, n.M, large=5),
-        "weights": RandomSource(model_config(config, n.M), case.seed, case.dtype).layer(0),
-        "config": config,
-        "cache": cache,
-    }
-
-
-def self_attention_inputs(case: Case) -> Inputs:
-    inputs = layer_inputs(replace(case, op="layer"))
-    return {**inputs, "weights": inputs["weights"].attention, "config": inputs["config"].attention}
-
-
-def self_attention_with_scale(
-    x_BTM: Tensor, scale_x: Tensor, weights: AttentionWeights, config: AttentionConfig, cache: KVCache
-) -> list[Tensor]:
-    """The scales of the output, the keys and the values; in float64."""
-    position_S = torch.arange(cache.length + x_BTM.shape[1])
-    position_T = position_S[cache.length :]
-
-    def heads(value: Tensor) -> Tensor:
-        return rearrange(value, "b t (h d) -> b t h d", d=config.head_size)
-
-    def projected(part: LinearWeights, turns: bool) -> tuple[Tensor, Tensor]:
-        value, scale = heads(linear(x_BTM, part)), heads(linear_scale(scale_x, part))
-        if turns and config.rotary is not None and weights.rotary_frequency_J is not None:
-            value = rotate(value, position_T, weights.rotary_frequency_J, config.rotary.layout)
-            scale = rotate_scale(scale, position_T, weights.rotary_frequency_J, config.rotary.layout)
-        return value, scale
-
-    query, scale_q = projected(weights.query, turns=True)
-    key, scale_k = projected(weights.key, turns=True)
-    value, scale_v = projected(weights.value, turns=False)
-    grown = append(cache, key, value)
-    scales = append(KVCache(cache.key_BSKD.abs(), cache.value_BSKD.abs()), scale_k, scale_v)
-    scale_out = attention_scale(
-        query,
-        grown.key_BSKD,
-        grown.value_BSKD,
-        visible_TS=attention_file.visible(position_T, position_S, window=config.window),
-        scale=config.scale,
-        scales=(scale_q, scales.key_BSKD, scales.value_BSKD),
-    )
-    out = linear_scale(rearrange(scale_out, "b t h d -> b t (h d)"), weights.output)
-    return [out, scales.key_BSKD, scales.value_BSKD]
-
-
-def _self_attention_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return self_attention_with_scale(
-        exact["x_BTM"], exact["x_BTM"].abs(), exact["weights"], exact["config"], exact["cache"]
-    )
-
-
-def _layer_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    x_BTM, config, cache = exact["x_BTM"], exact["config"], exact["cache"]
-    weights: LayerWeights = exact["weights"]
-    normed = norm(x_BTM, weights.attention_norm, config.norm)
-    scale_normed = norm_scale(x_BTM, x_BTM.abs(), weights.attention_norm, config.norm)
-    of_attention = self_attention_with_scale(normed, scale_normed, weights.attention, config.attention, cache)
-    middle = x_BTM + self_attention(normed, weights.attention, config.attention, cache, DEFAULT)[0]
-    scale_middle = x_BTM.abs() + of_attention[0]
-    scale_normed = norm_scale(middle, scale_middle, weights.mlp_norm, config.norm)
-    return [scale_middle + mlp_scale(scale_normed, weights.mlp), *of_attention[1:]]
 
 
 def _with(**components: Any) -> Components:
@@ -182,15 +48,17 @@ def _with(**components: Any) -> Components:
 def _as_component(function: Function) -> Function:
     """An op's variant, which takes keywords, as a component, which takes positions."""
 
-    def call(query: Tensor, key: Tensor, value: Tensor, *, visible_TS: Tensor, scale: float) -> Any:
-        return function(query_BTHD=query, key_BSKD=key, value_BSKD=value, visible_TS=visible_TS, scale=scale)
+    def call(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+        return function(query_BTHD=query, key_BSKD=key, value_BSKD=value, **options)
 
     return call
 
 
 def _rotate_component(function: Function) -> Function:
-    def call(x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout) -> Any:
-        return function(x_BTHD=x_BTHD, position_T=position_T, frequency_J=frequency_J, layout=layout)
+    def call(x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, magnitude: float) -> Any:
+        return function(
+            x_BTHD=x_BTHD, position_T=position_T, frequency_J=frequency_J, layout=layout, magnitude=magnitude
+        )
 
     return call
 
@@ -239,11 +107,50 @@ def _stale_row(function: Function) -> Function:
     return call
 
 
-def _window_ignored(inputs: Inputs) -> Inputs:
-    config = inputs["config"]
-    if isinstance(config, LayerConfig):
-        return {"config": replace(config, attention=replace(config.attention, window=None))}
-    return {"config": replace(config, window=None)}
+def _attention_with(**fields: Any) -> Callable[[Inputs], Inputs]:
+    """The attention's config with other values in these fields."""
+
+    def change(inputs: Inputs) -> Inputs:
+        config = inputs["config"]
+        if isinstance(config, LayerConfig):
+            return {"config": replace(config, attention=replace(config.attention, **fields))}
+        return {"config": replace(config, **fields)}
+
+    return change
+
+
+def _slopes_negated(inputs: Inputs) -> Inputs:
+    weights = inputs["weights"]
+    attention: AttentionWeights = weights.attention if isinstance(weights, LayerWeights) else weights
+    slope_H = attention.alibi_slope_H
+    attention = replace(attention, alibi_slope_H=None if slope_H is None else -slope_H)
+    return {"weights": replace(weights, attention=attention) if isinstance(weights, LayerWeights) else attention}
+
+
+def _other_span(inputs: Inputs) -> Inputs:
+    config: AttentionConfig = inputs["config"]
+    return {"config": replace(config, qk_norm_span=next(s for s in QkNormSpan if s is not config.qk_norm_span))}
+
+
+def _normed_after_rotating(
+    *, x_BTM: Tensor, weights: AttentionWeights, config: AttentionConfig, cache: KVCache
+) -> tuple[Tensor, KVCache]:
+    """The norms of queries and keys wait until these have rotated."""
+    waiting: list[tuple[NormWeights, NormConfig]] = []
+
+    def later(x: Tensor, part: NormWeights, of: NormConfig) -> Tensor:
+        waiting.append((part, of))
+        return x
+
+    def rotate_then_norm(x_BTHD: Tensor, *turn: Any) -> Tensor:
+        turned = rotate(x_BTHD, *turn)
+        if not waiting:
+            return turned
+        part, of = waiting.pop(0)
+        return norm(turned, part, of) if part.gain_M.ndim == 2 else norm(turned.flatten(2), part, of).view(turned.shape)
+
+    components = DEFAULT if config.rotary is None else _with(norm=later, rotate=rotate_then_norm)
+    return self_attention(x_BTM, weights, config, cache, components)
 
 
 def _norms_swapped(inputs: Inputs) -> Inputs:
@@ -251,13 +158,58 @@ def _norms_swapped(inputs: Inputs) -> Inputs:
     return {"weights": replace(weights, attention_norm=weights.mlp_norm, mlp_norm=weights.attention_norm)}
 
 
+def _sum_normed_or_not(inputs: Inputs) -> Inputs:
+    """The norm acts before the addition where it should act after it, and the other way round."""
+    config: LayerConfig = inputs["config"]
+    other = {NormPlacement.ON_SUM: NormPlacement.AFTER, NormPlacement.AFTER: NormPlacement.ON_SUM}
+    return {"config": replace(config, norm_placement=other.get(config.norm_placement, config.norm_placement))}
+
+
+def _one_after_the_other(inputs: Inputs) -> Inputs:
+    """The MLP reads the stream with the attention added, though it stands beside it."""
+    config, weights = inputs["config"], inputs["weights"]
+    norms = {"mlp_norm": weights.mlp_norm or weights.attention_norm}
+    shared = config.residual is Residual.PARALLEL_SHARED_NORM
+    return {
+        "config": replace(config, residual=Residual.SEQUENTIAL),
+        "weights": replace(weights, **norms) if shared else weights,
+    }
+
+
+def _side_by_side(inputs: Inputs) -> Inputs:
+    config: LayerConfig = inputs["config"]
+    before = config.norm_placement is NormPlacement.BEFORE and config.residual is Residual.SEQUENTIAL
+    return {"config": replace(config, residual=Residual.PARALLEL)} if before else {}
+
+
+def _residual_not_scaled(inputs: Inputs) -> Inputs:
+    return {"config": replace(inputs["config"], residual_scale=1.0)}
+
+
+def _output_norms_forgotten(inputs: Inputs) -> Inputs:
+    return {"weights": replace(inputs["weights"], attention_output_norm=None, mlp_output_norm=None)}
+
+
 def _normed_residual(
     *, x_BTM: Tensor, weights: LayerWeights, config: LayerConfig, cache: KVCache
 ) -> tuple[Tensor, KVCache]:
     """The normalised stream is added instead of the stream itself."""
-    normed = norm(x_BTM, weights.attention_norm, config.norm)
+    normed = x_BTM if weights.attention_norm is None else norm(x_BTM, weights.attention_norm, config.norm)
     out, grown = layer(x_BTM, weights, config, cache, DEFAULT)
     return out - x_BTM + normed, grown
+
+
+_WRONG_ATTENTION = {
+    "window_ignored": _attention_with(window=None),
+    "softcap_forgotten": _attention_with(softcap=None),
+    "qkv_not_clipped": _attention_with(qkv_clip=None),
+    "qk_norm_forgotten": _attention_with(qk_norm=None),
+    "slopes_negated": _slopes_negated,
+}
+
+
+def _wrong_attention(function: Function) -> dict[str, Function]:
+    return {name: changed(function, change) for name, change in _WRONG_ATTENTION.items()}
 
 
 def pieces_are_the_whole(op: Op, function: Function, case: Case) -> None:
@@ -309,13 +261,15 @@ SELF_ATTENTION = Op(
     outputs=("B T M", "B S+T K D", "B S+T K D"),
     cases=partial(layer_cases, op="self_attention"),
     inputs=self_attention_inputs,
-    guarantee=Budget(rows="B T S+T K", scale=_self_attention_scale),
+    guarantee=Budget(rows="B T S+T K", scale=scale_of_self_attention),
     properties=(repeats_itself, pieces_are_the_whole, later_tokens_do_not_matter, first_sequence_alone),
     right={"summed_otherwise": partial(self_attention, components=_SUMMED_OTHERWISE)},
     wrong={
         **{name: partial(self_attention, components=wrong) for name, wrong in _WRONG_COMPONENTS.items()},
         "stale_cache_row": _stale_row(partial(self_attention, components=DEFAULT)),
-        "window_ignored": changed(partial(self_attention, components=DEFAULT), _window_ignored),
+        "other_norm_span": changed(partial(self_attention, components=DEFAULT), _other_span),
+        "normed_after_rotating": _normed_after_rotating,
+        **_wrong_attention(partial(self_attention, components=DEFAULT)),
         "row_3_percent_off": then(partial(self_attention, components=DEFAULT), one_row_3_percent_off),
     },
     flops=lambda n: 2 * n.B * n.T * _projections(n) + 4 * n.B * n.H * n.T * (n.S + n.T) * n.D,
@@ -331,15 +285,20 @@ LAYER = Op(
     outputs=("B T M", "B S+T K D", "B S+T K D"),
     cases=partial(layer_cases, op="layer"),
     inputs=layer_inputs,
-    guarantee=Budget(rows="B T S+T K", scale=_layer_scale),
+    guarantee=Budget(rows="B T S+T K", scale=scale_of_layer),
     properties=(repeats_itself, pieces_are_the_whole, later_tokens_do_not_matter, first_sequence_alone),
     right={"summed_otherwise": partial(layer, components=_SUMMED_OTHERWISE)},
     wrong={
         **{name: partial(layer, components=wrong) for name, wrong in _WRONG_COMPONENTS.items()},
         "stale_cache_row": _stale_row(partial(layer, components=DEFAULT)),
-        "window_ignored": changed(partial(layer, components=DEFAULT), _window_ignored),
+        **_wrong_attention(partial(layer, components=DEFAULT)),
         "norms_swapped": changed(partial(layer, components=DEFAULT), _norms_swapped),
         "normed_stream_added": _normed_residual,
+        "sum_normed_or_not": changed(partial(layer, components=DEFAULT), _sum_normed_or_not),
+        "output_norms_forgotten": changed(partial(layer, components=DEFAULT), _output_norms_forgotten),
+        "one_after_the_other": changed(partial(layer, components=DEFAULT), _one_after_the_other),
+        "side_by_side": changed(partial(layer, components=DEFAULT), _side_by_side),
+        "residual_not_scaled": changed(partial(layer, components=DEFAULT), _residual_not_scaled),
         "row_3_percent_off": then(partial(layer, components=DEFAULT), one_row_3_percent_off),
     },
     flops=lambda n: SELF_ATTENTION.flops(n) + 6 * n.B * n.T * n.M * n.F,

@@ -6,6 +6,8 @@ path that handles only the combinations that published models have is found out.
 
 import math
 import zlib
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from ..spec.config import (
     ModelConfig,
     NormConfig,
     NormKind,
+    NormPlacement,
+    QkNormSpan,
+    Residual,
     RotaryConfig,
     RotaryLayout,
 )
@@ -28,44 +33,76 @@ from .case import Picker
 
 
 def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
-    """A decoder of one to three layers, whose windows may differ from layer to layer."""
-    kv_heads, group = pick.integer(1, 3), pick.integer(1, 3)
-    head_size = 2 * pick.integer(1, 4)
-    norm = NormConfig(kind=pick.choice(list(NormKind)), epsilon=pick.choice([1e-5, 1e-6]))
-    rotary_size = 2 * pick.integer(0, head_size // 2)
-    rotary = RotaryConfig(layout=pick.choice(list(RotaryLayout)), size=rotary_size) if rotary_size else None
+    """A decoder of one to three layers, whose windows and caps may differ from layer to layer."""
+    norm = draw_norm(pick)
+    placement, residual = draw_norms(pick)
+    residual_scale = pick.choice([1.0, 0.25])
     mlp = MlpConfig(
-        width=pick.integer(1, 24),
+        width=pick.integer(1 if placement in (NormPlacement.BEFORE, NormPlacement.ON_SUM) else 8, 24),
         activation=pick.choice(list(Activation)),
         gated=pick.choice([True, False]),
         bias=pick.choice([False, True]),
     )
-    qkv_bias, output_bias = pick.choice([False, True]), pick.choice([False, True])
-    windows = [pick.choice([None, 1, 3, 7]) for _ in range(pick.integer(1, 3))]
+    attention = draw_attention(pick)
 
-    def layer(window: int | None) -> LayerConfig:
-        attention = AttentionConfig(
-            heads=kv_heads * group,
-            kv_heads=kv_heads,
-            head_size=head_size,
-            scale=head_size**-0.5,
-            window=window,
-            rotary=rotary,
-            qkv_bias=qkv_bias,
-            output_bias=output_bias,
+    def layer() -> LayerConfig:
+        window, softcap = pick.choice([None, 1, 3, 7]), pick.choice([None, None, 2.0])
+        return LayerConfig(
+            norm=norm,
+            attention=replace(attention, window=window, softcap=softcap),
+            mlp=mlp,
+            norm_placement=placement,
+            residual=residual,
+            residual_scale=residual_scale,
         )
-        return LayerConfig(norm=norm, attention=attention, mlp=mlp)
 
     return ModelConfig(
         family="random",
         hidden=pick.integer(4, 20),  # at 2 a layer norm is nearly a sign, and rows near its step fail
         vocabulary=pick.integer(2, 50),
         context=context,
-        layers=tuple(layer(window) for window in windows),
+        layers=tuple(layer() for _ in range(pick.integer(1, 3))),
         final_norm=norm,
         learned_positions=pick.choice([False, True]),
         head=pick.choice([Head.TIED, Head.OWN]),
     )
+
+
+def draw_attention(pick: Picker) -> AttentionConfig:
+    """With any positions, any biases, any number of key/value heads."""
+    kv_heads, group = pick.integer(1, 3), pick.integer(1, 3)
+    head_size = 2 * pick.integer(1, 4)
+    kinds = list(NormKind) if head_size > 2 else [NormKind.RMS]
+    layout, size, magnitude = pick.choice(list(RotaryLayout)), pick.integer(0, head_size // 2), pick.choice([1.0, 1.25])
+    return AttentionConfig(
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        scale=head_size**-0.5,
+        rotary=RotaryConfig(layout=layout, size=2 * size, magnitude=magnitude) if size else None,
+        qkv_bias=pick.choice([False, True]),
+        output_bias=pick.choice([False, True]),
+        alibi=pick.choice([False, False, True]),
+        qkv_clip=pick.choice([None, None, 1.0]),
+        qk_norm=draw_norm(pick, kinds) if pick.integer(0, 1) else None,
+        qk_norm_span=pick.choice(list(QkNormSpan)),
+    )
+
+
+def draw_norm(pick: Picker, kinds: Sequence[NormKind] = tuple(NormKind)) -> NormConfig:
+    return NormConfig(
+        kind=pick.choice(kinds),
+        epsilon=pick.choice([1e-5, 1e-6]),
+        bias=pick.choice([True, False]),
+        gain_from_one=pick.choice([False, True]),
+    )
+
+
+def draw_norms(pick: Picker) -> tuple[NormPlacement, Residual]:
+    """Where the norms stand and what the MLP reads."""
+    placement = pick.choice([*NormPlacement, NormPlacement.BEFORE])
+    alone = placement is not NormPlacement.BEFORE
+    return placement, Residual.SEQUENTIAL if alone else pick.choice(list(Residual))
 
 
 class RandomSource:
@@ -93,6 +130,8 @@ class RandomSource:
         match name.rpartition(".")[2]:
             case "rotary_frequency_J":
                 return torch.logspace(0, 1 - shape[0], shape[0], dtype=torch.float64)
+            case "alibi_slope_H":
+                return torch.tensor(2.0, dtype=torch.float64) ** (-8 * torch.arange(1, shape[0] + 1) / shape[0])
             case "weight_NI":
                 return self._normal(part, name, shape) / math.sqrt(shape[1])
             case "gain_M":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.norms import layer_norm, rms_norm
+from ..reference.norms import layer_norm, norm, rms_norm
 from ..spec.config import NormConfig, NormKind
 from ..spec.decoder import Path
 from ..spec.weights import NormWeights
@@ -174,4 +174,77 @@ RMS_NORM = Op(
     flops=lambda n: 5 * n.B * n.T * n.M,
     bytes=lambda n: 4 * (2 * n.B * n.T * n.M + n.M),
     fast={Path.COMPILED: fast.RMS_NORM},
+)
+
+
+def configured_cases(pick: Picker) -> Case:
+    case = norm_cases(pick, "norm")
+    options = {
+        **case.options,
+        "kind": pick.choice([kind.value for kind in NormKind]),
+        "bias": pick.choice([True, False]),
+        "gain_from_one": pick.choice([False, True]),
+    }
+    return replace(case, options=options)
+
+
+def configured_inputs(case: Case) -> Inputs:
+    config = NormConfig(
+        kind=NormKind(str(case.options["kind"])),
+        epsilon=float(case.options["epsilon"] or 0),
+        bias=bool(case.options["bias"]),
+        gain_from_one=bool(case.options["gain_from_one"]),
+    )
+    bias_M = parameters(case, "bias", case.n.M) if config.has_bias else None
+    weights = NormWeights(gain_M=parameters(case, "gain", case.n.M), bias_M=bias_M)
+    return {"x": activations(case, "x", case.n.B, case.n.T, case.n.M), "weights": weights, "config": config}
+
+
+def _configured_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
+    return [norm_scale(exact["x"], exact["x"].abs(), exact["weights"], exact["config"])]
+
+
+def _torch_norm(*, x: Tensor, weights: NormWeights, config: NormConfig) -> Tensor:
+    gain_M = weights.gain_M.float() + 1 if config.gain_from_one else weights.gain_M
+    torch_norm = _torch_layer_norm if config.kind is NormKind.LAYER else _torch_rms_norm
+    return torch_norm(x=x, weights=replace(weights, gain_M=gain_M), epsilon=config.epsilon)
+
+
+def _other_kind(inputs: Inputs) -> Inputs:
+    kind = next(kind for kind in NormKind if kind is not inputs["config"].kind)
+    return {"config": replace(inputs["config"], kind=kind)}
+
+
+def _gain_as_stored(inputs: Inputs) -> Inputs:
+    return {"config": replace(inputs["config"], gain_from_one=False)}
+
+
+def _bias_from_one_too(inputs: Inputs) -> Inputs:
+    bias_M = inputs["weights"].bias_M
+    if bias_M is None or not inputs["config"].gain_from_one:
+        return {}
+    return {"weights": replace(inputs["weights"], bias_M=1 + bias_M)}
+
+
+NORM = Op(
+    name="norm",
+    paper="III-D, Fig. 1c (regions 1 and 3)",
+    axes="B T M",
+    reference=norm,
+    outputs=("B T M",),
+    cases=configured_cases,
+    inputs=configured_inputs,
+    guarantee=Budget(rows="B T", scale=_configured_scale),
+    properties=(repeats_itself, first_rows_alone("x")),
+    right={"torch": _torch_norm},
+    wrong={
+        "other_kind": changed(norm, _other_kind),
+        "gain_from_one_forgotten": changed(norm, _gain_as_stored),
+        "bias_from_one_too": changed(norm, _bias_from_one_too),
+        "bias_dropped": changed(norm, _no_bias),
+        "row_3_percent_off": then(norm, one_row_3_percent_off),
+    },
+    flops=lambda n: 8 * n.B * n.T * n.M,
+    bytes=lambda n: 4 * (2 * n.B * n.T * n.M + 2 * n.M),
+    fast={Path.COMPILED: fast.NORM},
 )

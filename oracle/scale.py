@@ -32,7 +32,8 @@ def norm_scale(x: Tensor, scale_x: Tensor, weights: NormWeights, config: NormCon
         x = x - x.mean(-1, keepdim=True)
     square = (x * x).mean(-1, keepdim=True) + config.epsilon
     of_deviation = (x.abs() * scale_x).mean(-1, keepdim=True) / square
-    out = weights.gain_M.abs() * (scale_x + x.abs() * (1 + of_deviation)) / square.sqrt()
+    gain_M = 1 + weights.gain_M if config.gain_from_one else weights.gain_M
+    out = gain_M.abs() * (scale_x + x.abs() * (1 + of_deviation)) / square.sqrt()
     return out if weights.bias_M is None else out + weights.bias_M.abs()
 
 
@@ -48,9 +49,14 @@ def attention_scale(
     *,
     visible_TS: Tensor,
     scale: float,
+    bias_HTS: Tensor | None = None,
+    softcap: float | None = None,
     scales: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The weighted absolute values, and how far they move as errors of the scores shift the weights."""
+    """The weighted absolute values, and how far they move as errors of the scores shift the weights.
+
+    A cap bends scores without steepening them, so their errors stay as large at most.
+    """
     scale_q, scale_k, scale_v = scales or (query_BTHD.abs(), key_BSKD.abs(), value_BSKD.abs())
     kv_heads = key_BSKD.shape[2]
 
@@ -58,8 +64,16 @@ def attention_scale(
         grouped = rearrange(q, "b t (k g) d -> b k g t d", k=kv_heads)
         return scale * einsum(grouped, k, "b k g t d, b s k d -> b k g t s")
 
-    weight_BKGTS = torch.softmax(score(query_BTHD, key_BSKD).masked_fill(~visible_TS, -torch.inf), -1).nan_to_num(0.0)
+    shaped = score(query_BTHD, key_BSKD)
     of_score = score(query_BTHD.abs(), scale_k) + score(scale_q, key_BSKD.abs())
+    if softcap is not None:
+        shaped = softcap * torch.tanh(shaped / softcap)
+        of_score = of_score + shaped.abs()
+    if bias_HTS is not None:
+        bias_KGTS = rearrange(bias_HTS, "(k g) t s -> k g t s", k=kv_heads)
+        shaped = shaped + bias_KGTS
+        of_score = of_score + bias_KGTS.abs() + shaped.abs()  # the bias is rounded, and so is the sum
+    weight_BKGTS = torch.softmax(shaped.masked_fill(~visible_TS, -torch.inf), -1).nan_to_num(0.0)
     of_score = of_score + (weight_BKGTS * of_score).sum(-1, keepdim=True)
     direct = einsum(weight_BKGTS, scale_v, "b k g t s, b s k d -> b t k g d")
     shifted = einsum(weight_BKGTS * of_score, value_BSKD.abs(), "b k g t s, b s k d -> b t k g d")

@@ -15,6 +15,7 @@ from . import (
     position_ops,
     quantise_ops,
     sampling_ops,
+    shaped_attention_ops,
 )
 from .op import Op
 
@@ -22,11 +23,14 @@ _ALL = (
     linear_ops.LINEAR,
     norm_ops.LAYER_NORM,
     norm_ops.RMS_NORM,
+    norm_ops.NORM,
     mlp_ops.ACTIVATION,
     mlp_ops.MLP,
     position_ops.ROTATE,
+    position_ops.ALIBI,
     attention_ops.VISIBLE,
     attention_ops.ATTENTION,
+    shaped_attention_ops.SHAPED_ATTENTION,
     cache_ops.APPEND,
     layer_ops.SELF_ATTENTION,
     layer_ops.LAYER,
@@ -48,7 +52,6 @@ OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _ALL})
 
 WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
     {
-        "twinfer.reference.norms.norm": "picks layer_norm or rms_norm, which have records",
         "twinfer.reference.cache.empty": "makes a cache of no tokens; there is nothing to compare",
         "twinfer.reference.decoder.empty_caches": "one empty cache a layer; there is nothing to compare",
         "twinfer.reference.decoder.forward": "the whole model: compare_paths judges it, over schedules",

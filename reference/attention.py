@@ -1,8 +1,10 @@
 """Scaled dot-product attention over grouped heads.
 
-    out[b,t,h] = sum_s softmax_s(scale * <query[b,t,h], key[b,s,g]>) * value[b,s,g],   g = h // (H // K)
+    out[b,t,h] = sum_s softmax_s(score[b,t,h,s]) * value[b,s,g],   g = h // (H // K)
+    score[b,t,h,s] = cap(scale * <query[b,t,h], key[b,s,g]>) + bias[h,t,s]
 
-where s runs over the keys that query t may see. Vaswani et al. 2017 eq. 1; grouped heads: Ainslie et al. 2023.
+where s runs over the keys that query t may see, and cap(z) = softcap * tanh(z / softcap) in models that bend their
+scores (Gemma 2). The bias is ALiBi's, if there is any. Vaswani et al. 2017 eq. 1; grouped heads: Ainslie et al. 2023.
 The paper computes all of this in one fused region (section III-D, Fig. 1c).
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, G = H/K, D head size.
@@ -48,6 +50,8 @@ def attention(
     *,
     visible_TS: Tensor,
     scale: float,
+    bias_HTS: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attend every query to the keys it may see; returns [B, T, H, D] in the queries' dtype.
 
@@ -64,6 +68,10 @@ def attention(
     query_BTKGD = rearrange(query_BTHD.to(wide), "b t (k g) d -> b t k g d", k=key_BSKD.shape[2])
 
     score_BKGTS = scale * einsum(query_BTKGD, key_BSKD, "b t k g d, b s k d -> b k g t s")
+    if softcap is not None:
+        score_BKGTS = softcap * torch.tanh(score_BKGTS / softcap)
+    if bias_HTS is not None:
+        score_BKGTS = score_BKGTS + rearrange(bias_HTS.to(wide), "(k g) t s -> k g t s", k=key_BSKD.shape[2])
     weight_BKGTS = _softmax_over(score_BKGTS, seen_BTS[:, None, None])
     out_BTKGD = einsum(weight_BKGTS, value_BSKD, "b k g t s, b s k d -> b t k g d")
     return rearrange(out_BTKGD, "b t k g d -> b t (k g) d").to(query_BTHD.dtype)

@@ -32,12 +32,25 @@ class Linear(Protocol):
 
 
 class Rotate(Protocol):
-    def __call__(self, x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, /) -> Tensor: ...
+    def __call__(
+        self, x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, magnitude: float, /
+    ) -> Tensor: ...
 
 
 class Attention(Protocol):
+    """`bias_HTS` and `softcap` are given by name, to models that have them alone."""
+
     def __call__(
-        self, query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, /, *, visible_TS: Tensor, scale: float
+        self,
+        query_BTHD: Tensor,
+        key_BSKD: Tensor,
+        value_BSKD: Tensor,
+        /,
+        *,
+        visible_TS: Tensor,
+        scale: float,
+        bias_HTS: Tensor | None = None,
+        softcap: float | None = None,
     ) -> Tensor: ...
 
 

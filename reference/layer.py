@@ -1,7 +1,17 @@
-"""One transformer layer: attention, then the MLP, each reading a normalised copy of the stream and adding to it.
+"""One transformer layer: attention and the MLP, each reading the stream and adding to it.
 
-    x = x + output(attention(rotate(query(n)), rotate(key(n)), value(n))),   n = norm(x)
-    x = x + mlp(norm(x))
+With f first the attention and then the MLP, s a constant, and the norms where `NormPlacement` says:
+
+    BEFORE   x = x + s f(norm(x))                  AROUND   x = x + s norm(f(norm(x)))
+    AFTER    x = x + s norm(f(x))                  ON_SUM   x = norm(x + s f(x))
+
+or both at once, from the same x, with two norms or a shared one (`Residual`; Wang, Komatsuzaki 2021):
+
+    x = x + s attention(norm(x)) + s mlp(norm'(x))
+
+    attention(n) = output(attend(rotate(q), rotate(k), v)),   q, k, v = query(n), key(n), value(n)
+
+Some models clip q, k and v, and some normalise q and k, in this order (Dehghani et al. 2023, section 2).
 
 Norm, linear maps, rotation, attention and MLP are `Components`; swap one to try an idea on a real model.
 
@@ -10,16 +20,17 @@ Shapes: B batch, T new tokens, S tokens before them, M hidden, H query heads, K 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..spec.config import AttentionConfig, LayerConfig
-from ..spec.weights import AttentionWeights, LayerWeights
+from ..spec.config import AttentionConfig, LayerConfig, NormPlacement, QkNormSpan, Residual
+from ..spec.weights import AttentionWeights, LayerWeights, NormWeights
 from .attention import visible
 from .cache import KVCache, append
+from .positions import alibi
 
 if TYPE_CHECKING:
     from .components import Components
@@ -29,26 +40,49 @@ def layer(
     x_BTM: Tensor, weights: LayerWeights, config: LayerConfig, cache: KVCache, components: Components
 ) -> tuple[Tensor, KVCache]:
     """Pass T tokens that follow the cache's S; returns [B, T, M] and the cache of S + T tokens."""
-    normed_BTM = components.norm(x_BTM, weights.attention_norm, config.norm)
-    attended_BTM, cache = self_attention(normed_BTM, weights.attention, config.attention, cache, components)
-    x_BTM = x_BTM + attended_BTM
-    normed_BTM = components.norm(x_BTM, weights.mlp_norm, config.norm)
-    return x_BTM + components.mlp(normed_BTM, weights.mlp, config.mlp, linear=components.linear), cache
+    read_BTM = _normed(x_BTM, weights.attention_norm, config, components)
+    attended_BTM, cache = self_attention(read_BTM, weights.attention, config.attention, cache, components)
+    if config.residual is Residual.SEQUENTIAL:
+        x_BTM = _joined(x_BTM, attended_BTM, weights.attention_output_norm, config, components)
+        read_BTM = _normed(x_BTM, weights.mlp_norm, config, components)
+        fed_BTM = components.mlp(read_BTM, weights.mlp, config.mlp, linear=components.linear)
+        return _joined(x_BTM, fed_BTM, weights.mlp_output_norm, config, components), cache
+    if config.residual is Residual.PARALLEL:
+        read_BTM = _normed(x_BTM, weights.mlp_norm, config, components)
+    fed_BTM = components.mlp(read_BTM, weights.mlp, config.mlp, linear=components.linear)
+    return x_BTM + config.residual_scale * attended_BTM + config.residual_scale * fed_BTM, cache
+
+
+def _normed(x_BTM: Tensor, weights: NormWeights | None, config: LayerConfig, components: Components) -> Tensor:
+    """Through the norm, where there is one."""
+    return x_BTM if weights is None else components.norm(x_BTM, weights, config.norm)
+
+
+def _joined(
+    x_BTM: Tensor, out_BTM: Tensor, weights: NormWeights | None, config: LayerConfig, components: Components
+) -> Tensor:
+    """The stream with a sub-layer's output added, either of them normalised as the placement says."""
+    if config.norm_placement is NormPlacement.ON_SUM:
+        return _normed(x_BTM + config.residual_scale * out_BTM, weights, config, components)
+    return x_BTM + config.residual_scale * _normed(out_BTM, weights, config, components)
 
 
 def self_attention(
     x_BTM: Tensor, weights: AttentionWeights, config: AttentionConfig, cache: KVCache, components: Components
 ) -> tuple[Tensor, KVCache]:
-    """Project, rotate, remember, attend, project back; returns [B, T, M] and the cache of S + T tokens."""
-    query_BTHD = rearrange(components.linear(x_BTM, weights.query), "b t (h d) -> b t h d", d=config.head_size)
-    key_BTKD = rearrange(components.linear(x_BTM, weights.key), "b t (k d) -> b t k d", d=config.head_size)
-    value_BTKD = rearrange(components.linear(x_BTM, weights.value), "b t (k d) -> b t k d", d=config.head_size)
+    """From query, key and value projections to the output's; returns [B, T, M] and the cache of S + T tokens."""
+    query_BTHD = _heads(components.linear(x_BTM, weights.query), weights.query_norm, config, components)
+    key_BTKD = _heads(components.linear(x_BTM, weights.key), weights.key_norm, config, components)
+    value_BTKD = _heads(components.linear(x_BTM, weights.value), None, config, components)
 
     position_S = torch.arange(cache.length + x_BTM.shape[1], device=x_BTM.device)
     position_T = position_S[cache.length :]
     if config.rotary is not None and weights.rotary_frequency_J is not None:
-        query_BTHD = components.rotate(query_BTHD, position_T, weights.rotary_frequency_J, config.rotary.layout)
-        key_BTKD = components.rotate(key_BTKD, position_T, weights.rotary_frequency_J, config.rotary.layout)
+        turn = (position_T, weights.rotary_frequency_J, config.rotary.layout, config.rotary.magnitude)
+        query_BTHD, key_BTKD = components.rotate(query_BTHD, *turn), components.rotate(key_BTKD, *turn)
+    shaping: dict[str, Any] = {} if config.softcap is None else {"softcap": config.softcap}
+    if weights.alibi_slope_H is not None:
+        shaping["bias_HTS"] = alibi(weights.alibi_slope_H, position_T, position_S)
 
     cache = append(cache, key_BTKD, value_BTKD)
     out_BTHD = components.attention(
@@ -57,5 +91,21 @@ def self_attention(
         cache.value_BSKD,
         visible_TS=visible(position_T, position_S, window=config.window),
         scale=config.scale,
+        **shaping,
     )
     return components.linear(rearrange(out_BTHD, "b t h d -> b t (h d)"), weights.output), cache
+
+
+def _heads(x_BTN: Tensor, weights: NormWeights | None, config: AttentionConfig, components: Components) -> Tensor:
+    """A projection [B, T, H * D] as heads [B, T, H, D], clipped, and normalised where there are weights for it."""
+    if config.qkv_clip is not None:
+        x_BTN = x_BTN.clamp(-config.qkv_clip, config.qkv_clip)
+    x_BTHD = rearrange(x_BTN, "b t (h d) -> b t h d", d=config.head_size)
+    if config.qk_norm is None or weights is None:
+        return x_BTHD
+    if config.qk_norm_span is QkNormSpan.ALL_HEADS:
+        normed_BTN = components.norm(x_BTN, weights, config.qk_norm)
+        return rearrange(normed_BTN, "b t (h d) -> b t h d", d=config.head_size)
+    gain_HD = rearrange(weights.gain_M, "(h d) -> h d", d=config.head_size)
+    bias_HD = None if weights.bias_M is None else rearrange(weights.bias_M, "(h d) -> h d", d=config.head_size)
+    return components.norm(x_BTHD, NormWeights(gain_M=gain_HD, bias_M=bias_HD), config.qk_norm)

@@ -3,11 +3,15 @@
     layer norm:  out = gain * (x - mean(x)) / sqrt(mean((x - mean(x))^2) + epsilon) + bias     Ba et al. 2016
     RMS norm:    out = gain * x / sqrt(mean(x^2) + epsilon)                                    Zhang, Sennrich 2019
 
+Some models store gain - 1 (`NormConfig.gain_from_one`), others leave out the bias of the layer norm.
+
 Both reduce over the hidden axis alone, so tokens never mix and a tile of tokens can be normalised inside the matrix
 product that follows it (paper, section III-D, regions 1 and 3 of Fig. 1c).
 
 Shapes: M hidden.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +22,9 @@ from ..spec.weights import NormWeights
 
 def norm(x: Tensor, weights: NormWeights, config: NormConfig) -> Tensor:
     """Normalise [..., M] as the config says."""
+    if config.gain_from_one:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights = replace(weights, gain_M=1 + weights.gain_M.to(wide))
     match config.kind:
         case NormKind.LAYER:
             return layer_norm(x, weights, config.epsilon)

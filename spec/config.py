@@ -22,6 +22,30 @@ class NormKind(StrEnum):
     """Divide by the root mean square, then gain; nothing is subtracted."""
 
 
+class NormPlacement(StrEnum):
+    """Where a layer normalises, around f: first the attention, then the MLP."""
+
+    BEFORE = "before"
+    """x + f(norm(x)): GPT-2, LLaMA."""
+    AFTER = "after"
+    """x + norm(f(x)): OLMo 2."""
+    AROUND = "around"
+    """x + norm(f(norm(x))), with a norm of its own on either side: Gemma 2."""
+    ON_SUM = "on_sum"
+    """norm(x + f(x)): the original transformer, BERT, OPT-350m."""
+
+
+class Residual(StrEnum):
+    """What the MLP reads, and what it is added to."""
+
+    SEQUENTIAL = "sequential"
+    """The stream with the attention already added."""
+    PARALLEL = "parallel"
+    """What attention read, through a norm of its own: x + attention(norm(x)) + mlp(norm'(x)), GPT-NeoX."""
+    PARALLEL_SHARED_NORM = "parallel_shared_norm"
+    """The same, one norm for both: GPT-J, Phi, Cohere, Falcon-7B."""
+
+
 class Activation(StrEnum):
     """The non-linearity inside an MLP."""
 
@@ -32,6 +56,15 @@ class Activation(StrEnum):
     RELU = "relu"
     SILU = "silu"
     """x * sigmoid(x), also called swish."""
+
+
+class QkNormSpan(StrEnum):
+    """What one norm of queries (or keys) reduces over."""
+
+    HEAD = "head"
+    """The elements of one head: Qwen 3, Gemma 3."""
+    ALL_HEADS = "all_heads"
+    """The elements of all heads together: OLMo 2."""
 
 
 class RotaryLayout(StrEnum):
@@ -68,6 +101,14 @@ class NormConfig:
     kind: NormKind
     epsilon: float
     """Added to the variance (or mean square) before the root."""
+    bias: bool = True
+    """Whether a layer norm adds a bias; an RMS norm has none in any case."""
+    gain_from_one: bool = False
+    """Whether the gain is stored as its distance from 1, as Gemma does: what multiplies is 1 + gain."""
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias and self.kind is NormKind.LAYER
 
     def __post_init__(self) -> None:
         _require(self.epsilon > 0, "NormConfig.epsilon", self.epsilon, "a positive number, such as 1e-5")
@@ -80,8 +121,11 @@ class RotaryConfig:
     layout: RotaryLayout
     size: int
     """How many leading elements of each head rotate; the rest pass unchanged."""
+    magnitude: float = 1.0
+    """Multiplies cos and sin, and so what rotates: YaRN, LongRoPE."""
 
     def __post_init__(self) -> None:
+        _require(self.magnitude > 0, "RotaryConfig.magnitude", self.magnitude, "a positive number, usually 1")
         _require(self.size > 0 and self.size % 2 == 0, "RotaryConfig.size", self.size, "a positive even number")
 
 
@@ -100,8 +144,20 @@ class AttentionConfig:
     rotary: RotaryConfig | None = None
     qkv_bias: bool = False
     output_bias: bool = False
+    alibi: bool = False
+    """Each score falls with distance, by a slope of the head's own (`AttentionWeights.alibi_slope_H`): BLOOM, MPT."""
+    softcap: float | None = None
+    """Scores are bent into -softcap .. softcap, before they are masked: Gemma 2."""
+    qkv_clip: float | None = None
+    """Queries, keys and values are cut to -qkv_clip .. qkv_clip as soon as they are projected: MPT, OLMo."""
+    qk_norm: NormConfig | None = None
+    """Queries and keys are normalised, before they rotate."""
+    qk_norm_span: QkNormSpan = QkNormSpan.HEAD
 
     def __post_init__(self) -> None:
+        for field in ("softcap", "qkv_clip"):
+            value = getattr(self, field)
+            _require(value is None or value > 0, f"AttentionConfig.{field}", value, "a positive number, or None")
         _require_positive(self, "heads", "kv_heads", "head_size")
         _require(
             self.heads % self.kv_heads == 0,
@@ -138,11 +194,24 @@ class MlpConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerConfig:
-    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One transformer layer; all of its norms are of one kind."""
 
     norm: NormConfig
     attention: AttentionConfig
     mlp: MlpConfig
+    norm_placement: NormPlacement = NormPlacement.BEFORE
+    residual: Residual = Residual.SEQUENTIAL
+    residual_scale: float = 1.0
+    """Multiplies what attention and MLP add to the stream: Granite."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.residual is Residual.SEQUENTIAL or self.norm_placement is NormPlacement.BEFORE,
+            "LayerConfig.norm_placement",
+            self.norm_placement.value,
+            f"before, where the residual is {self.residual.value}",
+        )
+        _require(self.residual_scale > 0, "LayerConfig.residual_scale", self.residual_scale, "a positive number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,10 +97,10 @@ def _parts(config: ModelConfig) -> Iterator[tuple[Component, Count]]:
 def _counted(shapes: Shapes, other: Component) -> Iterator[tuple[Component, Count]]:
     """Each trained tensor's count, by component; what is neither a norm nor attention belongs to `other`."""
     for name, shape in trained(shapes).items():
-        first = name.partition(".")[0]
-        component = Component.ATTENTION if first == "attention" else other
+        parts = name.split(".")
+        component = Component.ATTENTION if parts[0] == "attention" else other
         elements = math.prod(shape)
         yield (
-            Component.NORMS if first.endswith("norm") else component,
+            Component.NORMS if any(part.endswith("norm") for part in parts) else component,
             Count(matrix=elements, rows=shape[0]) if is_matrix(name) else Count(float32=elements),
         )

@@ -7,12 +7,12 @@ Shapes: M hidden, E table width, H query heads, K key/value heads, D head size, 
 V vocabulary, P positions.
 """
 
-from .config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
+from .config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormPlacement, Residual
 
 Shapes = dict[str, tuple[int, ...]]
 
 _MATRICES = ("weight_NI", "token_VE")
-_MADE = ("rotary_frequency_J",)
+_MADE = ("rotary_frequency_J", "alibi_slope_H")
 
 
 def is_matrix(name: str) -> bool:
@@ -43,12 +43,10 @@ def embedding_shapes(config: ModelConfig) -> Shapes:
 
 def layer_shapes(config: LayerConfig, hidden: int) -> Shapes:
     """One layer; of a mixture of experts, one expert."""
-    return {
-        **_norm("attention_norm", config.norm, hidden),
-        **_attention(config.attention, hidden),
-        **_norm("mlp_norm", config.norm, hidden),
-        **_mlp(config.mlp, hidden),
-    }
+    shapes = {**_attention(config.attention, hidden), **_mlp(config.mlp, hidden)}
+    for name in _layer_norms(config):
+        shapes |= _norm(name, config.norm, hidden)
+    return shapes
 
 
 def head_shapes(config: ModelConfig) -> Shapes:
@@ -56,6 +54,17 @@ def head_shapes(config: ModelConfig) -> Shapes:
     if config.head is Head.OWN:
         shapes |= _linear("projection", config.vocabulary, config.hidden, bias=False)
     return shapes
+
+
+def _layer_norms(config: LayerConfig) -> list[str]:
+    names = []
+    if config.norm_placement in (NormPlacement.BEFORE, NormPlacement.AROUND):
+        names.append("attention_norm")
+        if config.residual is not Residual.PARALLEL_SHARED_NORM:
+            names.append("mlp_norm")
+    if config.norm_placement is not NormPlacement.BEFORE:
+        names += ["attention_output_norm", "mlp_output_norm"]
+    return names
 
 
 def _attention(config: AttentionConfig, hidden: int) -> Shapes:
@@ -68,6 +77,11 @@ def _attention(config: AttentionConfig, hidden: int) -> Shapes:
     }
     if config.rotary is not None:
         shapes["attention.rotary_frequency_J"] = (config.rotary.size // 2,)
+    if config.alibi:
+        shapes["attention.alibi_slope_H"] = (config.heads,)
+    if config.qk_norm is not None:
+        shapes |= _norm("attention.query_norm", config.qk_norm, query_width)
+        shapes |= _norm("attention.key_norm", config.qk_norm, kv_width)
     return shapes
 
 
@@ -83,7 +97,7 @@ def _mlp(config: MlpConfig, hidden: int) -> Shapes:
 
 def _norm(name: str, config: NormConfig, width: int) -> Shapes:
     shapes: Shapes = {f"{name}.gain_M": (width,)}
-    if config.kind is NormKind.LAYER:
+    if config.has_bias:
         shapes[f"{name}.bias_M"] = (width,)
     return shapes
 

@@ -30,6 +30,8 @@ class LinearWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NormWeights:
+    """[M], or however many elements are normalised."""
+
     gain_M: Tensor
     bias_M: Tensor | None = None
 
@@ -46,6 +48,12 @@ class AttentionWeights:
     """[M, H * D]."""
     rotary_frequency_J: Tensor | None = None
     """Radians per token of each rotating pair, float64, scaling already applied; None without rotary positions."""
+    alibi_slope_H: Tensor | None = None
+    """By how much each head's scores fall with every token of distance, float64, positive; None without ALiBi."""
+    query_norm: NormWeights | None = None
+    """Gain [H * D], where all heads share one of [D] repeated for each; None where queries are not normalised."""
+    key_norm: NormWeights | None = None
+    """Gain [K * D]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,10 +68,19 @@ class MlpWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerWeights:
-    attention_norm: NormWeights
+    """A norm is named by where it stands: at the input of attention or MLP, or at the output.
+
+    `NormPlacement` says which are there. Where sums are normalised (ON_SUM), the norm at an output acts after that is
+    added.
+    """
+
     attention: AttentionWeights
-    mlp_norm: NormWeights
     mlp: MlpWeights
+    attention_norm: NormWeights | None = None
+    """Of both inputs where they share one."""
+    mlp_norm: NormWeights | None = None
+    attention_output_norm: NormWeights | None = None
+    mlp_output_norm: NormWeights | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -6,6 +6,7 @@ takes many seconds to compile.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,9 @@ from twinfer.spec.config import (
     ModelConfig,
     NormConfig,
     NormKind,
+    NormPlacement,
+    QkNormSpan,
+    Residual,
     RotaryConfig,
     RotaryLayout,
     Storage,
@@ -77,7 +81,39 @@ def gpt2() -> ModelConfig:
     )
 
 
-POOL = [(llama(window=5), Storage.INT8), (gpt2(), Storage.BFLOAT16)]
+def others() -> ModelConfig:
+    """Layers of four kinds, which between them have every convention that the two above have not."""
+    norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-5, bias=False, gain_from_one=True)
+    head_norm = NormConfig(kind=NormKind.RMS, epsilon=1e-6)
+    rotary = RotaryConfig(layout=RotaryLayout.INTERLEAVED, size=4, magnitude=1.25)
+    plain = AttentionConfig(heads=4, kv_heads=2, head_size=6, scale=0.3)
+    mlp = MlpConfig(width=40, activation=Activation.GELU, gated=True)
+    layers = (
+        (replace(plain, alibi=True, qkv_clip=1.0), NormPlacement.ON_SUM, Residual.SEQUENTIAL),
+        (replace(plain, softcap=2.0, window=5, rotary=rotary), NormPlacement.AROUND, Residual.SEQUENTIAL),
+        (replace(plain, alibi=True, softcap=2.0, qk_norm=head_norm), NormPlacement.BEFORE, Residual.PARALLEL),
+        (
+            replace(plain, rotary=rotary, qk_norm=head_norm, qk_norm_span=QkNormSpan.ALL_HEADS),
+            NormPlacement.BEFORE,
+            Residual.PARALLEL_SHARED_NORM,
+        ),
+    )
+    return ModelConfig(
+        family="others",
+        hidden=24,
+        vocabulary=50,
+        context=64,
+        layers=tuple(
+            LayerConfig(norm=norm, attention=attention, mlp=mlp, norm_placement=placement, residual=residual)
+            for attention, placement, residual in layers
+        ),
+        final_norm=norm,
+        learned_positions=False,
+        head=Head.OWN,
+    )
+
+
+POOL = [(llama(window=5), Storage.INT8), (gpt2(), Storage.BFLOAT16), (others(), Storage.FLOAT32)]
 GUARDED = 0
 
 

@@ -19,6 +19,8 @@ PARTS = {
     "mlp": Component.MLP,
     "attention_norm": Component.NORMS,
     "mlp_norm": Component.NORMS,
+    "attention_output_norm": Component.NORMS,
+    "mlp_output_norm": Component.NORMS,
     "norm": Component.NORMS,
     "projection": Component.HEAD,
     "token_VE": Component.EMBEDDING,
@@ -30,7 +32,9 @@ def trained(source):
     """Every trained tensor of a model, with the component it belongs to."""
     parts = [source.embedding(), *map(source.layer, range(len(source.config.layers))), source.head()]
     for name, tensor in (named for part in parts for named in tensors(part)):
-        if "rotary" not in name:
+        if name.endswith(("query_norm.gain_M", "query_norm.bias_M", "key_norm.gain_M", "key_norm.bias_M")):
+            yield Component.NORMS, name, tensor
+        elif "rotary" not in name and "alibi" not in name:
             yield PARTS[name.split(".")[0]], name, tensor
 
 
