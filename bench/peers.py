@@ -100,6 +100,7 @@ def _llama_like(config: ModelConfig) -> ModelConfig:
 
 def _state(source: WeightSource) -> dict[str, Tensor]:
     head, token_VE = source.head(), source.embedding().token_VE
+    assert head.norm is not None, "LLaMA-like models have a final norm"
     projection_VE = token_VE if head.projection is None else head.projection.weight_NI
     state = {
         "model.embed_tokens.weight": token_VE,

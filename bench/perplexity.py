@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, open_model
 from ..compiled.path import CompiledPath
+from ..oracle.scale import linear_scale
 from ..reference.path import ReferencePath
 from ..spec.config import Storage
 from ..spec.decoder import Decoder
@@ -59,7 +60,7 @@ def compare(checkpoint: Checkpoint, storage: Storage) -> dict[str, Any]:
     sequences = truth.open(1, len(token_T))
     hidden_TM = truth.extend_hidden(sequences, [token_T])[0]
     truth_TV = truth.logits(hidden_TM)
-    scale_T = (hidden_TM.abs() @ truth.weights.projection.weight_NI.abs().T).amax(-1)
+    scale_T = truth.config.logit_scale * linear_scale(hidden_TM.abs(), truth.weights.projection).amax(-1)
     del truth
     eager_TV = _logits(ReferencePath(checkpoint.source, storage=storage), token_T)
     compiled_TV = _logits(CompiledPath(checkpoint.source, storage=storage), token_T)

@@ -1,4 +1,6 @@
-"""The head at every position, for evaluating texts; a decode step's head is `linear.linear_few`.
+"""What follows the last layer: the head at every position, for evaluating texts, and the shaping of logits.
+
+A decode step's head is `linear.linear_few`.
 
 Shapes: T tokens, M hidden, V vocabulary.
 """
@@ -28,3 +30,10 @@ def head_many(hidden_TM: Tensor, head: Matrix, storage: Storage, *, block_weight
         weight_VM = unpack(head.word_NJ[block], scale, storage, hidden)
         logits_TV[:, block] = functional.linear(hidden_TM, weight_VM, bias)
     return logits_TV
+
+
+def scale_and_cap(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """softcap * tanh(scale * logits / softcap), elementwise."""
+    if softcap is not None:
+        return softcap * torch.tanh((scale / softcap) * logits)
+    return logits if scale == 1.0 else logits * scale

@@ -3,10 +3,18 @@
 Shapes: T rows, M hidden.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..spec.config import NormConfig, NormKind
+
+
+class Norm(NamedTuple):
+    gain_M: Tensor
+    """What multiplies, whether or not it was stored as its distance from 1."""
+    bias_M: Tensor | None
 
 
 def norm(x_TM: Tensor, gain_M: Tensor, bias_M: Tensor | None, config: NormConfig) -> Tensor:

@@ -5,7 +5,7 @@ file decides who runs in which graph. Sequences that gain one token run together
 runs alone, as a prefill of at most 512 tokens at a time, which bounds the memory and needs no padding. A lone decode
 step has its own graph, since one row is the case that memory alone limits.
 
-Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V vocabulary, M hidden.
+Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V vocabulary, E table width.
 """
 
 import time
@@ -21,7 +21,7 @@ from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
 from .artefacts import ready
-from .head import head_many
+from .head import head_many, scale_and_cap
 from .machine import check_compiler, checked_device
 from .programs import as_is, dynamic, graph, pinned, region
 from .sequences import StaticSequences
@@ -178,9 +178,10 @@ class CompiledPath:
         for piece_T in token_T.tensor_split(-(-len(token_T) // _PREFILL_TOKENS)):
             end = begin + len(piece_T)
             position_T, slot_S = self._slots[begin:end], self._slots[:end]
-            logits_1V, hidden_TM = program(self._model, sequences.caches, piece_T, position_T, start_1, slot_S)
+            logits_1V, hidden_TE = program(self._model, sequences.caches, piece_T, position_T, start_1, slot_S)
             if every_position:
-                every.append(head_many(hidden_TM, self._model.head, self._storage))
+                logits_TV = head_many(hidden_TE, self._model.head, self._storage)
+                every.append(scale_and_cap(logits_TV, self._config.logit_scale, self._config.logit_softcap))
             begin = end
         return logits_1V[0], torch.cat(every) if every else logits_1V[:0]
 

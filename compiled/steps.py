@@ -5,8 +5,8 @@ additions fused into the products' neighbours, and the layer compiled once, as a
 What it relies on: no step reads a tensor's value or allocates by one, so a CUDA graph can capture the decode step;
 caches are written in place and keep their addresses.
 
-Shapes: R sequences that gain one token, T prompt tokens of one sequence, S key positions, M hidden, H heads, K
-key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cache.
+Shapes: R sequences that gain one token, T prompt tokens of one sequence, S key positions, M hidden, E table width, H
+heads, K key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cache.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormPlacement, QkNormSpan, Residual, Storage
 from .attention import attend_decode, attend_prefill, mask, write
-from .linear import linear_few, linear_many, lookup
+from .embedding import Product, embed
+from .head import scale_and_cap
+from .linear import linear_few, linear_many
 from .mlp import activation, gated
-from .norms import norm
+from .norms import Norm, norm
 from .rotary import rotary_table, rotate
-from .weights import Layer, Model, Norm
+from .weights import Layer, Model
 
 
 class Cache(NamedTuple):
@@ -47,12 +49,11 @@ def decode_program(
     def decode(
         model: Model, caches: tuple[Cache, ...], token_R: Tensor, position_R: Tensor, start_R: Tensor, slot_S: Tensor
     ) -> Tensor:
-        x_RM = _embed(model, token_R, position_R, config, storage)
+        x_RM = embed(token_R, position_R, model.embedding, config, storage, linear_few)
         tables = _tables(model, config, position_R)
         for layer, weights, cache, table in zip(config.layers, model.layers, caches, tables, strict=True):
             x_RM = layer_of[layer](x_RM, weights, cache, table, start_R, position_R, slot_S)
-        x_RM = norm(x_RM, model.final_norm.gain_M, model.final_norm.bias_M, config.final_norm)
-        return linear_few(x_RM, model.head, storage)
+        return _logits(_for_head(x_RM, model, config, storage, linear_few), model, config, storage)
 
     return decode
 
@@ -60,7 +61,7 @@ def decode_program(
 def prefill_program(
     config: ModelConfig, storage: Storage, region: Callable[..., Callable[..., Tensor]]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A function (model, caches, token_T, position_T, start, slot_S) -> logits [1, V], hidden [T, M].
+    """A function (model, caches, token_T, position_T, start, slot_S) -> logits [1, V], hidden [T, E].
 
     The logits follow the last token; the hidden vectors, of every token, are normed and ready for the head.
     """
@@ -74,7 +75,7 @@ def prefill_program(
         start_1: Tensor,
         slot_S: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        x_TM = _embed(model, token_T, position_T, config, storage)
+        x_TM = embed(token_T, position_T, model.embedding, config, storage, linear_many)
         tables = _tables(model, config, position_T)
         masks = {
             window: mask(position_T, slot_S, window) for window in {layer.attention.window for layer in config.layers}
@@ -83,8 +84,8 @@ def prefill_program(
         for layer, weights, cache, table in zip(config.layers, model.layers, caches, tables, strict=True):
             mask_TS = masks[layer.attention.window]
             x_TM = layer_of[layer](x_TM, weights, cache, table, write_T, read_S, mask_TS)
-        x_TM = norm(x_TM, model.final_norm.gain_M, model.final_norm.bias_M, config.final_norm)
-        return linear_few(x_TM[-1:], model.head, storage), x_TM
+        hidden_TE = _for_head(x_TM, model, config, storage, linear_many)
+        return _logits(hidden_TE[-1:], model, config, storage), hidden_TE
 
     return prefill
 
@@ -177,9 +178,15 @@ def _normed(x_TM: Tensor, weights: Norm | None, config: LayerConfig) -> Tensor:
     return x_TM if weights is None else norm(x_TM, weights.gain_M, weights.bias_M, config.norm)
 
 
-def _embed(model: Model, token_T: Tensor, position_T: Tensor, config: ModelConfig, storage: Storage) -> Tensor:
-    x_TM = lookup(token_T, model.table, storage, config.hidden)
-    return x_TM if model.position_PM is None else x_TM + model.position_PM[position_T]
+def _for_head(x_TM: Tensor, model: Model, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
+    """What the head multiplies, [T, E]."""
+    if model.final_norm is not None and config.final_norm is not None:
+        x_TM = norm(x_TM, model.final_norm.gain_M, model.final_norm.bias_M, config.final_norm)
+    return x_TM if model.reduction is None else product(x_TM, model.reduction, storage)
+
+
+def _logits(hidden_RE: Tensor, model: Model, config: ModelConfig, storage: Storage) -> Tensor:
+    return scale_and_cap(linear_few(hidden_RE, model.head, storage), config.logit_scale, config.logit_softcap)
 
 
 def _tables(model: Model, config: ModelConfig, position_T: Tensor) -> list[Table]:

@@ -20,15 +20,11 @@ from ..spec.weights import (
     validate_head,
     validate_layer,
 )
+from .embedding import Embedding
 from .linear import Matrix
 from .machine import return_freed_memory
+from .norms import Norm
 from .packing import as_graph_input, own, pack
-
-
-class Norm(NamedTuple):
-    gain_M: Tensor
-    """What multiplies, whether or not it was stored as its distance from 1."""
-    bias_M: Tensor | None
 
 
 class Layer(NamedTuple):
@@ -55,28 +51,21 @@ class Layer(NamedTuple):
 
 
 class Model(NamedTuple):
-    table: Matrix
-    position_PM: Tensor | None
+    embedding: Embedding
     layers: tuple[Layer, ...]
-    final_norm: Norm
+    final_norm: Norm | None
+    reduction: Matrix | None
+    """[E, M], where the table is not as wide as the hidden vector."""
     head: Matrix
-    """The very tensors of `table` where the head is tied."""
+    """The very words of the token table where the head is tied."""
 
 
 def prepare(source: WeightSource, storage: Storage, device: torch.device) -> Model:
     """Read every part once, check it, round and pack it. Raises `ConfigError` for what the graphs do not compute."""
     config = source.config
     _check_computed(config)
-    embedding = source.embedding()
-    validate_embedding(embedding, config)
-    table = _matrix([LinearWeights(weight_NI=embedding.token_VE)], storage, device)
-    position_PM = None if embedding.position_PM is None else _plain(embedding.position_PM, device)
-    del embedding
-    head = source.head()
-    validate_head(head, config)
-    final_norm = prepared_norm(head.norm, config.final_norm, device)
-    head_matrix = table if head.projection is None else _matrix([head.projection], storage, device)
-    del head
+    embedding = _embedding(source, storage, device)
+    final_norm, reduction, head = _head(source, embedding.table, storage, device)
     layers: list[Layer] = []
     for index in range(len(config.layers)):
         weights = source.layer(index)
@@ -84,14 +73,40 @@ def prepare(source: WeightSource, storage: Storage, device: torch.device) -> Mod
         layers.append(_layer(weights, config.layers[index], storage, device, layers))
         del weights
         return_freed_memory()
-    return Model(table, position_PM, tuple(layers), final_norm, head_matrix)
+    return Model(embedding, tuple(layers), final_norm, reduction, head)
+
+
+def _embedding(source: WeightSource, storage: Storage, device: torch.device) -> Embedding:
+    weights, config = source.embedding(), source.config
+    validate_embedding(weights, config)
+    return Embedding(
+        table=_matrix([LinearWeights(weight_NI=weights.token_VE)], storage, device),
+        projection=None if weights.projection is None else _matrix([weights.projection], storage, device),
+        position_PM=None if weights.position_PM is None else _plain(weights.position_PM, device),
+        type_M=None if weights.type_YM is None else _plain(weights.type_YM[0], device),
+        norm=prepared_norm(weights.norm, config.embedding_norm, device),
+    )
+
+
+def _head(
+    source: WeightSource, table: Matrix, storage: Storage, device: torch.device
+) -> tuple[Norm | None, Matrix | None, Matrix]:
+    """Final norm, reduction and head."""
+    weights, config = source.head(), source.config
+    validate_head(weights, config)
+    head = table if weights.projection is None else _matrix([weights.projection], storage, device)
+    return (
+        prepared_norm(weights.norm, config.final_norm, device),
+        None if weights.reduction is None else _matrix([weights.reduction], storage, device),
+        head._replace(bias_N=None if weights.bias_V is None else _plain(weights.bias_V, device)),
+    )
 
 
 def _layer(
     weights: LayerWeights, config: LayerConfig, storage: Storage, device: torch.device, before: list[Layer]
 ) -> Layer:
     def norm(part: NormWeights | None) -> Norm | None:
-        return None if part is None else prepared_norm(part, config.norm, device)
+        return prepared_norm(part, config.norm, device)
 
     attention, mlp = weights.attention, weights.mlp
     frequency_J, slope_H = attention.rotary_frequency_J, attention.alibi_slope_H
@@ -124,18 +139,18 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
     return Matrix(as_graph_input(on_device), on_device.scale_N, on_device.bias_N)
 
 
-def prepared_norm(weights: NormWeights, config: NormConfig, device: torch.device) -> Norm:
+def prepared_norm(weights: NormWeights | None, config: NormConfig | None, device: torch.device) -> Norm | None:
     """Float32 vectors; a gain stored as its distance from 1 is made whole here, so no graph does it."""
+    if weights is None or config is None:
+        return None
     gain_M = 1 + weights.gain_M.to(torch.float64) if config.gain_from_one else weights.gain_M
     bias_M = None if weights.bias_M is None else _plain(weights.bias_M, device)
     return Norm(_plain(gain_M, device), bias_M)
 
 
 def _head_norm(weights: NormWeights | None, config: AttentionConfig, device: torch.device) -> Norm | None:
-    if weights is None or config.qk_norm is None:
-        return None
     flat = prepared_norm(weights, config.qk_norm, device)
-    if config.qk_norm_span is QkNormSpan.ALL_HEADS:
+    if flat is None or config.qk_norm_span is QkNormSpan.ALL_HEADS:
         return flat
     bias_M = None if flat.bias_M is None else own(flat.bias_M.view(-1, config.head_size))
     return Norm(own(flat.gain_M.view(-1, config.head_size)), bias_M)

@@ -77,9 +77,33 @@ def describe_model(config: ModelConfig) -> str:
             f"context {config.context}",
             f"{len(config.layers)} layers",
             "learned positions" if config.learned_positions else "no learned positions",
+            *_embedding_words(config),
             HEADS[config.head],
+            *_head_words(config),
         ]
     )
+
+
+def _embedding_words(config: ModelConfig) -> list[str]:
+    words = []
+    if config.embedding_size is not None:
+        words.append(f"token table of width {config.embedding_size}")
+    if config.embedding_scale != 1:
+        words.append(f"embeddings times {config.embedding_scale:g}")
+    if config.embedding_norm is not None:
+        words.append(f"{config.embedding_norm.kind} norm of embeddings")
+    if config.token_types:
+        words.append(f"{config.token_types} token types")
+    return words
+
+
+def _head_words(config: ModelConfig) -> list[str]:
+    words = ["with bias"] if config.head_bias else []
+    if config.logit_scale != 1:
+        words.append(f"logits times {config.logit_scale:g}")
+    if config.logit_softcap is not None:
+        words.append(f"logits capped at {config.logit_softcap:g}")
+    return words
 
 
 def describe_layer(layer: LayerConfig) -> str:

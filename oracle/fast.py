@@ -5,12 +5,13 @@ The compiled path computes in float32: narrower cases are widened on the way in 
 Shapes: as in the reference's files, and R rows, C slots of a static cache.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..compiled import attention, linear, mlp, norms, packing, rotary
+from ..compiled import attention, embedding, head, linear, mlp, norms, packing, rotary
 from ..compiled.linear import Matrix
 from ..compiled.weights import prepared_norm
 from ..reference.cache import KVCache
@@ -21,25 +22,28 @@ from .case import Inputs
 from .op import Fast, Function
 
 
-def matrix_of(weights: LinearWeights) -> tuple[Matrix, Storage]:
-    """The weights packed in the narrowest storage that holds them exactly, so that packing rounds nothing."""
-    weight_NI = weights.weight_NI.float()
+def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
+    """The weights packed in the narrowest storage that holds them all exactly, so that packing rounds nothing."""
     for storage in (Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
-        packed = packing.pack(weight_NI, storage, weights.bias_N)
-        matrix = Matrix(packing.as_graph_input(packed), packed.scale_N, packed.bias_N)
-        if torch.equal(packing.unpack(matrix.word_NJ, matrix.scale_N, storage, packed.inputs), weight_NI):
-            return matrix, storage
+        packed = [packing.pack(part.weight_NI.float(), storage, part.bias_N) for part in parts]
+        matrices = [Matrix(packing.as_graph_input(each), each.scale_N, each.bias_N) for each in packed]
+        unpacked = [
+            packing.unpack(matrix.word_NJ, matrix.scale_N, storage, each.inputs)
+            for matrix, each in zip(matrices, packed, strict=True)
+        ]
+        if all(torch.equal(each, part.weight_NI.float()) for each, part in zip(unpacked, parts, strict=True)):
+            return matrices, storage
     raise AssertionError("float32 holds every float32 weight")
 
 
 def _few(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
-    matrix, storage = matrix_of(weights)
+    (matrix,), storage = matrices_of(weights)
     out: Tensor = function(x.flatten(0, -2).float(), matrix, storage)
     return out.reshape(*x.shape[:-1], -1)
 
 
 def _many(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
-    matrix, storage = matrix_of(weights)
+    (matrix,), storage = matrices_of(weights)
     out: Tensor = function(x.flatten(0, -2).float(), matrix, storage)
     return out.reshape(*x.shape[:-1], -1)
 
@@ -60,18 +64,43 @@ LINEAR = (Fast(linear.linear_few, _linear_few), Fast(linear.linear_many, _linear
 HEAD_LOGITS = (Fast(linear.linear_few, _head),)
 
 
-def _lookup(function: Function, inputs: Inputs) -> Tensor:
-    weights: EmbeddingWeights = inputs["weights"]
-    token_BT: Tensor = inputs["token_BT"]
-    table, storage = matrix_of(LinearWeights(weight_NI=weights.token_VE))
-    x_BTM: Tensor = function(token_BT.flatten(), table, storage, weights.token_VE.shape[1]).unflatten(0, token_BT.shape)
-    if weights.position_PM is not None:
-        x_BTM = x_BTM + weights.position_PM.float()[inputs["position_T"]]
-    dtype: torch.dtype = inputs["dtype"]
-    return x_BTM.to(dtype)
+def _scale_and_cap(function: Function, inputs: Inputs) -> Tensor:
+    logits: Tensor = inputs["logits"]
+    out: Tensor = function(logits.float(), inputs["scale"], inputs["softcap"])
+    return out.to(logits.dtype)
 
 
-EMBED = (Fast(linear.lookup, _lookup),)
+SCALE_AND_CAP = (Fast(head.scale_and_cap, _scale_and_cap),)
+
+
+def _embed_with(product: embedding.Product) -> Callable[[Function, Inputs], Tensor]:
+    def adapt(function: Function, inputs: Inputs) -> Tensor:
+        weights: EmbeddingWeights = inputs["weights"]
+        config, token_BT = inputs["config"], inputs["token_BT"]
+        table = LinearWeights(weight_NI=weights.token_VE)
+        matrices, storage = matrices_of(table, *([] if weights.projection is None else [weights.projection]))
+        packed = embedding.Embedding(
+            table=matrices[0],
+            projection=None if weights.projection is None else matrices[1],
+            position_PM=None if weights.position_PM is None else weights.position_PM.float(),
+            type_M=None if weights.type_YM is None else weights.type_YM[0].float(),
+            norm=prepared_norm(weights.norm, config.embedding_norm, token_BT.device),
+        )
+        rows = [function(token_T, inputs["position_T"], packed, config, storage, product) for token_T in token_BT]
+        dtype: torch.dtype = inputs["dtype"]
+        return torch.stack(rows).to(dtype)
+
+    return adapt
+
+
+def _is_of_the_first_type(inputs: Inputs) -> bool:
+    return not inputs["type_BT"].any()
+
+
+EMBED = (
+    Fast(embedding.embed, _embed_with(linear.linear_few), applies=_is_of_the_first_type),
+    Fast(embedding.embed, _embed_with(linear.linear_many), applies=_is_of_the_first_type),
+)
 
 
 def _norm(function: Function, inputs: Inputs) -> Tensor:
@@ -85,6 +114,7 @@ def _norm(function: Function, inputs: Inputs) -> Tensor:
 def _configured_norm(function: Function, inputs: Inputs) -> Tensor:
     x: Tensor = inputs["x"]
     prepared = prepared_norm(inputs["weights"], inputs["config"], x.device)
+    assert prepared is not None
     out: Tensor = function(x.flatten(0, -2).float(), *prepared, inputs["config"])
     return out.reshape(x.shape).to(x.dtype)
 

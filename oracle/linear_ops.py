@@ -1,6 +1,6 @@
-"""Records of the matrix products and tables: linear, embed, head_logits.
+"""The record of the matrix product: linear.
 
-Shapes: B batch, T tokens, I inputs, N outputs, M hidden, V vocabulary, P positions.
+Shapes: B batch, T tokens, I inputs, N outputs.
 """
 
 from dataclasses import replace
@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.embedding import embed, head_logits
 from ..reference.linear import linear
 from ..spec.decoder import Path
-from ..spec.weights import EmbeddingWeights, LinearWeights
+from ..spec.weights import LinearWeights
 from . import fast
 from .budget import Budget
 from .case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
@@ -142,151 +141,4 @@ LINEAR = Op(
     flops=lambda n: 2 * n.B * n.T * n.I * n.N,
     bytes=lambda n: 4 * (n.B * n.T * (n.I + n.N) + n.N * (n.I + 1)),
     fast={Path.COMPILED: fast.LINEAR},
-)
-
-
-def head_cases(pick: Picker) -> Case:
-    return Case(
-        op="head_logits",
-        sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "M": pick.integer(1, 40), "V": pick.integer(1, 30)},
-        options={"weights": pick.choice(["float", "int8"])},
-        data=pick.choice(UNMASKED),
-        dtype=pick.choice(DTYPES),
-        seed=pick.integer(0, 2**31),
-    )
-
-
-def head_inputs(case: Case) -> Inputs:
-    n = case.n
-    return {
-        "x": activations(case, "x", n.B, n.T, n.M),
-        "projection": linear_weights(case, "head", n.V, n.M, bias=False),
-    }
-
-
-def _head_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [linear_scale(exact["x"].abs(), exact["projection"])]
-
-
-def _hidden_shuffled(inputs: Inputs) -> Inputs:
-    order = permutation(inputs["x"].shape[-1])
-    weight_NI = inputs["projection"].weight_NI
-    return {"x": inputs["x"][..., order], "projection": replace(inputs["projection"], weight_NI=weight_NI[:, order])}
-
-
-def _torch_head(*, x: Tensor, projection: LinearWeights) -> Tensor:
-    return F.linear(x.float(), projection.weight_NI.float())
-
-
-def _neighbours_row(inputs: Inputs) -> Inputs:
-    return {"projection": replace(inputs["projection"], weight_NI=inputs["projection"].weight_NI.roll(1, 0))}
-
-
-def _last_token_never(out: Tensor) -> Tensor:
-    out = out.clone()
-    out[..., -1] = 0
-    return out
-
-
-HEAD_LOGITS = Op(
-    name="head_logits",
-    paper="III-A",
-    axes="B T M V",
-    reference=head_logits,
-    outputs=("B T V",),
-    cases=head_cases,
-    inputs=head_inputs,
-    guarantee=Budget(rows="B T", scale=_head_scale, exact_on_integers=True),
-    properties=(repeats_itself, first_rows_alone("x"), adds_up),
-    right={"torch": _torch_head, "hidden_shuffled": changed(head_logits, _hidden_shuffled)},
-    wrong={
-        "rows_shifted_by_one": changed(head_logits, _neighbours_row),
-        "last_token_never_scored": then(head_logits, _last_token_never),
-        "rounded_to_bfloat16": then(head_logits, lambda out: out.to(torch.bfloat16).to(out.dtype)),
-        "row_3_percent_off": then(head_logits, one_row_3_percent_off),
-    },
-    flops=lambda n: 2 * n.B * n.T * n.M * n.V,
-    bytes=lambda n: 4 * (n.B * n.T * (n.M + n.V) + n.V * n.M),
-    fast={Path.COMPILED: fast.HEAD_LOGITS},
-)
-
-
-def embed_cases(pick: Picker) -> Case:
-    tokens, positions = pick.integer(1, 4), pick.integer(4, 9)
-    return Case(
-        op="embed",
-        sizes={
-            "B": pick.integer(1, 3),
-            "T": tokens,
-            "M": pick.integer(1, 9),
-            "V": pick.integer(1, 9),
-            "P": positions,
-        },
-        options={"learned": pick.choice([False, True]), "start": pick.integer(0, positions - tokens)},
-        data=pick.choice(UNMASKED),
-        dtype=pick.choice(DTYPES),
-        seed=pick.integer(0, 2**31),
-    )
-
-
-def embed_inputs(case: Case) -> Inputs:
-    n, start = case.n, int(case.options["start"] or 0)
-    return {
-        "token_BT": torch.randint(n.V, (n.B, n.T), generator=case.generator("token")),
-        "position_T": torch.arange(start, start + n.T),
-        "weights": EmbeddingWeights(
-            token_VE=activations(case, "token table", n.V, n.M),
-            position_PM=activations(case, "position table", n.P, n.M) if case.options["learned"] else None,
-        ),
-        "dtype": case.dtype,
-    }
-
-
-def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    weights: EmbeddingWeights = exact["weights"]
-    scale = weights.token_VE[exact["token_BT"]].abs()
-    return [scale if weights.position_PM is None else scale + weights.position_PM[exact["position_T"]].abs()]
-
-
-def _torch_embed(*, token_BT: Tensor, position_T: Tensor, weights: EmbeddingWeights, dtype: torch.dtype) -> Tensor:
-    x_BTM = F.embedding(token_BT, weights.token_VE.float())
-    if weights.position_PM is not None:
-        x_BTM = F.embedding(position_T, weights.position_PM.float()) + x_BTM
-    return x_BTM.to(dtype)
-
-
-def _next_position(inputs: Inputs) -> Inputs:
-    position_PM = inputs["weights"].position_PM
-    shifted = None if position_PM is None else position_PM.roll(-1, 0)
-    return {"weights": replace(inputs["weights"], position_PM=shifted)}
-
-
-def _no_position(inputs: Inputs) -> Inputs:
-    return {"weights": replace(inputs["weights"], position_PM=None)}
-
-
-def _first_sequence_for_all(inputs: Inputs) -> Inputs:
-    return {"token_BT": inputs["token_BT"][:1].expand_as(inputs["token_BT"])}
-
-
-EMBED = Op(
-    name="embed",
-    paper="-",
-    axes="B T M V P",
-    reference=embed,
-    outputs=("B T M",),
-    cases=embed_cases,
-    inputs=embed_inputs,
-    guarantee=Budget(rows="B T", scale=_embed_scale, exact_on_integers=True),
-    properties=(repeats_itself, first_rows_alone("token_BT")),
-    right={"torch": _torch_embed},
-    wrong={
-        "position_off_by_one": changed(embed, _next_position),
-        "positions_dropped": changed(embed, _no_position),
-        "first_sequence_for_all": changed(embed, _first_sequence_for_all),
-        "row_3_percent_off": then(embed, one_row_3_percent_off),
-    },
-    flops=lambda n: n.B * n.T * n.M,
-    bytes=lambda n: 4 * 3 * n.B * n.T * n.M,
-    fast={Path.COMPILED: fast.EMBED},
 )

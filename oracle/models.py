@@ -62,9 +62,16 @@ def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
         vocabulary=pick.integer(2, 50),
         context=context,
         layers=tuple(layer() for _ in range(pick.integer(1, 3))),
-        final_norm=norm,
+        final_norm=pick.choice([norm, norm, None]),
         learned_positions=pick.choice([False, True]),
         head=pick.choice([Head.TIED, Head.OWN]),
+        embedding_size=pick.choice([None, None, 3, 8]),
+        embedding_scale=pick.choice([1.0, 3.0]),
+        embedding_norm=pick.choice([None, norm]),
+        token_types=pick.choice([0, 0, 2]),
+        head_bias=pick.choice([False, True]),
+        logit_scale=pick.choice([1.0, 0.5]),
+        logit_softcap=pick.choice([None, None, 4.0]),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..reference.path import ReferenceSequences
 from ..spec.decoder import Decoder, Sequences
 from .budget import Budget, judge_rows
+from .scale import linear_scale
 from .schedule import GREEDY, Close, Extend, Open, Schedule, generation
 from .trial import Verdict, same_bits
 from .yardstick import Yardstick, worst_of
@@ -96,8 +97,7 @@ class Comparison:
         self._groups: dict[str, _Group] = {}
         self._step = 0
         self._kept: tuple[int, list[Tensor], list[Tensor]] | None = None
-        weight_VM = yardstick.truth.weights.projection.weight_NI
-        self._head_abs_VM = weight_VM.abs()
+        self._head = yardstick.truth.weights.projection
 
     def run(self, schedule: Schedule) -> PathComparison:
         try:
@@ -179,7 +179,8 @@ class Comparison:
             return
         if truth_RV.numel() == 0:
             return
-        scale_R1 = (hidden_RM.abs() @ self._head_abs_VM.T).amax(-1, keepdim=True).cpu()
+        reach_RV = self._truth.config.logit_scale * linear_scale(hidden_RM.abs(), self._head)
+        scale_R1 = reach_RV.amax(-1, keepdim=True).cpu()
         verdict = judge_rows(WHOLE_MODEL, "R V", got_RV, eager_RV, truth_RV, scale_R1)
         self.result.rows += len(truth_RV)
         self.result.decisions += len(truth_RV)

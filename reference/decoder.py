@@ -1,6 +1,6 @@
 """A whole decoder up to its head: embed the tokens, pass them through every layer, normalise.
 
-Shapes: B batch, T new tokens, M hidden.
+Shapes: B batch, T new tokens, M hidden, E table width (M, in nearly every model).
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,11 @@ class DecoderWeights:
 
     @property
     def projection(self) -> LinearWeights:
-        """The head's own weight, or the token table where the head is tied."""
-        return self.head.projection or LinearWeights(weight_NI=self.embedding.token_VE)
+        """The head's own weight, or the token table where the head is tied, with the bias if there is one."""
+        own = self.head.projection
+        return LinearWeights(
+            weight_NI=self.embedding.token_VE if own is None else own.weight_NI, bias_N=self.head.bias_V
+        )
 
 
 def empty_caches(
@@ -42,15 +45,18 @@ def forward(
     dtype: torch.dtype,
     components: Components = DEFAULT,
 ) -> tuple[Tensor, tuple[KVCache, ...]]:
-    """Pass T tokens that follow those in the caches; returns the hidden vectors that `head_logits` scores, [B, T, M].
+    """Pass T tokens that follow those in the caches; returns the hidden vectors that `head_logits` scores, [B, T, E].
 
     Activations are kept in `dtype` between components. The caches handed in stay as they were.
     """
     start = caches[0].length
     position_T = torch.arange(start, start + token_BT.shape[1], device=token_BT.device)
-    x_BTM = embed(token_BT, position_T, weights.embedding, dtype)
+    x_BTM = embed(token_BT, position_T, weights.embedding, config, dtype, components=components)
     grown = []
     for layer_weights, layer_config, cache in zip(weights.layers, config.layers, caches, strict=True):
         x_BTM, cache = components.layer(x_BTM, layer_weights, layer_config, cache, components)
         grown.append(cache)
-    return components.norm(x_BTM, weights.head.norm, config.final_norm), tuple(grown)
+    if weights.head.norm is not None and config.final_norm is not None:
+        x_BTM = components.norm(x_BTM, weights.head.norm, config.final_norm)
+    x_BTE = x_BTM if weights.head.reduction is None else components.linear(x_BTM, weights.head.reduction)
+    return x_BTE, tuple(grown)

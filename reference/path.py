@@ -3,7 +3,8 @@
 A batch here is a loop. So there is no padding, no mask for padding and no position shared between sequences, and any
 mistake that a batched path makes with them is a visible difference.
 
-Shapes: B sequences, T_i new tokens of sequence i, M hidden, V vocabulary.
+Shapes: B sequences, T_i new tokens of sequence i, E width of the hidden vectors that the head
+reads (nearly always that of all), V vocabulary.
 """
 
 import copy
@@ -30,7 +31,7 @@ from ..spec.weights import (
 from .cache import KVCache
 from .components import DEFAULT, Components
 from .decoder import DecoderWeights, empty_caches, forward
-from .embedding import head_logits
+from .embedding import head_logits, scale_and_cap
 from .quantise import stored
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +40,7 @@ COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sequence:
     caches: tuple[KVCache, ...]
-    last_hidden_M: Tensor | None = None
+    last_hidden_E: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -123,27 +124,28 @@ class ReferencePath:
     ) -> Tensor | list[Tensor]:
         hidden = self.extend_hidden(sequences, new_tokens)
         if every_position:
-            return [self.logits(hidden_TM) for hidden_TM in hidden]
+            return [self.logits(hidden_TE) for hidden_TE in hidden]
         return torch.stack([self.logits(_last_hidden(state)) for state in self._own(sequences).states])
 
     @torch.no_grad()
     def extend_hidden(self, sequences: Sequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
-        """Extend, but stop before the head: the normalised hidden vectors of the new tokens, [T_i, M] each."""
+        """Extend, but stop before the head: the normalised hidden vectors of the new tokens, [T_i, E] each."""
         sequences = self._own(sequences)
         check_extension(self.config, sequences.lengths, new_tokens)
         states, hidden = [], []
         for state, token_T in zip(sequences.states, new_tokens, strict=True):
-            hidden_TM, caches = self._forward(token_T, state)
-            last_hidden_M = hidden_TM[-1] if len(token_T) else state.last_hidden_M
-            states.append(_Sequence(caches, last_hidden_M))
-            hidden.append(hidden_TM)
+            hidden_TE, caches = self._forward(token_T, state)
+            last_hidden_E = hidden_TE[-1] if len(token_T) else state.last_hidden_E
+            states.append(_Sequence(caches, last_hidden_E))
+            hidden.append(hidden_TE)
         sequences.states[:] = states
         return hidden
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Score hidden vectors [..., M] from `extend_hidden`: [..., V]."""
-        return head_logits(hidden, self.weights.projection, linear=self.components.linear)
+        """Score hidden vectors [..., E] from `extend_hidden`: [..., V]."""
+        logits = head_logits(hidden, self.weights.projection, linear=self.components.linear)
+        return scale_and_cap(logits, self.config.logit_scale, self.config.logit_softcap)
 
     def _own(self, sequences: Sequences) -> ReferenceSequences:
         if not isinstance(sequences, ReferenceSequences) or sequences.owner is not self:
@@ -152,10 +154,10 @@ class ReferencePath:
 
     def _forward(self, token_T: Tensor, state: _Sequence) -> tuple[Tensor, tuple[KVCache, ...]]:
         if len(token_T) == 0:
-            return torch.empty(0, self.config.hidden, dtype=self.compute, device=self.device), state.caches
+            return torch.empty(0, self.config.table_width, dtype=self.compute, device=self.device), state.caches
         token_BT = token_T.to(self.device)[None]
-        hidden_BTM, caches = forward(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
-        return hidden_BTM[0], caches
+        hidden_BTE, caches = forward(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
+        return hidden_BTE[0], caches
 
     def _read(self, source: WeightSource) -> DecoderWeights:
         config = source.config
@@ -196,5 +198,5 @@ class ReferencePath:
 
 
 def _last_hidden(state: _Sequence) -> Tensor:
-    assert state.last_hidden_M is not None, "check_extension lets no sequence stay empty"
-    return state.last_hidden_M
+    assert state.last_hidden_E is not None, "check_extension lets no sequence stay empty"
+    return state.last_hidden_E

@@ -216,7 +216,12 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder: token (and perhaps position) table, layers, final norm, head."""
+    """A decoder or encoder: token table, layers, final norm, head.
+
+    What enters the first layer is embedding_norm(embedding_scale * projected(token) + position + type), and what leaves
+    the last becomes logits = cap(logit_scale * (head @ reduced(final_norm(x)) + head_bias)); what a model lacks is left
+    out. Tables narrower or wider than the hidden vector are projected to it, and it is reduced to their width again.
+    """
 
     family: str
     """Where it came from ("llama", "gpt2"); nothing is computed from it."""
@@ -227,13 +232,38 @@ class ModelConfig:
     context: int
     """The most tokens a sequence may hold, prompt and new tokens together."""
     layers: tuple[LayerConfig, ...]
-    final_norm: NormConfig
+    final_norm: NormConfig | None
     learned_positions: bool
     """Whether a learned vector for each position is added to the token's."""
     head: Head
+    embedding_size: int | None = None
+    """Width of the token table where it is not that of the hidden vector: OPT-350m."""
+    embedding_scale: float = 1.0
+    """Gemma (the root of M), Granite."""
+    embedding_norm: NormConfig | None = None
+    """BLOOM, BERT."""
+    token_types: int = 0
+    """How many learned vectors say which segment a token belongs to (BERT); without a word about it, the first."""
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    """Cohere, Granite."""
+    logit_softcap: float | None = None
+    """Logits are bent into -softcap .. softcap: Gemma 2."""
+
+    @property
+    def table_width(self) -> int:
+        """Elements of a row of the token table, E."""
+        return self.hidden if self.embedding_size is None else self.embedding_size
 
     def __post_init__(self) -> None:
-        _require_positive(self, "hidden", "vocabulary", "context")
+        _require_positive(self, "hidden", "vocabulary", "context", "table_width")
+        _require(self.token_types >= 0, "ModelConfig.token_types", self.token_types, "at least 0")
+        for field in ("embedding_scale", "logit_scale"):
+            _require(getattr(self, field) > 0, f"ModelConfig.{field}", getattr(self, field), "a positive number")
+        cap = self.logit_softcap
+        _require(cap is None or cap > 0, "ModelConfig.logit_softcap", cap, "a positive number, or None")
+        headless = self.head is Head.NONE
+        _require(not (headless and self.head_bias), "ModelConfig.head_bias", self.head_bias, "false without a head")
         _require(len(self.layers) > 0, "ModelConfig.layers", self.layers, "at least one layer")
 
 

@@ -20,7 +20,7 @@ class Component(StrEnum):
     """The parts by which a model is counted."""
 
     EMBEDDING = "embedding"
-    """Token table, and the position table where positions are learned."""
+    """Token table with its projection, and the tables of learned positions and token types."""
     ATTENTION = "attention"
     MLP = "mlp"
     """Dense MLPs: those of layers without a router."""
@@ -29,7 +29,7 @@ class Component(StrEnum):
     NORMS = "norms"
     """Of layers, of queries and keys, of the embedding, and the final one."""
     HEAD = "head"
-    """The output matrix; nothing where it is tied to the token table."""
+    """The output matrix, unless it is the token table; its bias, and the reduction before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

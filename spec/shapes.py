@@ -4,7 +4,7 @@ The one place that says so. Weights are checked against it, files are checked ag
 read, random weights are drawn by it, and models too large for this machine are counted by it.
 
 Shapes: M hidden, E table width, H query heads, K key/value heads, D head size, J = rotary size / 2, F intermediate,
-V vocabulary, P positions.
+V vocabulary, P positions, Y token types.
 """
 
 from .config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormPlacement, Residual
@@ -35,9 +35,15 @@ def trained(shapes: Shapes) -> Shapes:
 
 
 def embedding_shapes(config: ModelConfig) -> Shapes:
-    shapes: Shapes = {"token_VE": (config.vocabulary, config.hidden)}
+    shapes: Shapes = {"token_VE": (config.vocabulary, config.table_width)}
     if config.learned_positions:
         shapes["position_PM"] = (config.context, config.hidden)
+    if config.token_types:
+        shapes["type_YM"] = (config.token_types, config.hidden)
+    if config.embedding_norm is not None:
+        shapes |= _norm("norm", config.embedding_norm, config.hidden)
+    if config.embedding_size is not None:
+        shapes |= _linear("projection", config.hidden, config.embedding_size, bias=False)
     return shapes
 
 
@@ -50,9 +56,15 @@ def layer_shapes(config: LayerConfig, hidden: int) -> Shapes:
 
 
 def head_shapes(config: ModelConfig) -> Shapes:
-    shapes = _norm("norm", config.final_norm, config.hidden)
+    shapes: Shapes = {}
+    if config.final_norm is not None:
+        shapes |= _norm("norm", config.final_norm, config.hidden)
+    if config.embedding_size is not None and config.head is not Head.NONE:
+        shapes |= _linear("reduction", config.embedding_size, config.hidden, bias=False)
     if config.head is Head.OWN:
-        shapes |= _linear("projection", config.vocabulary, config.hidden, bias=False)
+        shapes |= _linear("projection", config.vocabulary, config.table_width, bias=False)
+    if config.head_bias:
+        shapes["bias_V"] = (config.vocabulary,)
     return shapes
 
 

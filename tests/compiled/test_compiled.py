@@ -109,7 +109,14 @@ def others() -> ModelConfig:
         ),
         final_norm=norm,
         learned_positions=False,
-        head=Head.OWN,
+        head=Head.TIED,
+        embedding_size=10,
+        embedding_scale=3.0,
+        embedding_norm=norm,
+        token_types=2,
+        head_bias=True,
+        logit_scale=0.5,
+        logit_softcap=4.0,
     )
 
 

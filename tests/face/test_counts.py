@@ -12,30 +12,23 @@ from twinfer.spec.config import Storage
 from twinfer.spec.counts import Component, cache_bytes_per_token, count, total
 from twinfer.spec.errors import RequestError
 from twinfer.spec.paper_models import PAPER_MODELS, paper_model
-from twinfer.spec.weights import tensors
+from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, tensors
 
-PARTS = {
-    "attention": Component.ATTENTION,
-    "mlp": Component.MLP,
-    "attention_norm": Component.NORMS,
-    "mlp_norm": Component.NORMS,
-    "attention_output_norm": Component.NORMS,
-    "mlp_output_norm": Component.NORMS,
-    "norm": Component.NORMS,
-    "projection": Component.HEAD,
-    "token_VE": Component.EMBEDDING,
-    "position_PM": Component.EMBEDDING,
-}
+HALVES = {"attention": Component.ATTENTION, "mlp": Component.MLP}
+ENDS = {EmbeddingWeights: Component.EMBEDDING, HeadWeights: Component.HEAD}
+NORMS = {"norm", "attention_norm", "mlp_norm", "attention_output_norm", "mlp_output_norm", "query_norm", "key_norm"}
+MADE = {"rotary_frequency_J", "alibi_slope_H"}
 
 
 def trained(source):
     """Every trained tensor of a model, with the component it belongs to."""
-    parts = [source.embedding(), *map(source.layer, range(len(source.config.layers))), source.head()]
-    for name, tensor in (named for part in parts for named in tensors(part)):
-        if name.endswith(("query_norm.gain_M", "query_norm.bias_M", "key_norm.gain_M", "key_norm.bias_M")):
-            yield Component.NORMS, name, tensor
-        elif "rotary" not in name and "alibi" not in name:
-            yield PARTS[name.split(".")[0]], name, tensor
+    for part in (source.embedding(), *map(source.layer, range(len(source.config.layers))), source.head()):
+        for name, tensor in tensors(part):
+            pieces = name.split(".")
+            if NORMS & {*pieces}:
+                yield Component.NORMS, name, tensor
+            elif pieces[-1] not in MADE:
+                yield HALVES[pieces[0]] if isinstance(part, LayerWeights) else ENDS[type(part)], name, tensor
 
 
 @given(seed=st.integers(0, 2**32))

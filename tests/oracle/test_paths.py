@@ -207,7 +207,8 @@ class Nudged(ReferencePath):
 
 def tied_source() -> Twins:
     final_norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-5)
-    return Twins(replace(CONFIG, head=Head.OWN, final_norm=final_norm), 1)
+    plain = replace(CONFIG, head_bias=False, logit_scale=1.0, logit_softcap=None, embedding_size=None)
+    return Twins(replace(plain, head=Head.OWN, final_norm=final_norm), 1)
 
 
 def test_an_admissible_tie_is_printed_and_no_failure() -> None:

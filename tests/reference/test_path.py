@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.oracle.scale import linear_scale
 from twinfer.oracle.yardstick import Yardstick, worst_of
 from twinfer.reference.components import DEFAULT
 from twinfer.reference.path import COMPUTE_DTYPES, ReferencePath
@@ -60,7 +61,7 @@ def test_pieces_are_the_whole(seed: int, pieces: list[int]) -> None:
     token_T = tokens(path, seed, sum(pieces))
     hidden_TM = yardstick.truth.extend_hidden(yardstick.truth.open(1, len(token_T)), [token_T])[0]
     expected_TV = yardstick.truth.logits(hidden_TM)
-    scale_T = (hidden_TM.abs() @ yardstick.truth.weights.projection.weight_NI.abs().T).amax(-1)
+    scale_T = path.config.logit_scale * linear_scale(hidden_TM.abs(), yardstick.truth.weights.projection).amax(-1)
 
     at_once_TV = worst_of([logits_at_once(eager, token_T) for eager in yardstick.eager], expected_TV)
     sequences = path.open(1, len(token_T))

@@ -1,0 +1,44 @@
+"""What enters the first layer: rows of tables, added up; in a graph one pass with the first layer's norm.
+
+Shapes: T rows, M hidden, E table width, P positions.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..spec.config import ModelConfig, Storage
+from .linear import Matrix, lookup
+from .norms import Norm, norm
+
+Product = Callable[[Tensor, Matrix, Storage], Tensor]
+"""`linear_few` or `linear_many`."""
+
+
+class Embedding(NamedTuple):
+    table: Matrix
+    projection: Matrix | None
+    """[M, E], where the table is not as wide as the hidden vector."""
+    position_PM: Tensor | None
+    type_M: Tensor | None
+    """The first token type's vector: a decoder's tokens are all of that type."""
+    norm: Norm | None
+
+
+def embed(
+    token_T: Tensor, position_T: Tensor, weights: Embedding, config: ModelConfig, storage: Storage, product: Product
+) -> Tensor:
+    """Hidden vectors [T, M] of tokens at their positions."""
+    x_TM = lookup(token_T, weights.table, storage, config.table_width)
+    if weights.projection is not None:
+        x_TM = product(x_TM, weights.projection, storage)
+    if config.embedding_scale != 1.0:
+        x_TM = x_TM * config.embedding_scale
+    if weights.position_PM is not None:
+        x_TM = x_TM + weights.position_PM[position_T]
+    if weights.type_M is not None:
+        x_TM = x_TM + weights.type_M
+    if weights.norm is not None and config.embedding_norm is not None:
+        x_TM = norm(x_TM, weights.norm.gain_M, weights.norm.bias_M, config.embedding_norm)
+    return x_TM
