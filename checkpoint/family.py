@@ -78,6 +78,7 @@ ACTIVATIONS = {
     "gelu": Activation.GELU,
     "gelu_new": Activation.GELU_TANH,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "quick_gelu": Activation.GELU_SIGMOID,
     "relu": Activation.RELU,
 }
 """The names that config.json has for activations."""

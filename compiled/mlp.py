@@ -15,6 +15,8 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
     """The non-linearity, elementwise."""
     if kind is Activation.SILU:
         return x / (1 + torch.exp(-x))
+    if kind is Activation.GELU_SIGMOID:
+        return x / (1 + torch.exp(-1.702 * x))
     if kind is Activation.RELU:
         return x.clamp_min(0)
     if kind is Activation.GELU:

@@ -161,6 +161,11 @@ def _plain(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _check_computed(config: ModelConfig) -> None:
+    if not config.extensible:
+        raise ConfigError(
+            f"this {config.family} model sees later tokens or has no head; the compiled path computes decoders, "
+            "so use path=reference"
+        )
     for index, layer in enumerate(config.layers):
         if layer.mlp.experts != 1:
             raise ConfigError(

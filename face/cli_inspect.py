@@ -116,6 +116,8 @@ def describe_layer(layer: LayerConfig) -> str:
         words.append(f"{attention.kv_heads} key/value heads")
     if attention.rotary is not None:
         words.append(f"rotary positions on {attention.rotary.size} elements, {attention.rotary.layout}")
+    if not attention.causal:
+        words.append("sees later tokens")
     if attention.alibi:
         words.append("ALiBi")
     if attention.qk_norm is not None:

@@ -30,6 +30,7 @@ from .models import RandomSource, draw_norms
 def layer_cases(pick: Picker, op: str) -> Case:
     kv_heads, pairs = pick.integer(1, 2), pick.integer(0, 3)
     placement, residual = draw_norms(pick)
+    causal = pick.choice([True, True, False])
     return Case(
         op=op,
         sizes={
@@ -53,7 +54,8 @@ def layer_cases(pick: Picker, op: str) -> Case:
             "layout": pick.choice([layout.value for layout in RotaryLayout]),
             "window": pick.choice([None, 1, 2, 4]),
             "magnitude": pick.choice([1.0, 1.25]),
-            "alibi": pick.choice([False, True]),
+            "alibi": causal and pick.choice([False, True]),
+            "causal": causal,
             "softcap": pick.choice([None, 1.0]),
             "qkv_clip": pick.choice([None, 0.75]),
             "qk_norm": pick.choice([None, *(span.value for span in QkNormSpan)]),
@@ -103,6 +105,7 @@ def _attention_config(case: Case, norm: NormConfig) -> AttentionConfig:
         qkv_bias=options["bias"],
         output_bias=options["bias"],
         alibi=options["alibi"],
+        causal=options["causal"],
         softcap=options["softcap"],
         qkv_clip=options["qkv_clip"],
         qk_norm=head_norm if options["qk_norm"] else None,

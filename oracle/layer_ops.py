@@ -201,6 +201,7 @@ def _normed_residual(
 
 _WRONG_ATTENTION = {
     "window_ignored": _attention_with(window=None),
+    "later_tokens_hidden": _attention_with(causal=True),
     "softcap_forgotten": _attention_with(softcap=None),
     "qkv_not_clipped": _attention_with(qkv_clip=None),
     "qk_norm_forgotten": _attention_with(qk_norm=None),
@@ -212,8 +213,13 @@ def _wrong_attention(function: Function) -> dict[str, Function]:
     return {name: changed(function, change) for name, change in _WRONG_ATTENTION.items()}
 
 
+def _causal(case: Case) -> Case:
+    return replace(case, options={**case.options, "causal": True})
+
+
 def pieces_are_the_whole(op: Op, function: Function, case: Case) -> None:
-    """Passing the tokens one at a time stays within the budget of passing them at once."""
+    """Passing the tokens one at a time stays within the budget of passing them at once, if they see nothing later."""
+    case = _causal(case)
 
     def in_pieces(*, x_BTM: Tensor, cache: KVCache, **rest: Any) -> tuple[Tensor, KVCache]:
         outs = []
@@ -227,7 +233,8 @@ def pieces_are_the_whole(op: Op, function: Function, case: Case) -> None:
 
 
 def later_tokens_do_not_matter(op: Op, function: Function, case: Case) -> None:
-    """Replacing the last token leaves the bits of all before it as they were."""
+    """Replacing the last token leaves the bits of all before it as they were, if they see nothing later."""
+    case = _causal(case)
     x_BTM = op.inputs(case)["x_BTM"].clone()
     x_BTM[:, -1] = 1 - x_BTM[:, -1]
     before, after = call(op, function, case)[0], call(op, function, case, x_BTM=x_BTM)[0]

@@ -63,7 +63,7 @@ def self_attention_with_scale(
         query,
         grown.key_BSKD,
         grown.value_BSKD,
-        visible_TS=attention_file.visible(position_T, position_S, window=config.window),
+        visible_TS=attention_file.visible(position_T, position_S, causal=config.causal, window=config.window),
         scale=config.scale,
         softcap=config.softcap,
         bias_HTS=None if slope_H is None else alibi(slope_H, position_T, position_S),

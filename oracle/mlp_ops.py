@@ -52,6 +52,8 @@ def _torch_activation(*, x: Tensor, kind: Activation) -> Tensor:
             return F.gelu(wide).to(x.dtype)
         case Activation.GELU_TANH:
             return F.gelu(wide, approximate="tanh").to(x.dtype)
+        case Activation.GELU_SIGMOID:
+            return (F.silu(1.702 * wide) / 1.702).to(x.dtype)
         case Activation.RELU:
             return F.relu(wide).to(x.dtype)
         case Activation.SILU:
@@ -61,6 +63,7 @@ def _torch_activation(*, x: Tensor, kind: Activation) -> Tensor:
 _OTHER = {
     Activation.GELU: Activation.GELU_TANH,
     Activation.GELU_TANH: Activation.GELU,
+    Activation.GELU_SIGMOID: Activation.GELU_TANH,
     Activation.SILU: Activation.GELU,
     Activation.RELU: Activation.RELU,
 }

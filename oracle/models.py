@@ -75,6 +75,17 @@ def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
     )
 
 
+def draw_encoder_config(pick: Picker, *, context: int = 64) -> ModelConfig:
+    """The same without a head, and every token sees the later ones too."""
+    config = draw_model_config(pick, context=context)
+
+    def seeing(layer: LayerConfig) -> LayerConfig:
+        return replace(layer, attention=replace(layer.attention, causal=False, alibi=False))
+
+    layers = tuple(seeing(layer) for layer in config.layers)
+    return replace(config, layers=layers, head=Head.NONE, head_bias=False)
+
+
 def draw_attention(pick: Picker) -> AttentionConfig:
     """With any positions, any biases, any number of key/value heads."""
     kv_heads, group = pick.integer(1, 3), pick.integer(1, 3)

@@ -44,6 +44,8 @@ def forward(
     config: ModelConfig,
     dtype: torch.dtype,
     components: Components = DEFAULT,
+    *,
+    type_BT: Tensor | None = None,
 ) -> tuple[Tensor, tuple[KVCache, ...]]:
     """Pass T tokens that follow those in the caches; returns the hidden vectors that `head_logits` scores, [B, T, E].
 
@@ -51,7 +53,7 @@ def forward(
     """
     start = caches[0].length
     position_T = torch.arange(start, start + token_BT.shape[1], device=token_BT.device)
-    x_BTM = embed(token_BT, position_T, weights.embedding, config, dtype, components=components)
+    x_BTM = embed(token_BT, position_T, weights.embedding, config, dtype, type_BT=type_BT, components=components)
     grown = []
     for layer_weights, layer_config, cache in zip(weights.layers, config.layers, caches, strict=True):
         x_BTM, cache = components.layer(x_BTM, layer_weights, layer_config, cache, components)

@@ -89,7 +89,7 @@ def self_attention(
         query_BTHD,
         cache.key_BSKD,
         cache.value_BSKD,
-        visible_TS=visible(position_T, position_S, window=config.window),
+        visible_TS=visible(position_T, position_S, causal=config.causal, window=config.window),
         scale=config.scale,
         **shaping,
     )

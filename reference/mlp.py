@@ -28,6 +28,8 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
             out = wide * 0.5 * torch.erfc(-wide / math.sqrt(2))
         case Activation.GELU_TANH:  # Hendrycks, Gimpel 2016, section 2
             out = wide * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
+        case Activation.GELU_SIGMOID:  # the same paper and section
+            out = wide * torch.sigmoid(1.702 * wide)
         case Activation.RELU:
             out = wide.clamp_min(0)
         case Activation.SILU:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..spec.config import ModelConfig, Storage
-from ..spec.decoder import Sequences, check_extension, check_open
+from ..spec.decoder import Sequences, check_encoding, check_extension, check_open
 from ..spec.errors import RequestError
 from ..spec.shapes import is_made, is_matrix
 from ..spec.weights import (
@@ -69,7 +69,9 @@ class ReferenceSequences:
 
 
 class ReferencePath:
-    """The readable path. Computes in `compute` on the matrices as they come back out of `storage`.
+    """The readable path: a `Decoder`, and an `Encoder`.
+
+    Computes in `compute` on the matrices as they come back out of `storage`.
 
     Matrices are held in float32 (float64 where compute is), so that narrow arithmetic never rounds a weight twice.
     Raises `RequestError` for a compute dtype that is not in `COMPUTE_DTYPES`, and `WeightError` for weights that do
@@ -139,6 +141,18 @@ class ReferencePath:
             states.append(_Sequence(caches, last_hidden_E))
             hidden.append(hidden_TE)
         sequences.states[:] = states
+        return hidden
+
+    @torch.no_grad()
+    def encode(self, tokens: Sequence[Tensor], types: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The `Encoder` protocol: hidden vectors of whole texts, each computed alone."""
+        check_encoding(self.config, tokens, types)
+        start, hidden = empty_caches(1, self.config, self.compute, self.device), []
+        for index, token_T in enumerate(tokens):
+            type_BT = None if types is None else types[index].to(self.device)[None]
+            token_BT, arithmetic = token_T.to(self.device)[None], (self.config, self.compute, self.components)
+            hidden_BTE, _ = forward(token_BT, start, self.weights, *arithmetic, type_BT=type_BT)
+            hidden.append(hidden_BTE[0])
         return hidden
 
     @torch.no_grad()

@@ -53,6 +53,8 @@ class Activation(StrEnum):
     """x * Phi(x), with the exact normal distribution function (erf)."""
     GELU_TANH = "gelu_tanh"
     """The tanh approximation of GELU, which GPT-2 was trained with. Not interchangeable with `GELU`."""
+    GELU_SIGMOID = "gelu_sigmoid"
+    """x * sigmoid(1.702 x), the sigmoid approximation of GELU, also called quick: CLIP."""
     RELU = "relu"
     SILU = "silu"
     """x * sigmoid(x), also called swish."""
@@ -139,6 +141,8 @@ class AttentionConfig:
     """D. Need not be hidden / heads."""
     scale: float
     """Multiplies every score; usually head_size ** -0.5."""
+    causal: bool = True
+    """Whether a token sees nothing after itself. False for encoders, whose sequences cannot be extended."""
     window: int | None = None
     """A token sees itself and the window - 1 before it; None sees everything before."""
     rotary: RotaryConfig | None = None
@@ -155,6 +159,9 @@ class AttentionConfig:
     qk_norm_span: QkNormSpan = QkNormSpan.HEAD
 
     def __post_init__(self) -> None:
+        _require(
+            self.causal or not self.alibi, "AttentionConfig.alibi", self.alibi, "false where attention is not causal"
+        )
         for field in ("softcap", "qkv_clip"):
             value = getattr(self, field)
             _require(value is None or value > 0, f"AttentionConfig.{field}", value, "a positive number, or None")
@@ -249,6 +256,11 @@ class ModelConfig:
     """Cohere, Granite."""
     logit_softcap: float | None = None
     """Logits are bent into -softcap .. softcap: Gemma 2."""
+
+    @property
+    def extensible(self) -> bool:
+        """Whether it is a decoder: its sequences can grow, for no layer sees later tokens, and a head says how."""
+        return self.head is not Head.NONE and all(layer.attention.causal for layer in self.layers)
 
     @property
     def table_width(self) -> int:

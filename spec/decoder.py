@@ -84,8 +84,31 @@ class Decoder(Protocol):
         ...
 
 
+class Encoder(Protocol):
+    """A model that reads whole texts."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(self, tokens: Sequence[Tensor], types: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The hidden vectors behind the last layer (and final norm), [T_i, M] for each text's 1-D tensor of ids.
+
+        `types` says of each token which of the model's token types it is; without it, all are of the first. Raises
+        `RequestError` where `check_encoding` does.
+        """
+        ...
+
+
 def check_open(config: ModelConfig, max_batch: int | None, batch: int, reserve: int) -> None:
     """Raise `RequestError` unless `Decoder.open` may be called so."""
+    if not config.extensible:
+        raise RequestError(
+            f"this {config.family} model sees later tokens or has no head, so no text can be continued with it; "
+            "encode whole texts instead"
+        )
     if batch < 1:
         raise RequestError(f"batch is {batch}; it must be at least 1")
     if max_batch is not None and batch > max_batch:
@@ -119,4 +142,21 @@ def check_extension(config: ModelConfig, lengths: Sequence[int], new_tokens: Seq
             wrong = next(int(token) for token in tokens if not 0 <= token < config.vocabulary)
             raise RequestError(
                 f"sequence {index} is given token id {wrong}; ids run from 0 to {config.vocabulary - 1} in this model"
+            )
+
+
+def check_encoding(config: ModelConfig, tokens: Sequence[Tensor], types: Sequence[Tensor] | None) -> None:
+    """Raise `RequestError` unless `Encoder.encode` may be called so; texts are checked as sequences that begin."""
+    check_extension(config, [0] * len(tokens), tokens)
+    if types is None:
+        return
+    if [each.shape for each in types] != [each.shape for each in tokens]:
+        raise RequestError("types must hold, for each text, as many integers as the text has tokens")
+    for index, type_T in enumerate(types):
+        if type_T.dtype not in (torch.int32, torch.int64):
+            raise RequestError(f"types[{index}] is of {type_T.dtype}; it must be of int64 or int32")
+        if not 0 <= int(type_T.min()) <= int(type_T.max()) < config.token_types:
+            raise RequestError(
+                f"types[{index}] holds values from {int(type_T.min())} to {int(type_T.max())}; "
+                f"this model has {config.token_types} token types, counted from 0"
             )

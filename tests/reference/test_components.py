@@ -72,6 +72,7 @@ def test_activations_are_torchs(seed: int) -> None:
     for kind, theirs in (
         (Activation.GELU, F.gelu(x)),
         (Activation.GELU_TANH, F.gelu(x, approximate="tanh")),
+        (Activation.GELU_SIGMOID, F.silu(1.702 * x) / 1.702),
         (Activation.RELU, F.relu(x)),
         (Activation.SILU, F.silu(x)),
     ):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.oracle.case import RandomPicker
-from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.oracle.models import RandomSource, draw_encoder_config, draw_model_config
 from twinfer.oracle.scale import linear_scale
 from twinfer.oracle.yardstick import Yardstick, worst_of
 from twinfer.reference.components import DEFAULT
@@ -170,3 +170,56 @@ def test_a_swapped_linear_map_reaches_the_head() -> None:
     silent = replace(DEFAULT, linear=lambda x, weights: torch.zeros(*x.shape[:-1], len(weights.weight_NI)))
     path = ReferencePath(RandomSource(config), components=silent)
     assert not path.extend(path.open(1, 4), [torch.tensor([0, 1])]).any()
+
+
+def encoder_of(seed: int, compute: torch.dtype = torch.float64) -> ReferencePath:
+    return ReferencePath(RandomSource(draw_encoder_config(RandomPicker(seed)), seed), compute=compute)
+
+
+@given(seed=seeds, texts=st.lists(st.integers(1, 7), min_size=1, max_size=3))
+def test_a_text_is_encoded_as_if_alone(seed: int, texts: list[int]) -> None:
+    """Bitwise; and in float32 as near to the truth as the output dtype allows, one vector for each token."""
+    path = encoder_of(seed, torch.float32)
+    given_tokens = [tokens(path, seed + row, length) for row, length in enumerate(texts)]
+    together = path.encode(given_tokens)
+    for row_TM, token_T in zip(together, given_tokens, strict=True):
+        assert row_TM.shape == (len(token_T), path.config.hidden)
+        assert torch.equal(row_TM, path.encode([token_T])[0])
+
+
+@given(seed=seeds)
+def test_decoders_encode_what_they_would_score(seed: int) -> None:
+    """Bitwise what `extend_hidden` gives for a first extension."""
+    path = path_of(seed)
+    token_T = tokens(path, seed, 5)
+    assert torch.equal(path.encode([token_T])[0], path.extend_hidden(path.open(1, 5), [token_T])[0])
+
+
+def test_an_encoder_sees_later_tokens_and_token_types() -> None:
+    """In most of the drawn models the first vector changes with the last token, and with its own type."""
+    by_token = by_type = 0
+    for seed in range(40):
+        config = replace(draw_encoder_config(RandomPicker(seed)), token_types=2)
+        path = ReferencePath(RandomSource(config, seed), compute=torch.float64)
+        token_T = tokens(path, seed, 4)
+        other_T = torch.cat([token_T[:3], (token_T[3:] + 1) % config.vocabulary])
+        first_M, other_M = (path.encode([each])[0][0] for each in (token_T, other_T))
+        by_token += not torch.equal(first_M, other_M)
+        nought_T = torch.zeros_like(token_T)
+        assert torch.equal(path.encode([token_T], [nought_T])[0][0], first_M)
+        by_type += not torch.equal(path.encode([token_T], [nought_T + 1])[0][0], first_M)
+    assert by_token > 30
+    assert by_type > 30
+
+
+def test_what_an_encoder_cannot_do_is_refused() -> None:
+    path = encoder_of(0)
+    with pytest.raises(RequestError, match="encode whole texts instead"):
+        path.open(1, 4)
+    with pytest.raises(RequestError, match="sequence 0 holds no token"):
+        path.encode([torch.tensor([], dtype=torch.long)])
+    typed = ReferencePath(RandomSource(replace(path.config, token_types=2)))
+    with pytest.raises(RequestError, match="as many integers as the text has tokens"):
+        typed.encode([torch.tensor([0, 1])], [torch.tensor([0])])
+    with pytest.raises(RequestError, match="from 0 to 2; this model has 2 token types"):
+        typed.encode([torch.tensor([0, 1])], [torch.tensor([0, 2])])
