@@ -161,17 +161,20 @@ Half = Callable[[Tensor], Tensor]
 
 def _around(x_TM: Tensor, weights: Layer, config: LayerConfig, attend: Half, feed: Half) -> Tensor:
     """The norms and additions around a layer's halves; the config is a constant, so one of these forms is traced."""
-    scale = config.residual_scale
     read_TM = _normed(x_TM, weights.attention_norm, config)
     if config.residual is not Residual.SEQUENTIAL:
         mlp_read_TM = read_TM if weights.mlp_norm is None else _normed(x_TM, weights.mlp_norm, config)
-        return x_TM + scale * (attend(read_TM) + feed(mlp_read_TM))
+        return _sum(x_TM, attend(read_TM) + feed(mlp_read_TM), config)
     if config.norm_placement is NormPlacement.ON_SUM:
-        x_TM = _normed(x_TM + scale * attend(read_TM), weights.attention_output_norm, config)
-        return _normed(x_TM + scale * feed(x_TM), weights.mlp_output_norm, config)
-    x_TM = x_TM + scale * _normed(attend(read_TM), weights.attention_output_norm, config)
+        x_TM = _normed(_sum(x_TM, attend(read_TM), config), weights.attention_output_norm, config)
+        return _normed(_sum(x_TM, feed(x_TM), config), weights.mlp_output_norm, config)
+    x_TM = _sum(x_TM, _normed(attend(read_TM), weights.attention_output_norm, config), config)
     read_TM = _normed(x_TM, weights.mlp_norm, config)
-    return x_TM + scale * _normed(feed(read_TM), weights.mlp_output_norm, config)
+    return _sum(x_TM, _normed(feed(read_TM), weights.mlp_output_norm, config), config)
+
+
+def _sum(x_TM: Tensor, out_TM: Tensor, config: LayerConfig) -> Tensor:
+    return x_TM + out_TM if config.residual_scale == 1.0 else x_TM + config.residual_scale * out_TM
 
 
 def _normed(x_TM: Tensor, weights: Norm | None, config: LayerConfig) -> Tensor:

@@ -33,7 +33,7 @@ from .case import Picker
 
 
 def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
-    """A decoder of one to three layers, whose windows and caps may differ from layer to layer."""
+    """A decoder of one to three layers, whose windows, caps and magnitudes may differ from layer to layer."""
     norm = draw_norm(pick)
     placement, residual = draw_norms(pick)
     residual_scale = pick.choice([1.0, 0.25])
@@ -47,9 +47,11 @@ def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
 
     def layer() -> LayerConfig:
         window, softcap = pick.choice([None, 1, 3, 7]), pick.choice([None, None, 2.0])
+        magnitude = pick.choice([1.0, 1.25])
+        rotary = None if attention.rotary is None else replace(attention.rotary, magnitude=magnitude)
         return LayerConfig(
             norm=norm,
-            attention=replace(attention, window=window, softcap=softcap),
+            attention=replace(attention, window=window, softcap=softcap, rotary=rotary),
             mlp=mlp,
             norm_placement=placement,
             residual=residual,
@@ -91,13 +93,13 @@ def draw_attention(pick: Picker) -> AttentionConfig:
     kv_heads, group = pick.integer(1, 3), pick.integer(1, 3)
     head_size = 2 * pick.integer(1, 4)
     kinds = list(NormKind) if head_size > 2 else [NormKind.RMS]
-    layout, size, magnitude = pick.choice(list(RotaryLayout)), pick.integer(0, head_size // 2), pick.choice([1.0, 1.25])
+    layout, size = pick.choice(list(RotaryLayout)), pick.integer(0, head_size // 2)
     return AttentionConfig(
         heads=kv_heads * group,
         kv_heads=kv_heads,
         head_size=head_size,
         scale=head_size**-0.5,
-        rotary=RotaryConfig(layout=layout, size=2 * size, magnitude=magnitude) if size else None,
+        rotary=RotaryConfig(layout=layout, size=2 * size) if size else None,
         qkv_bias=pick.choice([False, True]),
         output_bias=pick.choice([False, True]),
         alibi=pick.choice([False, False, True]),
@@ -149,7 +151,8 @@ class RandomSource:
             case "rotary_frequency_J":
                 return torch.logspace(0, 1 - shape[0], shape[0], dtype=torch.float64)
             case "alibi_slope_H":
-                return torch.tensor(2.0, dtype=torch.float64) ** (-8 * torch.arange(1, shape[0] + 1) / shape[0])
+                step_H = torch.arange(1, shape[0] + 1, dtype=torch.float64)
+                return torch.exp2(-8 * step_H / shape[0])
             case "weight_NI":
                 return self._normal(part, name, shape) / math.sqrt(shape[1])
             case "gain_M":

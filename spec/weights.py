@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import WeightError
-from .shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
+from .shapes import Shapes, embedding_shapes, head_shapes, is_made, layer_shapes
 
 Part = TypeVar("Part")
 
@@ -199,5 +199,7 @@ def _check(weights: Any, shapes: Shapes, where: str) -> None:
             raise WeightError(
                 f"{where} {name} has shape {list(tensor.shape)}; by the config it must be {list(shapes[name])}"
             )
+        if is_made(name) and tensor.dtype is not torch.float64:
+            raise WeightError(f"{where} {name} has dtype {tensor.dtype}; it must be torch.float64")
         if not tensor.is_floating_point():
             raise WeightError(f"{where} {name} has dtype {tensor.dtype}; it must be a float dtype")
