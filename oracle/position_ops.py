@@ -215,15 +215,17 @@ def alibi_cases(pick: Picker) -> Case:
         op="alibi",
         sizes={"T": new, "S": new + pick.integer(0, 6), "H": pick.integer(1, 9)},
         options={"start": pick.choice([0, 17, 100_000])},
+        data=pick.choice(UNMASKED),
         seed=pick.integer(0, 2**31),
     )
 
 
 def alibi_inputs(case: Case) -> Inputs:
+    """Any slopes, not only the published ones."""
     n, start = case.n, int(case.options["start"] or 0)
     position_S = torch.arange(start, start + n.S)
     return {
-        "slope_H": 2.0 ** (-8 * torch.arange(1, n.H + 1) / n.H),
+        "slope_H": activations(case, "slope", n.H),
         "query_position_T": position_S[n.S - n.T :],
         "key_position_S": position_S,
     }
