@@ -19,7 +19,7 @@ from ..compiled.path import CompiledPath
 from ..spec.config import Storage
 from ..spec.errors import TwinferError
 from .peers import transformers_llama
-from .side_by_side import Candidate, PathCandidate, TransformersCandidate, measure
+from .side_by_side import Candidate, PathCandidate, Speeds, TransformersCandidate, measure
 
 LENGTHS = [260, 300, 512]
 PEER = "transformers eager"
@@ -56,24 +56,29 @@ def run(model: str, rounds: int) -> dict[str, Any]:
         candidates[f"compiled {storage}"] = PathCandidate(path)
     memory_rows = [memory(model, each, prepared[each.value], compile_s[each.value]) for each in Storage]
     speeds = measure(candidates, checkpoint.config.vocabulary, LENGTHS, rounds, messages.print)
-    peer = speeds[PEER]
     return {
         "model": checkpoint.name,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "rounds": rounds,
-        "speed": [
-            {
-                "implementation": name,
-                "decode_tokens_per_s": own.decode_tokens_per_s,
-                "decode_ratio": own.decode_tokens_per_s / peer.decode_tokens_per_s,
-                "prefill_tokens_per_s": {n: own.prefill_tokens_per_s(n) for n in LENGTHS},
-                "prefill_512_ratio": own.prefill_tokens_per_s(512) / peer.prefill_tokens_per_s(512),
-            }
-            for name, own in speeds.items()
-        ],
+        "speed": rows(speeds),
         "memory": memory_rows,
     }
+
+
+def rows(speeds: dict[str, Speeds]) -> list[dict[str, Any]]:
+    """Each implementation's medians, and how many times the peer's they are."""
+    peer = speeds[PEER]
+    return [
+        {
+            "implementation": name,
+            "decode_tokens_per_s": own.decode_tokens_per_s,
+            "decode_ratio": own.decode_tokens_per_s / peer.decode_tokens_per_s,
+            "prefill_tokens_per_s": {n: own.prefill_tokens_per_s(n) for n in LENGTHS},
+            "prefill_512_ratio": own.prefill_tokens_per_s(512) / peer.prefill_tokens_per_s(512),
+        }
+        for name, own in speeds.items()
+    ]
 
 
 def memory(model: str, storage: Storage, prepared_bytes: int, compile_s: float) -> dict[str, Any]:

@@ -133,7 +133,10 @@ def _check(
 ) -> None:
     missing = [name for name in claimed if name not in names]
     if missing:
-        raise WeightError(f"{store.where} lacks {_some(missing)}, which a {config.family} model of its config has")
+        raise WeightError(
+            f"{store.where} lacks {_some(missing)}, which a {config.family} model of its config has; "
+            "fetch it again, or correct its config"
+        )
     ignored = set(_ignored_names(table, len(config.layers))) | _repeated_head(table, config, store, names)
     surplus = [names[name] for name in names if name not in claimed and name not in ignored]
     if surplus:

@@ -245,9 +245,11 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
         if len(prompt) == 0:
             raise RequestError(f"prompt {index} is empty; it must hold at least one token")
         if len(prompt) + max_new_tokens > config.context:
+            left = config.context - len(prompt)
             raise RequestError(
                 f"prompt {index} has {len(prompt)} tokens, and {max_new_tokens} new ones would make "
-                f"{len(prompt) + max_new_tokens}; the model's context is {config.context}"
+                f"{len(prompt) + max_new_tokens}; the model's context is {config.context}: "
+                + (f"ask for at most {left} new tokens, or shorten the prompt" if left > 0 else "shorten the prompt")
             )
         for token in prompt:
             if not 0 <= token < config.vocabulary:

@@ -187,6 +187,16 @@ def test_the_callers_settings_neither_matter_nor_change() -> None:
         assert torch.is_grad_enabled()
 
 
+def test_tokens_may_be_int32() -> None:
+    """The graphs read 64-bit ones, so that what they are given must be converted."""
+    path, _ = twins(0, "cpu")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (1, 4):
+            token_T = torch.arange(length)
+            wide, narrow = (path.extend(path.open(1, 8), [each]) for each in (token_T, token_T.int()))
+            assert torch.equal(wide, narrow)
+
+
 def test_a_later_start_finds_the_programs() -> None:
     """A second path like the first compiles nothing and gives the same bits."""
     config, storage = POOL[1]

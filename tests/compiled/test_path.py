@@ -22,6 +22,7 @@ from twinfer.oracle.strategies import drawn
 from twinfer.oracle.yardstick import Yardstick
 from twinfer.spec.config import Head, ModelConfig, Storage
 from twinfer.spec.errors import ConfigError, MachineError, RequestError, TwinferError
+from twinfer.spec.shapes import is_made
 from twinfer.spec.weights import tensors
 
 CONTEXT = 40
@@ -141,6 +142,48 @@ def test_returned_logits_belong_to_the_caller() -> None:
     copy_BV = second_BV.clone()
     second_BV.fill_(7)
     assert bits(path.extend(sequences, [nothing, nothing])) == bits(copy_BV)
+    third_TV, _ = path.extend(sequences, [tokens(config, 4, 1), nothing], every_position=True)
+    copy_V = third_TV[0].clone()
+    third_TV.fill_(7)
+    assert bits(path.extend(sequences, [nothing, nothing])[0]) == bits(copy_V)
+
+
+def test_an_extension_that_breaks_off_changes_nothing() -> None:
+    """Interrupted after some of the sequences: lengths and last logits are as before, and it can be done again."""
+    config = _some_config()
+    path, whole = eager(config, 0), eager(config, 0)
+    held, right = path.open(3, 8), whole.open(3, 8)
+    begin = [tokens(config, row, 2 + row) for row in range(3)]
+    more = [tokens(config, 3, 1), tokens(config, 4, 3), tokens(config, 5, 2)]
+    before = path.extend(held, begin)
+    whole.extend(right, begin)
+    prefill, runs = path._prefill, iter(range(9))
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(runs) == 1:
+            raise KeyboardInterrupt
+        return prefill(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(path, "_prefill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            path.extend(held, more)
+    assert held.lengths == (2, 3, 4)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert bits(path.extend(held, [nothing] * 3)) == bits(before)
+    assert bits(path.extend(held, more)) == bits(whole.extend(right, more))
+
+
+def test_weight_bytes_count_what_is_shared_once() -> None:
+    """In float32, four bytes an element of the model; a tied head adds nothing to its table."""
+    for tied in (True, False):
+        config = replace(_some_config(), head=Head.TIED if tied else Head.OWN, token_types=0)
+        source = RandomSource(config)
+        parts = [source.embedding(), *map(source.layer, range(len(config.layers))), source.head()]
+        named = [(name, each) for part in parts for name, each in tensors(part)]
+        trained = 4 * sum(each.numel() for name, each in named if not is_made(name))
+        made = 8 * sum(each.numel() for name, each in named if is_made(name))
+        assert trained <= eager(config, 0).weight_bytes <= trained + made
 
 
 class Watched(RandomSource):

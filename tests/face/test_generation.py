@@ -113,7 +113,12 @@ def test_sequences_are_closed_at_the_end_and_when_abandoned(witness):
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1], [2, 258]], {}, "prompt 1 holds token id 258; ids run from 0 to 257"),
         ([[-1]], {}, "prompt 0 holds token id -1; ids run from 0 to 257"),
-        ([[1] * 33], {"max_new_tokens": 8}, "33 tokens, and 8 new ones would make 41; the model's context is 40"),
+        (
+            [[1] * 33],
+            {"max_new_tokens": 8},
+            "33 tokens, and 8 new ones would make 41; the model's context is 40: ask",
+        ),
+        ([[1] * 40], {"max_new_tokens": 1}, "the model's context is 40: shorten the prompt"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ([[1]] * 4, {}, "at most 3"),
         ([[1]], {"stop": ["x"]}, "without a tokenizer"),

@@ -1,0 +1,167 @@
+"""What every family's test does with a drawn model: transformers in float64, and both paths beside it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from twinfer.checkpoint import open_model
+from twinfer.compiled.path import CompiledPath
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.paths import assert_paths_agree
+from twinfer.oracle.schedule import draw_schedule
+from twinfer.oracle.yardstick import Yardstick
+from twinfer.reference.path import ReferencePath
+from twinfer.spec.config import ModelConfig
+from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, WeightSource
+
+AGREEMENT = 1e-9
+"""Largest relative difference of two float64 computations of one model.
+
+Roundings of 1e-16 grow by the depth and the cancellation in norms and softmax, in models this small to below 1e-12. A
+convention that is off shows at 1e-4 and more, a constant that was rounded to float32 on the way at 1e-7.
+"""
+
+
+class Widened(TorchFunctionMode):
+    """Has transformers compute in float64 where its code names a narrower dtype (rotary angles, norms, softmax)."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        args, kwargs = pytree.tree_map(_wide, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    narrow = isinstance(value, torch.dtype) and value in (torch.float32, torch.bfloat16, torch.float16)
+    return torch.float64 if narrow else value
+
+
+@contextmanager
+def widened() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Widened(), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class Altered:
+    """A source with some of its parts changed on the way: a mapping that is wrong."""
+
+    source: WeightSource
+    on_config: Callable[[ModelConfig], ModelConfig] = lambda config: config
+    on_embedding: Callable[[EmbeddingWeights], EmbeddingWeights] = lambda weights: weights
+    on_layer: Callable[[LayerWeights], LayerWeights] = lambda weights: weights
+    on_head: Callable[[HeadWeights], HeadWeights] = lambda weights: weights
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.on_config(self.source.config)
+
+    def embedding(self) -> EmbeddingWeights:
+        return self.on_embedding(self.source.embedding())
+
+    def layer(self, index: int) -> LayerWeights:
+        return self.on_layer(self.source.layer(index))
+
+    def head(self) -> HeadWeights:
+        return self.on_head(self.source.head())
+
+
+class Twins:
+    """A transformers model with random weights, in float64, and the same model as our checkpoint room reads it."""
+
+    def __init__(self, kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int) -> None:
+        self.seed = seed
+        with widened():
+            self.theirs = kind(config).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():  # in float32, which is how the reference stores them, but kept in float64
+            for parameter in self.theirs.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        with TemporaryDirectory() as folder:
+            self.theirs.save_pretrained(folder)
+            self.source: WeightSource = open_model(folder).source
+        vocabulary, context = self.source.config.vocabulary, self.source.config.context
+        lengths = [min(length, context) for length in (11, 1, 6)]
+        self.prompts = [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
+
+    def their_logits(self, *, cached: bool) -> list[Tensor]:
+        """Of every prompt and position; with `cached`, over two calls and transformers' own cache."""
+        with widened():
+            whole = [self.theirs(token_T[None], use_cache=False).logits[0] for token_T in self.prompts]
+            if not cached:
+                return whole
+            rows = []
+            for token_T in self.prompts:
+                cut = len(token_T) // 2
+                if cut == 0:
+                    rows.append(self.theirs(token_T[None], use_cache=True).logits[0])
+                    continue
+                first = self.theirs(token_T[None, :cut], use_cache=True)
+                second = self.theirs(token_T[None, cut:], past_key_values=first.past_key_values, use_cache=True)
+                rows.append(torch.cat([first.logits[0], second.logits[0]]))
+            return rows
+
+    def our_logits(self, source: WeightSource | None = None) -> list[Tensor]:
+        """The reference in float64, the prompts together as a ragged batch, over two calls."""
+        path = ReferencePath(source or self.source, compute=torch.float64)
+        sequences = path.open(len(self.prompts), max(map(len, self.prompts)))
+        cuts = [max(1, len(token_T) // 2) for token_T in self.prompts]
+        pieces = [
+            path.extend(sequences, new, every_position=True)
+            for new in (
+                [token_T[:cut] for token_T, cut in zip(self.prompts, cuts, strict=True)],
+                [token_T[cut:] for token_T, cut in zip(self.prompts, cuts, strict=True)],
+            )
+        ]
+        return [torch.cat(rows) for rows in zip(*pieces, strict=True)]
+
+    def difference(self, source: WeightSource | None = None, *, cached: bool = False) -> float:
+        """The largest difference of a logit, relative to the largest logit of its position."""
+        rows = zip(self.our_logits(source), self.their_logits(cached=cached), strict=True)
+        return max(float(((own - their).abs().amax(-1) / their.abs().amax(-1)).max()) for own, their in rows)
+
+
+@pytest.fixture(scope="session")
+def agrees() -> Callable[[type[PreTrainedModel], PreTrainedConfig, int], None]:
+    """Asserts that transformers, with and without its cache, the reference, and the compiled path say the same."""
+
+    def check(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int) -> None:
+        twins = Twins(kind, config, seed)
+        for cached in (False, True):
+            difference = twins.difference(cached=cached)
+            assert difference <= AGREEMENT, f"{'with' if cached else 'without'} cache: {difference:.2e}; {config}"
+        schedule = draw_schedule(RandomPicker(seed), twins.source.config)
+        assert_paths_agree(Yardstick.of(twins.source), CompiledPath(twins.source, _eager=True), schedule)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def catches() -> Callable[[type[PreTrainedModel], PreTrainedConfig, dict[str, dict[str, Any]]], None]:
+    """Asserts that every wrong mapping of the given ones (keywords of `Altered`) is seen, and the right one is not."""
+
+    def check(kind: type[PreTrainedModel], config: PreTrainedConfig, wrong: dict[str, dict[str, Any]]) -> None:
+        twins = Twins(kind, config, seed=1)
+        assert twins.difference() <= AGREEMENT
+        for name, changes in wrong.items():
+            difference = twins.difference(Altered(twins.source, **changes))
+            assert not difference <= AGREEMENT, f"{name} is not seen: {difference:.2e}"
+
+    return check
