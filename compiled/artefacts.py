@@ -7,10 +7,12 @@ needs neither.
 What it relies on: a program is found again only by a key made of everything it was compiled from, so that nothing ever
 has to be thrown away: the source of this room and of `spec`, torch's version and settings, the machine's vector
 instructions, and shape, stride, dtype, device, identity and marked sizes of every argument. Like the rest of Inductor's
-cache the files are pickles, read from the user's own cache folder and from nowhere else.
+cache the files are pickles, so a file is read only if the user who runs this owns it: Inductor's folder lies by default
+in the system's temporary folder, where others can write.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -47,16 +49,13 @@ def ready(
     file = folder() / f"{_key(arguments, described)}.pt2"
     reason = "once; later starts find it in the cache"
     try:
-        kept = file.read_bytes()
+        return _load(_own(file))
     except FileNotFoundError:
         pass
     except OSError as error:
         reason = f"{file} cannot be read: {error.strerror}"
-    else:
-        try:
-            return _load(kept)
-        except Exception as error:  # whatever a damaged pickle raises
-            reason = f"{file} is damaged: {type(error).__name__}"
+    except Exception as error:  # whatever a damaged pickle raises
+        reason = f"{file} is damaged: {type(error).__name__}"
     compiling(reason)
     compiled = _compile(program, arguments)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not answers
@@ -75,6 +74,14 @@ def _compile(program: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
     compiled.disable_guard_check()  # as `programs` explains
     function: Callable[..., Any] = compiled
     return function
+
+
+def _own(file: Path) -> bytes:
+    """The file's bytes. Raises `PermissionError` if another user put it there."""
+    with file.open("rb") as opened:
+        if hasattr(os, "getuid") and os.fstat(opened.fileno()).st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "it belongs to another user")
+        return opened.read()
 
 
 def _load(kept: bytes) -> Callable[..., Any]:

@@ -1,6 +1,8 @@
 """Programs kept on disk: found again only for what they were compiled from, and never trusted when damaged."""
 
+import hashlib
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,6 +109,34 @@ def test_a_damaged_file_is_said_and_replaced(empty: Path, damage: Callable[[byte
     assert torch.equal(compiled(*arguments()), program(*arguments()))
     _, told = ready(arguments())
     assert told == []
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.mark,)
+
+
+def test_what_is_not_ours_is_not_unpickled(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither bytes with another digest nor, though its digest is right, a file of another user."""
+    _, _ = ready(arguments())
+    (file,) = empty.iterdir()
+    body = pickle.dumps(Bomb(tmp_path / "mark"))
+    file.write_bytes(bytes(32) + body)
+    _, (reason,) = ready(arguments())
+    assert "is damaged" in reason
+    assert not (tmp_path / "mark").exists()
+
+    file.write_bytes(hashlib.sha256(body).digest() + body)
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    _, (reason,) = ready(arguments())
+    assert "belongs to another user" in reason
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
