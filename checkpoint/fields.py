@@ -22,15 +22,23 @@ _REQUIRED: Any = object()
 
 
 class Fields:
-    """The fields of one JSON object or metadata table. `where` begins every message."""
+    """The fields of one JSON object or metadata table. `where` begins every message.
 
-    def __init__(self, values: Mapping[str, Any], where: str):
+    `most_tokens` is how many a sequence will hold at most, where whoever opens the model has said so.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, *, most_tokens: int | None = None):
         self.values = values
         self._read: set[str] = set()
         self.where = where
+        self.most_tokens = most_tokens
+
+    def limited(self, context: int) -> int:
+        """The tokens that a sequence may hold, of a model made for `context`."""
+        return context if self.most_tokens is None else min(context, self.most_tokens)
 
     @classmethod
-    def of_json(cls, content: bytes, where: str) -> "Fields":
+    def of_json(cls, content: bytes, where: str, *, most_tokens: int | None = None) -> "Fields":
         """Parse a JSON object. Raises `CheckpointError` where it is none."""
         try:
             values = json.loads(content)
@@ -38,7 +46,7 @@ class Fields:
             raise CheckpointError(f"{where} is not valid JSON ({error}); fetch the file again") from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{where} holds a JSON {type(values).__name__}; it must hold an object")
-        return cls(values, f"{where}: ")
+        return cls(values, f"{where}: ", most_tokens=most_tokens)
 
     def names(self) -> list[str]:
         return list(self.values)
@@ -67,6 +75,21 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self.wrong(name, "a finite number above 0")
         return float(value)
+
+    def numbers(self, name: str) -> list[float]:
+        """A list of finite numbers above zero."""
+        value = self._take(name, _REQUIRED)
+        items = value if isinstance(value, list) else [None]
+        if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in items):
+            raise self.wrong(name, "a list of numbers above 0")
+        if not all(0 < item < math.inf for item in items):
+            raise self.wrong(name, "a list of finite numbers above 0")
+        return [float(item) for item in items]
+
+    def optional_number(self, name: str) -> float | None:
+        """A finite number above zero, or None where it is absent or null."""
+        self._read.add(name)
+        return self.number(name) if self.has(name) else None
 
     def flag(self, name: str, default: bool = _REQUIRED) -> bool:
         value = self._take(name, default)

@@ -22,8 +22,9 @@ from . import rotary
 from .fields import MOST_LAYERS, Fields
 from .gguf_file import GgufFile
 from .permutation import key_rows, query_rows
+from .plan import Made
 from .source import FileSource
-from .table import Stored, Table
+from .table import Table, linear, norm, output, tensor
 
 ARCHITECTURES = ("llama",)
 
@@ -31,29 +32,20 @@ ROTARY_DIVISORS = "rope_freqs.weight"
 """By what each pair's frequency is to be divided: how converters write down LLaMA 3.1's scaling."""
 
 TABLE = Table(
-    embedding=(Stored(name="token_embd.weight", fills=("token_VE",)),),
+    layers="blk.{layer}.",
+    embedding=(tensor("token_embd.weight", "token_VE"),),
     layer=(
-        Stored(name="blk.{layer}.attn_norm.weight", fills=("attention_norm.gain_M",)),
-        Stored(name="blk.{layer}.attn_q.weight", fills=("attention.query.weight_NI",), reorder=query_rows),
-        Stored(name="blk.{layer}.attn_q.bias", fills=("attention.query.bias_N",), reorder=query_rows),
-        Stored(name="blk.{layer}.attn_k.weight", fills=("attention.key.weight_NI",), reorder=key_rows),
-        Stored(name="blk.{layer}.attn_k.bias", fills=("attention.key.bias_N",), reorder=key_rows),
-        Stored(name="blk.{layer}.attn_v.weight", fills=("attention.value.weight_NI",)),
-        Stored(name="blk.{layer}.attn_v.bias", fills=("attention.value.bias_N",)),
-        Stored(name="blk.{layer}.attn_output.weight", fills=("attention.output.weight_NI",)),
-        Stored(name="blk.{layer}.attn_output.bias", fills=("attention.output.bias_N",)),
-        Stored(name="blk.{layer}.ffn_norm.weight", fills=("mlp_norm.gain_M",)),
-        Stored(name="blk.{layer}.ffn_gate.weight", fills=("mlp.gate.weight_NI",)),
-        Stored(name="blk.{layer}.ffn_gate.bias", fills=("mlp.gate.bias_N",)),
-        Stored(name="blk.{layer}.ffn_up.weight", fills=("mlp.up.weight_NI",)),
-        Stored(name="blk.{layer}.ffn_up.bias", fills=("mlp.up.bias_N",)),
-        Stored(name="blk.{layer}.ffn_down.weight", fills=("mlp.down.weight_NI",)),
-        Stored(name="blk.{layer}.ffn_down.bias", fills=("mlp.down.bias_N",)),
+        *norm("attn_norm", "attention_norm"),
+        *linear("attn_q", "attention.query", reorder=query_rows),
+        *linear("attn_k", "attention.key", reorder=key_rows),
+        *linear("attn_v", "attention.value"),
+        *linear("attn_output", "attention.output"),
+        *norm("ffn_norm", "mlp_norm"),
+        *linear("ffn_gate", "mlp.gate"),
+        *linear("ffn_up", "mlp.up"),
+        *linear("ffn_down", "mlp.down"),
     ),
-    head=(
-        Stored(name="output_norm.weight", fills=("norm.gain_M",)),
-        Stored(name="output.weight", fills=("projection.weight_NI",)),
-    ),
+    head=(*norm("output_norm", "norm"), *output("output")),
 )
 
 HARMLESS = (
@@ -75,7 +67,8 @@ def source(file: GgufFile, metadata: dict[str, Any]) -> FileSource:
     frequency_J = _frequencies(fields, file, rotating.size)
     fields.finish()
     without_divisors = _Without(file, ROTARY_DIVISORS)
-    return FileSource(config, TABLE, without_divisors, [frequency_J] * len(config.layers))
+    made = Made(layers=[{"attention.rotary_frequency_J": frequency_J}] * len(config.layers), head={})
+    return FileSource(config, TABLE, without_divisors, made)
 
 
 def _check_architecture(file: GgufFile, metadata: dict[str, Any]) -> None:

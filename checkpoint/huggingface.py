@@ -8,21 +8,19 @@ import tokenizers
 
 from ..spec.errors import CheckpointError
 from .families import FAMILIES
-from .family import find, understand
+from .family import weights_of
 from .fields import Fields
 from .safetensors_folder import SafetensorsFolder
 from .source import FileSource
 from .tokenizer import Tokenizer
 
 
-def source(folder: Path) -> FileSource:
+def source(folder: Path, most_tokens: int | None = None) -> FileSource:
     """The weights of a folder. Raises `CheckpointError`, `ConfigError` or `WeightError` for what cannot be used."""
-    config = _fields(folder / "config.json")
+    config = _fields(folder / "config.json", most_tokens)
     if config is None:
         raise CheckpointError(f"{folder} holds no config.json; give the folder that holds it and model.safetensors")
-    family = find(FAMILIES, config)
-    understood = understand(family, config)
-    return FileSource(understood.config, family.table, SafetensorsFolder(folder), understood.frequencies)
+    return weights_of(FAMILIES, config, SafetensorsFolder(folder))
 
 
 def tokenizer(folder: Path) -> Tokenizer | None:
@@ -89,5 +87,5 @@ def _within(tokens: list[int], vocabulary: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in tokens if token < vocabulary))
 
 
-def _fields(path: Path) -> Fields | None:
-    return Fields.of_json(path.read_bytes(), str(path)) if path.is_file() else None
+def _fields(path: Path, most_tokens: int | None = None) -> Fields | None:
+    return Fields.of_json(path.read_bytes(), str(path), most_tokens=most_tokens) if path.is_file() else None

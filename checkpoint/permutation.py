@@ -1,12 +1,11 @@
-"""The order of rows that GGUF keeps query and key projections in, and how to undo it.
+"""Orders in which files keep the rows of query, key and value projections, and how to undo them.
 
-Files of the `llama` architecture hold the rows of every query and key head so that elements 2j and 2j + 1 rotate
-together; the Hugging Face order, and ours, has element j rotate with element j + D/2. Left in the wrong order a
-model still writes fluent text, only worse: nothing else gives the mistake away.
+Left in the wrong order a model still writes fluent text, only worse: nothing else gives the mistake away.
 
-Shapes: H heads, D head size, M hidden.
+Shapes: H query heads, K key/value heads, G = H / K, D head size, M hidden.
 """
 
+import torch
 from torch import Tensor
 
 from ..spec.config import LayerConfig
@@ -15,9 +14,9 @@ from ..spec.config import LayerConfig
 def half_split_from_interleaved(rows: Tensor, heads: int) -> Tensor:
     """Reorder rows [H * D, ...], head by head: the even rows of the head, then its odd rows.
 
-    Two heads of four rows each:
+    GGUF files of the `llama` architecture hold the rows of every query and key head so that elements 2j and 2j + 1
+    rotate together; the Hugging Face order, and ours, has element j rotate with element j + D/2. Two heads of four:
 
-        >>> import torch
         >>> half_split_from_interleaved(torch.tensor([0, 1, 2, 3, 10, 11, 12, 13]), heads=2).tolist()
         [0, 2, 1, 3, 10, 12, 11, 13]
     """
@@ -31,3 +30,22 @@ def query_rows(rows: Tensor, layer: LayerConfig) -> Tensor:
 
 def key_rows(rows: Tensor, layer: LayerConfig) -> Tensor:
     return half_split_from_interleaved(rows, layer.attention.kv_heads)
+
+
+def separated(rows: Tensor, kv_heads: int, head_size: int) -> Tensor:
+    """Rows [(H + 2 K) * D, ...] kept group by group, each G query heads with the key and value head that they share, as
+    all queries, then all keys, then all values.
+
+    So files keep them where a tensor-parallel rank was to get whole groups: Megatron-LM, BLOOM, GPT-NeoX (all G = 1),
+    Falcon, InternLM 2. Two groups of two queries, one element a head:
+
+        >>> separated(torch.tensor([0, 1, 90, 190, 2, 3, 91, 191]), kv_heads=2, head_size=1).tolist()
+        [0, 1, 2, 3, 90, 91, 190, 191]
+    """
+    groups = rows.reshape(kv_heads, -1, head_size, *rows.shape[1:])  # [K, G + 2, D, ...]
+    query, key, value = groups[:, :-2], groups[:, -2], groups[:, -1]
+    return torch.cat([each.reshape(-1, *rows.shape[1:]) for each in (query, key, value)])
+
+
+def separated_qkv(rows: Tensor, layer: LayerConfig) -> Tensor:
+    return separated(rows, layer.attention.kv_heads, layer.attention.head_size)

@@ -3,18 +3,18 @@
     frequency[j] = base ** (-2j / size)      radians per token, for pair j of J = size / 2
 
 (Su et al. 2021, section 3.2.2.) Models stretched to longer contexts scale these. Scaling is applied here, so that a
-path sees frequencies alone.
+path sees frequencies alone. `rotary_fields` reads from a config which of them a model needs.
 
 Shapes: J rotating pairs of a head.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..spec.errors import ConfigError
-from .fields import Fields
 
 MOST_SIZE = 2**16
 """Far above any head's size; what a damaged file says must not make a table larger than this."""
@@ -23,7 +23,7 @@ MOST_SIZE = 2**16
 def frequencies(base: float, size: int) -> Tensor:
     """The unscaled frequencies of a head whose first `size` elements rotate: float64 [J].
 
-    Raises `ConfigError` for a size that no head has.
+    Of an odd size the last element rotates with the next one. Raises `ConfigError` for a size that no head has.
 
     >>> frequencies(10000.0, 4).tolist()
     [1.0, 0.01]
@@ -56,42 +56,45 @@ def scaled_by_band(frequency_J: Tensor, *, factor: float, low: float, high: floa
     return frequency_J * ((1 - kept_J) / factor + kept_J)
 
 
-def from_config(config: Fields, size: int, *, default_base: float = 10000.0) -> Tensor:
-    """Read a config.json's rotary fields, in the older style or the newer, and make the frequencies they mean.
+def scaled_by_index(
+    frequency_J: Tensor,
+    *,
+    base: float,
+    size: int,
+    factor: float,
+    fast: float,
+    slow: float,
+    original_context: int,
+    whole: bool,
+) -> Tensor:
+    """YaRN's scaling (Peng et al. 2023, section 3.2): as `scaled_by_band`, but blended evenly over the pairs' indices.
 
-    Newer: `rope_parameters` holds everything. Older: `rope_theta` is the base, and `rope_scaling` the rest, if any.
-    Raises `ConfigError` for a kind of scaling that is not known here.
+    The pairs that turn `fast` and `slow` times within the original context bound the blend; with `whole`, the bounds
+    are widened to whole indices.
     """
-    base = config.number("rope_theta", default_base)
-    scaling = config.section("rope_scaling")
-    parameters = config.section("rope_parameters")
-    if parameters is not None:
-        if scaling is not None:
-            raise ConfigError(f"{config.where}: rope_scaling and rope_parameters are both given; leave one of them out")
-        base = parameters.number("rope_theta", base)
-        parameters.only("partial_rotary_factor", 1.0, 1)
-        scaling = parameters
-    return _scaled(frequencies(base, size), scaling)
+
+    def index(turns: float) -> float:
+        return size * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = index(fast), index(slow)
+    if whole:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    width = last - first if last != first else 0.001  # no bounds between which to blend: a step
+    scaled_J = ((torch.arange(len(frequency_J), dtype=torch.float64) - first) / width).clamp(0, 1)
+    return frequency_J * (scaled_J / factor + (1 - scaled_J))
 
 
-def _scaled(frequency_J: Tensor, scaling: Fields | None) -> Tensor:
-    if scaling is None:
-        return frequency_J
-    kinds = {kind: kind for kind in ("default", "linear", "llama3")}
-    older = scaling.choice("type", kinds, "default")
-    kind = scaling.choice("rope_type", kinds, older)
-    if kind == "linear":
-        frequency_J = scaled_linearly(frequency_J, scaling.number("factor"))
-    if kind == "llama3":
-        low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-        if high <= low:
-            raise ConfigError(f"{scaling.where}high_freq_factor is {high}; it must be above low_freq_factor, {low}")
-        frequency_J = scaled_by_band(
-            frequency_J,
-            factor=scaling.number("factor"),
-            low=low,
-            high=high,
-            original_context=scaling.integer("original_max_position_embeddings"),
-        )
-    scaling.finish()
-    return frequency_J
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """By how much YaRN lengthens queries and keys: 0.1 * weight * ln(factor) + 1 (the same paper, eq. 22)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def divided(frequency_J: Tensor, divisors: Sequence[float]) -> Tensor:
+    """LongRoPE's scaling (Ding et al. 2024): each pair by a divisor of its own, found by search."""
+    return frequency_J / torch.tensor(divisors, dtype=torch.float64)
+
+
+def longrope_magnitude(factor: float, original_context: int) -> float:
+    """By how much LongRoPE lengthens queries and keys: sqrt(1 + ln(factor) / ln(original context))."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_context))

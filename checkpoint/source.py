@@ -3,52 +3,58 @@
 What it hands out may be views of the mapped file: a whole model is never held here.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..spec.config import LayerConfig, ModelConfig
 from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble
-from .table import Reading, Table, TensorStore, plan
+from .plan import Made, Reading, TensorStore, plan
+from .table import Heads, Table
 
 
 class FileSource:
-    """Weights of a model in a file or folder.
+    """Weights of a model in a file or folder, or of a live module.
 
     Every name and shape is checked here, before any tensor is read; raises `WeightError` for what does not fit.
-    `frequencies` holds one tensor of rotary frequencies for each layer (most models share one), or None.
     """
 
     def __init__(
-        self, config: ModelConfig, table: Table, store: TensorStore, frequencies: Sequence[Tensor | None]
+        self, config: ModelConfig, table: Table, store: TensorStore, made: Made, *, first_position: int = 0
     ) -> None:
         self.config = config
         self._store = store
-        self._plan = plan(table, config, store)
-        self._frequencies = tuple(frequencies)
+        self._plan = plan(table, config, store, made, first_position)
+        self._made = made
 
     def embedding(self) -> EmbeddingWeights:
         return assemble(EmbeddingWeights, self._read(self._plan.embedding, None))
 
     def layer(self, index: int) -> LayerWeights:
         weights = self._read(self._plan.layers[index], self.config.layers[index])
-        frequency_J = self._frequencies[index]
-        made = {} if frequency_J is None else {"attention.rotary_frequency_J": frequency_J}
-        return assemble(LayerWeights, weights | made)
+        return assemble(LayerWeights, weights | self._made.layers[index])
 
     def head(self) -> HeadWeights:
-        return assemble(HeadWeights, self._read(self._plan.head, None))
+        return assemble(HeadWeights, self._read(self._plan.head, None) | self._made.head)
 
     def _read(self, readings: tuple[Reading, ...], layer: LayerConfig | None) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
         for reading in readings:
-            tensor = self._store.read(reading.name)
-            if reading.stored.transposed:
-                tensor = tensor.transpose(0, -1)
+            tensor = self._rows(reading)
             if reading.stored.reorder is not None:
                 assert layer is not None, "only layers hold rows in another order"
                 tensor = reading.stored.reorder(tensor, layer)
             pieces = torch.split(tensor, list(reading.fills.values()))
             weights.update(zip(reading.fills, pieces, strict=True))
         return weights
+
+    def _rows(self, reading: Reading) -> Tensor:
+        """What fills the weights, stacked: [outputs, ...]."""
+        parts = [self._store.read(name) for name in reading.names]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if reading.stored.transposed:
+            tensor = tensor.transpose(0, -1)
+        if reading.stored.heads is Heads.SHARED:
+            tensor = tensor.repeat(sum(reading.fills.values()) // len(tensor))
+        if reading.stored.heads is Heads.STACKED:
+            tensor = tensor.flatten()
+        return tensor[reading.skip :]

@@ -168,6 +168,9 @@ def _around(x_TM: Tensor, weights: Layer, config: LayerConfig, attend: Half, fee
     if config.norm_placement is NormPlacement.ON_SUM:
         x_TM = _normed(_sum(x_TM, attend(read_TM), config), weights.attention_output_norm, config)
         return _normed(_sum(x_TM, feed(x_TM), config), weights.mlp_output_norm, config)
+    if config.norm_placement is NormPlacement.ON_STREAM:
+        read_TM = _normed(_sum(read_TM, attend(read_TM), config), weights.mlp_norm, config)
+        return _sum(read_TM, feed(read_TM), config)
     x_TM = _sum(x_TM, _normed(attend(read_TM), weights.attention_output_norm, config), config)
     read_TM = _normed(x_TM, weights.mlp_norm, config)
     return _sum(x_TM, _normed(feed(read_TM), weights.mlp_output_norm, config), config)

@@ -43,6 +43,7 @@ PLACEMENTS = {
     NormPlacement.AFTER: " after attention and MLP",
     NormPlacement.AROUND: " before and after attention and MLP",
     NormPlacement.ON_SUM: " of the sums",
+    NormPlacement.ON_STREAM: " of the stream itself",
 }
 HEADS = {Head.TIED: "tied head", Head.OWN: "head of its own", Head.NONE: "no head"}
 

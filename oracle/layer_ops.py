@@ -161,7 +161,9 @@ def _norms_swapped(inputs: Inputs) -> Inputs:
 def _sum_normed_or_not(inputs: Inputs) -> Inputs:
     """The norm acts before the addition where it should act after it, and the other way round."""
     config: LayerConfig = inputs["config"]
-    other = {NormPlacement.ON_SUM: NormPlacement.AFTER, NormPlacement.AFTER: NormPlacement.ON_SUM}
+    after, on_sum = NormPlacement.AFTER, NormPlacement.ON_SUM
+    before, on_stream = NormPlacement.BEFORE, NormPlacement.ON_STREAM
+    other = {on_sum: after, after: on_sum, on_stream: before}
     return {"config": replace(config, norm_placement=other.get(config.norm_placement, config.norm_placement))}
 
 

@@ -115,10 +115,12 @@ def scale_of_layer(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
             return normed(added(one, other), part)
         return added(one, normed(other, part))
 
+    on_stream = config.norm_placement is NormPlacement.ON_STREAM
     read = normed(x, weights.attention_norm)
     if config.residual is Residual.SEQUENTIAL:
-        middle = joined(x, attended(read), weights.attention_output_norm)
-        out = joined(middle, fed(normed(middle, weights.mlp_norm)), weights.mlp_output_norm)
+        middle = joined(read if on_stream else x, attended(read), weights.attention_output_norm)
+        second = normed(middle, weights.mlp_norm)
+        out = joined(second if on_stream else middle, fed(second), weights.mlp_output_norm)
     else:
         out = added(added(x, attended(read)), fed(normed(x, weights.mlp_norm) if weights.mlp_norm else read))
     return [out[1], *of_cache]

@@ -120,9 +120,9 @@ def draw_norm(pick: Picker, kinds: Sequence[NormKind] = tuple(NormKind)) -> Norm
 
 def draw_norms(pick: Picker) -> tuple[NormPlacement, Residual]:
     """Where the norms stand and what the MLP reads."""
-    placement = pick.choice([*NormPlacement, NormPlacement.BEFORE])
+    placement = pick.choice([*NormPlacement, NormPlacement.BEFORE, NormPlacement.BEFORE])
     alone = placement is not NormPlacement.BEFORE
-    return placement, Residual.SEQUENTIAL if alone else pick.choice(list(Residual))
+    return placement, Residual.SEQUENTIAL if alone else pick.choice([*Residual, Residual.SEQUENTIAL])
 
 
 class RandomSource:

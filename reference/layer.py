@@ -4,6 +4,7 @@ With f first the attention and then the MLP, s a constant, and the norms where `
 
     BEFORE   x = x + s f(norm(x))                  AROUND   x = x + s norm(f(norm(x)))
     AFTER    x = x + s norm(f(x))                  ON_SUM   x = norm(x + s f(x))
+    ON_STREAM   x = norm(x) + s f(norm(x))
 
 or both at once, from the same x, with two norms or a shared one (`Residual`; Wang, Komatsuzaki 2021):
 
@@ -41,10 +42,12 @@ def layer(
 ) -> tuple[Tensor, KVCache]:
     """Pass T tokens that follow the cache's S; returns [B, T, M] and the cache of S + T tokens."""
     read_BTM = _normed(x_BTM, weights.attention_norm, config, components)
+    x_BTM = _added_to(x_BTM, read_BTM, config)
     attended_BTM, cache = self_attention(read_BTM, weights.attention, config.attention, cache, components)
     if config.residual is Residual.SEQUENTIAL:
         x_BTM = _joined(x_BTM, attended_BTM, weights.attention_output_norm, config, components)
         read_BTM = _normed(x_BTM, weights.mlp_norm, config, components)
+        x_BTM = _added_to(x_BTM, read_BTM, config)
         fed_BTM = components.mlp(read_BTM, weights.mlp, config.mlp, linear=components.linear)
         return _joined(x_BTM, fed_BTM, weights.mlp_output_norm, config, components), cache
     if config.residual is Residual.PARALLEL:
@@ -56,6 +59,11 @@ def layer(
 def _normed(x_BTM: Tensor, weights: NormWeights | None, config: LayerConfig, components: Components) -> Tensor:
     """Through the norm, where there is one."""
     return x_BTM if weights is None else components.norm(x_BTM, weights, config.norm)
+
+
+def _added_to(x_BTM: Tensor, read_BTM: Tensor, config: LayerConfig) -> Tensor:
+    """What a sub-layer's output is added to: the stream, which may become what the sub-layer reads."""
+    return read_BTM if config.norm_placement is NormPlacement.ON_STREAM else x_BTM
 
 
 def _joined(

@@ -33,6 +33,8 @@ class NormPlacement(StrEnum):
     """x + norm(f(norm(x))), with a norm of its own on either side: Gemma 2."""
     ON_SUM = "on_sum"
     """norm(x + f(x)): the original transformer, BERT, OPT-350m."""
+    ON_STREAM = "on_stream"
+    """n + f(n), with n = norm(x): what is read is also what is added to; BLOOM's post-layernorm residual."""
 
 
 class Residual(StrEnum):

@@ -70,11 +70,11 @@ def head_shapes(config: ModelConfig) -> Shapes:
 
 def _layer_norms(config: LayerConfig) -> list[str]:
     names = []
-    if config.norm_placement in (NormPlacement.BEFORE, NormPlacement.AROUND):
+    if config.norm_placement in (NormPlacement.BEFORE, NormPlacement.AROUND, NormPlacement.ON_STREAM):
         names.append("attention_norm")
         if config.residual is not Residual.PARALLEL_SHARED_NORM:
             names.append("mlp_norm")
-    if config.norm_placement is not NormPlacement.BEFORE:
+    if config.norm_placement in (NormPlacement.AFTER, NormPlacement.AROUND, NormPlacement.ON_SUM):
         names += ["attention_output_norm", "mlp_output_norm"]
     return names
 

@@ -39,9 +39,13 @@ THIRD_PARTY: dict[str, set[str]] = {
 """Installed packages that a room may import; the standard library is free."""
 
 
-def imports(source: str, room: str) -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of every import in a file of the room, lazy and type-checking ones included."""
+def imports(source: str, room: str, folder: str = "") -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of every import in a file of the room, lazy and type-checking ones included.
+
+    `folder` is the file's own, within the room, dotted.
+    """
     package = "twinfer" if room == "face" else f"twinfer.{room}"
+    package += f".{folder}" if folder else ""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -54,10 +58,10 @@ def imports(source: str, room: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, name) for name in literals)
 
 
-def forbidden(source: str, room: str) -> list[str]:
+def forbidden(source: str, room: str, folder: str = "") -> list[str]:
     """What a file of the room imports and may not, in words."""
     found = []
-    for line, name in imports(source, room):
+    for line, name in imports(source, room, folder):
         top, *rest = name.split(".")
         if top == "twinfer":
             other = rest[0] if rest and rest[0] in EVERYTHING else "face"
@@ -89,7 +93,12 @@ def test_every_room_is_read() -> None:
 
 @pytest.mark.parametrize(("room", "path"), FILES)
 def test_a_file_imports_what_its_room_may(room: str, path: Path) -> None:
-    assert not forbidden(path.read_text(), room)
+    assert not forbidden(path.read_text(), room, ".".join(path.relative_to(ROOT / room).parent.parts))
+
+
+def test_folders_within_a_room_are_no_way_out() -> None:
+    assert forbidden("from ...reference import norms", "checkpoint", "families")
+    assert not forbidden("from ...spec.config import Head\nfrom ..table import norm", "checkpoint", "families")
 
 
 @pytest.mark.parametrize("room", ["compiled", "parallel", "offload", "checkpoint"])

@@ -127,7 +127,7 @@ def test_malformed_and_unknown_configs(folder: Path, content: bytes, message: st
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; it must be a whole number from 1 to 10000"),
         ({"head_dim": 10**9}, "the rotary size is 1000000000"),
         ({"head_dim": None, "hidden_size": 9}, "9 hidden elements do not divide into 2 heads"),
-        ({"head_dim": 3}, "RotaryConfig.size is 3; it must be a positive even number"),
+        ({"head_dim": 3}, "RotaryConfig.size is 4; it must be at most head_size, which is 3"),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "AttentionConfig.kv_heads is 2; it must be a divisor"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN; it must be a finite number above 0"),
         ({"hidden_act": "mish"}, 'hidden_act is "mish"; it must be one of silu, swish, gelu'),

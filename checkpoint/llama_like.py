@@ -1,0 +1,148 @@
+"""What the many families that descend from LLaMA share with it: names of tensors, and names of config fields.
+
+RMS norms, rotary positions, grouped heads, gated MLPs, unless a family says otherwise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig
+from ..spec.errors import ConfigError
+from . import rotary_fields
+from .family import ACTIVATIONS, Understood, context, head, head_size, rms_norm
+from .fields import MOST_LAYERS, Fields
+from .rotary_fields import Rotation
+from .table import Ignorable, Stored, Table, linear, norm, output, tensor
+
+SPLIT_QKV = (
+    *linear("self_attn.q_proj", "attention.query"),
+    *linear("self_attn.k_proj", "attention.key"),
+    *linear("self_attn.v_proj", "attention.value"),
+)
+
+GATED_MLP = (
+    *linear("mlp.gate_proj", "mlp.gate"),
+    *linear("mlp.up_proj", "mlp.up"),
+    *linear("mlp.down_proj", "mlp.down"),
+)
+
+INPUT_NORMS = (*norm("input_layernorm", "attention_norm"), *norm("post_attention_layernorm", "mlp_norm"))
+
+
+def table(*layer: Stored) -> Table:
+    """LLaMA's names, with a family's own of what stands in a layer."""
+    return Table(
+        prefix="model.",
+        layers="layers.{layer}.",
+        embedding=(tensor("embed_tokens.weight", "token_VE"),),
+        layer=layer,
+        head=(*norm("norm", "norm"), *output("lm_head")),
+        ignorable=(
+            Ignorable(
+                name="layers.{layer}.self_attn.rotary_emb.inv_freq",
+                why="rotary frequencies, rounded to the file's dtype; they follow from the config",
+            ),
+        ),
+    )
+
+
+LLAMA_TABLE = table(*INPUT_NORMS, *SPLIT_QKV, *linear("self_attn.o_proj", "attention.output"), *GATED_MLP)
+
+
+def read(
+    config: Fields,
+    *,
+    norm: NormConfig | None = None,
+    activation: str = "hidden_act",
+    mlp_bias: bool = False,
+    gated: bool = True,
+    tied: bool = False,
+    base: float = 10000.0,
+    windows: Sequence[int | None] | int | None = None,
+    rotations: Sequence[Rotation | None] | None = None,
+    attention: Mapping[str, Any] | None = None,
+    layer: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> Understood:
+    """A config with LLaMA's names of fields, and where a family differs: its fields of attention, layer and model.
+
+    `windows` and `rotations` may differ from layer to layer; without the latter, all layers rotate as the config says.
+    """
+    layers = layer_count(config)
+    size = head_size_of(config)
+    norm = rms_norm(config) if norm is None else norm
+    turns = [rotation_of(config, base=base)] * layers if rotations is None else rotations
+    each_window = windows if isinstance(windows, Sequence) else [windows] * layers
+    heads = config.integer("num_attention_heads")
+    plain = AttentionConfig(
+        **{
+            "heads": heads,
+            "kv_heads": config.integer("num_key_value_heads", heads),
+            "head_size": size,
+            "scale": size**-0.5,
+            **(attention or {}),
+        }
+    )
+    mlp = MlpConfig(
+        width=config.integer("intermediate_size"),
+        activation=config.choice(activation, ACTIVATIONS, "silu"),
+        gated=gated,
+        bias=mlp_bias,
+    )
+
+    def one(window: int | None, rotation: Rotation | None) -> LayerConfig:
+        turning = None if rotation is None else rotation.config
+        own = replace(plain, window=window, rotary=turning)
+        return LayerConfig(norm=norm, attention=own, mlp=mlp, **(layer or {}))
+
+    fields: dict[str, Any] = {
+        "family": config.text("model_type", "llama"),
+        "hidden": config.integer("hidden_size"),
+        "vocabulary": config.integer("vocab_size"),
+        "context": context(config, "max_position_embeddings"),
+        "layers": tuple(one(window, rotation) for window, rotation in zip(each_window, turns, strict=True)),
+        "final_norm": norm,
+        "learned_positions": False,
+        "head": head(config, tied=tied),
+    }
+    return Understood(config=ModelConfig(**{**fields, **(model or {})}), rotations=tuple(turns))
+
+
+def layer_count(config: Fields) -> int:
+    return config.integer("num_hidden_layers", most=MOST_LAYERS)
+
+
+def head_size_of(config: Fields) -> int:
+    if config.has("head_dim"):
+        return config.integer("head_dim")
+    return head_size(config, config.integer("hidden_size"), config.integer("num_attention_heads"))
+
+
+def rotation_of(config: Fields, **head: Any) -> Rotation:
+    """The rotation of all layers; `head` as `rotary_fields.Head` takes it."""
+    config.ignore(("head_dim",))
+    made_for = config.integer("max_position_embeddings")
+    return rotary_fields.rotation(config, rotary_fields.Head(size=head_size_of(config), context=made_for, **head))
+
+
+def layer_types(config: Fields, otherwise: Sequence[bool]) -> list[bool]:
+    """Of each layer, whether it has the window: as `layer_types` says, or as older files mean it."""
+    if not config.has("layer_types"):
+        config.ignore(("layer_types",))
+        return list(otherwise)
+    known = {"full_attention": False, "sliding_attention": True}
+    types = config.texts("layer_types")
+    if len(types) != len(otherwise) or not set(types) <= set(known):
+        raise ConfigError(
+            f"{config.where}layer_types is {types}; it must name, for each of the {len(otherwise)} layers, one of "
+            + ", ".join(known)
+        )
+    return [known[each] for each in types]
+
+
+def windows(config: Fields, which: Sequence[bool], size: int | None) -> list[int | None]:
+    """Each layer's window, where `which` says that it has one."""
+    if any(which) and size is None:
+        raise config.wrong("sliding_window", "a number of tokens, since some layers have a window")
+    return [size if here else None for here in which]

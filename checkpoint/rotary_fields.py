@@ -1,0 +1,155 @@
+"""A config.json's rotary fields, in the older style or the newer, and the rotation they mean.
+
+Newer: `rope_parameters` holds everything, for all layers or once for each type of layer. Older: `rope_theta` is the
+base, `partial_rotary_factor` the part of each head that rotates, and `rope_scaling` the rest, if any.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..spec.config import RotaryConfig, RotaryLayout
+from ..spec.errors import ConfigError
+from . import rotary
+from .fields import Fields
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rotation:
+    """How a layer's queries and keys rotate."""
+
+    config: RotaryConfig
+    frequency_J: Tensor
+    """float64, scaled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What the rotation of a head depends on besides the rotary fields."""
+
+    size: int
+    context: int
+    """The tokens that the model was made for: `max_position_embeddings`."""
+    layout: RotaryLayout = RotaryLayout.HALF_SPLIT
+    base: float = 10000.0
+    """Where the config does not say."""
+    part: float = 1.0
+    """Of the head's elements, how many rotate; where the config does not say."""
+
+
+def rotation(config: Fields, head: Head) -> Rotation:
+    """The rotation of all layers. Raises `ConfigError` for a kind of scaling that is not known here."""
+    base, part = config.number("rope_theta", head.base), config.number("partial_rotary_factor", head.part)
+    scaling = config.section("rope_scaling")
+    parameters = config.section("rope_parameters")
+    if parameters is not None and scaling is not None:
+        raise ConfigError(f"{config.where}rope_scaling and rope_parameters are both given; leave one of them out")
+    return _rotation(config, parameters or scaling, head, base, part)
+
+
+def rotations(config: Fields, head: Head, local_base: float) -> dict[str, Rotation]:
+    """The rotations of layers with a window and without, by the names of those types: Gemma 3.
+
+    In the older style the latter alone are scaled, and `rope_local_base_freq` is the base of the others.
+    """
+    parameters = config.section("rope_parameters")
+    if parameters is None or not parameters.has("full_attention"):
+        base, local = config.number("rope_theta", head.base), config.number("rope_local_base_freq", local_base)
+        found = {
+            "full_attention": _rotation(config, parameters or config.section("rope_scaling"), head, base, head.part),
+            "sliding_attention": _rotation(config, None, head, local, head.part),
+        }
+    else:
+        config.ignore(("rope_theta", "rope_local_base_freq"))  # the parameters of each type say it themselves
+        found = {
+            kind: _rotation(config, parameters.section(kind), head, base, head.part)
+            for kind, base in (("full_attention", head.base), ("sliding_attention", local_base))
+        }
+        parameters.finish()
+    return found
+
+
+def _rotation(config: Fields, scaling: Fields | None, head: Head, base: float, part: float) -> Rotation:
+    if scaling is not None:
+        base, part = scaling.number("rope_theta", base), scaling.number("partial_rotary_factor", part)
+    if part > 1:
+        raise ConfigError(f"{config.where}partial_rotary_factor is {part:g}; it must be above 0 and at most 1")
+    size = int(head.size * part)
+    frequency_J, magnitude = rotary.frequencies(base, size), 1.0
+    if scaling is not None:
+        frequency_J, magnitude = _scaled(config, scaling, head, base, size, frequency_J)
+        scaling.finish()
+    turning = RotaryConfig(layout=head.layout, size=2 * len(frequency_J), magnitude=magnitude)
+    return Rotation(config=turning, frequency_J=frequency_J)
+
+
+def _scaled(
+    config: Fields, scaling: Fields, head: Head, base: float, size: int, frequency_J: Tensor
+) -> tuple[Tensor, float]:
+    """The scaled frequencies, and by how much what rotates is lengthened."""
+    names = {kind: kind for kind in KINDS} | {"su": "longrope"}
+    kind = scaling.choice("rope_type", names, scaling.choice("type", names, "default"))
+    match kind:
+        case "linear":
+            return rotary.scaled_linearly(frequency_J, scaling.number("factor")), 1.0
+        case "dynamic":
+            scaling.number("factor")  # acts on sequences longer than the context alone, which no path extends
+            scaling.ignore(("original_max_position_embeddings",))
+        case "llama3":
+            low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
+            if high <= low:
+                raise ConfigError(f"{scaling.where}high_freq_factor is {high}; it must be above low_freq_factor, {low}")
+            factor, original = scaling.number("factor"), _original_context(config, scaling, head)
+            return rotary.scaled_by_band(frequency_J, factor=factor, low=low, high=high, original_context=original), 1.0
+        case "yarn":
+            return _yarn(config, scaling, head, base, size, frequency_J)
+        case "longrope":
+            return _longrope(config, scaling, head, frequency_J)
+    return frequency_J, 1.0
+
+
+def _yarn(
+    config: Fields, scaling: Fields, head: Head, base: float, size: int, frequency_J: Tensor
+) -> tuple[Tensor, float]:
+    original = _original_context(config, scaling, head)
+    factor = scaling.number("factor", head.context / original)
+    scaled_J = rotary.scaled_by_index(
+        frequency_J,
+        base=base,
+        size=size,
+        factor=factor,
+        fast=scaling.number("beta_fast", 32.0),
+        slow=scaling.number("beta_slow", 1.0),
+        original_context=original,
+        whole=scaling.flag("truncate", True),
+    )
+    magnitude = rotary.yarn_magnitude(factor)
+    if scaling.has("mscale") and scaling.has("mscale_all_dim"):
+        whole, part = scaling.number("mscale"), scaling.number("mscale_all_dim")
+        magnitude = rotary.yarn_magnitude(factor, whole) / rotary.yarn_magnitude(factor, part)
+    scaling.ignore(("mscale", "mscale_all_dim"))  # one of them alone says nothing
+    return scaled_J, scaling.number("attention_factor", magnitude)
+
+
+def _longrope(config: Fields, scaling: Fields, head: Head, frequency_J: Tensor) -> tuple[Tensor, float]:
+    """Divisors for short texts or for long ones, chosen once, by how many tokens the model is opened for.
+
+    Keys once rotated cannot be rotated otherwise when a text outgrows the original context.
+    """
+    original = _original_context(config, scaling, head)
+    factor = scaling.number("factor", head.context / original)
+    divisors = {kind: scaling.numbers(f"{kind}_factor") for kind in ("short", "long")}
+    for kind, found in divisors.items():
+        if len(found) != len(frequency_J):
+            raise scaling.wrong(f"{kind}_factor", f"a list of {len(frequency_J)} numbers above 0")
+    chosen = divisors["long" if config.limited(head.context) > original else "short"]
+    magnitude = scaling.number("attention_factor", rotary.longrope_magnitude(factor, original))
+    return rotary.divided(frequency_J, chosen), magnitude
+
+
+def _original_context(config: Fields, scaling: Fields, head: Head) -> int:
+    """Tokens that the model was first trained on; Phi-3 says so beside the rotary fields, which then counts."""
+    inside = scaling.integer("original_max_position_embeddings", head.context)
+    return config.integer("original_max_position_embeddings", inside)
