@@ -35,13 +35,13 @@ class Head:
     layout: RotaryLayout = RotaryLayout.HALF_SPLIT
     base: float = 10000.0
     """Where the config does not say."""
-    part: float = 1.0
-    """Of the head's elements, how many rotate; where the config does not say."""
+    part: float | None = None
+    """Of the head's elements, how many rotate where the config does not say; None in families that rotate all."""
 
 
 def rotation(config: Fields, head: Head) -> Rotation:
     """The rotation of all layers. Raises `ConfigError` for a kind of scaling that is not known here."""
-    base, part = config.number("rope_theta", head.base), config.number("partial_rotary_factor", head.part)
+    base, part = config.number("rope_theta", head.base), _part(config, head, head.part or 1.0)
     scaling = config.section("rope_scaling")
     parameters = config.section("rope_parameters")
     if parameters is not None and scaling is not None:
@@ -58,13 +58,13 @@ def rotations(config: Fields, head: Head, local_base: float) -> dict[str, Rotati
     if parameters is None or not parameters.has("full_attention"):
         base, local = config.number("rope_theta", head.base), config.number("rope_local_base_freq", local_base)
         found = {
-            "full_attention": _rotation(config, parameters or config.section("rope_scaling"), head, base, head.part),
-            "sliding_attention": _rotation(config, None, head, local, head.part),
+            "full_attention": _rotation(config, parameters or config.section("rope_scaling"), head, base, 1.0),
+            "sliding_attention": _rotation(config, None, head, local, 1.0),
         }
     else:
         config.ignore(("rope_theta", "rope_local_base_freq"))  # the parameters of each type say it themselves
         found = {
-            kind: _rotation(config, parameters.section(kind), head, base, head.part)
+            kind: _rotation(config, parameters.section(kind), head, base, 1.0)
             for kind, base in (("full_attention", head.base), ("sliding_attention", local_base))
         }
         parameters.finish()
@@ -73,9 +73,7 @@ def rotations(config: Fields, head: Head, local_base: float) -> dict[str, Rotati
 
 def _rotation(config: Fields, scaling: Fields | None, head: Head, base: float, part: float) -> Rotation:
     if scaling is not None:
-        base, part = scaling.number("rope_theta", base), scaling.number("partial_rotary_factor", part)
-    if part > 1:
-        raise ConfigError(f"{config.where}partial_rotary_factor is {part:g}; it must be above 0 and at most 1")
+        base, part = scaling.number("rope_theta", base), _part(scaling, head, part)
     size = int(head.size * part)
     frequency_J, magnitude = rotary.frequencies(base, size), 1.0
     if scaling is not None:
@@ -83,6 +81,17 @@ def _rotation(config: Fields, scaling: Fields | None, head: Head, base: float, p
         scaling.finish()
     turning = RotaryConfig(layout=head.layout, size=2 * len(frequency_J), magnitude=magnitude)
     return Rotation(config=turning, frequency_J=frequency_J)
+
+
+def _part(fields: Fields, head: Head, otherwise: float) -> float:
+    """How much of each head rotates."""
+    if head.part is None:
+        fields.only("partial_rotary_factor", 1.0, 1)
+        return 1.0
+    part = fields.number("partial_rotary_factor", otherwise)
+    if part > 1:
+        raise fields.wrong("partial_rotary_factor", "above 0 and at most 1")
+    return part
 
 
 def _scaled(
