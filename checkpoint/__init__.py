@@ -1,6 +1,8 @@
-"""Files to configs and weight sources: Hugging Face folders, GGUF, tokenizers, the built-in models."""
+"""Files and live modules to configs and weight sources: Hugging Face folders, GGUF, the twinfer form, tokenizers."""
 
+from .convert import convert
+from .live import from_transformers
 from .model import Checkpoint, open_model
 from .tokenizer import Tokenizer, TokenStream
 
-__all__ = ["Checkpoint", "TokenStream", "Tokenizer", "open_model"]
+__all__ = ["Checkpoint", "TokenStream", "Tokenizer", "convert", "from_transformers", "open_model"]

@@ -129,7 +129,12 @@ def weights_of(families: tuple[Family, ...], config: Fields, store: TensorStore)
     family = find(families, config)
     understood = understand(family, config)
     return FileSource(
-        understood.config, family.table, store, understood.made(), first_position=understood.first_position
+        understood.config,
+        family.table,
+        store,
+        understood.made(),
+        first_position=understood.first_position,
+        most_tokens=config.most_tokens,
     )
 
 
@@ -162,11 +167,8 @@ def head_size(config: Fields, hidden: int, heads: int) -> int:
 
 
 def context(config: Fields, name: str, default: int | None = None) -> int:
-    """The tokens that a sequence may hold: the field's, or fewer where the model was opened for fewer."""
-    made_for = config.integer(name) if default is None else config.integer(name, default)
-    if config.most_tokens is not None and config.most_tokens > made_for:
-        raise ConfigError(f"the context asked for is {config.most_tokens} tokens; {name} allows at most {made_for}")
-    return config.limited(made_for)
+    """The tokens that the model was made for."""
+    return config.integer(name) if default is None else config.integer(name, default)
 
 
 def layer_norm(config: Fields, name: str, default: float = 1e-5, *, bias: bool = True) -> NormConfig:

@@ -24,7 +24,7 @@ _REQUIRED: Any = object()
 class Fields:
     """The fields of one JSON object or metadata table. `where` begins every message.
 
-    `most_tokens` is how many a sequence will hold at most, where whoever opens the model has said so.
+    `most_tokens` is how many tokens a sequence will hold at most, where whoever opens the model has said so.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, *, most_tokens: int | None = None):
@@ -102,6 +102,11 @@ class Fields:
         if not isinstance(value, str):
             raise self.wrong(name, "a string")
         return value
+
+    def optional_text(self, name: str) -> str | None:
+        """A string, or None where it is absent or null."""
+        self._read.add(name)
+        return self.text(name) if self.has(name) else None
 
     def texts(self, name: str) -> list[str]:
         """A list of strings."""

@@ -55,7 +55,7 @@ HARMLESS = (
 )
 
 
-def source(file: GgufFile, metadata: dict[str, Any]) -> FileSource:
+def source(file: GgufFile, metadata: dict[str, Any], most_tokens: int | None = None) -> FileSource:
     """The weights of a GGUF file. Raises `CheckpointError`, `ConfigError` or `WeightError` for what cannot be used."""
     _check_architecture(file, metadata)
     prefix = "llama."
@@ -68,7 +68,7 @@ def source(file: GgufFile, metadata: dict[str, Any]) -> FileSource:
     fields.finish()
     without_divisors = _Without(file, ROTARY_DIVISORS)
     made = Made(layers=[{"attention.rotary_frequency_J": frequency_J}] * len(config.layers), head={})
-    return FileSource(config, TABLE, without_divisors, made)
+    return FileSource(config, TABLE, without_divisors, made, most_tokens=most_tokens)
 
 
 def _check_architecture(file: GgufFile, metadata: dict[str, Any]) -> None:

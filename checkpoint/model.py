@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..spec.config import ModelConfig
+from ..spec.config import ModelConfig, Storage
 from ..spec.errors import CheckpointError, TwinferError
 from ..spec.weights import WeightSource
 from . import gguf_model, gguf_tokenizer, huggingface
@@ -13,6 +13,7 @@ from .fetch import fetched
 from .fields import Fields
 from .gguf_file import GgufFile
 from .tokenizer import Tokenizer
+from .twinfer_folder import DESCRIPTION, TwinferFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +31,20 @@ class Checkpoint:
     """A Jinja template. It comes with the model: render it in a sandbox."""
     special_tokens: dict[str, str]
     """What the template may call by name: `bos_token`, `eos_token` and so on."""
+    storage: Storage | None = None
+    """As what its matrices are kept, in the twinfer form; None where they are as its makers left them."""
 
 
-def open_model(model: str, *, report: Callable[[str], None] | None = None) -> Checkpoint:
+def open_model(model: str, *, context: int | None = None, report: Callable[[str], None] | None = None) -> Checkpoint:
     """Open the model that `model` names: a folder, a .gguf file, or one of `BUILT_IN`.
 
-    `report` is told, in a line each, what takes long. Raises `CheckpointError`, `ConfigError` or `WeightError` for a
+    `context` is how many tokens a sequence will hold at most, where that is fewer than the model was made for; models
+    whose positions are scaled otherwise for long texts than for short ones (LongRoPE) go by it. `report` is told, in a
+    line each, what takes long. Raises `CheckpointError`, `ConfigError` or `WeightError` for a
     model that cannot be used.
     """
     try:
-        return _open(model, report or _quiet)
+        return _open(model, context, report or _quiet)
     except OSError as error:
         raise CheckpointError(f"{model} cannot be read: {error.strerror or error}; check its permissions") from None
     except TwinferError as error:
@@ -49,22 +54,40 @@ def open_model(model: str, *, report: Callable[[str], None] | None = None) -> Ch
         raise type(error)(escaped) from None  # a name in a damaged file may hold anything, line ends included
 
 
-def _open(model: str, report: Callable[[str], None]) -> Checkpoint:
+def _open(model: str, context: int | None, report: Callable[[str], None]) -> Checkpoint:
     if model in BUILT_IN:  # a folder of that name can still be given as ./name
-        return _open_gguf(fetched(BUILT_IN[model], cache_folder(), report), model)
+        return _open_gguf(fetched(BUILT_IN[model], cache_folder(), report), model, context)
     path = Path(model).expanduser()
     if path.is_dir():
-        return _open_folder(path)
+        return _open_twinfer(path, context) if (path / DESCRIPTION).is_file() else _open_folder(path, context)
     if path.is_file():
-        return _open_gguf(path, path.stem)
+        return _open_gguf(path, path.stem, context)
     raise CheckpointError(
         f"there is no model {model!r}: neither a file or folder here nor a built-in name ({', '.join(BUILT_IN)}); give "
         "one of those names, a .gguf file, or a Hugging Face folder (config.json and model.safetensors)"
     )
 
 
-def _open_folder(folder: Path) -> Checkpoint:
-    source = huggingface.source(folder)
+def _open_twinfer(folder: Path, context: int | None) -> Checkpoint:
+    source = TwinferFolder(folder, context)
+    about, tokenizer = source.about, source.tokenizer()
+    special = about.section("special_tokens")
+    checkpoint = Checkpoint(
+        name=about.text("name"),
+        source=source,
+        config=source.config,
+        tokenizer=tokenizer,
+        end_tokens=tuple(about.integers("end_tokens")),
+        chat_template=about.optional_text("chat_template"),
+        special_tokens={} if special is None else {name: special.text(name) for name in special.names()},
+        storage=source.storage,
+    )
+    about.finish()
+    return checkpoint
+
+
+def _open_folder(folder: Path, context: int | None) -> Checkpoint:
+    source = huggingface.source(folder, context)
     tokenizer = huggingface.tokenizer(folder)
     return Checkpoint(
         name=folder.resolve().name,
@@ -77,10 +100,10 @@ def _open_folder(folder: Path) -> Checkpoint:
     )
 
 
-def _open_gguf(path: Path, name: str) -> Checkpoint:
+def _open_gguf(path: Path, name: str, context: int | None) -> Checkpoint:
     file = GgufFile(path)
     metadata = file.take_metadata()
-    source = gguf_model.source(file, metadata)
+    source = gguf_model.source(file, metadata, context)
     fields = Fields(metadata, f"{path}: ")
     return Checkpoint(
         name=name,

@@ -3,10 +3,13 @@
 What it hands out may be views of the mapped file: a whole model is never held here.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..spec.config import LayerConfig, ModelConfig
+from ..spec.errors import ConfigError
 from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble
 from .plan import Made, Reading, TensorStore, plan
 from .table import Heads, Table
@@ -15,19 +18,27 @@ from .table import Heads, Table
 class FileSource:
     """Weights of a model in a file or folder, or of a live module.
 
-    Every name and shape is checked here, before any tensor is read; raises `WeightError` for what does not fit.
+    Every name and shape is checked here, before any tensor is read; raises `WeightError` for what does not fit, and
+    `ConfigError` where more tokens are asked for than the model was made for.
     """
 
     def __init__(
-        self, config: ModelConfig, table: Table, store: TensorStore, made: Made, *, first_position: int = 0
+        self,
+        config: ModelConfig,
+        table: Table,
+        store: TensorStore,
+        made: Made,
+        *,
+        first_position: int = 0,
+        most_tokens: int | None = None,
     ) -> None:
-        self.config = config
+        self.config = limited(config, most_tokens)
         self._store = store
         self._plan = plan(table, config, store, made, first_position)
         self._made = made
 
     def embedding(self) -> EmbeddingWeights:
-        return assemble(EmbeddingWeights, self._read(self._plan.embedding, None))
+        return cut(assemble(EmbeddingWeights, self._read(self._plan.embedding, None)), self.config)
 
     def layer(self, index: int) -> LayerWeights:
         weights = self._read(self._plan.layers[index], self.config.layers[index])
@@ -58,3 +69,19 @@ class FileSource:
         if reading.stored.heads is Heads.STACKED:
             tensor = tensor.flatten()
         return tensor[reading.skip :]
+
+
+def limited(config: ModelConfig, most_tokens: int | None) -> ModelConfig:
+    """The config of a model opened for sequences of so many tokens; None for as many as it was made for."""
+    if most_tokens is not None and not 1 <= most_tokens <= config.context:
+        raise ConfigError(
+            f"the context asked for is {most_tokens} tokens; in this model it must be 1 to {config.context}"
+        )
+    return config if most_tokens is None else replace(config, context=most_tokens)
+
+
+def cut(weights: EmbeddingWeights, config: ModelConfig) -> EmbeddingWeights:
+    """Without the positions that the config's context leaves out."""
+    if weights.position_PM is None:
+        return weights
+    return replace(weights, position_PM=weights.position_PM[: config.context])

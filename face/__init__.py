@@ -15,7 +15,7 @@ from twinfer.spec.decoder import Decoder, Path
 from twinfer.spec.errors import TwinferError
 
 from .generation import Event, Generation, Output, Stop, Timings, generate
-from .loading import Compute, Model, load
+from .loading import Compute, Model, from_transformers, load
 
 __all__ = [
     "Compute",
@@ -30,6 +30,7 @@ __all__ = [
     "Storage",
     "Timings",
     "TwinferError",
+    "from_transformers",
     "generate",
     "load",
 ]

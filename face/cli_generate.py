@@ -10,7 +10,7 @@ from twinfer.reference.sampling import Sampling
 from twinfer.spec.errors import RequestError
 
 from .chat import encode
-from .cli_options import add_arithmetic, add_json, add_model, read_prompts, token_ids, unicode_text
+from .cli_options import add_arithmetic, add_context, add_json, add_model, read_prompts, token_ids, unicode_text
 from .console import print_json, waiting
 from .generation import Generation, check_prompts, check_stops
 from .loading import Model, load, open_checkpoint
@@ -50,6 +50,7 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.add_argument("--chat", action="store_true", help="put each prompt as a user's turn into the chat template")
     add_arithmetic(parser)
+    add_context(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most (default %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default %(default)s)"
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     with waiting() as report:
         start = time.perf_counter()
-        checkpoint = open_checkpoint(args.model, report)
+        checkpoint = open_checkpoint(args.model, report, context=args.context)
         ids = [encode(checkpoint, prompt, chat=args.chat) if isinstance(prompt, str) else prompt for prompt in prompts]
         check_prompts(checkpoint.config, ids, args.max_new_tokens)  # before minutes of compiling
         check_stops(args.stop, checkpoint.tokenizer)

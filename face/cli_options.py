@@ -9,19 +9,30 @@ from twinfer.spec.errors import RequestError
 
 from .loading import Compute
 
-MODEL_HELP = "a folder (Hugging Face: config.json, model.safetensors), a .gguf file, or the built-in name smollm2"
+MODEL_HELP = (
+    "a folder (Hugging Face: config.json, model.safetensors; or made by twinfer convert), a .gguf file, or the "
+    "built-in name smollm2"
+)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
 
 
+def add_context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="the most tokens of a sequence, prompt included (default: as many as the model was made for)",
+    )
+
+
 def add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         choices=[storage.value for storage in Storage],
-        default=Storage.FLOAT32.value,
-        help="how weights are kept (default %(default)s)",
+        help="how weights are kept (default: as the model was converted, else float32)",
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .cli_options import add_compute, add_device, add_json, add_model, add_storage, positive
+from .cli_options import add_compute, add_context, add_device, add_json, add_model, add_storage, positive
 from .console import print_json, print_table, waiting
 from .loading import load, open_checkpoint
 
@@ -39,6 +39,7 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(parser)
+    add_context(parser)
     add_storage(parser)
     add_compute(parser)
     add_device(parser)
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from twinfer.oracle.verify import verify
 
     with waiting() as report:
-        checkpoint = open_checkpoint(args.model, report)
+        checkpoint = open_checkpoint(args.model, report, context=args.context)
         model = load(checkpoint, "compiled", args.storage, args.compute, args.device, report=report)
         result = verify(
             checkpoint.source,
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             report=report,
         )
     if args.json:
-        about = {"model": args.model, "storage": args.storage, "compute": args.compute, "device": args.device}
+        about = {"model": args.model, "storage": model.storage.value, "compute": args.compute, "device": args.device}
         print_json({**about, **report_of(result)})
     else:
         _tell(args.model, result)

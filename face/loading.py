@@ -75,19 +75,22 @@ class Model:
 
 
 def load(
-    model: "str | Checkpoint",
+    model: "str | Checkpoint | WeightSource",
     path: str = "compiled",
-    storage: str = "float32",
+    storage: str | None = None,
     compute: str = "float32",
     device: str = "cpu",
     *,
+    context: int | None = None,
     batches: bool = True,
     report: Report | None = None,
 ) -> Model:
     """Make a model ready to run on a path.
 
-    `model` is a folder, a .gguf file, a built-in name such as smollm2, or a checkpoint that is already open; `path` is
-    compiled or reference; `storage` how weights are kept (float32, bfloat16, int8); `compute` the arithmetic. The
+    `model` is a folder, a .gguf file, a built-in name such as smollm2, a checkpoint that is already open, or a source
+    of weights such as `from_transformers` gives, which has no tokenizer; `path` is compiled or reference; `storage`
+    how weights are kept (float32, bfloat16, int8; by default as the model was converted, else float32); `compute` the
+    arithmetic; `context` the most tokens of a sequence, where a model named here is to hold fewer than it can. The
     compiled path compiles here, once for any prompt and batch size; without `batches`, what only several prompts at
     once need is compiled when they come. `report` is told what takes long.
 
@@ -95,11 +98,12 @@ def load(
     used, or a machine that lacks what the path needs.
     """
     chosen_path = _choose(Path, path, "path")
-    chosen_storage = _choose(Storage, storage, "storage")
+    given_storage = None if storage is None else _choose(Storage, storage, "storage")
     chosen_compute = _choose(Compute, compute, "compute")
     chosen_device = _device(device)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(model, report) if isinstance(model, str) else model
+    checkpoint = _opened(model, context, report)
+    chosen_storage = given_storage or checkpoint.storage or Storage.FLOAT32
     decoder: Decoder
     if chosen_path is Path.REFERENCE:
         decoder, compile_s = _reference(checkpoint.source, chosen_storage, chosen_compute, chosen_device), 0.0
@@ -120,7 +124,20 @@ def load(
 # The rooms below are imported where they are needed: importing twinfer must bring neither a compiler nor file formats.
 
 
-def open_checkpoint(model: str, report: Report | None = None) -> "Checkpoint":
+def _opened(model: "str | Checkpoint | WeightSource", context: int | None, report: Report | None) -> "Checkpoint":
+    from twinfer.checkpoint import Checkpoint
+
+    if isinstance(model, str):
+        return open_checkpoint(model, report, context=context)
+    if context is not None:
+        raise RequestError("context is given for a model that is open already; give it where the model is opened")
+    if isinstance(model, Checkpoint):
+        return model
+    nothing: dict[str, Any] = {"tokenizer": None, "end_tokens": (), "chat_template": None, "special_tokens": {}}
+    return Checkpoint(name=model.config.family, source=model, config=model.config, **nothing)
+
+
+def open_checkpoint(model: str, report: Report | None = None, *, context: int | None = None) -> "Checkpoint":
     """Open a folder, a .gguf file, or a built-in name; raises `TwinferError` where that fails."""
     from twinfer.checkpoint import open_model
 
@@ -128,7 +145,19 @@ def open_checkpoint(model: str, report: Report | None = None) -> "Checkpoint":
         raise RequestError(
             f"{model} is known by its config alone: there are no weights of it; see `twinfer inspect {model}`"
         )
-    return open_model(model, report=report)
+    return open_model(model, context=context, report=report)
+
+
+def from_transformers(module: Any, *, context: int | None = None) -> WeightSource:
+    """The weights of a live transformers model of a family known here, sharing its storage where layouts allow.
+
+        model = twinfer.load(twinfer.from_transformers(module), path="compiled")
+
+    `context` limits the tokens of a sequence. Raises a `TwinferError` for a module that is not understood.
+    """
+    from twinfer.checkpoint import from_transformers
+
+    return from_transformers(module, context=context)
 
 
 def _reference(source: WeightSource, storage: Storage, compute: Compute, device: torch.device) -> "ReferencePath":

@@ -79,7 +79,7 @@ def opens(monkeypatch: pytest.MonkeyPatch) -> Callable[[Checkpoint], None]:
     """Makes every model argument open this checkpoint."""
 
     def use(checkpoint: Checkpoint) -> None:
-        monkeypatch.setattr(twinfer.checkpoint, "open_model", lambda model, report=None: checkpoint)
+        monkeypatch.setattr(twinfer.checkpoint, "open_model", lambda model, *, context=None, report=None: checkpoint)
 
     return use
 

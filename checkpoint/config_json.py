@@ -1,0 +1,67 @@
+"""Configs as JSON and back: every field by its name, enums by their values, layers in order.
+
+Numbers come back bit by bit, for JSON writes a float with as many digits as it needs.
+"""
+
+import json
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from enum import Enum
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from ..spec.config import ModelConfig
+from ..spec.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """Plain values that `json` can write."""
+    return dict(asdict(config, dict_factory=lambda items: {name: _plain(value) for name, value in items}))
+
+
+def from_json(values: object, where: str) -> ModelConfig:
+    """`to_json` undone. Raises `ConfigError` naming the field that is unknown, missing, or not of its type."""
+    return _read(ModelConfig, values, where)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _read(kind: type[Config], values: object, where: str) -> Config:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is {_short(values)}; it must be an object")
+    hints = get_type_hints(kind)
+    if surplus := sorted(values.keys() - hints.keys()):
+        raise ConfigError(f"{where}.{surplus[0]} is not known to this version; it must be one of {', '.join(hints)}")
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name not in values and field.default is MISSING:
+            raise ConfigError(f"{where}.{field.name} is missing; it must be there")
+    return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} is {_short(value)}; it must be a list")
+        return tuple(_value(get_args(hint)[0], each, f"{where}[{index}]") for index, each in enumerate(value))
+    kinds = get_args(hint) or (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    kind = next(each for each in kinds if each is not NoneType)
+    if is_dataclass(kind):
+        return _read(kind, value, where)
+    if issubclass(kind, Enum):
+        if value not in [each.value for each in kind]:
+            raise ConfigError(f"{where} is {_short(value)}; it must be one of {', '.join(each.value for each in kind)}")
+        return kind(value)
+    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{where} is {_short(value)}; it must be of type {kind.__name__}")
+    return kind(value)
+
+
+def _short(value: object) -> str:
+    line = json.dumps(value, default=str)
+    return line if len(line) <= 80 else line[:77] + "..."

@@ -1,0 +1,66 @@
+"""How the twinfer form keeps a tensor in a file, by storage, such that reading it back changes nothing.
+
+A path rounds matrices to its storage when it reads them. So the form must give back numbers whose rounding is what
+the original's was. In float32 and bfloat16 the rounded numbers do. In int8 the codes times the scale do not always:
+the scale is the row's largest magnitude / 127, and 127 times it, divided by 127 again, may be another number. So the
+form keeps the largest magnitude itself, the row's peak, which is what codes of the largest magnitude become:
+
+    scale = peak / 127      weight = sign(code) * peak where |code| is the row's largest, else code * scale
+
+Shapes: N rows, I columns.
+"""
+
+import torch
+from torch import Tensor
+
+from ..spec.config import Storage
+from ..spec.errors import WeightError
+from ..spec.shapes import is_made, is_matrix
+
+PEAK = ".peak_N"
+"""Ends the name of the tensor of peaks that stands beside one of int8 codes."""
+
+
+def kept(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
+    """What a file holds for the weight of that name. Raises `WeightError` for what int8 cannot keep."""
+    if is_made(name):
+        return {name: tensor}
+    if not is_matrix(name) or storage is Storage.FLOAT32:
+        return {name: tensor.to(torch.float32)}
+    if storage is Storage.BFLOAT16:
+        return {name: tensor.to(torch.bfloat16)}
+    code_NI, peak_N = quantised(tensor.to(torch.float32), name)
+    return {name: code_NI, name + PEAK: peak_N}
+
+
+def given_back(tensor: Tensor, peak_N: Tensor | None) -> Tensor:
+    """The weight of a file's tensor: as it is, or codes and peaks as float32 [N, I]."""
+    return tensor if peak_N is None else dequantised(tensor, peak_N)
+
+
+def quantised(weight_NI: Tensor, name: str = "weight_NI") -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes, rounded half to even, and the peak of each row.
+
+    >>> quantised(torch.tensor([[254.0, -5.0, 3.0]]))  # scale 2: 127, -2.5, 1.5
+    (tensor([[127,  -2,   2]], dtype=torch.int8), tensor([254.]))
+    """
+    peak_N = weight_NI.abs().amax(-1)
+    if not bool(peak_N.isfinite().all()):
+        row = int((~peak_N.isfinite()).nonzero()[0])
+        raise WeightError(f"{name} holds {float(peak_N[row])} in row {row}; int8 keeps finite numbers alone")
+    scale_N1 = (peak_N / 127)[:, None]
+    code_NI = torch.where(scale_N1 > 0, weight_NI / scale_N1, 0.0).round().clamp(-127, 127)
+    return code_NI.to(torch.int8), peak_N
+
+
+def dequantised(code_NI: Tensor, peak_N: Tensor) -> Tensor:
+    """Float32 numbers that quantise to these very codes and peaks.
+
+    >>> dequantised(*quantised(torch.tensor([[254.0, -5.0, 3.0]])))
+    tensor([[254.,  -4.,   4.]])
+    """
+    size_NI = code_NI.to(torch.int32).abs()
+    largest_N1 = size_NI.amax(-1, keepdim=True)
+    weight_NI = code_NI.to(torch.float32) * (peak_N / 127)[:, None]
+    at_peak_NI = (size_NI == largest_N1) & (largest_N1 > 0)
+    return torch.where(at_peak_NI, torch.copysign(peak_N[:, None].expand(code_NI.shape), weight_NI), weight_NI)

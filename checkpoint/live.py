@@ -1,0 +1,55 @@
+"""A live `transformers` model as a `WeightSource`, read through the same declarations as files.
+
+Nothing of transformers is imported: a module is asked for its config, as JSON, and for its tensors. These are handed on
+as they are, views where several weights stand in one tensor, so the source and the module share storage: weights that
+the module changes later change here too, wherever a path has not copied them. What a file keeps in another order
+(queries, keys and values by group) or once for all heads is copied, one layer at a time.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec.errors import RequestError
+from .families import FAMILIES
+from .family import weights_of
+from .fields import Fields
+from .source import FileSource
+
+
+def from_transformers(module: Any, *, context: int | None = None) -> FileSource:
+    """The weights of a model of one of the families, with or without its head.
+
+    `context` limits how many tokens a sequence may hold. Raises `RequestError` for what is no transformers model, and
+    `CheckpointError`, `ConfigError` or `WeightError`, as a folder would, for one that is not understood.
+    """
+    config = getattr(module, "config", None)
+    if not isinstance(module, torch.nn.Module) or not callable(getattr(config, "to_json_string", None)):
+        raise RequestError(
+            f"module is a {type(module).__name__}; it must be a transformers model, a torch module with a config"
+        )
+    values = json.loads(config.to_json_string())
+    values["architectures"] = [type(module).__name__]  # the class that it is, not the one that its file was saved by
+    where = f"{type(module).__name__}.config: "
+    return weights_of(FAMILIES, Fields(values, where, most_tokens=context), LiveModule(module))
+
+
+class LiveModule:
+    """A `TensorStore` over a module's own tensors."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.where = f"this {type(module).__name__}"
+        self._tensors: dict[str, Tensor] = dict(module.state_dict())
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(each.shape) for name, each in self._tensors.items()}
+
+    def unreadable(self, name: str) -> str | None:
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            return "on the meta device, where tensors have no values"
+        return None if tensor.is_floating_point() else f"kept as {tensor.dtype}; only floats can be read"
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach().to("cpu")
