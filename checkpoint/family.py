@@ -32,6 +32,8 @@ class Understood:
     """The row of the table of positions that belongs to a sequence's first token: 2 in OPT."""
     plain_norms: tuple[str, ...] = ()
     """Norms of every layer, and the head's, that only normalise: their gains are 1 and in no file."""
+    table: Table | None = None
+    """Where the config decides how files keep the weights; None where the family's own table holds for all."""
 
     def made(self) -> Made:
         """What no file holds."""
@@ -59,6 +61,9 @@ class Family:
     table: Table
     harmless: Mapping[str, str] = field(default_factory=dict)
     """Further fields of this family that leave the results unchanged, each with why."""
+    remote_code: tuple[str, ...] = ()
+    """Modules that come with published models and that `auto_map` may name, since what they compute is declared here.
+    They are never run."""
 
 
 HARMLESS = {
@@ -96,7 +101,7 @@ ONLY = {
     "cross_attention_hidden_size": None,
     "tie_encoder_decoder": False,
     "quantization_config": None,
-    "auto_map": None,
+    "pruned_heads": None,
 }
 """Fields that every family has, with the one value that is computed."""
 
@@ -114,14 +119,34 @@ ACTIVATIONS = {
 
 def understand(family: Family, config: Fields) -> Understood:
     """Read a config.json as this family's. Raises `ConfigError` for any field that is not fully understood."""
-    config.ignore(("model_type", "architectures", *family.harmless))
+    config.ignore(family.harmless)
+    common(config)
+    _refuse_other_code(family, config)
+    understood = family.read(config)
+    config.finish()
+    return understood
+
+
+def common(config: Fields) -> None:
+    """Take the fields that every family has; older files repeat them in sections. Raises `ConfigError` as `only`."""
+    config.ignore(("model_type", "architectures"))
     for names in HARMLESS.values():
         config.ignore(names.split())
     for name, value in ONLY.items():
         config.only(name, value, *(({},) if value is None else ()))
-    understood = family.read(config)
-    config.finish()
-    return understood
+
+
+def _refuse_other_code(family: Family, config: Fields) -> None:
+    """A model that brings code along means what that code computes: refuse it, unless the family is declared for it."""
+    config.ignore(("auto_map",))
+    named = config.values.get("auto_map") or {}
+    if not isinstance(named, dict):
+        raise config.wrong("auto_map", "an object or null")
+    for kind, code in named.items():
+        module = str(code).rpartition("--")[2].rpartition(".")[0]  # in a copy, "owner/name--" says whose code it is
+        if kind != "AutoTokenizer" and module not in family.remote_code:
+            known = f", or name {' and '.join(family.remote_code)} alone" if family.remote_code else ""
+            raise config.wrong("auto_map", f"null, since code that comes with a model is not run here{known}")
 
 
 def weights_of(families: tuple[Family, ...], config: Fields, store: TensorStore) -> FileSource:
@@ -130,7 +155,7 @@ def weights_of(families: tuple[Family, ...], config: Fields, store: TensorStore)
     understood = understand(family, config)
     return FileSource(
         understood.config,
-        family.table,
+        understood.table or family.table,
         store,
         understood.made(),
         first_position=understood.first_position,

@@ -49,3 +49,15 @@ def separated(rows: Tensor, kv_heads: int, head_size: int) -> Tensor:
 
 def separated_qkv(rows: Tensor, layer: LayerConfig) -> Tensor:
     return separated(rows, layer.attention.kv_heads, layer.attention.head_size)
+
+
+def separated_thirds(rows: Tensor, layer: LayerConfig | None = None) -> Tensor:
+    """Rows [H * D * 3, ...] in which every element's query, key and value stand together, as all queries, then all
+    keys, then all values: checkpoints of version 1 of Megatron-LM.
+
+    Whatever the heads, two elements:
+
+        >>> separated_thirds(torch.tensor([0, 100, 200, 1, 101, 201])).tolist()
+        [0, 1, 100, 101, 200, 201]
+    """
+    return rows.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)

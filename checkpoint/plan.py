@@ -188,6 +188,9 @@ def _names_in(table: Table, store: TensorStore) -> dict[str, str]:
     names: dict[str, str] = {}
     for name in store.shapes:
         bare = name.removeprefix(table.prefix)
+        for older, newer in table.older_starts:
+            if bare.startswith(older):
+                bare = newer + bare.removeprefix(older)
         for older, newer in table.older_ends:
             if bare.endswith(older):
                 bare = bare.removesuffix(older) + newer

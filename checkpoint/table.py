@@ -68,6 +68,8 @@ class Table:
     ignorable: tuple[Ignorable, ...] = ()
     prefix: str = ""
     """Stands before most names of some files, and before none of others."""
+    older_starts: tuple[tuple[str, str], ...] = ()
+    """Starts of names, after the prefix, in older files, each with what they are called now."""
     older_ends: tuple[tuple[str, str], ...] = ()
     """Ends of names in older files, each with what they are called now."""
 

@@ -135,6 +135,7 @@ def test_malformed_and_unknown_configs(folder: Path, content: bytes, message: st
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; this version does not know"),
         ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}; it must be null'),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map is"),
+        ({"auto_map": "evil.Model"}, 'auto_map is "evil.Model"; it must be an object or null'),
         ({"is_encoder_decoder": True}, "is_encoder_decoder is true; it must be false"),
         ({"rope_interleaved": True}, "rope_interleaved is true; it must be false"),
     ],
