@@ -85,8 +85,10 @@ def write(
             save_file({key: value.contiguous() for key, value in of_part.items()}, path)
             _sync(path)
             del part, of_part
-        temporary.chmod(0o755)
         size = sum(path.stat().st_size for path in temporary.iterdir())
+        for path in temporary.iterdir():
+            path.chmod(0o644)
+        temporary.chmod(0o755)  # a temporary folder is its maker's alone
         _sync(temporary)
         os.rename(temporary, folder)
         _sync(parent)

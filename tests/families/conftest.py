@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,15 +14,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from twinfer.checkpoint import open_model
+from twinfer.checkpoint import from_transformers, open_model
+from twinfer.checkpoint.families import FAMILIES
+from twinfer.checkpoint.family import Family
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.paths import assert_paths_agree
 from twinfer.oracle.schedule import draw_schedule
+from twinfer.oracle.trial import same_bits
 from twinfer.oracle.yardstick import Yardstick
 from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import ModelConfig
-from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, WeightSource
+from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, WeightSource, tensors
 
 AGREEMENT = 1e-9
 """Largest relative difference of two float64 computations of one model.
@@ -46,6 +50,17 @@ class Widened(TorchFunctionMode):
 def _wide(value: Any) -> Any:
     narrow = isinstance(value, torch.dtype) and value in (torch.float32, torch.bfloat16, torch.float16)
     return torch.float64 if narrow else value
+
+
+def assert_same_model(one: WeightSource, other: WeightSource) -> None:
+    """Equal configs, and equal weights bit by bit."""
+    assert one.config == other.config
+    parts = [(one.embedding(), other.embedding()), (one.head(), other.head())]
+    parts += [(one.layer(index), other.layer(index)) for index in range(len(one.config.layers))]
+    for pair in parts:
+        named, twins = (dict(tensors(part)) for part in pair)
+        assert named.keys() == twins.keys()
+        assert all(same_bits(tensor, twins[name]) for name, tensor in named.items())
 
 
 @contextmanager
@@ -100,6 +115,7 @@ class Twins:
         with TemporaryDirectory() as folder:
             self.theirs.save_pretrained(folder)
             self.source: WeightSource = open_model(folder).source
+            assert_same_model(self.source, from_transformers(self.theirs))
         vocabulary, context = self.source.config.vocabulary, self.source.config.context
         lengths = tuple(min(length, context) for length in lengths)
         self.prompts = [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
@@ -141,6 +157,36 @@ class Twins:
         return max(float(((own - their).abs().amax(-1) / their.abs().amax(-1)).max()) for own, their in rows)
 
 
+@dataclass(slots=True)
+class Seen:
+    """What was measured of a family."""
+
+    models: int = 0
+    worst: dict[bool, float] = field(default_factory=dict)
+    """Largest relative difference from transformers, without its cache and with it."""
+    compiled: float = 0.0
+    """Largest error / bound of the compiled path."""
+
+
+SEEN: dict[str, Seen] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The families' table, under `pytest -v`."""
+    if terminalreporter.config.get_verbosity() < 1 or not SEEN:
+        return
+    lines = {family.model_type: _lines(family) for family in FAMILIES}
+    terminalreporter.section("families: relative difference from transformers, ragged batches; compiled error / bound")
+    terminalreporter.line(f"{'family':16} models  whole    cached   compiled  lines of declaration")
+    for name, seen in sorted(SEEN.items()):
+        whole, cached = (f"{seen.worst[key]:.1e}" if key in seen.worst else "-      " for key in (False, True))
+        terminalreporter.line(f"{name:16} {seen.models:6}  {whole}  {cached}  {seen.compiled:8.2f}  {lines.get(name)}")
+
+
+def _lines(family: Family) -> int:
+    return len(Path(family.read.__code__.co_filename).read_text().splitlines())
+
+
 @pytest.fixture(scope="session")
 def agrees() -> Callable[..., None]:
     """Asserts that transformers, with and without its cache, the reference, and the compiled path say the same."""
@@ -154,11 +200,15 @@ def agrees() -> Callable[..., None]:
         their_cache: bool = True,
     ) -> None:
         twins = Twins(kind, config, seed, lengths)
+        seen = SEEN.setdefault(twins.source.config.family, Seen())
+        seen.models += 1
         for cached in (False, True) if their_cache else (False,):
             difference = twins.difference(cached=cached)
             assert difference <= AGREEMENT, f"{'with' if cached else 'without'} cache: {difference:.2e}; {config}"
+            seen.worst[cached] = max(seen.worst.get(cached, 0.0), difference)
         schedule = draw_schedule(RandomPicker(seed), twins.source.config)
-        assert_paths_agree(Yardstick.of(twins.source), CompiledPath(twins.source, _eager=True), schedule)
+        compared = assert_paths_agree(Yardstick.of(twins.source), CompiledPath(twins.source, _eager=True), schedule)
+        seen.compiled = max(seen.compiled, compared.largest_ratio)
 
     return check
 
