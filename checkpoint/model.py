@@ -56,12 +56,14 @@ def open_model(model: str, *, context: int | None = None, report: Callable[[str]
 
 def _open(model: str, context: int | None, report: Callable[[str], None]) -> Checkpoint:
     if model in BUILT_IN:  # a folder of that name can still be given as ./name
-        return _open_gguf(fetched(BUILT_IN[model], cache_folder(), report), model, context)
-    path = Path(model).expanduser()
+        path, name = fetched(BUILT_IN[model], cache_folder(), report), model
+    else:
+        path = Path(model).expanduser()
+        name = path.resolve().name if path.is_dir() else path.stem
     if path.is_dir():
-        return _open_twinfer(path, context) if (path / DESCRIPTION).is_file() else _open_folder(path, context)
+        return _open_twinfer(path, context) if (path / DESCRIPTION).is_file() else _open_folder(path, name, context)
     if path.is_file():
-        return _open_gguf(path, path.stem, context)
+        return _open_gguf(path, name, context)
     raise CheckpointError(
         f"there is no model {model!r}: neither a file or folder here nor a built-in name ({', '.join(BUILT_IN)}); give "
         "one of those names, a .gguf file, or a Hugging Face folder (config.json and model.safetensors)"
@@ -86,11 +88,11 @@ def _open_twinfer(folder: Path, context: int | None) -> Checkpoint:
     return checkpoint
 
 
-def _open_folder(folder: Path, context: int | None) -> Checkpoint:
+def _open_folder(folder: Path, name: str, context: int | None) -> Checkpoint:
     source = huggingface.source(folder, context)
     tokenizer = huggingface.tokenizer(folder)
     return Checkpoint(
-        name=folder.resolve().name,
+        name=name,
         source=source,
         config=source.config,
         tokenizer=tokenizer,

