@@ -110,6 +110,7 @@ ACTIVATIONS = {
     "swish": Activation.SILU,
     "gelu": Activation.GELU,
     "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "quick_gelu": Activation.GELU_SIGMOID,
     "relu": Activation.RELU,
@@ -182,6 +183,19 @@ def find(families: tuple[Family, ...], config: Fields) -> Family:
     raise CheckpointError(
         f"{config.where}model_type is {model_type!r} (architectures {classes}); the families known here are: {known}"
     )
+
+
+def spelled(config: Fields, *names: str) -> str:
+    """The name by which a config has a field of several; the first where it has none.
+
+    Raises `ConfigError` where it has two that disagree.
+    """
+    there = [name for name in names if config.has(name)] or [names[0]]
+    config.ignore(names)
+    for name in there[1:]:
+        if config.values[name] != config.values[there[0]]:
+            raise config.wrong(name, f"as {there[0]} is, or left out, since they mean the same")
+    return there[0]
 
 
 def head_size(config: Fields, hidden: int, heads: int) -> int:

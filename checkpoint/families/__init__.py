@@ -2,7 +2,26 @@
 
 from ..family import Family
 from .bert import BERT
+from .bloom import BLOOM
+from .falcon import FALCON, REFINED_WEB, REFINED_WEB_MODEL
 from .gpt2 import GPT2
+from .gpt_neo import GPT_NEO
+from .gpt_neox import GPT_NEOX
+from .gptj import GPTJ
 from .llama import LLAMA, MISTRAL
+from .opt import OPT
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, GPT2, BERT)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    GPT2,
+    BERT,
+    BLOOM,
+    FALCON,
+    REFINED_WEB,
+    REFINED_WEB_MODEL,
+    GPT_NEO,
+    GPT_NEOX,
+    GPTJ,
+    OPT,
+)

@@ -1,0 +1,73 @@
+"""BLOOM: ALiBi, a norm of the embeddings, and a query-key-value projection merged head by head."""
+
+from ...spec.config import Activation, AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormPlacement
+from .. import alibi
+from ..family import Family, Understood, context, head, head_size, layer_norm, spelled
+from ..fields import MOST_LAYERS, Fields
+from ..permutation import separated_qkv
+from ..table import QKV, Table, linear, norm, output, tensor
+
+TABLE = Table(
+    prefix="transformer.",
+    layers="h.{layer}.",
+    embedding=(tensor("word_embeddings.weight", "token_VE"), *norm("word_embeddings_layernorm", "norm")),
+    layer=(
+        *norm("input_layernorm", "attention_norm"),
+        *linear("self_attention.query_key_value", *QKV, reorder=separated_qkv),
+        *linear("self_attention.dense", "attention.output"),
+        *norm("post_attention_layernorm", "mlp_norm"),
+        *linear("mlp.dense_h_to_4h", "mlp.up"),
+        *linear("mlp.dense_4h_to_h", "mlp.down"),
+    ),
+    head=(*norm("ln_f", "norm"), *output("lm_head")),
+)
+
+TRAINED_CONTEXT = 2048
+"""Tokens that BLOOM was trained on, which `seq_length` says in some files; ALiBi itself has no end."""
+
+
+def _read(config: Fields) -> Understood:
+    hidden = config.integer(spelled(config, "hidden_size", "n_embed"))
+    heads = config.integer(spelled(config, "n_head", "num_attention_heads"))
+    size, norm = head_size(config, hidden, heads), layer_norm(config, "layer_norm_epsilon")
+    config.only("n_inner", None, 4 * hidden)
+    config.only("skip_bias_add_qkv", False)
+    on_stream = config.flag("apply_residual_connection_post_layernorm", False)
+    layer = LayerConfig(
+        norm=norm,
+        attention=AttentionConfig(
+            heads=heads, kv_heads=heads, head_size=size, scale=size**-0.5, alibi=True, qkv_bias=True, output_bias=True
+        ),
+        mlp=MlpConfig(width=4 * hidden, activation=Activation.GELU_TANH, gated=False, bias=True),
+        norm_placement=NormPlacement.ON_STREAM if on_stream else NormPlacement.BEFORE,
+    )
+    layers = config.integer(spelled(config, "n_layer", "num_hidden_layers"), most=MOST_LAYERS)
+    model = ModelConfig(
+        family="bloom",
+        hidden=hidden,
+        vocabulary=config.integer("vocab_size"),
+        context=context(config, "seq_length", TRAINED_CONTEXT),
+        layers=(layer,) * layers,
+        final_norm=norm,
+        learned_positions=False,
+        head=head(config, tied=True),
+        embedding_norm=norm,
+    )
+    return Understood(config=model, slope_H=alibi.slopes(heads))
+
+
+BLOOM = Family(
+    model_type="bloom",
+    architectures=("BloomForCausalLM", "BloomModel"),
+    read=_read,
+    table=TABLE,
+    harmless={
+        "slow_but_exact": "the same sums in the order in which they were trained",
+        "attention_softmax_in_fp32": "precision, which each path chooses",
+        "masked_softmax_fusion": "the same result in fewer kernels",
+        "bias_dropout_fusion": "likewise",
+        "skip_bias_add": "likewise: the bias is added later",
+        "offset_alibi": "adds the same to every score of a row, which a softmax does not see",
+        "unk_token_id": "the tokenizer's",
+    },
+)

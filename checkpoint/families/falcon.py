@@ -1,0 +1,116 @@
+"""Falcon, in its three forms: 7B (one key/value head), 40B and 11B (grouped heads), RW (ALiBi, one after the other)."""
+
+from dataclasses import replace
+
+from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, Residual
+from .. import alibi, rotary_fields
+from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm, spelled
+from ..fields import MOST_LAYERS, Fields
+from ..permutation import separated_qkv
+from ..table import QKV, Table, linear, norm, output, tensor
+
+
+def _table(attention_norm: str, mlp_norm: str) -> Table:
+    return Table(
+        prefix="transformer.",
+        layers="h.{layer}.",
+        embedding=(tensor("word_embeddings.weight", "token_VE"),),
+        layer=(
+            *norm(attention_norm, "attention_norm"),
+            *linear("self_attention.query_key_value", *QKV, reorder=separated_qkv),
+            *linear("self_attention.dense", "attention.output"),
+            *norm(mlp_norm, "mlp_norm"),
+            *linear("mlp.dense_h_to_4h", "mlp.up"),
+            *linear("mlp.dense_4h_to_h", "mlp.down"),
+        ),
+        head=(*norm("ln_f", "norm"), *output("lm_head")),
+    )
+
+
+TABLE = _table("input_layernorm", "post_attention_layernorm")
+TWO_NORMS_TABLE = _table("ln_attn", "ln_mlp")
+
+
+def _read(config: Fields) -> Understood:
+    hidden = config.integer(spelled(config, "hidden_size", "n_embed"))
+    heads = config.integer(spelled(config, "num_attention_heads", "n_head"))
+    layers = config.integer(spelled(config, "num_hidden_layers", "n_layer"), most=MOST_LAYERS)
+    size, norm = head_size(config, hidden, heads), layer_norm(config, "layer_norm_epsilon")
+    bias, with_alibi = config.flag("bias", False), config.flag("alibi", False)
+    made_for = context(config, "max_position_embeddings", 2048)
+    rotation = rotary_fields.rotation(config, rotary_fields.Head(size=size, context=made_for))
+    config.only("apply_residual_connection_post_layernorm", False)
+    kv_heads, residual = _form(config, heads)
+    width = config.integer("ffn_hidden_size", 4 * hidden)
+    config.only("ff_factor", width / hidden)
+    layer = LayerConfig(
+        norm=norm,
+        attention=AttentionConfig(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=size,
+            scale=size**-0.5,
+            rotary=None if with_alibi else rotation.config,
+            alibi=with_alibi,
+            qkv_bias=bias,
+            output_bias=bias,
+        ),
+        mlp=MlpConfig(width=width, activation=config.choice("activation", ACTIVATIONS, "gelu"), gated=False, bias=bias),
+        residual=residual,
+    )
+    model = ModelConfig(
+        family="falcon",
+        hidden=hidden,
+        vocabulary=config.integer("vocab_size"),
+        context=made_for,
+        layers=(layer,) * layers,
+        final_norm=norm,
+        learned_positions=False,
+        head=head(config, tied=True),
+    )
+    return Understood(
+        config=model,
+        rotations=() if with_alibi else (rotation,) * layers,
+        slope_H=alibi.slopes(heads) * size**-0.5 if with_alibi else None,  # it is added before scores are scaled
+        table=TWO_NORMS_TABLE if residual is Residual.PARALLEL else TABLE,
+    )
+
+
+def _form(config: Fields, heads: int) -> tuple[int, Residual]:
+    """How many key/value heads, and whether attention and MLP stand side by side; by defaults that have changed."""
+    named = config.text("model_type", "falcon")
+    multi_query = config.flag("multi_query", named == "falcon")
+    parallel = config.flag("parallel_attn", named == "falcon")
+    kv_field = spelled(config, "num_kv_heads", "n_head_kv")
+    if config.flag("new_decoder_architecture", named == "RefinedWeb"):
+        config.only("parallel_attn", True)
+        norms = config.integer("num_ln_in_parallel_attn", 2, most=2)
+        return config.integer(kv_field, heads), Residual.PARALLEL if norms == 2 else Residual.PARALLEL_SHARED_NORM
+    if multi_query:
+        config.ignore((kv_field,))  # transformers writes the number of heads
+    else:
+        config.only(kv_field, heads, None)
+    if parallel:
+        config.only("num_ln_in_parallel_attn", None, 1)
+    config.ignore(("num_ln_in_parallel_attn",))
+    return 1 if multi_query else heads, Residual.PARALLEL_SHARED_NORM if parallel else Residual.SEQUENTIAL
+
+
+FALCON = Family(
+    model_type="falcon",
+    architectures=("FalconForCausalLM", "FalconModel"),
+    read=_read,
+    table=TABLE,
+    remote_code=("configuration_falcon", "modeling_falcon"),
+)
+
+REFINED_WEB = replace(
+    FALCON,
+    model_type="RefinedWeb",
+    architectures=("RWForCausalLM", "RWModel"),
+    remote_code=("configuration_RW", "modelling_RW"),
+)
+"""Falcon-40B, as it was first published."""
+
+REFINED_WEB_MODEL = replace(REFINED_WEB, model_type="RefinedWebModel")
+"""Falcon-7B and Falcon-RW."""

@@ -1,0 +1,96 @@
+"""GPT-Neo: GPT-2 with scores that are not scaled, and a window in every other layer."""
+
+from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig
+from ...spec.errors import ConfigError
+from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm
+from ..fields import MOST_LAYERS, Fields
+from ..table import Ignorable, Table, linear, norm, output, tensor
+
+TABLE = Table(
+    prefix="transformer.",
+    layers="h.{layer}.",
+    embedding=(tensor("wte.weight", "token_VE"), tensor("wpe.weight", "position_PM")),
+    layer=(
+        *norm("ln_1", "attention_norm"),
+        *linear("attn.attention.q_proj", "attention.query"),
+        *linear("attn.attention.k_proj", "attention.key"),
+        *linear("attn.attention.v_proj", "attention.value"),
+        *linear("attn.attention.out_proj", "attention.output"),
+        *norm("ln_2", "mlp_norm"),
+        *linear("mlp.c_fc", "mlp.up"),
+        *linear("mlp.c_proj", "mlp.down"),
+    ),
+    head=(*norm("ln_f", "norm"), *output("lm_head")),
+    ignorable=(
+        Ignorable(name="h.{layer}.attn.attention.bias", why="the mask, kept as a buffer; it follows from the config"),
+        Ignorable(name="h.{layer}.attn.attention.masked_bias", why="the score that stood for minus infinity under it"),
+    ),
+)
+
+
+def _read(config: Fields) -> Understood:
+    hidden, heads = config.integer("hidden_size"), config.integer("num_heads")
+    norm, window = layer_norm(config, "layer_norm_epsilon"), config.integer("window_size", 256)
+    mlp = MlpConfig(
+        width=config.integer("intermediate_size", 4 * hidden),
+        activation=config.choice("activation_function", ACTIVATIONS, "gelu_new"),
+        gated=False,
+        bias=True,
+    )
+
+    def layer(kind: str) -> LayerConfig:
+        attention = AttentionConfig(
+            heads=heads,
+            kv_heads=heads,
+            head_size=head_size(config, hidden, heads),
+            scale=1.0,
+            window=window if kind == "local" else None,
+            output_bias=True,
+        )
+        return LayerConfig(norm=norm, attention=attention, mlp=mlp)
+
+    model = ModelConfig(
+        family="gpt_neo",
+        hidden=hidden,
+        vocabulary=config.integer("vocab_size"),
+        context=context(config, "max_position_embeddings"),
+        layers=tuple(layer(kind) for kind in _kinds(config, config.integer("num_layers", most=MOST_LAYERS))),
+        final_norm=norm,
+        learned_positions=True,
+        head=head(config, tied=True),
+    )
+    return Understood(config=model)
+
+
+def _kinds(config: Fields, layers: int) -> list[str]:
+    """Each layer's attention: `attention_layers` names it, `attention_types` says it in groups and how often."""
+    config.ignore(("attention_layers", "attention_types"))
+    grouped = _ungrouped(config, config.values.get("attention_types") or [[["global", "local"], 12]], layers)
+    named = config.texts("attention_layers") if config.has("attention_layers") else grouped
+    if len(named) != layers or not set(named) <= {"global", "local"}:
+        field = "attention_layers" if config.has("attention_layers") else "attention_types"
+        raise config.wrong(field, f"such as to name, for each of the {layers} layers, global or local")
+    if config.has("attention_types") and named != grouped:
+        raise ConfigError(f"{config.where}attention_layers and attention_types disagree; leave one of them out")
+    return named
+
+
+def _ungrouped(config: Fields, groups: object, layers: int) -> list[str]:
+    kinds: list[str] = []
+    for group in groups if isinstance(groups, list) else [groups]:
+        match group:
+            case [list(names), int(times)] if 0 <= times <= layers and all(isinstance(name, str) for name in names):
+                kinds += names * times
+            case _:
+                raise config.wrong(
+                    "attention_types", 'a list of names, each with how often: [[["global", "local"], 6]]'
+                )
+    return kinds
+
+
+GPT_NEO = Family(
+    model_type="gpt_neo",
+    architectures=("GPTNeoForCausalLM", "GPTNeoModel"),
+    read=_read,
+    table=TABLE,
+)

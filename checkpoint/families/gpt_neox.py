@@ -1,0 +1,83 @@
+"""GPT-NeoX, Pythia, RedPajama, Dolly: attention and MLP side by side behind a norm each, heads that rotate in part."""
+
+from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, Residual
+from .. import rotary_fields
+from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm, spelled
+from ..fields import MOST_LAYERS, Fields
+from ..permutation import separated_qkv
+from ..table import QKV, Ignorable, Table, linear, norm, output, tensor
+
+TABLE = Table(
+    prefix="gpt_neox.",
+    layers="layers.{layer}.",
+    embedding=(tensor("embed_in.weight", "token_VE"),),
+    layer=(
+        *norm("input_layernorm", "attention_norm"),
+        *linear("attention.query_key_value", *QKV, reorder=separated_qkv),
+        *linear("attention.dense", "attention.output"),
+        *norm("post_attention_layernorm", "mlp_norm"),
+        *linear("mlp.dense_h_to_4h", "mlp.up"),
+        *linear("mlp.dense_4h_to_h", "mlp.down"),
+    ),
+    head=(*norm("final_layer_norm", "norm"), *output("embed_out")),
+    older_ends=(("lm_head.weight", "embed_out.weight"),),
+    ignorable=(
+        Ignorable(name="layers.{layer}.attention.bias", why="the causal mask, kept as a buffer; the same everywhere"),
+        Ignorable(name="layers.{layer}.attention.masked_bias", why="the score that stood for minus infinity under it"),
+        Ignorable(name="layers.{layer}.attention.rotary_emb.inv_freq", why="rotary frequencies, rounded; made anew"),
+    ),
+)
+
+
+def _read(config: Fields) -> Understood:
+    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    layers, size = config.integer("num_hidden_layers", most=MOST_LAYERS), head_size(config, hidden, heads)
+    rotation = rotary_fields.rotation(
+        config,
+        rotary_fields.Head(
+            size=size,
+            context=config.integer("max_position_embeddings"),
+            base=config.number(spelled(config, "rotary_emb_base", "rope_theta"), 10000.0),
+            part=config.number(spelled(config, "rotary_pct", "partial_rotary_factor"), 0.25),
+        ),
+    )
+    norm, bias = layer_norm(config, "layer_norm_eps"), config.flag("attention_bias", True)
+    layer = LayerConfig(
+        norm=norm,
+        attention=AttentionConfig(
+            heads=heads,
+            kv_heads=heads,
+            head_size=size,
+            scale=size**-0.5,
+            rotary=rotation.config,
+            qkv_bias=bias,
+            output_bias=bias,
+        ),
+        mlp=MlpConfig(
+            width=config.integer("intermediate_size"),
+            activation=config.choice("hidden_act", ACTIVATIONS, "gelu"),
+            gated=False,
+            bias=True,
+        ),
+        residual=Residual.PARALLEL if config.flag("use_parallel_residual", True) else Residual.SEQUENTIAL,
+    )
+    model = ModelConfig(
+        family="gpt_neox",
+        hidden=hidden,
+        vocabulary=config.integer("vocab_size"),
+        context=context(config, "max_position_embeddings"),
+        layers=(layer,) * layers,
+        final_norm=norm,
+        learned_positions=False,
+        head=head(config, tied=False),
+    )
+    return Understood(config=model, rotations=(rotation,) * layers)
+
+
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    architectures=("GPTNeoXForCausalLM", "GPTNeoXModel"),
+    read=_read,
+    table=TABLE,
+    harmless={"custom_pipelines": "which code of a model's makers wraps it"},
+)
