@@ -90,6 +90,15 @@ class Head(StrEnum):
     """There is none: the hidden vectors are the result."""
 
 
+class Pooling(StrEnum):
+    """How the hidden vectors of a text's tokens become one vector of the text."""
+
+    MEAN = "mean"
+    """The mean of all, those of special tokens among them: Sentence-BERT, MiniLM."""
+    CLS = "cls"
+    """The first, which in BERT is that of the special token [CLS]: BGE."""
+
+
 class Storage(StrEnum):
     """How matrices (linear weights and the token table) are kept. Norms, biases and positions stay float32."""
 
