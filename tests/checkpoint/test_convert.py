@@ -1,0 +1,345 @@
+"""The twinfer form: whatever the storage, a model that was written and opened again is the same, bit by bit."""
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from twinfer.checkpoint import Checkpoint, Tokenizer, convert, open_model, twinfer_folder
+from twinfer.checkpoint.config_json import from_json, to_json
+from twinfer.checkpoint.kept import dequantised, kept, quantised
+from twinfer.compiled.packing import pack
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.oracle.trial import same_bits
+from twinfer.reference.path import ReferencePath
+from twinfer.reference.quantise import stored
+from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.errors import CheckpointError, ConfigError, RequestError, TwinferError, WeightError
+from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, tensors
+
+storages = st.sampled_from(Storage)
+seeds = st.integers(0, 2**20)
+TINY = float(torch.finfo(torch.float32).smallest_normal)
+"""Rows of about this size have scales that are denormal, or zero."""
+
+
+def checkpoint_of(source: Any, **fields: Any) -> Checkpoint:
+    about: dict[str, Any] = {"tokenizer": None, "end_tokens": (), "chat_template": None, "special_tokens": {}}
+    return Checkpoint(name="drawn", source=source, config=source.config, **{**about, **fields})
+
+
+def quiet(line: str) -> None:
+    """Report to nobody."""
+
+
+def model(seed: int = 3) -> RandomSource:
+    return RandomSource(draw_model_config(RandomPicker(seed)), seed)
+
+
+def all_tensors(path: ReferencePath) -> Iterator[tuple[str, Tensor]]:
+    parts = {"embedding": path.weights.embedding, "head": path.weights.head}
+    parts |= {f"layer {index}": layer for index, layer in enumerate(path.weights.layers)}  # type: ignore[misc]
+    for name, part in parts.items():
+        yield from ((f"{name} {key}", tensor) for key, tensor in tensors(part))
+
+
+@given(seed=seeds, storage=storages)
+@settings(max_examples=30)
+def test_a_converted_model_is_the_same_bit_by_bit(seed: int, storage: Storage, tmp_path_factory: Any) -> None:
+    source = model(seed)
+    folder = tmp_path_factory.mktemp("converted") / "out"
+    convert(checkpoint_of(source), folder, storage, quiet)
+    opened = open_model(str(folder))
+    assert opened.config == source.config
+    assert opened.storage is storage
+    ours, theirs = (
+        dict(all_tensors(ReferencePath(each, storage=storage, compute=torch.float64)))
+        for each in (opened.source, source)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(same_bits(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9), min_size=1
+    )
+)
+@example(rows=[[0.0, -0.0]])
+@example(rows=[[200 * 2**-149, 2**-149, -3 * 2**-149], [TINY, TINY / 3, -TINY / 127], [3e38, 1.0, -2e38]])
+@settings(max_examples=300)
+def test_codes_and_peaks_quantise_to_themselves(rows: list[list[float]]) -> None:
+    """On both paths, down to rows whose scale is denormal or zero."""
+    weight_NI = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    again_NI = dequantised(*quantised(weight_NI))
+    assert same_bits(quantised(weight_NI)[0], quantised(again_NI)[0])
+    assert same_bits(*(stored(each, Storage.INT8, torch.float64) for each in (weight_NI, again_NI)))
+    one, other = (pack(each, Storage.INT8) for each in (weight_NI, again_NI))
+    assert same_bits(one.word_NJ, other.word_NJ)
+    assert one.scale_N is not None
+    assert other.scale_N is not None
+    assert same_bits(one.scale_N, other.scale_N)
+
+
+def test_codes_times_scales_would_not_do() -> None:
+    """What the peaks are for: of this row, codes times scale have another scale, and so other codes."""
+    weight_NI = torch.tensor([[572 * 2.0**-149, 100 * 2.0**-149]])
+    quotient = stored(weight_NI, Storage.INT8, torch.float32)
+    assert not same_bits(stored(quotient, Storage.INT8, torch.float32), quotient)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_int8_keeps_finite_numbers_alone(value: float) -> None:
+    weight_NI = torch.tensor([[1.0], [value]])
+    with pytest.raises(WeightError, match=r"mlp\.up\.weight_NI holds (inf|nan) in row 1; int8 keeps finite"):
+        kept("mlp.up.weight_NI", weight_NI, Storage.INT8)
+
+
+def test_files_hold_what_the_storage_says(tmp_path: Path) -> None:
+    """Matrices in the storage, vectors in float32, angles in float64; opened by the safetensors library alone."""
+    for storage, dtype in zip(Storage, (torch.float32, torch.bfloat16, torch.int8), strict=True):
+        folder = tmp_path / storage
+        convert(checkpoint_of(model()), folder, storage, quiet)
+        with safe_open(folder / "layer-00000.safetensors", framework="pt") as file:
+            dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+        assert dtypes["mlp.up.weight_NI"] is dtype
+        assert ("mlp.up.weight_NI.peak_N" in dtypes) == (storage is Storage.INT8)
+        assert all(found is torch.float64 for name, found in dtypes.items() if "frequency" in name)
+        assert all(found is torch.float32 for name, found in dtypes.items() if "gain" in name or "peak" in name)
+
+
+@given(seed=seeds)
+def test_configs_survive_json(seed: int) -> None:
+    config = draw_model_config(RandomPicker(seed))
+    assert from_json(json.loads(json.dumps(to_json(config))), "config") == config
+
+
+def change(values: Any, path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        values = values[key]
+    if value is ...:
+        del values[path[-1]]
+    else:
+        values[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("hidden",), "8", 'config.hidden is "8"; it must be of type int'),
+        (("hidden",), True, "config.hidden is true; it must be of type int"),
+        (("hidden",), ..., "config.hidden is missing; it must be there"),
+        (("hiden",), 8, "config.hiden is not known to this version; it must be one of family, hidden"),
+        (("head",), "both", 'config.head is "both"; it must be one of tied, own, none'),
+        (("layers",), {}, "config.layers is {}; it must be a list"),
+        (("layers", 0), 7, r"config.layers[0] is 7; it must be an object"),
+        (("layers", 0, "attention", "kv_heads"), -1, "AttentionConfig.kv_heads is -1; it must be at least 1"),
+        (("layers", 0, "norm", "epsilon"), "small", 'config.layers[0].norm.epsilon is "small"; it must be of type'),
+        (("layers", 0, "mlp", "gated"), 1, "config.layers[0].mlp.gated is 1; it must be of type bool"),
+    ],
+)
+def test_a_config_that_was_tampered_with_is_refused(path: tuple[Any, ...], value: Any, message: str) -> None:
+    values = json.loads(json.dumps(to_json(model().config)))
+    change(values, path, value)
+    with pytest.raises(ConfigError) as error:
+        from_json(values, "config")
+    assert message in str(error.value)
+
+
+def words() -> Tokenizer:
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "paris": 1, "is": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return Tokenizer(inner)
+
+
+def test_what_surrounds_a_model_comes_along(tmp_path: Path) -> None:
+    """The original is not needed: nothing in the folder names it."""
+    about: dict[str, Any] = {
+        "tokenizer": words(),
+        "end_tokens": (2, 0),
+        "chat_template": "{{ messages }} \N{SNOWMAN}",
+        "special_tokens": {"eos_token": "is"},
+    }
+    before = checkpoint_of(model(), **about)
+    convert(before, tmp_path / "out", Storage.BFLOAT16, quiet)
+    moved = shutil.move(tmp_path / "out", tmp_path / "moved")
+    after = open_model(str(moved))
+    for name in ("name", "end_tokens", "chat_template", "special_tokens"):
+        assert getattr(after, name) == getattr(before, name)
+    assert after.tokenizer is not None
+    assert after.tokenizer.encode("paris is nice") == [1, 2, 0]
+
+
+@dataclass
+class Watched:
+    """A source that notes which of its parts are still held when the next is asked for."""
+
+    source: RandomSource
+    fail_at: int | None = None
+    refs: list[Any] = field(default_factory=list)
+    most: int = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.source.config
+
+    def _watched(self, part: Any) -> Any:
+        self.refs += [weakref.ref(tensor) for _, tensor in tensors(part)]
+        return part
+
+    def _count(self) -> None:
+        gc.collect()
+        self.most = max(self.most, sum(ref() is not None for ref in self.refs))
+
+    def embedding(self) -> EmbeddingWeights:
+        self._count()
+        return self._watched(self.source.embedding())
+
+    def layer(self, index: int) -> LayerWeights:
+        self._count()
+        if index == self.fail_at:
+            raise CheckpointError("the disk went away")
+        return self._watched(self.source.layer(index))
+
+    def head(self) -> HeadWeights:
+        self._count()
+        return self._watched(self.source.head())
+
+
+def deep_model() -> RandomSource:
+    config = model().config
+    return RandomSource(replace(config, layers=config.layers[:1] * 4))
+
+
+def test_one_part_is_held_at_a_time(tmp_path: Path) -> None:
+    watched = Watched(deep_model())
+    convert(checkpoint_of(watched), tmp_path / "out", Storage.INT8, quiet)
+    assert watched.most == 0
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the disk went away"):
+        convert(checkpoint_of(Watched(deep_model(), fail_at=2)), tmp_path / "out", Storage.INT8, quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def there(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def dangling(tmp_path: Path) -> Path:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (there, "out is there already; give a folder that does not exist yet"),
+        (dangling, "out is there already; give a folder that does not exist yet"),
+        (lambda tmp_path: tmp_path / "no" / "out", "no is no folder; make it first"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_before_reading(
+    tmp_path: Path, place: Callable[[Path], Path], message: str
+) -> None:
+    watched = Watched(model())
+    folder = place(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RequestError, match=message):
+        convert(checkpoint_of(watched), folder, Storage.FLOAT32, quiet)
+    assert watched.refs == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_told_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(model())
+    monkeypatch.setattr(twinfer_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 3, 7))  # type: ignore[attr-defined]
+    with pytest.raises(RequestError, match=r"has 7 bytes free; the model takes [\d,]+ in int8: make room"):
+        convert(checkpoint_of(watched), tmp_path / "out", Storage.INT8, quiet)
+    assert watched.refs == []
+
+
+def test_a_storage_is_not_changed_twice(tmp_path: Path) -> None:
+    convert(checkpoint_of(model()), tmp_path / "out", Storage.INT8, quiet)
+    with pytest.raises(RequestError, match="kept in int8 already; convert the model that it came from"):
+        convert(open_model(str(tmp_path / "out")), tmp_path / "second", Storage.FLOAT32, quiet)
+    convert(open_model(str(tmp_path / "out")), tmp_path / "copy", Storage.INT8, quiet)
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "layer-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def without_a_layer(folder: Path) -> None:
+    (folder / "layer-00000.safetensors").unlink()
+
+
+def of_another_model(folder: Path) -> None:
+    shutil.copy(folder / "head.safetensors", folder / "layer-00000.safetensors")
+
+
+def newer(folder: Path) -> None:
+    edit(folder, "format", 2)
+
+
+def edit(folder: Path, name: str, value: Any) -> None:
+    values = json.loads((folder / "twinfer.json").read_text())
+    (folder / "twinfer.json").write_text(json.dumps({**values, name: value}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, "layer-00000.safetensors is truncated or corrupt"),
+        (without_a_layer, "lacks layer-00000.safetensors; convert the model again"),
+        (of_another_model, "is missing; LayerWeights holds attention, mlp"),
+        (newer, "format is 2; it must be 1"),
+        (
+            lambda folder: edit(folder, "storage", "int3"),
+            'storage is "int3"; it must be one of float32, bfloat16, int8',
+        ),
+        (lambda folder: edit(folder, "config", None), "config is null; it must be an object"),
+        (lambda folder: edit(folder, "surprise", 1), "surprise is 1; this version does not know what that field means"),
+        (lambda folder: (folder / "twinfer.json").write_text("{"), "twinfer.json is not valid JSON"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer"),
+    ],
+)
+def test_damaged_folders_are_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    folder = tmp_path / "out"
+    convert(checkpoint_of(model()), folder, Storage.FLOAT32, quiet)
+    damage(folder)
+    with pytest.raises(TwinferError) as error:
+        open_model(str(folder)).source.layer(0)
+    assert message in str(error.value)
+
+
+def test_a_shorter_context_leaves_positions_out(tmp_path: Path) -> None:
+    seed = next(each for each in range(100) if model(each).config.learned_positions)
+    source = model(seed)
+    convert(checkpoint_of(source), tmp_path / "out", Storage.FLOAT32, quiet)
+    opened = open_model(str(tmp_path / "out"), context=5)
+    assert opened.config.context == 5
+    whole, part = source.embedding().position_PM, opened.source.embedding().position_PM
+    assert whole is not None
+    assert part is not None
+    assert same_bits(part, whole[:5])
+    with pytest.raises(ConfigError, match=f"asked for is 999999 tokens; in this model it must be 1 to {len(whole)}"):
+        open_model(str(tmp_path / "out"), context=999_999)
