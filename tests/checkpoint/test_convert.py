@@ -236,6 +236,33 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@dataclass(frozen=True)
+class Crooked:
+    """A source whose layers have a weight too many."""
+
+    source: RandomSource
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.source.config
+
+    def embedding(self) -> EmbeddingWeights:
+        return self.source.embedding()
+
+    def layer(self, index: int) -> LayerWeights:
+        layer = self.source.layer(index)
+        return replace(layer, mlp=replace(layer.mlp, up=replace(layer.mlp.up, bias_N=torch.zeros(1))))
+
+    def head(self) -> HeadWeights:
+        return self.source.head()
+
+
+def test_a_source_that_does_not_fit_its_config_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(WeightError, match=r"layer 0 mlp\.up\.bias_N"):
+        convert(checkpoint_of(Crooked(model())), tmp_path / "out", Storage.FLOAT32, quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
 def there(tmp_path: Path) -> Path:
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
