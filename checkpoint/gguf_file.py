@@ -21,6 +21,9 @@ from ..spec.errors import CheckpointError, TwinferError
 
 _ROWS = 2048
 
+TOKEN_TYPES = "token_types.weight"
+"""A table, of which converters drop the first axis where it has a single row."""
+
 REMEDY = "fetch the file again"
 
 
@@ -59,9 +62,10 @@ class GgufFile:
         self.where = str(path)
         self._header = _read_header(path)
         self._tensors = {tensor.name: tensor for tensor in self._header.tensors}
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in self._header.tensors
-        }
+        shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in self._header.tensors}
+        if len(shapes.get(TOKEN_TYPES, ())) == 1:
+            shapes[TOKEN_TYPES] = (1, *shapes[TOKEN_TYPES])
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def take_metadata(self) -> dict[str, Any]:
         """Every metadata value by its key, as plain Python numbers, strings and lists.
@@ -79,7 +83,7 @@ class GgufFile:
     def read(self, name: str) -> Tensor:
         """Read some rows at a time: the library's arithmetic takes several times the memory of its result."""
         tensor, shape = self._tensors[name], self.shapes[name]
-        if len(shape) < 2:
+        if len(tensor.shape) < 2:
             return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
         out = np.empty(shape, np.float32)
         for first in range(0, shape[0], _ROWS):

@@ -250,9 +250,9 @@ def test_reading_leaves_the_file_alone() -> None:
     ("arguments", "kind", "message"),
     [
         (
-            {"architecture": "falcon"},
+            {"architecture": "gptj"},
             CheckpointError,
-            "of architecture 'falcon'; the GGUF architectures known here are: llama",
+            "of architecture 'gptj'; the GGUF architectures known here are: llama, internlm2, smollm3",
         ),
         ({"drop": "blk.1.attn_k.weight"}, WeightError, "lacks blk.1.attn_k.weight"),
         ({"add": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, WeightError, "holds blk.0.attn_q_norm.weight"),
@@ -261,9 +261,9 @@ def test_reading_leaves_the_file_alone() -> None:
         ({"change": lambda w: w.add_expert_count(8)}, ConfigError, "llama.expert_count is 8; it must be 0"),
         ({"change": lambda w: w.add_logit_scale(2.0)}, ConfigError, "llama.logit_scale is 2.0; this version does not"),
         (
-            {"change": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)},
+            {"change": lambda w: w.add_string("llama.rope.scaling.type", "ntk")},
             ConfigError,
-            'llama.rope.scaling.type is "yarn"; it must be one of none, linear',
+            'llama.rope.scaling.type is "ntk"; it must be one of none, linear, yarn, longrope',
         ),
         ({"change": lambda w: w.add_type("adapter")}, CheckpointError, "holds a GGUF adapter; it must hold a model"),
         ({"change": lambda w: w.add_uint16("split.count", 3)}, CheckpointError, "one of 3 pieces; join them with"),

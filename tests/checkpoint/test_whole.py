@@ -5,8 +5,9 @@ import doctest
 import pytest
 import torch
 
-from twinfer.checkpoint import Checkpoint, alibi, gguf_model, open_model, permutation, rotary, table
+from twinfer.checkpoint import Checkpoint, alibi, gguf_table, open_model, permutation, rotary, table
 from twinfer.checkpoint.families import FAMILIES
+from twinfer.checkpoint.gguf_architectures import ARCHITECTURES
 from twinfer.checkpoint.table import Table
 from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import Head
@@ -47,7 +48,11 @@ def test_parts_are_made_anew_and_equal(model: Checkpoint) -> None:
     assert one.data_ptr() != other.data_ptr()
 
 
-TABLES = {family.model_type: family.table for family in FAMILIES} | {"gguf llama": gguf_model.TABLE}
+TABLES = {family.model_type: family.table for family in FAMILIES} | {
+    f"gguf {name}{''.join(held)}": gguf_table.table(architecture, held)
+    for name, architecture in ARCHITECTURES.items()
+    for held in ((), ("blk.0.attn_qkv.weight", "blk.0.attn_norm_2.weight"))
+}
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
