@@ -65,14 +65,16 @@ def _read(config: Fields) -> Understood:
 def _kinds(config: Fields, layers: int) -> list[str]:
     """Each layer's attention: `attention_layers` names it, `attention_types` says it in groups and how often."""
     config.ignore(("attention_layers", "attention_types"))
-    grouped = _ungrouped(config, config.values.get("attention_types") or [[["global", "local"], 12]], layers)
-    named = config.texts("attention_layers") if config.has("attention_layers") else grouped
-    if len(named) != layers or not set(named) <= {"global", "local"}:
-        field = "attention_layers" if config.has("attention_layers") else "attention_types"
-        raise config.wrong(field, f"such as to name, for each of the {layers} layers, global or local")
-    if config.has("attention_types") and named != grouped:
+    said = {"attention_layers": config.texts("attention_layers")} if config.has("attention_layers") else {}
+    if config.has("attention_types") or not said:
+        said["attention_types"] = _ungrouped(config, config.values.get("attention_types"), layers)
+    for field, kinds in said.items():
+        if len(kinds) != layers or not set(kinds) <= {"global", "local"}:
+            raise config.wrong(field, f"such as to name, for each of the {layers} layers, global or local")
+    first, *others = said.values()
+    if first not in (others or [first]):
         raise ConfigError(f"{config.where}attention_layers and attention_types disagree; leave one of them out")
-    return named
+    return first
 
 
 def _ungrouped(config: Fields, groups: object, layers: int) -> list[str]:
@@ -82,9 +84,7 @@ def _ungrouped(config: Fields, groups: object, layers: int) -> list[str]:
             case [list(names), int(times)] if 0 <= times <= layers and all(isinstance(name, str) for name in names):
                 kinds += names * times
             case _:
-                raise config.wrong(
-                    "attention_types", 'a list of names, each with how often: [[["global", "local"], 6]]'
-                )
+                raise config.wrong("attention_types", 'names, each group with how often: [[["global", "local"], 6]]')
     return kinds
 
 
