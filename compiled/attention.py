@@ -11,12 +11,20 @@ Prefill goes block by block of its queries, each over no more keys than its last
 for all queries. It is an operator of its own because the number of blocks follows the prompt's length, which a graph of
 any length cannot unroll.
 
+Texts that are encoded need no cache. They stand one after the other, each attended by itself: nothing is padded, and no
+score is computed that counts for nothing. Text n of N is rows bound[n] .. bound[n + 1] - 1:
+
+    texts of 3, 1 and 4 tokens: bound 0 3 4 8
+
 Slots past a sequence's length are never read into a result, whatever they hold: decoding masks the score and the value
 alike (0 * NaN would be NaN), prefill reads exactly the slots that are written.
 
-Shapes: R sequences that gain one token, T query tokens of one sequence, S key positions (0 .. S - 1), H heads, K
-key/value heads, G = H / K, D head size, C capacity.
+Shapes: R sequences that gain one token, T query tokens of one sequence (or of all texts), S key positions (0 .. S - 1),
+H heads, K key/value heads, G = H / K, D head size, C capacity, N texts.
 """
+
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +33,7 @@ from torch.nn import functional
 from .linear import settled
 
 _BLOCK = 128
-"""Queries that prefill attends at once. 96 to 192 are equally fast; 512 at once takes 1.5 times as long."""
+"""Queries that prefill, or a text, attends at once. 96 to 192 are equally fast; 512 at once takes 1.5 times as long."""
 
 
 def write(cache_SKD: Tensor, slot_R: Tensor, new_RKD: Tensor) -> None:
@@ -119,33 +127,97 @@ def _attend_blocks(
     query_HTD, key_HSD, value_HSD = (each.transpose(0, 1) for each in (query_THD, key_SHD, value_SHD))
     tokens, before = len(query_THD), len(key_SHD) - len(query_THD)
     out_THD = query_THD.new_empty(query_THD.shape)
-    for begin in range(0, tokens, _BLOCK):
-        block = slice(begin, min(begin + _BLOCK, tokens))
-        first = 0 if window is None else max(0, before + block.start - window + 1)
-        seen = slice(first, before + block.stop)
+    for block, seen in _blocks(tokens, before, causal=True, window=window):
         added_HTS = mask_TS[None, block, seen]
         if slope_H is not None:
-            position_S = torch.arange(seen.start, seen.stop, device=slope_H.device)
-            position_T = torch.arange(before + block.start, before + block.stop, device=slope_H.device)
+            position_T, position_S = _positions(block, seen, before, slope_H.device)
             added_HTS = added_HTS + alibi(position_T, position_S, slope_H).permute(2, 0, 1)
         operands = query_HTD[:, block], key_HSD[:, seen], value_HSD[:, seen], added_HTS
         out_THD[block] = _attend_block(*operands, scale, softcap).transpose(0, 1)
     return out_THD
 
 
+def attend_texts(
+    query_THD: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    *,
+    bound_N: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    slope_H: Tensor | None = None,
+) -> Tensor:
+    """Every query over the keys of its own text; [T, H, D]. `bound_N` [N + 1] is on the CPU: its values are read."""
+    group = query_THD.shape[1] // key_TKD.shape[1]
+    key_THD, value_THD = (settled(each.repeat_interleave(group, 1)) for each in (key_TKD, value_TKD))
+    out_THD: Tensor = torch.ops.twinfer.attend_texts(
+        query_THD, key_THD, value_THD, bound_N, causal, scale, window, softcap, slope_H
+    )
+    return out_THD
+
+
+@torch.library.custom_op("twinfer::attend_texts", mutates_args=())
+def _attend_texts(
+    query_THD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    bound_N: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    slope_H: Tensor | None,
+) -> Tensor:
+    """Text by text, each in blocks of queries as in `attend_blocks`, and masks of a block where something is masked.
+
+    So memory grows by the longest text, not by its square, nor by that of all.
+    """
+    out_THD = query_THD.new_empty(query_THD.shape)
+    for begin, end in pairwise(bound_N.tolist()):
+        query_HTD, key_HSD, value_HSD = (each[begin:end].transpose(0, 1) for each in (query_THD, key_THD, value_THD))
+        for block, seen in _blocks(end - begin, 0, causal=causal, window=window):
+            added_HTS = None
+            if causal or window is not None:  # and ALiBi is only where attention is causal
+                position_T, position_S = _positions(block, seen, 0, query_THD.device)
+                added_HTS = mask(position_T, position_S, window, causal=causal)[None]
+                if slope_H is not None:
+                    added_HTS = added_HTS + alibi(position_T, position_S, slope_H).permute(2, 0, 1)
+            operands = query_HTD[:, block], key_HSD[:, seen], value_HSD[:, seen], added_HTS
+            out_THD[begin + block.start : begin + block.stop] = _attend_block(*operands, scale, softcap).transpose(0, 1)
+    return out_THD
+
+
+def _blocks(tokens: int, before: int, *, causal: bool, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Blocks of queries, `tokens` in all after `before` earlier ones, each with the keys that one of it may see."""
+    for begin in range(0, tokens, _BLOCK):
+        block = slice(begin, min(begin + _BLOCK, tokens))
+        first = 0 if window is None else max(0, before + block.start - window + 1)
+        yield block, slice(first, before + (block.stop if causal else tokens))
+
+
+def _positions(block: slice, seen: slice, before: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where a block's queries and keys stand, from 0."""
+    position_T = torch.arange(before + block.start, before + block.stop, device=device)
+    return position_T, torch.arange(seen.start, seen.stop, device=device)
+
+
 def _attend_block(
-    query_HTD: Tensor, key_HSD: Tensor, value_HSD: Tensor, added_HTS: Tensor, scale: float, softcap: float | None
+    query_HTD: Tensor, key_HSD: Tensor, value_HSD: Tensor, added_HTS: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """torch's fused attention, which knows no cap; with one, score by score."""
     if softcap is None:
+        added_1HTS = None if added_HTS is None else added_HTS[None]
         return functional.scaled_dot_product_attention(
-            query_HTD[None], key_HSD[None], value_HSD[None], attn_mask=added_HTS[None], scale=scale
+            query_HTD[None], key_HSD[None], value_HSD[None], attn_mask=added_1HTS, scale=scale
         )[0]
-    score_HTS = softcap * torch.tanh((scale / softcap) * (query_HTD @ key_HSD.mT)) + added_HTS
-    return torch.softmax(score_HTS, -1) @ value_HSD
+    score_HTS = softcap * torch.tanh((scale / softcap) * (query_HTD @ key_HSD.mT))
+    return torch.softmax(score_HTS if added_HTS is None else score_HTS + added_HTS, -1) @ value_HSD
 
 
 @_attend_blocks.register_fake
+@_attend_texts.register_fake
 def _(query_THD: Tensor, *_: object) -> Tensor:
     return query_THD.new_empty(query_THD.shape)
 
@@ -156,12 +228,13 @@ def alibi(position_R: Tensor, slot_S: Tensor, slope_H: Tensor) -> Tensor:
     return (distance_RS[..., None] * slope_H).to(torch.float32)
 
 
-def mask(position_T: Tensor, slot_S: Tensor, window: int | None) -> Tensor:
-    """What `attend_prefill` adds to its scores: 0 where seen, -inf elsewhere, float32 [T, S]."""
-    return torch.where(_seen(position_T, slot_S, window), 0.0, -torch.inf)
+def mask(position_T: Tensor, slot_S: Tensor, window: int | None, *, causal: bool = True) -> Tensor:
+    """What is added to the scores of many queries: 0 where seen, -inf elsewhere, float32 [T, S]."""
+    return torch.where(_seen(position_T, slot_S, window, causal), 0.0, -torch.inf)
 
 
-def _seen(position_R: Tensor, slot_S: Tensor, window: int | None) -> Tensor:
-    """Itself and all before it, or itself and the window - 1 before it."""
+def _seen(position_R: Tensor, slot_S: Tensor, window: int | None, causal: bool = True) -> Tensor:
+    """Itself and all before it, or itself and the window - 1 before it; where not causal, all after it too."""
     distance_RS = position_R[:, None] - slot_S[None, :]
-    return (distance_RS >= 0) & (distance_RS < window) if window is not None else distance_RS >= 0
+    seen_RS = distance_RS >= 0 if causal else torch.ones_like(distance_RS, dtype=torch.bool)
+    return seen_RS if window is None else seen_RS & (distance_RS < window)

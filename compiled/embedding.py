@@ -1,6 +1,6 @@
 """What enters the first layer: rows of tables, added up; in a graph one pass with the first layer's norm.
 
-Shapes: T rows, M hidden, E table width, P positions.
+Shapes: T rows, M hidden, E table width, P positions, Y token types.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,20 @@ class Embedding(NamedTuple):
     projection: Matrix | None
     """[M, E], where the table is not as wide as the hidden vector."""
     position_PM: Tensor | None
-    type_M: Tensor | None
-    """The first token type's vector: a decoder's tokens are all of that type."""
+    type_YM: Tensor | None
     norm: Norm | None
 
 
 def embed(
-    token_T: Tensor, position_T: Tensor, weights: Embedding, config: ModelConfig, storage: Storage, product: Product
+    token_T: Tensor,
+    position_T: Tensor,
+    weights: Embedding,
+    config: ModelConfig,
+    storage: Storage,
+    product: Product,
+    type_T: Tensor | None = None,
 ) -> Tensor:
-    """Hidden vectors [T, M] of tokens at their positions."""
+    """Hidden vectors [T, M] of tokens at their positions; without types, all are of the first, as a decoder's are."""
     x_TM = lookup(token_T, weights.table, storage, config.table_width)
     if weights.projection is not None:
         x_TM = product(x_TM, weights.projection, storage)
@@ -37,8 +42,8 @@ def embed(
         x_TM = x_TM * config.embedding_scale
     if weights.position_PM is not None:
         x_TM = x_TM + weights.position_PM[position_T]
-    if weights.type_M is not None:
-        x_TM = x_TM + weights.type_M
+    if weights.type_YM is not None:
+        x_TM = x_TM + weights.type_YM[0 if type_T is None else type_T]
     if weights.norm is not None and config.embedding_norm is not None:
         x_TM = norm(x_TM, weights.norm.gain_M, weights.norm.bias_M, config.embedding_norm)
     return x_TM

@@ -1,15 +1,17 @@
-"""The compiled path: a `Decoder` whose every step is one call of a compiled graph.
+"""The compiled path: a `Decoder` and `Encoder` whose every step is one call of a compiled graph.
 
 Why it is faster: see `steps` (the graphs), `linear` and `packing` (what they read) and `attention` (the cache). This
 file decides who runs in which graph. Sequences that gain one token run together, as a decode step; one that gains more
 runs alone, as a prefill of at most 512 tokens at a time, which bounds the memory and needs no padding. A lone decode
-step has its own graph, since one row is the case that memory alone limits.
+step has its own graph, since one row is the case that memory alone limits. Texts that are encoded run together while
+they hold no more than 512 tokens, one after the other in one row of tokens, which needs no padding either.
 
-Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V vocabulary, E table width.
+Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V vocabulary, E table width, N texts.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Literal, overload
 
 import torch
@@ -25,15 +27,18 @@ from .head import head_many, scale_and_cap
 from .machine import check_compiler, checked_device
 from .programs import as_is, dynamic, graph, pinned, region
 from .sequences import StaticSequences
-from .steps import decode_program, prefill_program
+from .steps import decode_program, encode_program, prefill_program
 from .weights import prepare
 
 _PREFILL_TOKENS = 512
 """The longest piece of a prompt that is prefilled at once."""
 
+_ENCODE_TOKENS = 512
+"""As many tokens are encoded at once, or one text if it is longer."""
+
 
 class CompiledPath:
-    """Implements `twinfer.spec.decoder.Decoder`.
+    """Implements `twinfer.spec.decoder.Decoder` and `Encoder`.
 
     Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage or
     compute dtype, and what the source raises; all before the weights are read, the last excepted. `report` is told, in
@@ -66,13 +71,11 @@ class CompiledPath:
             self._model = prepare(source, self._storage, self._device)
             self._slots = torch.arange(max(2, self._config.context), device=self._device)
         wrap = as_is if _eager else region
-        decode = decode_program(self._config, self._storage, wrap)
-        decode_rows = decode_program(self._config, self._storage, wrap)
-        prefill = prefill_program(self._config, self._storage, wrap)
+        makers: dict[str, Any] = {"encode": encode_program}
+        if self._config.extensible:
+            makers |= {"prefill": prefill_program, "decode": decode_program, "decode rows": decode_program}
         self._programs: dict[str, Callable[..., Any]] = {
-            "prefill": prefill,
-            "decode": decode,
-            "decode rows": decode_rows,
+            name: program(self._config, self._storage, wrap) for name, program in makers.items()
         }
         if not _eager:
             self._programs = {name: graph(each, keep_guards=_keep_guards) for name, each in self._programs.items()}
@@ -102,11 +105,13 @@ class CompiledPath:
         """Compile now what is not compiled yet, and return how many seconds it took; otherwise the first use does it.
 
         Afterwards no batch, length, capacity or growth compiles anything. Without `batches`, the graph in which
-        several sequences gain a token together is left for later.
+        several sequences gain a token together is left for later. A decoder that also encodes compiles that when it
+        first does.
         """
         begin = time.perf_counter()
+        decoding = ("prefill", "decode", "decode rows") if batches else ("prefill", "decode")
         with pinned(self._threads):
-            for name in ("prefill", "decode", "decode rows") if batches else ("prefill", "decode"):
+            for name in decoding if self._config.extensible else ("encode",):
                 self._ready(name)
         return time.perf_counter() - begin
 
@@ -154,6 +159,31 @@ class CompiledPath:
                 last_BV[index], every[index] = self._prefill(sequences, index, tokens[index], every_position)
             sequences.advance(gained, last_BV)
             return every if every_position else last_BV.clone()
+
+    def encode(self, tokens: Sequence[Tensor], types: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Hidden vectors of whole texts, of any lengths and number, as the protocol says."""
+        protocol.check_encoding(self._config, tokens, types)
+        hidden: list[Tensor] = []
+        with pinned(self._threads):
+            for run in _runs([len(each) for each in tokens], _ENCODE_TOKENS):
+                hidden += self._encode(tokens[run], None if types is None else types[run])
+        return hidden
+
+    def _encode(self, tokens: Sequence[Tensor], types: Sequence[Tensor] | None) -> list[Tensor]:
+        """Texts in one run of the graph, which wants two tokens: a lone one is encoded twice."""
+        lengths = [len(each) for each in tokens]
+        lone = sum(lengths) == 1
+
+        def joined(each: Sequence[Tensor]) -> Tensor:
+            return torch.cat([one.detach().to(self._device, torch.int64) for one in each] * (2 if lone else 1))
+
+        token_T = joined(tokens)
+        type_T = torch.zeros_like(token_T) if types is None else joined(types)
+        position_T = joined([self._slots[:length] for length in lengths])
+        bound_N = torch.tensor([0, *accumulate(lengths * 2 if lone else lengths)])
+        program = self._ready("encode")
+        hidden_TE = program(self._model, token_T, type_T if self._config.token_types else None, position_T, bound_N)
+        return list(hidden_TE[: sum(lengths)].split(lengths))
 
     def _decode(self, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
         """One token for each of these sequences; logits [R, V]."""
@@ -206,18 +236,39 @@ class CompiledPath:
         """
         rows = 3 if name == "decode rows" else 1
         tokens, slots, capacity = 160, 224, 352
+        token_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
+        position_T = torch.arange(tokens, device=self._device) % self._config.context
+        dynamic(token_T, position_T)
+        if name == "encode":
+            type_T, bound_N = torch.zeros_like(token_T), torch.arange(0, tokens + 1, 20)
+            dynamic(type_T, bound_N)
+            return self._model, token_T, type_T if self._config.token_types else None, position_T, bound_N
         sequences = StaticSequences(self._config, rows, capacity, self._device)
         for cache in sequences.caches:
             dynamic(*cache)
         start_R = torch.arange(rows, device=self._device) * capacity
         slot_S = torch.arange(slots, device=self._device)
         if name == "prefill":
-            token_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
-            position_T = torch.arange(tokens, device=self._device) % self._config.context
-            dynamic(token_T, position_T, slot_S)
+            dynamic(slot_S)
             return self._model, sequences.caches, token_T, position_T, start_R, slot_S
         token_R, position_R = (torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(2))
         dynamic(slot_S)
         if rows > 1:
             dynamic(token_R, position_R, start_R)
         return self._model, sequences.caches, token_R, position_R, start_R, slot_S
+
+
+def _runs(lengths: list[int], most: int) -> Iterator[slice]:
+    """Texts that follow each other, together as long as they hold at most so many tokens; a longer one alone.
+
+    >>> list(_runs([3, 4, 2, 9, 1], 8))
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    begin = held = 0
+    for index, length in enumerate(lengths):
+        if index > begin and held + length > most:
+            yield slice(begin, index)
+            begin, held = index, 0
+        held += length
+    if lengths:
+        yield slice(begin, len(lengths))

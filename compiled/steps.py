@@ -1,12 +1,12 @@
-"""The two programs that are compiled: a decode step and a prefill, each over the whole model.
+"""The programs that are compiled: a decode step, a prefill and the encoding of texts, each over the whole model.
 
 Why it is faster: one graph call a step instead of hundreds of operator calls, norms, rotations, activations and
 additions fused into the products' neighbours, and the layer compiled once, as a region, for all layers of equal config.
 What it relies on: no step reads a tensor's value or allocates by one, so a CUDA graph can capture the decode step;
 caches are written in place and keep their addresses.
 
-Shapes: R sequences that gain one token, T prompt tokens of one sequence, S key positions, M hidden, E table width, H
-heads, K key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cache.
+Shapes: R sequences that gain one token, T prompt tokens of one sequence or tokens of N texts, S key positions, M
+hidden, E table width, H heads, K key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cache.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormPlacement, QkNormSpan, Residual, Storage
-from .attention import attend_decode, attend_prefill, mask, write
+from .attention import attend_decode, attend_prefill, attend_texts, mask, write
 from .embedding import Product, embed
 from .head import scale_and_cap
 from .linear import linear_few, linear_many
@@ -90,6 +90,26 @@ def prefill_program(
     return prefill
 
 
+def encode_program(
+    config: ModelConfig, storage: Storage, region: Callable[..., Callable[..., Tensor]]
+) -> Callable[..., Tensor]:
+    """A function (model, token_T, type_T, position_T, bound_N) -> hidden vectors [T, E], normed, of every token.
+
+    The tokens are those of texts one after the other, which `bound_N` parts as `attend_texts` says; positions begin
+    anew with each. `type_T` is None for a model without token types.
+    """
+    layer_of = {layer: region(_encode_layer(layer, storage)) for layer in set(config.layers)}
+
+    def encode(model: Model, token_T: Tensor, type_T: Tensor | None, position_T: Tensor, bound_N: Tensor) -> Tensor:
+        x_TM = embed(token_T, position_T, model.embedding, config, storage, linear_many, type_T)
+        tables = _tables(model, config, position_T)
+        for layer, weights, table in zip(config.layers, model.layers, tables, strict=True):
+            x_TM = layer_of[layer](x_TM, weights, table, bound_N)
+        return _for_head(x_TM, model, config, storage, linear_many)
+
+    return encode
+
+
 def _decode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor]:
     def layer(
         x_RM: Tensor, weights: Layer, cache: Cache, table: Table, start_R: Tensor, position_R: Tensor, slot_S: Tensor
@@ -140,6 +160,28 @@ def _prefill_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tenso
                 cache.value_CKD,
                 slot_S=read_S,
                 mask_TS=mask_TS,
+                scale=config.attention.scale,
+                window=config.attention.window,
+                softcap=config.attention.softcap,
+                slope_H=weights.slope_H,
+            )
+            return linear_many(mixed_THD.flatten(1), weights.output, storage)
+
+        def feed(normed_TM: Tensor) -> Tensor:
+            return linear_many(_activated(linear_many(normed_TM, weights.up, storage), config), weights.down, storage)
+
+        return _around(x_TM, weights, config, attend, feed)
+
+    return layer
+
+
+def _encode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor]:
+    def layer(x_TM: Tensor, weights: Layer, table: Table, bound_N: Tensor) -> Tensor:
+        def attend(normed_TM: Tensor) -> Tensor:
+            mixed_THD = attend_texts(
+                *_heads(linear_many(normed_TM, weights.qkv, storage), weights, table, config),
+                bound_N=bound_N,
+                causal=config.attention.causal,
                 scale=config.attention.scale,
                 window=config.attention.window,
                 softcap=config.attention.softcap,

@@ -57,7 +57,7 @@ class Model(NamedTuple):
     reduction: Matrix | None
     """[E, M], where the table is not as wide as the hidden vector."""
     head: Matrix
-    """The very words of the token table where the head is tied."""
+    """The very words of the token table where the head is tied; also where there is none, and then nothing reads it."""
 
 
 def prepare(source: WeightSource, storage: Storage, device: torch.device) -> Model:
@@ -83,7 +83,7 @@ def _embedding(source: WeightSource, storage: Storage, device: torch.device) -> 
         table=_matrix([LinearWeights(weight_NI=weights.token_VE)], storage, device),
         projection=None if weights.projection is None else _matrix([weights.projection], storage, device),
         position_PM=None if weights.position_PM is None else _plain(weights.position_PM, device),
-        type_M=None if weights.type_YM is None else _plain(weights.type_YM[0], device),
+        type_YM=None if weights.type_YM is None else _plain(weights.type_YM, device),
         norm=prepared_norm(weights.norm, config.embedding_norm, device),
     )
 
@@ -161,11 +161,6 @@ def _plain(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _check_computed(config: ModelConfig) -> None:
-    if not config.extensible:
-        raise ConfigError(
-            f"this {config.family} model sees later tokens or has no head; the compiled path computes decoders, "
-            "so use path=reference"
-        )
     for index, layer in enumerate(config.layers):
         if layer.mlp.experts != 1:
             raise ConfigError(

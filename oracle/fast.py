@@ -14,6 +14,7 @@ from torch import Tensor
 from ..compiled import attention, embedding, head, linear, mlp, norms, packing, rotary
 from ..compiled.linear import Matrix
 from ..compiled.weights import prepared_norm
+from ..reference.attention import visible
 from ..reference.cache import KVCache
 from ..reference.quantise import RowQuantised
 from ..spec.config import Storage
@@ -83,23 +84,20 @@ def _embed_with(product: embedding.Product) -> Callable[[Function, Inputs], Tens
             table=matrices[0],
             projection=None if weights.projection is None else matrices[1],
             position_PM=None if weights.position_PM is None else weights.position_PM.float(),
-            type_M=None if weights.type_YM is None else weights.type_YM[0].float(),
+            type_YM=None if weights.type_YM is None else weights.type_YM.float(),
             norm=prepared_norm(weights.norm, config.embedding_norm, token_BT.device),
         )
-        rows = [function(token_T, inputs["position_T"], packed, config, storage, product) for token_T in token_BT]
+        given = inputs["position_T"], packed, config, storage, product
+        rows = [function(token_T, *given, type_T) for token_T, type_T in zip(token_BT, inputs["type_BT"], strict=True)]
         dtype: torch.dtype = inputs["dtype"]
         return torch.stack(rows).to(dtype)
 
     return adapt
 
 
-def _is_of_the_first_type(inputs: Inputs) -> bool:
-    return not inputs["type_BT"].any()
-
-
 EMBED = (
-    Fast(embedding.embed, _embed_with(linear.linear_few), applies=_is_of_the_first_type),
-    Fast(embedding.embed, _embed_with(linear.linear_many), applies=_is_of_the_first_type),
+    Fast(embedding.embed, _embed_with(linear.linear_few)),
+    Fast(embedding.embed, _embed_with(linear.linear_many)),
 )
 
 
@@ -143,15 +141,16 @@ ROTATE = (Fast(rotary.rotate, _rotate),)
 
 
 def _mask(function: Function, inputs: Inputs) -> Tensor:
-    out: Tensor = function(inputs["query_position_T"], inputs["key_position_S"], inputs["window"])
+    positions = inputs["query_position_T"], inputs["key_position_S"]
+    out: Tensor = function(*positions, inputs["window"], causal=inputs["causal"])
     return out == 0
 
 
-def _is_causal_without_padding(inputs: Inputs) -> bool:
-    return bool(inputs["causal"]) and inputs["key_length"] is None
+def _has_no_padding(inputs: Inputs) -> bool:
+    return inputs["key_length"] is None
 
 
-VISIBLE = (Fast(attention.mask, _mask, applies=_is_causal_without_padding),)
+VISIBLE = (Fast(attention.mask, _mask, applies=_has_no_padding),)
 
 
 def _prefill(function: Function, inputs: Inputs) -> Tensor:
@@ -189,6 +188,34 @@ def _decode(function: Function, inputs: Inputs) -> Tensor:
             )
         )
     return torch.stack(columns, 1).to(query_BTHD.dtype)
+
+
+def _texts(function: Function, inputs: Inputs) -> Tensor:
+    """The sequences as texts, one after the other."""
+    query_BTHD: Tensor = inputs["query_BTHD"]
+    causal, window = _masking(inputs) or (True, None)
+    out: Tensor = function(
+        *(inputs[name].float().flatten(0, 1) for name in ("query_BTHD", "key_BSKD", "value_BSKD")),
+        bound_N=torch.arange(len(query_BTHD) + 1) * query_BTHD.shape[1],
+        causal=causal,
+        scale=inputs["scale"],
+        window=window,
+        **_shaping(inputs),
+    )
+    return out.view(query_BTHD.shape).to(query_BTHD.dtype)
+
+
+def _masking(inputs: Inputs) -> tuple[bool, int | None] | None:
+    """Whether attention is causal, and its window, where queries are the keys' own and such a mask is the given one."""
+    seen_TS: Tensor = inputs["visible_TS"]
+    position_S = torch.arange(seen_TS.shape[1])
+    every = [(causal, window) for causal in (True, False) for window in (None, 1, 2, 3)]
+    masks = (visible(position_S, position_S, causal=causal, window=window) for causal, window in every)
+    return next((masking for masking, mask_SS in zip(every, masks, strict=True) if mask_SS.equal(seen_TS)), None)
+
+
+def _is_a_text(inputs: Inputs) -> bool:
+    return _masking(inputs) is not None
 
 
 def _shaping(inputs: Inputs) -> dict[str, Any]:
@@ -232,6 +259,7 @@ def _sees_runs(inputs: Inputs) -> bool:
 ATTENTION = (
     Fast(attention.attend_decode, _decode, applies=_sees_runs),
     Fast(attention.attend_prefill, _prefill, applies=_sees_no_later_key),
+    Fast(attention.attend_texts, _texts, applies=_is_a_text),
 )
 
 

@@ -49,9 +49,9 @@ class PathComparison:
     """What came of a comparison. `holds` is the verdict; the rest says how near it was, or what went wrong."""
 
     rows: int = 0
-    """Rows of logits judged."""
+    """Rows of logits, or of hidden vectors, judged."""
     decisions: int = 0
-    """Greedy choices compared: one a row."""
+    """Greedy choices compared: one a row of logits."""
     largest_ratio: float = 0.0
     """Largest error / bound."""
     ties: list[Tie] = field(default_factory=list)

@@ -21,7 +21,7 @@ from twinfer.oracle.schedule import draw_schedule
 from twinfer.oracle.strategies import drawn
 from twinfer.oracle.yardstick import Yardstick
 from twinfer.spec.config import Head, ModelConfig, Storage
-from twinfer.spec.errors import ConfigError, MachineError, RequestError, TwinferError
+from twinfer.spec.errors import MachineError, RequestError, TwinferError
 from twinfer.spec.shapes import is_made
 from twinfer.spec.weights import tensors
 
@@ -302,16 +302,6 @@ def test_what_is_not_offered_is_refused_before_anything_is_read(
 
     with pytest.raises(error, match=says):
         CompiledPath(Unread(), _eager=True, **options)  # type: ignore[arg-type]
-
-
-def test_encoders_are_refused() -> None:
-    """Before anything is read."""
-
-    class Unread:
-        config = replace(_some_config(), head=Head.NONE, head_bias=False)
-
-    with pytest.raises(ConfigError, match="computes decoders"):
-        CompiledPath(Unread(), _eager=True)  # type: ignore[arg-type]
 
 
 def test_a_missing_compiler_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,75 @@
+"""Comparing encoders: the hidden vectors of a candidate beside the reference's, text by text.
+
+A row is one token of one text; its scale is the largest element of its true vector, max|T|. Whatever a text is encoded
+together with, its rows are held against the same truth: the reference computes every text alone.
+
+Shapes: T tokens of a text, E elements of its vectors.
+"""
+
+import torch
+
+from ..spec.config import ModelConfig
+from ..spec.decoder import Encoder
+from .budget import judge_rows
+from .case import Picker
+from .paths import WHOLE_MODEL, PathComparison, PathMismatch
+from .yardstick import Yardstick, worst_of
+
+Texts = tuple[tuple[int, ...], ...]
+"""Token ids, or token types, of each text; plain data, so that a case prints as Python that makes it again."""
+
+
+def draw_texts(pick: Picker, config: ModelConfig, *, most: int = 5, longest: int = 12) -> tuple[Texts, Texts | None]:
+    """Texts of any lengths, and their types, where the model has some and they are not left out."""
+    lengths = [pick.integer(1, min(longest, config.context)) for _ in range(pick.integer(1, most))]
+
+    def drawn(values: int) -> Texts:
+        return tuple(tuple(pick.integer(0, values - 1) for _ in range(length)) for length in lengths)
+
+    typed = config.token_types > 0 and pick.choice([True, True, False])
+    return drawn(config.vocabulary), drawn(config.token_types) if typed else None
+
+
+@torch.no_grad()
+def compare_encodings(
+    yardstick: Yardstick, candidate: Encoder, texts: Texts, types: Texts | None = None
+) -> PathComparison:
+    """Have the reference and the candidate encode the texts, all in one call, and judge every row."""
+    tokens = [torch.tensor(text) for text in texts]
+    kinds = None if types is None else [torch.tensor(each) for each in types]
+    truths = yardstick.truth.encode(tokens, kinds)
+    runs = [eager.encode(tokens, kinds) for eager in yardstick.eager]
+    device = candidate.device
+    on_device = None if kinds is None else [each.to(device) for each in kinds]
+    got = candidate.encode([each.to(device) for each in tokens], on_device)
+    result = PathComparison()
+    if len(got) != len(texts):
+        result.failures.append(f"{len(got)} texts came back of {len(texts)}")
+        return result
+    for index, (truth_TE, got_TE) in enumerate(zip(truths, got, strict=True)):
+        truth_TE, got_TE = truth_TE.cpu(), got_TE.cpu()
+        eager_TE = worst_of([run[index].cpu() for run in runs], truth_TE)
+        if got_TE.shape != truth_TE.shape or got_TE.dtype != eager_TE.dtype:
+            result.failures.append(
+                f"text {index}: hidden vectors are {list(got_TE.shape)} of {got_TE.dtype}, "
+                f"the reference's {list(truth_TE.shape)} of {eager_TE.dtype}"
+            )
+            continue
+        scale_T1 = truth_TE.abs().amax(-1, keepdim=True)
+        verdict = judge_rows(WHOLE_MODEL, "R E", got_TE, eager_TE, truth_TE, scale_T1)
+        result.rows += len(truth_TE)
+        if verdict.failed:
+            result.failures.append("\n  ".join([f"text {index}: {verdict.complaint}", *verdict.details]))
+        else:
+            result.largest_ratio = max(result.largest_ratio, verdict.ratio)
+    return result
+
+
+def assert_encodings_agree(
+    yardstick: Yardstick, candidate: Encoder, texts: Texts, types: Texts | None = None
+) -> PathComparison:
+    """`compare_encodings`, raising `PathMismatch` with all failures and the texts where it does not hold."""
+    comparison = compare_encodings(yardstick, candidate, texts, types)
+    if not comparison.holds:
+        raise PathMismatch("\n".join([*comparison.failures, f"texts = {texts!r}, types = {types!r}"]))
+    return comparison
