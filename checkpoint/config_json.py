@@ -15,21 +15,22 @@ from ..spec.errors import ConfigError
 Config = TypeVar("Config")
 
 
-def to_json(config: ModelConfig) -> dict[str, Any]:
-    """Plain values that `json` can write."""
+def to_json(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain values that `json` can write."""
     return dict(asdict(config, dict_factory=lambda items: {name: _plain(value) for name, value in items}))
 
 
 def from_json(values: object, where: str) -> ModelConfig:
-    """`to_json` undone. Raises `ConfigError` naming the field that is unknown, missing, or not of its type."""
-    return _read(ModelConfig, values, where)
+    """A model's config; as `read` does."""
+    return read(ModelConfig, values, where)
 
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def _read(kind: type[Config], values: object, where: str) -> Config:
+def read(kind: type[Config], values: object, where: str) -> Config:
+    """`to_json` undone. Raises `ConfigError` naming the field that is unknown, missing, or not of its type."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where} is {_short(values)}; it must be an object")
     hints = get_type_hints(kind)
@@ -51,7 +52,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None
     kind = next(each for each in kinds if each is not NoneType)
     if is_dataclass(kind):
-        return _read(kind, value, where)
+        return read(kind, value, where)
     if issubclass(kind, Enum):
         if value not in [each.value for each in kind]:
             raise ConfigError(f"{where} is {_short(value)}; it must be one of {', '.join(each.value for each in kind)}")

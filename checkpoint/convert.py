@@ -6,6 +6,7 @@ from pathlib import Path
 from ..spec.config import Storage
 from ..spec.errors import RequestError
 from . import twinfer_folder
+from .config_json import to_json
 from .model import Checkpoint
 
 
@@ -25,6 +26,7 @@ def convert(checkpoint: Checkpoint, folder: Path, storage: Storage, report: Call
         "end_tokens": list(checkpoint.end_tokens),
         "chat_template": checkpoint.chat_template,
         "special_tokens": checkpoint.special_tokens,
+        "embedding": to_json(checkpoint.embedding),
     }
     return twinfer_folder.write(
         checkpoint.source, folder, storage, about=about, tokenizer=checkpoint.tokenizer, report=report

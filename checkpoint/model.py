@@ -1,7 +1,7 @@
 """Open a model, whatever it is kept in: a Hugging Face folder, a GGUF file, or a built-in name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..spec.config import ModelConfig, Storage
@@ -9,6 +9,8 @@ from ..spec.errors import CheckpointError, TwinferError
 from ..spec.weights import WeightSource
 from . import gguf_model, gguf_tokenizer, huggingface
 from .builtin import BUILT_IN, cache_folder
+from .config_json import read
+from .embedding_recipe import EmbeddingRecipe, gguf_recipe, recipe_of
 from .fetch import fetched
 from .fields import Fields
 from .gguf_file import GgufFile
@@ -33,6 +35,8 @@ class Checkpoint:
     """What the template may call by name: `bos_token`, `eos_token` and so on."""
     storage: Storage | None = None
     """As what its matrices are kept, in the twinfer form; None where they are as its makers left them."""
+    embedding: EmbeddingRecipe = field(default_factory=EmbeddingRecipe)
+    """How one vector is made of a text."""
 
 
 def open_model(model: str, *, context: int | None = None, report: Callable[[str], None] | None = None) -> Checkpoint:
@@ -73,7 +77,7 @@ def _open(model: str, context: int | None, report: Callable[[str], None]) -> Che
 def _open_twinfer(folder: Path, context: int | None) -> Checkpoint:
     source = TwinferFolder(folder, context)
     about, tokenizer = source.about, source.tokenizer()
-    special = about.section("special_tokens")
+    special, embedding = about.section("special_tokens"), about.section("embedding")
     checkpoint = Checkpoint(
         name=about.text("name"),
         source=source,
@@ -83,6 +87,7 @@ def _open_twinfer(folder: Path, context: int | None) -> Checkpoint:
         chat_template=about.optional_text("chat_template"),
         special_tokens={} if special is None else {name: special.text(name) for name in special.names()},
         storage=source.storage,
+        embedding=read(EmbeddingRecipe, {} if embedding is None else embedding.values, f"{folder}: embedding"),
     )
     about.finish()
     return checkpoint
@@ -99,6 +104,7 @@ def _open_folder(folder: Path, name: str, context: int | None) -> Checkpoint:
         end_tokens=huggingface.end_tokens(folder, source.config.vocabulary, tokenizer),
         chat_template=huggingface.chat_template(folder),
         special_tokens=huggingface.special_tokens(folder),
+        embedding=recipe_of(folder),
     )
 
 
@@ -115,6 +121,7 @@ def _open_gguf(path: Path, name: str, context: int | None) -> Checkpoint:
         end_tokens=gguf_tokenizer.end_tokens(fields, source.config.vocabulary),
         chat_template=fields.text("tokenizer.chat_template") if fields.has("tokenizer.chat_template") else None,
         special_tokens=gguf_tokenizer.special_tokens(fields),
+        embedding=gguf_recipe(fields),
     )
 
 

@@ -10,7 +10,7 @@ from twinfer.reference.sampling import Sampling
 from twinfer.spec.errors import RequestError
 
 from .chat import encode
-from .cli_options import add_arithmetic, add_context, add_json, add_model, read_prompts, token_ids, unicode_text
+from .cli_options import add_arithmetic, add_context, add_json, add_model, read_lines, token_ids, unicode_text
 from .console import print_json, waiting
 from .generation import Generation, check_prompts, check_stops
 from .loading import Model, load, open_checkpoint
@@ -132,7 +132,7 @@ def report_of(model: Model, name: str, generation: Generation) -> dict[str, Any]
 
 def _prompts(args: argparse.Namespace) -> Sequence[str | list[int]]:
     if args.prompts_file is not None:
-        return read_prompts(args.prompts_file)
+        return read_lines(args.prompts_file, "prompt")
     return [args.prompt if args.prompt is not None else args.prompt_ids]
 
 

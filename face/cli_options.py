@@ -11,7 +11,7 @@ from .loading import Compute
 
 MODEL_HELP = (
     "a folder (Hugging Face: config.json, model.safetensors; or made by twinfer convert), a .gguf file, or the "
-    "built-in name smollm2"
+    "built-in name smollm2 (writes texts) or minilm (embeds them)"
 )
 
 
@@ -90,15 +90,15 @@ def token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not token ids; write them like 504,3575,282") from None
 
 
-def read_prompts(name: str) -> list[str]:
-    """The lines of a UTF-8 text file, one prompt each, blank ones skipped."""
+def read_lines(name: str, what: str) -> list[str]:
+    """The lines of a UTF-8 text file, one prompt (or whatever it is) each, blank ones skipped."""
     try:
         text = FilePath(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise RequestError(f"prompts file {name} cannot be read: {error.strerror or error}") from error
+        raise RequestError(f"{what}s file {name} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise RequestError(f"prompts file {name} is not UTF-8 text: byte {error.start} is wrong") from error
-    prompts = [line for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise RequestError(f"prompts file {name} holds no prompt; write one a line")
-    return prompts
+        raise RequestError(f"{what}s file {name} is not UTF-8 text: byte {error.start} is wrong") from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise RequestError(f"{what}s file {name} holds no {what}; write one a line")
+    return lines

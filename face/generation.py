@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twinfer.reference.sampling import Sampling, generator_for, next_token
 from twinfer.spec.config import ModelConfig
-from twinfer.spec.decoder import Decoder, Sequences, check_open
+from twinfer.spec.decoder import Decoder, Sequences, check_extensible, check_open
 from twinfer.spec.errors import RequestError
 
 from .text import StopWatch, TextStream
@@ -237,6 +237,7 @@ def _step(decoder: Decoder, sequences: Sequences, rows: Sequence[_Row]) -> list[
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise `RequestError` unless `generate` may be given these; needs no decoder, so ask it early."""
+    check_extensible(config)
     if not prompts:
         raise RequestError("there are 0 prompts; give at least one")
     if max_new_tokens < 1:

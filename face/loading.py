@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.decoder import Decoder, Path
@@ -15,6 +16,7 @@ from twinfer.spec.paper_models import PAPER_MODELS
 from twinfer.spec.weights import WeightSource
 
 from .chat import encode
+from .embedding import chosen, embed, text_ids
 from .generation import Generation, generate
 
 if TYPE_CHECKING:
@@ -72,6 +74,20 @@ class Model:
         ids = [self.encode(prompt, chat=chat) if isinstance(prompt, str) else prompt for prompt in prompts]
         end_tokens, tokenizer = self.checkpoint.end_tokens, self.checkpoint.tokenizer
         return generate(self.decoder, ids, end_tokens=end_tokens, tokenizer=tokenizer, **how)
+
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], *, pooling: str | None = None, normalise: bool | None = None
+    ) -> Tensor:
+        """One vector for each text (or its token ids), [N, M], in float32 (float64 where compute is) on the device.
+
+        `pooling` is mean, of all tokens' hidden vectors, or cls, the first one; with `normalise` vectors are scaled to
+        length 1. What is not given is as the model's folder says (modules.json), else the mean, not scaled.
+
+        Raises `RequestError` where the folder says what is not computed here, and for a text of more tokens than the
+        model is made for: nothing is cut off. (Token ids may be as many as its context.)
+        """
+        how = chosen(self.checkpoint.embedding, pooling, normalise)
+        return embed(self.decoder, text_ids(self.checkpoint, texts), *how)
 
 
 def load(

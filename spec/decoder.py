@@ -8,7 +8,7 @@ Shapes: B sequences, V vocabulary, T_i new tokens of sequence i.
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Literal, Protocol, overload
+from typing import Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -84,6 +84,7 @@ class Decoder(Protocol):
         ...
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """A model that reads whole texts."""
 
@@ -102,13 +103,18 @@ class Encoder(Protocol):
         ...
 
 
-def check_open(config: ModelConfig, max_batch: int | None, batch: int, reserve: int) -> None:
-    """Raise `RequestError` unless `Decoder.open` may be called so."""
+def check_extensible(config: ModelConfig) -> None:
+    """Raise `RequestError` for a model that cannot continue a text."""
     if not config.extensible:
         raise RequestError(
             f"this {config.family} model sees later tokens or has no head, so no text can be continued with it; "
             "encode whole texts instead"
         )
+
+
+def check_open(config: ModelConfig, max_batch: int | None, batch: int, reserve: int) -> None:
+    """Raise `RequestError` unless `Decoder.open` may be called so."""
+    check_extensible(config)
     if batch < 1:
         raise RequestError(f"batch is {batch}; it must be at least 1")
     if max_batch is not None and batch > max_batch:

@@ -1,0 +1,139 @@
+"""How a model's makers turn hidden vectors into one vector a text.
+
+In a folder modules.json says so, and the files that it leads to: those of the sentence-transformers library. A GGUF
+file names the pooling alone. What they ask for and is not computed here refuses no model:
+its hidden vectors are right all the same. It is kept as a sentence, for when a text's vector is asked for.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..spec.config import Pooling
+from ..spec.errors import CheckpointError, ConfigError
+from .fields import Fields
+
+MODULES = "modules.json"
+
+GGUF_POOLING = (Pooling.MEAN, Pooling.MEAN, Pooling.CLS)
+"""By GGUF's numbers, of which 0 says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRecipe:
+    """What happens before and after the model. As it stands here where nothing says otherwise."""
+
+    pooling: Pooling | None = Pooling.MEAN
+    """None where the makers' is another, as `unknown` says."""
+    normalise: bool | None = False
+    """Whether vectors are scaled to length 1. None where the makers do what is not computed here, as `unknown` says."""
+    most_tokens: int | None = None
+    """The most tokens of a text, where that is less than the model's context."""
+    lower_case: bool = False
+    """Whether texts are turned into lower case first."""
+    unknown: str = ""
+    """What the folder says and is not computed here."""
+
+
+def recipe_of(folder: Path) -> EmbeddingRecipe:
+    """Read a folder's recipe. Raises `CheckpointError` where a file of it is missing or malformed."""
+    try:
+        return _read(folder)
+    except ConfigError as error:
+        return EmbeddingRecipe(pooling=None, normalise=None, unknown=str(error))
+
+
+def gguf_recipe(metadata: Fields) -> EmbeddingRecipe:
+    """A GGUF file's recipe."""
+    name = f"{metadata.text('general.architecture')}.pooling_type"
+    kind = metadata.integer(name, 0, least=0)
+    if kind >= len(GGUF_POOLING):
+        wrong = metadata.wrong(name, "0 (none), 1 (mean) or 2 (cls), which is all that is computed here")
+        return EmbeddingRecipe(pooling=None, unknown=str(wrong))
+    return EmbeddingRecipe(pooling=GGUF_POOLING[kind])
+
+
+def _read(folder: Path) -> EmbeddingRecipe:
+    if not (folder / MODULES).is_file():
+        return EmbeddingRecipe()
+    modules = list(_modules(folder / MODULES))
+    kinds = [kind for kind, _ in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ConfigError(
+            f"{folder / MODULES}: the modules are {kinds}; only Transformer, Pooling and then, or not, Normalize are "
+            "computed by this version"
+        )
+    if modules[0][1] != folder:
+        raise ConfigError(f"{folder / MODULES}: the Transformer lies in {modules[0][1]}; open that folder instead")
+    _no_prompt(folder)
+    most_tokens, lower_case = _texts(folder)
+    modes = _modes(_fields(modules[1][1] / "config.json"))
+    known = next((pooling for pooling in Pooling if modes == [pooling.value]), None)
+    return EmbeddingRecipe(
+        pooling=known,
+        normalise="Normalize" in kinds,
+        most_tokens=most_tokens,
+        lower_case=lower_case,
+        unknown="" if known else f"{modules[1][1] / 'config.json'}: the pooling is {modes}, which is not computed here",
+    )
+
+
+def _modules(path: Path) -> Iterator[tuple[str, Path]]:
+    """Each module's class, and the folder in which its own config lies."""
+    try:
+        modules = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise CheckpointError(f"{path} must hold a list of modules; fetch the file again")
+    for index, module in enumerate(modules):
+        fields = Fields(module, f"{path}: module {index}: ")
+        inside = PurePosixPath(fields.text("path", ""))
+        if inside.is_absolute() or ".." in inside.parts or not str(inside).isprintable():
+            raise fields.wrong("path", "a folder inside the model's")
+        fields.ignore(("idx", "name"))
+        kind = fields.text("type").rpartition(".")[2]
+        fields.finish()
+        yield kind, path.parent / inside
+
+
+def _modes(config: Fields) -> list[str]:
+    """The pooling modes that are on; several are set side by side, so none of them alone is meant."""
+    marked = {
+        "cls": config.flag("pooling_mode_cls_token", False),
+        "mean": config.flag("pooling_mode_mean_tokens", "pooling_mode" not in config.values),
+        "max": config.flag("pooling_mode_max_tokens", False),
+        "mean_sqrt_len_tokens": config.flag("pooling_mode_mean_sqrt_len_tokens", False),
+        "weightedmean": config.flag("pooling_mode_weightedmean_tokens", False),
+        "lasttoken": config.flag("pooling_mode_lasttoken", False),
+    }
+    named = [config.text("pooling_mode")] if config.has("pooling_mode") else []
+    config.ignore(("word_embedding_dimension", "embedding_dimension"))  # the width, which the model has by itself
+    config.ignore(("pooling_mode", "include_prompt"))  # there is no prompt
+    config.finish()
+    return named + [name for name, on in marked.items() if on]
+
+
+def _texts(folder: Path) -> tuple[int | None, bool]:
+    """The most tokens of a text, and whether it becomes lower case."""
+    path = next(iter(sorted(folder.glob("sentence_*_config.json"))), None)  # bert, roberta, distilbert ...
+    if path is None:
+        return None, False
+    fields = _fields(path)
+    found = fields.optional_integer("max_seq_length", None), fields.flag("do_lower_case", False)
+    fields.finish()
+    return found
+
+
+def _no_prompt(folder: Path) -> None:
+    """Refuse a text that is put before every other by default."""
+    path = folder / "config_sentence_transformers.json"
+    if path.is_file():
+        _fields(path).only("default_prompt_name", None)
+
+
+def _fields(path: Path) -> Fields:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, though {MODULES} leads to it; fetch the folder again")
+    return Fields.of_json(path.read_bytes(), str(path))
