@@ -55,10 +55,12 @@ def read(
     *,
     norm: NormConfig | None = None,
     activation: str = "hidden_act",
+    usual_activation: str = "silu",
     mlp_bias: bool = False,
     gated: bool = True,
     tied: bool = False,
     base: float = 10000.0,
+    part: float | None = None,
     windows: Sequence[int | None] | int | None = None,
     rotations: Sequence[Rotation | None] | None = None,
     attention: Mapping[str, Any] | None = None,
@@ -67,12 +69,13 @@ def read(
 ) -> Understood:
     """A config with LLaMA's names of fields, and where a family differs: its fields of attention, layer and model.
 
-    `windows` and `rotations` may differ from layer to layer; without the latter, all layers rotate as the config says.
+    `windows` and `rotations` may differ from layer to layer; without the latter, all layers rotate as the config says,
+    whole heads or, where it does not say and `part` is given, that part of them.
     """
     layers = layer_count(config)
     size = head_size_of(config)
     norm = rms_norm(config) if norm is None else norm
-    turns = [rotation_of(config, base=base)] * layers if rotations is None else rotations
+    turns = [rotation_of(config, base=base, part=part)] * layers if rotations is None else rotations
     each_window = windows if isinstance(windows, Sequence) else [windows] * layers
     heads = config.integer("num_attention_heads")
     plain = AttentionConfig(
@@ -86,7 +89,7 @@ def read(
     )
     mlp = MlpConfig(
         width=config.integer("intermediate_size"),
-        activation=config.choice(activation, ACTIVATIONS, "silu"),
+        activation=config.choice(activation, ACTIVATIONS, usual_activation),
         gated=gated,
         bias=mlp_bias,
     )

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..spec.config import LayerConfig
 
+Reorder = Callable[[Tensor, LayerConfig], Tensor]
+"""Puts rows that a file keeps in an order of its own into ours."""
+
 QKV = ("attention.query", "attention.key", "attention.value")
 """What a merged projection fills, in the order in which most files stack the three."""
 
@@ -45,8 +48,7 @@ class Stored:
     transposed: bool = False
     """Kept as [inputs, outputs]."""
     heads: Heads = Heads.TOGETHER
-    reorder: Callable[[Tensor, LayerConfig], Tensor] | None = None
-    """Puts rows that the file keeps in an order of its own into ours."""
+    reorder: Reorder | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +85,7 @@ def tensor(name: str, fills: str) -> Stored:
     return Stored(name=name, fills=(fills,))
 
 
-def linear(
-    name: str,
-    *fills: str,
-    transposed: bool = False,
-    reorder: Callable[[Tensor, LayerConfig], Tensor] | None = None,
-) -> tuple[Stored, Stored]:
+def linear(name: str, *fills: str, transposed: bool = False, reorder: Reorder | None = None) -> tuple[Stored, Stored]:
     """A linear map's weight and bias; of several maps, if the file has them in one.
 
     >>> [(each.name, each.fills) for each in linear("attn.c_proj", "attention.output")]

@@ -1,0 +1,115 @@
+"""Megatron-LM's GPT, as DeepSpeed loads it: GPT-2 under other names, with Megatron's own arguments as config.json.
+
+The merged projection changed its order twice, and `checkpoint_version` says which it has. Tensor-parallel shards are
+joined before, and the nested names of a checkpoint with dots: `language_model.encoder.final_layernorm.weight`.
+"""
+
+from ...spec.config import Activation, AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig
+from ..family import Family, Understood, context, head_size, layer_norm
+from ..fields import MOST_LAYERS, Fields
+from ..permutation import separated_qkv, separated_thirds
+from ..table import QKV, Reorder, Table, linear, norm, output, tensor
+
+ORDERS: dict[int, Reorder | None] = {0: None, 1: separated_thirds, 2: separated_qkv, 3: separated_qkv}
+"""By `checkpoint_version`: all queries, keys and values; element by element; head by head."""
+
+
+def _table(reorder: Reorder | None) -> Table:
+    return Table(
+        prefix="language_model.",
+        older_starts=(("transformer.", "encoder."),),
+        older_ends=tuple(
+            (f".attention.{each}", f".self_attention.{each}")
+            for each in ("query_key_value.weight", "query_key_value.bias", "dense.weight", "dense.bias")
+        ),
+        layers="encoder.layers.{layer}.",
+        embedding=(
+            tensor("embedding.word_embeddings.weight", "token_VE"),
+            tensor("embedding.position_embeddings.weight", "position_PM"),
+        ),
+        layer=(
+            *norm("input_layernorm", "attention_norm"),
+            *linear("self_attention.query_key_value", *QKV, reorder=reorder),
+            *linear("self_attention.dense", "attention.output"),
+            *norm("post_attention_layernorm", "mlp_norm"),
+            *linear("mlp.dense_h_to_4h", "mlp.up"),
+            *linear("mlp.dense_4h_to_h", "mlp.down"),
+        ),
+        head=(*norm("encoder.final_layernorm", "norm"), *output("word_embeddings_for_head")),
+    )
+
+
+def _read(config: Fields) -> Understood:
+    config.ignore(("checkpoint_version",))
+    version = config.values.get("checkpoint_version")
+    if version not in list(ORDERS):
+        raise config.wrong("checkpoint_version", "0, 1, 2 or 3, as the checkpoint says")
+    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    size = head_size(config, hidden, heads)
+    for name, computed in ONLY.items():
+        config.only(name, computed)
+    config.only("kv_channels", size, None)
+    config.only("num_query_groups", heads, None)
+    fused, openai = config.flag("bias_gelu_fusion", True), config.flag("openai_gelu", False)
+    norm = layer_norm(config, "norm_epsilon" if config.has("norm_epsilon") else "layernorm_epsilon")
+    attention = AttentionConfig(
+        heads=heads, kv_heads=heads, head_size=size, scale=size**-0.5, qkv_bias=True, output_bias=True
+    )
+    mlp = MlpConfig(
+        width=config.integer("ffn_hidden_size", 4 * hidden),
+        activation=Activation.GELU_TANH if fused or openai else Activation.GELU,
+        gated=False,
+        bias=True,
+    )
+    layer = LayerConfig(norm=norm, attention=attention, mlp=mlp)
+    model = ModelConfig(
+        family="megatron_gpt",
+        hidden=hidden,
+        vocabulary=config.integer("padded_vocab_size"),
+        context=context(config, "max_position_embeddings"),
+        layers=(layer,) * config.integer("num_layers", most=MOST_LAYERS),
+        final_norm=norm,
+        learned_positions=True,
+        head=Head.TIED,
+    )
+    return Understood(config=model, table=_table(ORDERS[version]))
+
+
+ONLY = {
+    "position_embedding_type": "learned_absolute",
+    "normalization": "LayerNorm",
+    "add_bias_linear": True,
+    "add_position_embedding": True,
+    "use_rotary_position_embeddings": False,
+    "apply_layernorm_1p": False,
+    "apply_residual_connection_post_layernorm": False,
+    "untie_embeddings_and_output_weights": False,
+    "group_query_attention": False,
+    "swiglu": False,
+    "squared_relu": False,
+    "onnx_safe": None,
+    "num_experts": None,
+}
+"""Arguments that change results, each with the one value that is computed."""
+
+_PRECISION = "the same numbers, computed more or less precisely"
+
+MEGATRON_GPT = Family(
+    model_type="megatron_gpt",
+    architectures=("GPTModel",),
+    read=_read,
+    table=_table(None),
+    harmless={
+        "vocab_size": "the tokens before the table was padded",
+        "make_vocab_size_divisible_by": "what the table was padded to",
+        "seq_length": "training",
+        "fp16": _PRECISION,
+        "bf16": _PRECISION,
+        "params_dtype": _PRECISION,
+        "fp32_residual_connection": _PRECISION,
+        "attention_softmax_in_fp32": _PRECISION,
+        "apply_query_key_layer_scaling": _PRECISION,
+        "masked_softmax_fusion": _PRECISION,
+        "bias_dropout_fusion": _PRECISION,
+    },
+)
