@@ -3,26 +3,45 @@
 from ..family import Family
 from .bert import BERT
 from .bloom import BLOOM
+from .clip import CLIP, CLIP_TEXT
+from .cohere import COHERE, COHERE2
+from .distilbert import DISTILBERT
 from .falcon import FALCON, REFINED_WEB, REFINED_WEB_MODEL
+from .gemma import GEMMA
+from .gemma2 import GEMMA2
+from .gemma3 import GEMMA3
 from .gpt2 import GPT2
 from .gpt_bigcode import GPT_BIGCODE
 from .gpt_neo import GPT_NEO
 from .gpt_neox import GPT_NEOX
 from .gptj import GPTJ
+from .granite import GRANITE
 from .internlm2 import INTERNLM2
 from .llama import LLAMA, MISTRAL
 from .megatron_gpt import MEGATRON_GPT
 from .mpt import MPT
+from .olmo2 import OLMO2
 from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
+from .smollm3 import SMOLLM3
 from .stablelm import STABLELM
+from .starcoder2 import STARCODER2
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
     GPT2,
     BERT,
+    ROBERTA,
+    XLM_ROBERTA,
+    CAMEMBERT,
+    DISTILBERT,
+    CLIP_TEXT,
+    CLIP,
     BLOOM,
     FALCON,
     REFINED_WEB,
@@ -38,4 +57,15 @@ FAMILIES: tuple[Family, ...] = (
     PHI,
     PHI3,
     STABLELM,
+    COHERE,
+    COHERE2,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GRANITE,
+    OLMO2,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    STARCODER2,
 )
