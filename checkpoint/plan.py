@@ -147,7 +147,9 @@ def _check(
             "fetch it again, or correct its config"
         )
     ignored = set(_ignored_names(table, len(config.layers))) | _repeated_head(table, config, store, names)
-    surplus = [names[name] for name in names if name not in claimed and name not in ignored]
+    begins = tuple(entry.name[:-1] for entry in table.ignorable if entry.name.endswith("*"))
+    left = [name for name in names if name not in claimed and name not in ignored]
+    surplus = [names[name] for name in left if not name.startswith(begins)]
     if surplus:
         raise WeightError(
             f"{store.where} holds {_some(surplus)}, which a {config.family} model of its config does not have; "

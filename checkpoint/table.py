@@ -56,7 +56,7 @@ class Ignorable:
     """Tensors that hold no weights, though files carry them."""
 
     name: str
-    """Without the family's prefix; `{layer}` stands for every layer's number."""
+    """Without the family's prefix; `{layer}` stands for every layer's number, `*` at the end for anything."""
     why: str
 
 

@@ -1,6 +1,6 @@
 """BERT, and MiniLM: encoders with learned positions and token types, whose sums are normalised."""
 
-from ...spec.config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormPlacement
+from ...spec.config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormPlacement
 from ..family import ACTIVATIONS, Family, Understood, context, head_size, layer_norm
 from ..fields import MOST_LAYERS, Fields
 from ..table import Ignorable, Table, linear, norm, tensor
@@ -42,17 +42,15 @@ def unused(*modules: str, why: str) -> tuple[Ignorable, ...]:
     return tuple(Ignorable(name=f"{each}.{kind}", why=why) for each in modules for kind in ("weight", "bias"))
 
 
-def read(config: Fields, *, first_position: int = 0) -> Understood:
-    """A config with BERT's names of fields; `first_position` as `Understood` has it."""
-    config.only("is_decoder", False)
-    config.only("position_embedding_type", "absolute")
-    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    size, norm = head_size(config, hidden, heads), layer_norm(config, "layer_norm_eps", 1e-12)
-    layer = LayerConfig(
+def layer(config: Fields, norm: NormConfig, *, hidden: str, heads: str, width: str, activation: str) -> LayerConfig:
+    """An encoder's layer whose sums are normalised, from fields of these names."""
+    head_count = config.integer(heads)
+    size = head_size(config, config.integer(hidden), head_count)
+    return LayerConfig(
         norm=norm,
         attention=AttentionConfig(
-            heads=heads,
-            kv_heads=heads,
+            heads=head_count,
+            kv_heads=head_count,
             head_size=size,
             scale=size**-0.5,
             causal=False,
@@ -60,19 +58,28 @@ def read(config: Fields, *, first_position: int = 0) -> Understood:
             output_bias=True,
         ),
         mlp=MlpConfig(
-            width=config.integer("intermediate_size"),
-            activation=config.choice("hidden_act", ACTIVATIONS, "gelu"),
+            width=config.integer(width),
+            activation=config.choice(activation, ACTIVATIONS, "gelu"),
             gated=False,
             bias=True,
         ),
         norm_placement=NormPlacement.ON_SUM,
     )
+
+
+def read(config: Fields, *, first_position: int = 0) -> Understood:
+    """A config with BERT's names of fields; `first_position` as `Understood` has it."""
+    config.only("is_decoder", False)
+    config.only("position_embedding_type", "absolute")
+    norm = layer_norm(config, "layer_norm_eps", 1e-12)
+    names = {"heads": "num_attention_heads", "width": "intermediate_size", "activation": "hidden_act"}
     model = ModelConfig(
         family=config.text("model_type", "bert"),
-        hidden=hidden,
+        hidden=config.integer("hidden_size"),
         vocabulary=config.integer("vocab_size"),
         context=context(config, "max_position_embeddings", 512) - first_position,
-        layers=(layer,) * config.integer("num_hidden_layers", most=MOST_LAYERS),
+        layers=(layer(config, norm, hidden="hidden_size", **names),)
+        * config.integer("num_hidden_layers", most=MOST_LAYERS),
         final_norm=None,
         learned_positions=True,
         head=Head.NONE,
@@ -82,7 +89,10 @@ def read(config: Fields, *, first_position: int = 0) -> Understood:
     return Understood(config=model, first_position=first_position)
 
 
-HARMLESS = {"tie_word_embeddings": "of the masked-language head alone"}
+HARMLESS = {
+    "tie_word_embeddings": "of the masked-language head alone",
+    "output_past": "of decoders",
+}
 
 BERT = Family(
     model_type="bert",
@@ -100,12 +110,15 @@ BERT = Family(
         *unused("cls.seq_relationship", why="the next-sentence head"),
     ),
     harmless=HARMLESS
-    | {
-        "directionality": "says that it is an encoder",
-        "pooler_fc_size": "of a pooler that no such file holds",
-        "pooler_num_attention_heads": "of a pooler that no such file holds",
-        "pooler_num_fc_layers": "of a pooler that no such file holds",
-        "pooler_size_per_head": "of a pooler that no such file holds",
-        "pooler_type": "of a pooler that no such file holds",
-    },
+    | dict.fromkeys(
+        (
+            "directionality",
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
+        ),
+        "of a pooler that no such file holds",
+    ),
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +19,7 @@ from twinfer.checkpoint.families import FAMILIES
 from twinfer.checkpoint.family import Family
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.encodings import Texts, assert_encodings_agree
 from twinfer.oracle.paths import assert_paths_agree
 from twinfer.oracle.schedule import draw_schedule
 from twinfer.oracle.trial import same_bits
@@ -33,6 +34,15 @@ AGREEMENT = 1e-9
 Roundings of 1e-16 grow by the depth and the cancellation in norms and softmax, in models this small to below 1e-12. A
 convention that is off shows at 1e-4 and more, a constant that was rounded to float32 on the way at 1e-7.
 """
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Drawn models are tiny: more than one thread only makes them wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Widened(TorchFunctionMode):
@@ -53,8 +63,8 @@ def _wide(value: Any) -> Any:
 
 
 def assert_same_model(one: WeightSource, other: WeightSource) -> None:
-    """Equal configs, and equal weights bit by bit."""
-    assert one.config == other.config
+    """Configs equal but for where the models came from, and weights equal bit by bit."""
+    assert replace(one.config, family="") == replace(other.config, family="")
     parts = [(one.embedding(), other.embedding()), (one.head(), other.head())]
     parts += [(one.layer(index), other.layer(index)) for index in range(len(one.config.layers))]
     for pair in parts:
@@ -157,6 +167,62 @@ class Twins:
         return max(float(((own - their).abs().amax(-1) / their.abs().amax(-1)).max()) for own, their in rows)
 
 
+class Encoders(Twins):
+    """The same of encoders. Texts hold no token `without`, and types are drawn where the model has some."""
+
+    def __init__(
+        self, kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int, *, without: int | None = None
+    ) -> None:
+        super().__init__(kind, config, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        if without is not None:
+            vocabulary = self.source.config.vocabulary
+            others = torch.tensor([token for token in range(vocabulary) if token != without])
+            self.prompts = [others[token_T % len(others)] for token_T in self.prompts]
+        kinds = self.source.config.token_types
+        drawn = [torch.randint(kinds, each.shape, generator=generator) if kinds else each * 0 for each in self.prompts]
+        self.types: list[Tensor] | None = drawn if kinds else None
+        self.filler = without or 0
+        self.inner = getattr(self.theirs, "text_model", self.theirs.base_model)
+
+    def their_hidden(self) -> list[Tensor]:
+        """Each text alone."""
+        types = self.types or [None] * len(self.prompts)
+        with widened():
+            return [
+                self.inner(token_T[None], **({} if type_T is None else {"token_type_ids": type_T[None]}))
+                .last_hidden_state[0]
+                .clone()
+                for token_T, type_T in zip(self.prompts, types, strict=True)
+            ]
+
+    def their_padded_hidden(self) -> list[Tensor]:
+        """All texts as one batch, padded to the longest, with a mask that says where they are."""
+        lengths = [len(each) for each in self.prompts]
+        token_BT = torch.nn.utils.rnn.pad_sequence(self.prompts, batch_first=True, padding_value=self.filler)
+        mask_BT = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        typed = {}
+        if self.types is not None:
+            typed["token_type_ids"] = torch.nn.utils.rnn.pad_sequence(self.types, batch_first=True)
+        with widened():
+            hidden_BTM = self.inner(token_BT, attention_mask=mask_BT, **typed).last_hidden_state
+        return [each[:length] for each, length in zip(hidden_BTM, lengths, strict=True)]
+
+    def our_hidden(self, source: WeightSource | None = None) -> list[Tensor]:
+        """The reference in float64, all texts in one call."""
+        return ReferencePath(source or self.source, compute=torch.float64).encode(self.prompts, self.types)
+
+    def distance(self, source: WeightSource | None = None, *, padded: bool = False) -> float:
+        """The largest difference of an element, relative to the largest of its vector."""
+        theirs = self.their_padded_hidden() if padded else self.their_hidden()
+        rows = zip(self.our_hidden(source), theirs, strict=True)
+        return max(float(((own - their).abs().amax(-1) / their.abs().amax(-1)).max()) for own, their in rows)
+
+    def texts(self) -> tuple[Texts, Texts | None]:
+        tokens = tuple(tuple(each.tolist()) for each in self.prompts)
+        return tokens, None if self.types is None else tuple(tuple(each.tolist()) for each in self.types)
+
+
 @dataclass(slots=True)
 class Seen:
     """What was measured of a family."""
@@ -223,5 +289,44 @@ def catches() -> Callable[[type[PreTrainedModel], PreTrainedConfig, dict[str, di
         for name, changes in wrong.items():
             difference = twins.difference(Altered(twins.source, **changes))
             assert not difference <= AGREEMENT, f"{name} is not seen: {difference:.2e}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def encodes() -> Callable[..., None]:
+    """Asserts that transformers, text by text and padded, the reference, and the compiled path encode to the same."""
+
+    def check(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int, *, without: int | None = None) -> None:
+        twins = Encoders(kind, config, seed, without=without)
+        seen = SEEN.setdefault(twins.source.config.family, Seen())
+        seen.models += 1
+        for padded in (False, True):
+            distance = twins.distance(padded=padded)
+            assert distance <= AGREEMENT, f"{'padded' if padded else 'alone'}: {distance:.2e}; {config}"
+            seen.worst[False] = max(seen.worst.get(False, 0.0), distance)
+        path = CompiledPath(twins.source, _eager=True)
+        compared = assert_encodings_agree(Yardstick.of(twins.source), path, *twins.texts())
+        seen.compiled = max(seen.compiled, compared.largest_ratio)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def catches_encoding() -> Callable[..., None]:
+    """As `catches`, of encoders."""
+
+    def check(
+        kind: type[PreTrainedModel],
+        config: PreTrainedConfig,
+        wrong: dict[str, dict[str, Any]],
+        *,
+        without: int | None = None,
+    ) -> None:
+        twins = Encoders(kind, config, 1, without=without)
+        assert twins.distance() <= AGREEMENT
+        for name, changes in wrong.items():
+            distance = twins.distance(Altered(twins.source, **changes))
+            assert not distance <= AGREEMENT, f"{name} is not seen: {distance:.2e}"
 
     return check

@@ -1,0 +1,64 @@
+"""DistilBERT: BERT without token types, under names of its own."""
+
+from ...spec.config import Head, ModelConfig, NormConfig, NormKind
+from ..family import Family, Understood, context
+from ..fields import MOST_LAYERS, Fields
+from ..table import Ignorable, Table, linear, norm, tensor
+from .bert import HARMLESS, layer, unused
+
+TABLE = Table(
+    prefix="distilbert.",
+    layers="transformer.layer.{layer}.",
+    embedding=(
+        tensor("embeddings.word_embeddings.weight", "token_VE"),
+        tensor("embeddings.position_embeddings.weight", "position_PM"),
+        *norm("embeddings.LayerNorm", "norm"),
+    ),
+    layer=(
+        *linear("attention.q_lin", "attention.query"),
+        *linear("attention.k_lin", "attention.key"),
+        *linear("attention.v_lin", "attention.value"),
+        *linear("attention.out_lin", "attention.output"),
+        *norm("sa_layer_norm", "attention_output_norm"),
+        *linear("ffn.lin1", "mlp.up"),
+        *linear("ffn.lin2", "mlp.down"),
+        *norm("output_layer_norm", "mlp_output_norm"),
+    ),
+    head=(),
+    ignorable=(
+        Ignorable(name="embeddings.position_ids", why="0, 1, 2 and so on, kept as a buffer"),
+        *unused("vocab_transform", "vocab_layer_norm", "vocab_projector", why="the masked-language head"),
+    ),
+)
+
+
+def _read(config: Fields) -> Understood:
+    norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-12)
+    each = layer(config, norm, hidden="dim", heads="n_heads", width="hidden_dim", activation="activation")
+    model = ModelConfig(
+        family="distilbert",
+        hidden=config.integer("dim"),
+        vocabulary=config.integer("vocab_size"),
+        context=context(config, "max_position_embeddings", 512),
+        layers=(each,) * config.integer("n_layers", most=MOST_LAYERS),
+        final_norm=None,
+        learned_positions=True,
+        head=Head.NONE,
+        embedding_norm=norm,
+    )
+    return Understood(config=model)
+
+
+DISTILBERT = Family(
+    model_type="distilbert",
+    architectures=("DistilBertModel", "DistilBertForMaskedLM"),
+    read=_read,
+    table=TABLE,
+    harmless=HARMLESS
+    | {
+        "sinusoidal_pos_embds": "what the table of positions held before training; it is in the file all the same",
+        "tie_weights_": "of the masked-language head alone",
+        "qa_dropout": "training",
+        "seq_classif_dropout": "training",
+    },
+)
