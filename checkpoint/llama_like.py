@@ -63,19 +63,22 @@ def read(
     part: float | None = None,
     windows: Sequence[int | None] | int | None = None,
     rotations: Sequence[Rotation | None] | None = None,
+    size: int | None = None,
     attention: Mapping[str, Any] | None = None,
+    mlp: Mapping[str, Any] | None = None,
     layer: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> Understood:
-    """A config with LLaMA's names of fields, and where a family differs: its fields of attention, layer and model.
+    """A config with LLaMA's names of fields, and where a family differs: its fields of attention, MLP, layer and model.
 
     `windows` and `rotations` may differ from layer to layer; without the latter, all layers rotate as the config says,
     whole heads or, where it does not say and `part` is given, that part of them.
+    `size` is that of a head where the config does not say and heads do not share the hidden elements.
     """
     layers = layer_count(config)
-    size = head_size_of(config)
+    size = head_size_of(config, size)
     norm = rms_norm(config) if norm is None else norm
-    turns = [rotation_of(config, base=base, part=part)] * layers if rotations is None else rotations
+    turns = [rotation_of(config, size, base=base, part=part)] * layers if rotations is None else rotations
     each_window = windows if isinstance(windows, Sequence) else [windows] * layers
     heads = config.integer("num_attention_heads")
     plain = AttentionConfig(
@@ -87,17 +90,20 @@ def read(
             **(attention or {}),
         }
     )
-    mlp = MlpConfig(
-        width=config.integer("intermediate_size"),
-        activation=config.choice(activation, ACTIVATIONS, usual_activation),
-        gated=gated,
-        bias=mlp_bias,
+    plain_mlp = MlpConfig(
+        **{
+            "width": config.integer("intermediate_size"),
+            "activation": config.choice(activation, ACTIVATIONS, usual_activation),
+            "gated": gated,
+            "bias": mlp_bias,
+            **(mlp or {}),
+        }
     )
 
     def one(window: int | None, rotation: Rotation | None) -> LayerConfig:
         turning = None if rotation is None else rotation.config
         own = replace(plain, window=window, rotary=turning)
-        return LayerConfig(norm=norm, attention=own, mlp=mlp, **(layer or {}))
+        return LayerConfig(norm=norm, attention=own, mlp=plain_mlp, **(layer or {}))
 
     fields: dict[str, Any] = {
         "family": config.text("model_type", "llama"),
@@ -116,17 +122,23 @@ def layer_count(config: Fields) -> int:
     return config.integer("num_hidden_layers", most=MOST_LAYERS)
 
 
-def head_size_of(config: Fields) -> int:
+def head_size_of(config: Fields, usual: int | None = None) -> int:
+    """Elements of a head; `usual` where the config does not say, or the hidden elements that fall to one of them."""
+    config.ignore(("head_dim",))
     if config.has("head_dim"):
         return config.integer("head_dim")
-    return head_size(config, config.integer("hidden_size"), config.integer("num_attention_heads"))
+    return usual or head_size(config, config.integer("hidden_size"), config.integer("num_attention_heads"))
 
 
-def rotation_of(config: Fields, **head: Any) -> Rotation:
-    """The rotation of all layers; `head` as `rotary_fields.Head` takes it."""
-    config.ignore(("head_dim",))
+def rotation_of(config: Fields, size: int | None = None, **head: Any) -> Rotation:
+    """The rotation of all layers; `size` as `head_size_of` takes it, `head` as `rotary_fields.Head`."""
+    return rotary_fields.rotation(config, rotating(config, size, **head))
+
+
+def rotating(config: Fields, size: int | None = None, **head: Any) -> rotary_fields.Head:
+    """What the rotation depends on besides the rotary fields."""
     made_for = config.integer("max_position_embeddings")
-    return rotary_fields.rotation(config, rotary_fields.Head(size=head_size_of(config), context=made_for, **head))
+    return rotary_fields.Head(size=head_size_of(config, size), context=made_for, **head)
 
 
 def layer_types(config: Fields, otherwise: Sequence[bool]) -> list[bool]:
@@ -142,6 +154,25 @@ def layer_types(config: Fields, otherwise: Sequence[bool]) -> list[bool]:
             + ", ".join(known)
         )
     return [known[each] for each in types]
+
+
+def all_but_every(count: int, layers: int) -> list[bool]:
+    """Which layers are of the usual kind, where each `count`-th is of another.
+
+    >>> all_but_every(3, 4)
+    [True, True, False, True]
+    """
+    return [(index + 1) % count != 0 for index in range(layers)]
+
+
+def switched_windows(config: Fields, which: Sequence[bool], usual: int | None) -> list[int | None]:
+    """Each layer's window in families that have `use_sliding_window` to switch them all off, and of `usual` size."""
+    size = config.optional_integer("sliding_window", usual)
+    on = config.flag("use_sliding_window", False)
+    here = layer_types(config, [on and size is not None and each for each in which])
+    if any(here) and not on:
+        raise config.wrong("layer_types", "full_attention for every layer, since use_sliding_window is not true")
+    return windows(config, here, size)
 
 
 def windows(config: Fields, which: Sequence[bool], size: int | None) -> list[int | None]:

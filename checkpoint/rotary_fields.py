@@ -54,21 +54,18 @@ def rotations(config: Fields, head: Head, local_base: float) -> dict[str, Rotati
 
     In the older style the latter alone are scaled, and `rope_local_base_freq` is the base of the others.
     """
+    bases = {
+        "full_attention": config.number("rope_theta", head.base),
+        "sliding_attention": config.number("rope_local_base_freq", local_base),
+    }
     parameters = config.section("rope_parameters")
-    if parameters is None or not parameters.has("full_attention"):
-        base, local = config.number("rope_theta", head.base), config.number("rope_local_base_freq", local_base)
-        found = {
-            "full_attention": _rotation(config, parameters or config.section("rope_scaling"), head, base, 1.0),
-            "sliding_attention": _rotation(config, None, head, local, 1.0),
-        }
+    if parameters is None:
+        sections = {"full_attention": config.section("rope_scaling"), "sliding_attention": None}
     else:
-        config.ignore(("rope_theta", "rope_local_base_freq"))  # the parameters of each type say it themselves
-        found = {
-            kind: _rotation(config, parameters.section(kind), head, base, 1.0)
-            for kind, base in (("full_attention", head.base), ("sliding_attention", local_base))
-        }
+        config.only("rope_scaling", None)
+        sections = {kind: parameters.section(kind) for kind in bases}
         parameters.finish()
-    return found
+    return {kind: _rotation(config, sections[kind], head, base, 1.0) for kind, base in bases.items()}
 
 
 def _rotation(config: Fields, scaling: Fields | None, head: Head, base: float, part: float) -> Rotation:
