@@ -60,4 +60,4 @@ def separated_thirds(rows: Tensor, layer: LayerConfig | None = None) -> Tensor:
         >>> separated_thirds(torch.tensor([0, 100, 200, 1, 101, 201])).tolist()
         [0, 1, 100, 101, 200, 201]
     """
-    return rows.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+    return rows.reshape(-1, 3, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)

@@ -4,16 +4,17 @@ With one for all, the merged projection stacks all queries, the key and the valu
 head. The two are one order: that of groups of query heads, each with its key and value.
 """
 
+from dataclasses import replace
+
 from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig
 from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm
 from ..fields import MOST_LAYERS, Fields
 from ..permutation import separated_qkv
-from ..table import QKV, Ignorable, Table, linear, norm, output, tensor
+from ..table import QKV, linear, norm
+from . import gpt2
 
-TABLE = Table(
-    prefix="transformer.",
-    layers="h.{layer}.",
-    embedding=(tensor("wte.weight", "token_VE"), tensor("wpe.weight", "position_PM")),
+TABLE = replace(
+    gpt2.TABLE,
     layer=(
         *norm("ln_1", "attention_norm"),
         *linear("attn.c_attn", *QKV, reorder=separated_qkv),
@@ -21,11 +22,6 @@ TABLE = Table(
         *norm("ln_2", "mlp_norm"),
         *linear("mlp.c_fc", "mlp.up"),
         *linear("mlp.c_proj", "mlp.down"),
-    ),
-    head=(*norm("ln_f", "norm"), *output("lm_head")),
-    ignorable=(
-        Ignorable(name="h.{layer}.attn.bias", why="the causal mask, kept as a buffer; the same for every model"),
-        Ignorable(name="h.{layer}.attn.masked_bias", why="the score that stood for minus infinity under that mask"),
     ),
 )
 
@@ -64,24 +60,16 @@ def _read(config: Fields) -> Understood:
     return Understood(config=model)
 
 
-_PRECISION = "the same numbers, computed more or less precisely"
-_RUNNER = "how one server ran the model"
+_PRECISION = "attention_softmax_in_fp32 scale_attention_softmax_in_fp32"
+_SERVING = (
+    "inference_runner max_batch_size max_sequence_length pad_key_length pre_allocate_kv_cache validate_runner_input"
+)
 
 GPT_BIGCODE = Family(
     model_type="gpt_bigcode",
     architectures=("GPTBigCodeForCausalLM", "GPTBigCodeModel", "GPTBigCodeLMHeadModel"),
     read=_read,
     table=TABLE,
-    harmless={"attention_softmax_in_fp32": _PRECISION, "scale_attention_softmax_in_fp32": _PRECISION}
-    | dict.fromkeys(
-        (
-            "inference_runner",
-            "max_batch_size",
-            "max_sequence_length",
-            "pad_key_length",
-            "pre_allocate_kv_cache",
-            "validate_runner_input",
-        ),
-        _RUNNER,
-    ),
+    harmless=dict.fromkeys(_PRECISION.split(), "the same numbers, computed more or less precisely")
+    | dict.fromkeys(_SERVING.split(), "how one server ran the model"),
 )

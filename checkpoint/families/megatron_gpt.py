@@ -5,7 +5,7 @@ joined before, and the nested names of a checkpoint with dots: `language_model.e
 """
 
 from ...spec.config import Activation, AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig
-from ..family import Family, Understood, context, head_size, layer_norm
+from ..family import Family, Understood, context, head_size, layer_norm, spelled
 from ..fields import MOST_LAYERS, Fields
 from ..permutation import separated_qkv, separated_thirds
 from ..table import QKV, Reorder, Table, linear, norm, output, tensor
@@ -46,12 +46,10 @@ def _read(config: Fields) -> Understood:
         raise config.wrong("checkpoint_version", "0, 1, 2 or 3, as the checkpoint says")
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     size = head_size(config, hidden, heads)
-    for name, computed in ONLY.items():
-        config.only(name, computed)
-    config.only("kv_channels", size, None)
-    config.only("num_query_groups", heads, None)
+    for name, computed in {**ONLY, "kv_channels": size}.items():
+        config.only(name, computed, None)
     fused, openai = config.flag("bias_gelu_fusion", True), config.flag("openai_gelu", False)
-    norm = layer_norm(config, "norm_epsilon" if config.has("norm_epsilon") else "layernorm_epsilon")
+    norm = layer_norm(config, spelled(config, "layernorm_epsilon", "norm_epsilon"))
     attention = AttentionConfig(
         heads=heads, kv_heads=heads, head_size=size, scale=size**-0.5, qkv_bias=True, output_bias=True
     )
@@ -75,24 +73,24 @@ def _read(config: Fields) -> Understood:
     return Understood(config=model, table=_table(ORDERS[version]))
 
 
+_ABSENT = (
+    "use_rotary_position_embeddings apply_layernorm_1p apply_residual_connection_post_layernorm swiglu squared_relu "
+    "untie_embeddings_and_output_weights group_query_attention onnx_safe num_experts"
+)
+
 ONLY = {
     "position_embedding_type": "learned_absolute",
     "normalization": "LayerNorm",
     "add_bias_linear": True,
     "add_position_embedding": True,
-    "use_rotary_position_embeddings": False,
-    "apply_layernorm_1p": False,
-    "apply_residual_connection_post_layernorm": False,
-    "untie_embeddings_and_output_weights": False,
-    "group_query_attention": False,
-    "swiglu": False,
-    "squared_relu": False,
-    "onnx_safe": None,
-    "num_experts": None,
+    **dict.fromkeys(_ABSENT.split(), False),
 }
-"""Arguments that change results, each with the one value that is computed."""
+"""Arguments that change results, each with the one value that is computed; null leaves them at it."""
 
-_PRECISION = "the same numbers, computed more or less precisely"
+_PRECISION = (
+    "fp16 bf16 params_dtype fp32_residual_connection attention_softmax_in_fp32 apply_query_key_layer_scaling "
+    "masked_softmax_fusion bias_dropout_fusion"
+)
 
 MEGATRON_GPT = Family(
     model_type="megatron_gpt",
@@ -102,14 +100,8 @@ MEGATRON_GPT = Family(
     harmless={
         "vocab_size": "the tokens before the table was padded",
         "make_vocab_size_divisible_by": "what the table was padded to",
+        "num_query_groups": "counts with group_query_attention alone, which is refused",
         "seq_length": "training",
-        "fp16": _PRECISION,
-        "bf16": _PRECISION,
-        "params_dtype": _PRECISION,
-        "fp32_residual_connection": _PRECISION,
-        "attention_softmax_in_fp32": _PRECISION,
-        "apply_query_key_layer_scaling": _PRECISION,
-        "masked_softmax_fusion": _PRECISION,
-        "bias_dropout_fusion": _PRECISION,
+        **dict.fromkeys(_PRECISION.split(), "the same numbers, computed more or less precisely"),
     },
 )

@@ -73,9 +73,7 @@ MPT = Family(
     harmless={
         "learned_pos_emb": "where there is ALiBi, which is required here, none are made",
         "embedding_fraction": "scales a gradient",
-        "init_device": "training",
-        "init_config": "training",
-        "verbose": "training",
+        **dict.fromkeys(("init_device", "init_config", "verbose"), "training"),
         "tokenizer_name": "the tokenizer is read from its own file",
     },
     remote_code=("configuration_mpt", "modeling_mpt"),
