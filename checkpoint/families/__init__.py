@@ -4,7 +4,8 @@ from ..family import Family
 from .bert import BERT
 from .bloom import BLOOM
 from .clip import CLIP, CLIP_TEXT
-from .cohere import COHERE, COHERE2
+from .cohere import COHERE
+from .cohere2 import COHERE2
 from .distilbert import DISTILBERT
 from .falcon import FALCON, REFINED_WEB, REFINED_WEB_MODEL
 from .gemma import GEMMA

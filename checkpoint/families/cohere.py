@@ -1,21 +1,11 @@
-"""Command R, R+ and R7B, Aya: attention and MLP in parallel after one norm without bias, interleaved rotation, tied."""
+"""Command R and R+, Aya: attention and MLP in parallel after one norm without bias, interleaved rotation, tied."""
 
 from typing import Any
 
 from ...spec.config import Residual, RotaryLayout
 from ..family import Family, Understood, layer_norm
 from ..fields import Fields
-from ..llama_like import (
-    GATED_MLP,
-    SPLIT_QKV,
-    all_but_every,
-    layer_count,
-    layer_types,
-    read,
-    rotation_of,
-    table,
-    windows,
-)
+from ..llama_like import GATED_MLP, SPLIT_QKV, layer_count, read, rotation_of, table
 from ..table import Heads, linear, norm
 
 TABLE = table(
@@ -34,33 +24,8 @@ HARMLESS = {
 }
 
 
-def _read_cohere(config: Fields) -> Understood:
-    rotation = rotation_of(config, base=500000.0, layout=RotaryLayout.INTERLEAVED)
-    return _read(config, config.flag("use_qk_norm", False), rotations=[rotation] * layer_count(config))
-
-
-def _read_cohere2(config: Fields) -> Understood:
-    """All layers but every fourth have a window, and those alone rotate."""
-    pattern = config.integer("sliding_window_pattern", 4)
-    config.only("layer_switch", pattern)
-    config.only("order_of_interleaved_layers", "local_attn_first")
-    config.only("position_embedding_type", "rope_gptj")
-    config.only("rotary_pct", 1.0, 1)
-    config.only("use_embedding_sharing", config.flag("tie_word_embeddings", True))
-    config.only("use_gated_activation", True)
-    config.only("use_parallel_block", True)
-    config.only("use_qk_norm", False)
-    local = layer_types(config, all_but_every(pattern, layer_count(config)))
-    rotation = rotation_of(config, layout=RotaryLayout.INTERLEAVED)
-    return _read(
-        config,
-        qk_norm=False,
-        rotations=[rotation if here else None for here in local],
-        windows=windows(config, local, config.optional_integer("sliding_window", 4096)),
-    )
-
-
-def _read(config: Fields, qk_norm: bool, **differences: Any) -> Understood:
+def read_cohere(config: Fields, *, qk_norm: bool, **differences: Any) -> Understood:
+    """What both have in common; the keywords as `llama_like.read` has them."""
     plain, bias = layer_norm(config, "layer_norm_eps", bias=False), config.flag("attention_bias", False)
     return read(
         config,
@@ -73,18 +38,15 @@ def _read(config: Fields, qk_norm: bool, **differences: Any) -> Understood:
     )
 
 
+def _read(config: Fields) -> Understood:
+    rotation = rotation_of(config, base=500000.0, layout=RotaryLayout.INTERLEAVED)
+    return read_cohere(config, qk_norm=config.flag("use_qk_norm", False), rotations=[rotation] * layer_count(config))
+
+
 COHERE = Family(
     model_type="cohere",
     architectures=("CohereForCausalLM", "CohereModel"),
-    read=_read_cohere,
-    table=TABLE,
-    harmless=HARMLESS,
-)
-
-COHERE2 = Family(
-    model_type="cohere2",
-    architectures=("Cohere2ForCausalLM", "Cohere2Model"),
-    read=_read_cohere2,
+    read=_read,
     table=TABLE,
     harmless=HARMLESS,
 )

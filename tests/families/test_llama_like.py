@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,40 +12,96 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from twinfer.spec.weights import LayerWeights
 
-few = settings(max_examples=8)
-seeds = st.integers(0, 2**31)
+from .llama_family import KINDS, comparable, few, layers_with, reads_alike, rotating, seeds, sizes, window_longer
 
 
 @st.composite
-def sizes(draw: st.DrawFn) -> dict[str, Any]:
-    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    return {
-        "vocab_size": draw(st.integers(3, 40)),
-        "hidden_size": kv_heads * group * draw(st.integers(1, 5)) + draw(st.integers(0, 1)) * kv_heads * group,
-        "intermediate_size": draw(st.integers(1, 20)),
-        "num_hidden_layers": draw(st.integers(1, 3)),
-        "num_attention_heads": kv_heads * group,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 2 * draw(st.integers(1, 4)),
-        "hidden_act": draw(st.sampled_from(["silu", "gelu", "gelu_pytorch_tanh", "relu"])),
-        "max_position_embeddings": draw(st.integers(16, 64)),
-        "rms_norm_eps": draw(st.sampled_from([1e-5, 1e-6, 0.25])),
-        "tie_word_embeddings": draw(st.booleans()),
+def llamas(draw: st.DrawFn, kind: str | None = None) -> LlamaConfig:
+    fields = draw(rotating(draw(sizes(divided=True)), kind))
+    return LlamaConfig(**fields, attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
+
+
+@st.composite
+def mistrals(draw: st.DrawFn) -> MistralConfig:
+    window = draw(st.one_of(st.none(), st.integers(1, 14)))
+    return MistralConfig(**draw(rotating(draw(sizes()))), sliding_window=window)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=3)
+@given(data=st.data(), seed=seeds)
+def test_llama(kind: str, data: st.DataObject, seed: int, agrees: Callable[..., None]) -> None:
+    config = data.draw(llamas(kind))
+    agrees(LlamaForCausalLM, config, seed, **comparable(config))
+
+
+@few
+@given(config=mistrals(), seed=seeds)
+def test_mistral(config: MistralConfig, seed: int, agrees: Callable[..., None]) -> None:
+    agrees(MistralForCausalLM, config, seed, **comparable(config))
+
+
+def test_published_configs() -> None:
+    """LLaMA 3.1 8B's and Mistral 7B's config.json; and scalings as they were first spelled."""
+    llama = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0",
+        "use_cache": True,
+        "vocab_size": 128256,
     }
-
-
-@few
-@given(config=sizes(), attention_bias=st.booleans(), mlp_bias=st.booleans(), seed=seeds)
-def test_llama(
-    config: dict[str, Any], attention_bias: bool, mlp_bias: bool, seed: int, agrees: Callable[..., None]
-) -> None:
-    agrees(LlamaForCausalLM, LlamaConfig(**config, attention_bias=attention_bias, mlp_bias=mlp_bias), seed)
-
-
-@few
-@given(config=sizes(), window=st.one_of(st.none(), st.integers(1, 14)), seed=seeds)
-def test_mistral(config: dict[str, Any], window: int | None, seed: int, agrees: Callable[..., None]) -> None:
-    agrees(MistralForCausalLM, MistralConfig(**config, sliding_window=window), seed)
+    reads_alike(LlamaConfig, llama)
+    for kind in ("linear", "dynamic", "yarn"):
+        reads_alike(LlamaConfig, llama | {"rope_scaling": {"type": kind, "factor": 2.0}})
+    mistral = {
+        "architectures": ["MistralForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.34.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    }
+    reads_alike(MistralConfig, mistral)
+    reads_alike(MistralConfig, mistral | {"sliding_window": None})
 
 
 def interleaved(weights: LayerWeights) -> LayerWeights:
@@ -63,12 +120,33 @@ def norms_swapped(weights: LayerWeights) -> LayerWeights:
     return replace(weights, attention_norm=weights.mlp_norm, mlp_norm=weights.attention_norm)
 
 
+def unscaled(weights: LayerWeights) -> LayerWeights:
+    """Frequencies as they were before they were divided by 4."""
+    frequency_J = weights.attention.rotary_frequency_J
+    assert frequency_J is not None
+    return replace(weights, attention=replace(weights.attention, rotary_frequency_J=4 * frequency_J))
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+}
+
+
 def test_wrong_mappings_are_seen(catches: Callable[..., None]) -> None:
-    config = LlamaConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4, head_dim=8
-    )
-    catches(
-        LlamaForCausalLM,
-        config,
-        {"unpermuted rotary": {"on_layer": interleaved}, "norms swapped": {"on_layer": norms_swapped}},
-    )
+    wrong: dict[str, dict[str, Any]] = {
+        "unpermuted rotary": {"on_layer": interleaved},
+        "norms swapped": {"on_layer": norms_swapped},
+        "rotary not scaled": {"on_layer": unscaled},
+    }
+    config = LlamaConfig(**TINY, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    catches(LlamaForCausalLM, config, wrong)
+
+
+def test_wrong_windows_are_seen(catches: Callable[..., None]) -> None:
+    config = MistralConfig(**TINY, num_key_value_heads=2, sliding_window=4)
+    catches(MistralForCausalLM, config, {"window one longer": layers_with(window_longer)})
