@@ -22,6 +22,8 @@ from twinfer.spec.config import ModelConfig
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import LayerWeights
 
+from .llama_family import reads_alike
+
 
 class MptForCausalLM(transformers.MptForCausalLM):  # type: ignore[misc]
     """The model whose `alibi_bias_max` and `expansion_ratio` count."""
@@ -101,6 +103,49 @@ def test_wrong_mappings_are_seen(catches: Callable[..., None]) -> None:
     attention = {"alibi_bias_max": 16, "clip_qkv": 0.5}
     config = MptConfig(attn_config=attention, d_model=15, n_heads=5, n_layers=2, max_seq_len=32, vocab_size=20)
     catches(MptForCausalLM, config, WRONG)
+
+
+def test_published_config_reads_as_transformers_reads_it() -> None:
+    """MPT-7B-StoryWriter's, whose `clip_qkv` is the whole number 6, which transformers no longer takes."""
+    older: dict[str, Any] = {
+        "architectures": ["MPTForCausalLM"],
+        "attn_config": {
+            "alibi": True,
+            "alibi_bias_max": 16,
+            "attn_impl": "torch",
+            "attn_pdrop": 0,
+            "attn_type": "multihead_attention",
+            "attn_uses_sequence_id": False,
+            "clip_qkv": 6.0,
+            "prefix_lm": False,
+            "qk_ln": False,
+            "softmax_scale": None,
+        },
+        "auto_map": {
+            "AutoConfig": "configuration_mpt.MPTConfig",
+            "AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM",
+        },
+        "d_model": 4096,
+        "emb_pdrop": 0,
+        "embedding_fraction": 1.0,
+        "expansion_ratio": 4,
+        "init_config": {"init_nonlinearity": "relu", "name": "kaiming_normal_"},
+        "init_device": "cpu",
+        "learned_pos_emb": True,
+        "logit_scale": None,
+        "max_seq_len": 65536,
+        "model_type": "mpt",
+        "n_heads": 32,
+        "n_layers": 32,
+        "no_bias": True,
+        "norm_type": "low_precision_layernorm",
+        "resid_pdrop": 0,
+        "tokenizer_name": "EleutherAI/gpt-neox-20b",
+        "use_cache": False,
+        "verbose": 0,
+        "vocab_size": 50432,
+    }
+    reads_alike(MptConfig, older)
 
 
 SIZES = {"model_type": "mpt", "d_model": 6, "n_heads": 2, "n_layers": 1, "max_seq_len": 8, "vocab_size": 5}

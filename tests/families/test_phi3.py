@@ -1,0 +1,215 @@
+"""Phi 3 beside transformers, over everything that its config class lets vary."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from twinfer.checkpoint.families.phi3 import PHI3
+from twinfer.checkpoint.family import understand
+from twinfer.checkpoint.fields import Fields
+from twinfer.checkpoint.rotary_fields import Rotation
+from twinfer.spec.config import LayerConfig
+from twinfer.spec.errors import ConfigError
+from twinfer.spec.weights import LayerWeights
+
+from .llama_family import (
+    ACTIVATIONS,
+    SHORTEST,
+    comparable,
+    few,
+    layers_with,
+    other_layout,
+    reads_alike,
+    seeds,
+    window_longer,
+)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Phi3Config:
+    kv_heads, group, size = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(3, 9))
+    context, turning = draw(st.integers(16, 64)), draw(st.integers(1, size // 2 * 2))
+    rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": draw(st.sampled_from([10000.0, 77.0]))}
+    original = draw(st.sampled_from([SHORTEST, context, 2 * context, 4096]))
+    if draw(st.booleans()):
+        turning += turning % 2  # the class wants a divisor for each pair, and of an odd size counts the last out
+        divisors = st.lists(st.sampled_from([1.0, 1.1, 3.0]), min_size=turning // 2, max_size=turning // 2)
+        rotary |= {"rope_type": "longrope", "short_factor": draw(divisors), "long_factor": draw(divisors)}
+        rotary |= draw(st.sampled_from([{}, {"attention_factor": 0.7}, {"factor": 8.0}]))
+    return Phi3Config(
+        vocab_size=draw(st.integers(3, 40)),
+        hidden_size=kv_heads * group * size,
+        intermediate_size=draw(st.integers(1, 20)),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=draw(st.sampled_from([kv_heads, None])),
+        hidden_act=draw(st.sampled_from(ACTIVATIONS)),
+        max_position_embeddings=context,
+        original_max_position_embeddings=original,
+        rms_norm_eps=draw(st.sampled_from([1e-5, 0.25])),
+        tie_word_embeddings=draw(st.booleans()),
+        rope_parameters=rotary | {"partial_rotary_factor": min(1.0, (turning + 0.5) / size)},
+        sliding_window=draw(st.one_of(st.none(), st.integers(1, 14))),
+        pad_token_id=None,
+    )
+
+
+@few
+@given(config=configs(), seed=seeds)
+def test_phi3(config: Phi3Config, seed: int, agrees: Callable[..., None]) -> None:
+    agrees(Phi3ForCausalLM, config, seed, **comparable(config))
+
+
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "bos_token_id": 1,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 32000,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "model_type": "phi3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": 32000,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.2",
+    "use_cache": True,
+    "vocab_size": 32064,
+}
+LONG: dict[str, Any] = {"short_factor": [1.0 + each / 100 for each in range(48)], "long_factor": [4.0] * 48}
+MINI_4: dict[str, Any] = {
+    "auto_map": PUBLISHED["auto_map"] | {"AutoTokenizer": "Xenova/gpt-4o"},
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "mlp_bias": False,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": LONG | {"type": "longrope"},
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_position_embeddings": 131072, "sliding_window": 262144, "rope_scaling": LONG | {"type": "longrope"}},
+        MINI_4,
+    ],
+)
+def test_published_configs_read_as_transformers_reads_them(changes: dict[str, Any]) -> None:
+    """Phi-3-mini-4k's, -128k's, and Phi-4-mini's."""
+    reads_alike(Phi3Config, PUBLISHED | changes)
+
+
+def test_longrope_was_called_su() -> None:
+    """As Phi-3-mini-128k's first config.json has it, which transformers no longer reads."""
+
+    def rotation(name: str) -> Rotation:
+        changes = {"max_position_embeddings": 131072, "rope_scaling": LONG | {"type": name}}
+        found = understand(PHI3, Fields(PUBLISHED | changes, "")).rotations[0]
+        assert found is not None
+        return found
+
+    older, newer = rotation("su"), rotation("longrope")
+    assert older.config == newer.config
+    assert torch.equal(older.frequency_J, newer.frequency_J)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": LONG | {"type": "yarn", "factor": 2.0}}, "rope_scaling.short_factor is"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"lm_head_bias": True}, "lm_head_bias is true"),
+        ({"full_attn_mod": 2}, "full_attn_mod is 2"),
+    ],
+)
+def test_what_is_not_computed_is_refused(changes: dict[str, Any], message: str) -> None:
+    """YaRN among it: with these fields it was a third rotation, of the first published code alone."""
+    with pytest.raises(ConfigError, match=message):
+        understand(PHI3, Fields(PUBLISHED | changes, ""))
+
+
+@pytest.mark.parametrize(("most_tokens", "kind"), [(None, "long"), (4096, "short"), (4097, "long")])
+def test_divisors_are_chosen_once_for_the_tokens_asked_for(most_tokens: int | None, kind: str) -> None:
+    values = PUBLISHED | {"max_position_embeddings": 131072, "rope_scaling": LONG | {"type": "longrope"}}
+    rotation = understand(PHI3, Fields(values, "", most_tokens=most_tokens)).rotations[0]
+    assert rotation is not None
+    plain = understand(PHI3, Fields(PUBLISHED, "")).rotations[0]
+    assert plain is not None
+    divisors = (plain.frequency_J / rotation.frequency_J).tolist()
+    assert divisors == pytest.approx(LONG[f"{kind}_factor"])
+
+
+def gate_and_up_swapped(weights: LayerWeights) -> LayerWeights:
+    gate = weights.mlp.gate
+    assert gate is not None
+    return replace(weights, mlp=replace(weights.mlp, gate=weights.mlp.up, up=gate))
+
+
+def keys_and_values_swapped(weights: LayerWeights) -> LayerWeights:
+    attention = weights.attention
+    return replace(weights, attention=replace(attention, key=attention.value, value=attention.key))
+
+
+def magnitude_left_out(layer: LayerConfig) -> LayerConfig:
+    rotary = layer.attention.rotary
+    assert rotary is not None
+    return replace(layer, attention=replace(layer.attention, rotary=replace(rotary, magnitude=1.0)))
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "gate and up swapped": {"on_layer": gate_and_up_swapped},
+    "keys and values swapped": {"on_layer": keys_and_values_swapped},
+    "magnitude left out": layers_with(magnitude_left_out),
+    "interleaved": layers_with(other_layout),
+    "window longer by one": layers_with(window_longer),
+}
+
+
+def test_wrong_mappings_are_seen(catches: Callable[..., None]) -> None:
+    config = Phi3Config(
+        vocab_size=20,
+        hidden_size=24,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=32,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "short_factor": [1.0, 1.5, 2.0, 3.0],
+            "long_factor": [1.0] * 4,
+        },
+        sliding_window=4,
+        pad_token_id=None,
+    )
+    catches(Phi3ForCausalLM, config, WRONG)
