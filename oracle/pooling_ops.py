@@ -3,6 +3,7 @@
 Shapes: T tokens, M hidden, N texts.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -77,7 +78,7 @@ def _largest_for_mean(*, hidden_TM: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _root_of_tokens(*, hidden_TM: Tensor, pooling: Pooling) -> Tensor:
-    return pool(hidden_TM, pooling) * (len(hidden_TM) ** 0.5 if pooling is Pooling.MEAN else 1)
+    return pool(hidden_TM, pooling) * (math.sqrt(len(hidden_TM)) if pooling is Pooling.MEAN else 1)
 
 
 def _exact(case: Case) -> Case:
@@ -148,7 +149,8 @@ def _unit_scale(exact: Inputs, truth: list[Tensor]) -> list[Tensor]:
 
 def _by_torch(*, x: Tensor) -> Tensor:
     """In float64, whose range the squares of narrower floats do not leave."""
-    return F.normalize(x.double(), dim=-1, eps=torch.finfo(torch.float64).tiny).to(x.dtype)
+    unit: Tensor = F.normalize(x.double(), dim=-1, eps=torch.finfo(torch.float64).tiny)
+    return unit.to(x.dtype)
 
 
 def _shuffled(*, x: Tensor) -> Tensor:
@@ -157,12 +159,13 @@ def _shuffled(*, x: Tensor) -> Tensor:
 
 
 def _absolute_sum(*, x: Tensor) -> Tensor:
-    return F.normalize(x.double(), p=1.0, dim=-1).to(x.dtype)
+    wide = x.double()
+    return (wide / wide.abs().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).to(x.dtype)
 
 
 def _mean_square(*, x: Tensor) -> Tensor:
     """As an RMS norm has it: length sqrt(M) instead of 1."""
-    return unit_length(x) * x.shape[-1] ** 0.5
+    return unit_length(x) * math.sqrt(x.shape[-1])
 
 
 def _over_all_texts(*, x: Tensor) -> Tensor:
@@ -170,7 +173,8 @@ def _over_all_texts(*, x: Tensor) -> Tensor:
 
 
 def _zeros_divided(*, x: Tensor) -> Tensor:
-    return (x.double() / x.double().norm(dim=-1, keepdim=True)).to(x.dtype)
+    wide = x.double()
+    return (wide / torch.sqrt((wide * wide).sum(-1, keepdim=True))).to(x.dtype)
 
 
 def ignores_powers_of_two(op: Op, function: Function, case: Case) -> None:

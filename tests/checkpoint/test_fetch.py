@@ -378,6 +378,21 @@ def test_an_interrupted_download_of_a_folder_keeps_nothing(folders: Workshop, mo
     assert folders.kept == KEPT
 
 
+def test_a_folder_appears_in_one_rename(folders: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then there is nothing in its place, and what is renamed is whole."""
+    rename, seen = os.replace, []
+
+    def watched(source: Path, target: Path) -> None:
+        if Path(target).name == FOLDER.kept_as:
+            seen.append({inside: (Path(source) / inside).read_bytes() for inside in PARTS})
+            assert not Path(target).exists()
+        rename(source, target)
+
+    monkeypatch.setattr(fetch.os, "replace", watched)
+    folders.fetch(model=FOLDER)
+    assert seen == [PARTS]
+
+
 def test_what_a_killed_process_leaves_is_cleared_away(shop: Workshop) -> None:
     """kill -9 leaves no time to clean up, and still no model that is half there; the next run removes the rest."""
     program = f"""
