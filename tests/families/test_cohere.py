@@ -84,11 +84,10 @@ def configs(draw: st.DrawFn) -> CohereConfig:
 
 @st.composite
 def configs2(draw: st.DrawFn) -> Cohere2Config:
-    fields = some(draw)
+    fields = some(draw) | {"sliding_window_pattern": draw(st.integers(1, 4))}
     return Cohere2Config(
         **fields,
         sliding_window=draw(st.integers(1, 14)),
-        sliding_window_pattern=draw(st.integers(1, 4)),
         layer_types=draw(windowed(fields["num_hidden_layers"])),
     )
 
@@ -178,5 +177,5 @@ def test_wrong_mappings_are_seen(catches: Callable[..., None]) -> None:
 
 
 def test_wrong_windows_are_seen(catches: Callable[..., None]) -> None:
-    config = Cohere2Config(**TINY, num_hidden_layers=2, sliding_window=4, sliding_window_pattern=2)
+    config = Cohere2Config(**TINY | {"sliding_window_pattern": 2}, num_hidden_layers=2, sliding_window=4)
     catches(Cohere2ForCausalLM, config, {"window one longer": layers_with(window_longer)})

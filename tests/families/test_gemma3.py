@@ -58,6 +58,7 @@ def configs(draw: st.DrawFn) -> Gemma3TextConfig:
     fields = draw(sizes(divided=True, activation="hidden_activation"))
     size = fields["head_dim"] = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
     scaling = scalings(size, fields["max_position_embeddings"], truncate=False)
+    fields["sliding_window_pattern"] = draw(st.integers(1, 4))
     types = {"full_attention": draw(scaling), "sliding_attention": draw(scaling)}
     return Gemma3TextConfig(
         **fields,
@@ -67,7 +68,6 @@ def configs(draw: st.DrawFn) -> Gemma3TextConfig:
         layer_types=draw(windowed(fields["num_hidden_layers"])),
         final_logit_softcapping=draw(st.sampled_from([None, 0.5])),
         rope_parameters=draw(st.sampled_from([types, None])),
-        sliding_window_pattern=draw(st.integers(1, 4)),
     )
 
 

@@ -28,7 +28,7 @@ from .llama_family import (
 @st.composite
 def configs(draw: st.DrawFn, kind: str | None = None) -> Qwen2Config:
     fields = draw(rotating(draw(sizes()), kind))
-    windows = {}
+    windows: dict[str, Any] = {}
     if draw(st.booleans()):
         windows = {
             "use_sliding_window": True,

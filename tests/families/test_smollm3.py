@@ -57,7 +57,7 @@ OLDER = {
 def configs(draw: st.DrawFn) -> SmolLM3Config:
     fields = draw(rotating(draw(sizes())))
     layers = fields["num_hidden_layers"]
-    windows = {}
+    windows: dict[str, Any] = {}
     if draw(st.booleans()):
         windows = {
             "use_sliding_window": True,
