@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         print_json({**about, "texts": outputs, "cosines": cosines(vector_NM).tolist()})
         return 0
     scaled = "scaled to length 1" if normalise else "not scaled"
-    print(f"{args.model}: {len(texts)} vectors of {vector_NM.shape[1]} elements, pooling {pooling}, {scaled}")
+    print(f"{args.model}: vectors of {vector_NM.shape[1]} elements, pooling {pooling}, {scaled}")
     print_table(_table(texts, [len(each) for each in ids], cosines(vector_NM)))
     if len(texts) > COLUMNS:
         print(f"cosines to the first {COLUMNS} texts; --json has all of them")

@@ -141,4 +141,4 @@ def test_texts_longer_than_the_makers_allow_are_refused(eager: twinfer.Model) ->
 def test_the_readmes_command_works(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = (line for line in README.read_text().splitlines() if line.startswith("twinfer embed minilm"))
     assert main(shlex.split(line)[1:]) == 0
-    assert "3 vectors of 384 elements" in capsys.readouterr().out
+    assert ": vectors of 384 elements" in capsys.readouterr().out
