@@ -11,24 +11,13 @@ from torch import Tensor
 
 
 def slopes(heads: int, most: float = 8.0) -> Tensor:
-    """The slopes of BLOOM and Falcon, float64 [H].
+    """The slopes of all heads, float64 [H].
 
     >>> slopes(2).tolist(), slopes(3).tolist()
     ([0.0625, 0.00390625], [0.0625, 0.00390625, 0.25])
     """
     power = 2 ** (heads.bit_length() - 1)
     return torch.cat([_geometric(power, most), _geometric(2 * power, most)[0::2][: heads - power]])
-
-
-def slopes_by_thinning(heads: int, most: float = 8.0) -> Tensor:
-    """The slopes of MPT: those of the next larger power of two, every other one first; float64 [H].
-
-    >>> slopes_by_thinning(3).tolist()
-    [0.0625, 0.00390625, 0.25]
-    """
-    power = 2 ** (heads - 1).bit_length()
-    slope_H = _geometric(power, most)
-    return slope_H if power == heads else torch.cat([slope_H[1::2], slope_H[0::2]])[:heads]
 
 
 def _geometric(heads: int, most: float) -> Tensor:

@@ -7,7 +7,7 @@ import json
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from enum import Enum
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from ..spec.config import ModelConfig
 from ..spec.errors import ConfigError
@@ -52,7 +52,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None
     kind = next(each for each in kinds if each is not NoneType)
     if is_dataclass(kind):
-        return read(kind, value, where)
+        return read(cast("type[Any]", kind), value, where)
     if issubclass(kind, Enum):
         if value not in [each.value for each in kind]:
             raise ConfigError(f"{where} is {_short(value)}; it must be one of {', '.join(each.value for each in kind)}")

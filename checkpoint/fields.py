@@ -79,12 +79,15 @@ class Fields:
     def numbers(self, name: str) -> list[float]:
         """A list of finite numbers above zero."""
         value = self._take(name, _REQUIRED)
-        items = value if isinstance(value, list) else [None]
-        if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in items):
-            raise self.wrong(name, "a list of numbers above 0")
-        if not all(0 < item < math.inf for item in items):
+        items = value if isinstance(value, list) else [value]
+        numbers = [float(item) for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
+        if (
+            not isinstance(value, list)
+            or len(numbers) != len(items)
+            or not all(0 < each < math.inf for each in numbers)
+        ):
             raise self.wrong(name, "a list of finite numbers above 0")
-        return [float(item) for item in items]
+        return numbers
 
     def optional_number(self, name: str) -> float | None:
         """A finite number above zero, or None where it is absent or null."""

@@ -26,12 +26,12 @@ def from_transformers(module: Any, *, context: int | None = None) -> FileSource:
     `context` limits how many tokens a sequence may hold. Raises `RequestError` for what is no transformers model, and
     `CheckpointError`, `ConfigError` or `WeightError`, as a folder would, for one that is not understood.
     """
-    config = getattr(module, "config", None)
-    if not isinstance(module, torch.nn.Module) or not callable(getattr(config, "to_json_string", None)):
+    write_config = getattr(getattr(module, "config", None), "to_json_string", None)
+    if not isinstance(module, torch.nn.Module) or write_config is None:
         raise RequestError(
             f"module is a {type(module).__name__}; it must be a transformers model, a torch module with a config"
         )
-    values = json.loads(config.to_json_string())
+    values = json.loads(write_config())
     values["architectures"] = [type(module).__name__]  # the class that it is, not the one that its file was saved by
     where = f"{type(module).__name__}.config: "
     return weights_of(FAMILIES, Fields(values, where, most_tokens=context), LiveModule(module))

@@ -42,10 +42,10 @@ class FileSource:
 
     def layer(self, index: int) -> LayerWeights:
         weights = self._read(self._plan.layers[index], self.config.layers[index])
-        return assemble(LayerWeights, weights | self._made.layers[index])
+        return assemble(LayerWeights, {**weights, **self._made.layers[index]})
 
     def head(self) -> HeadWeights:
-        return assemble(HeadWeights, self._read(self._plan.head, None) | self._made.head)
+        return assemble(HeadWeights, {**self._read(self._plan.head, None), **self._made.head})
 
     def _read(self, readings: tuple[Reading, ...], layer: LayerConfig | None) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}

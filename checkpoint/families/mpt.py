@@ -5,7 +5,7 @@ no published model has; transformers reads some of it and computes something els
 """
 
 from ...spec.config import Activation, AttentionConfig, LayerConfig, MlpConfig, ModelConfig
-from ..alibi import slopes_by_thinning
+from .. import alibi
 from ..family import Family, Understood, common, context, head, head_size, layer_norm
 from ..fields import MOST_LAYERS, Fields
 from ..table import QKV, Table, linear, norm, output, tensor
@@ -44,7 +44,7 @@ def _read(config: Fields) -> Understood:
         alibi=True,
         qkv_clip=inner.optional_number("clip_qkv"),
     )
-    slope_H = slopes_by_thinning(heads, inner.number("alibi_bias_max", 8.0))
+    slope_H = alibi.slopes(heads, inner.number("alibi_bias_max", 8.0))
     inner.finish()
     config.only("norm_type", "low_precision_layernorm", "layernorm")
     config.only("no_bias", True)

@@ -6,30 +6,34 @@ from ..fields import MOST_LAYERS, Fields
 from ..llama_like import SPLIT_QKV
 from ..table import Table, linear, norm, output, tensor
 
-TABLE = Table(
-    prefix="model.",
-    layers="decoder.layers.{layer}.",
-    embedding=(
-        tensor("decoder.embed_tokens.weight", "token_VE"),
-        tensor("decoder.embed_positions.weight", "position_PM"),
-        *linear("decoder.project_in", "projection"),
-    ),
-    layer=(
-        *norm("self_attn_layer_norm", "attention_norm"),
-        *norm("self_attn_layer_norm", "attention_output_norm"),
-        *SPLIT_QKV,
-        *linear("self_attn.out_proj", "attention.output"),
-        *norm("final_layer_norm", "mlp_norm"),
-        *norm("final_layer_norm", "mlp_output_norm"),
-        *linear("fc1", "mlp.up"),
-        *linear("fc2", "mlp.down"),
-    ),
-    head=(
-        *norm("decoder.final_layer_norm", "norm"),
-        *linear("decoder.project_out", "reduction"),
-        *output("lm_head"),
-    ),
-)
+
+def _table(where: str) -> Table:
+    """`where` the norms stand: at the inputs of attention and MLP, or at their outputs."""
+    return Table(
+        prefix="model.",
+        layers="decoder.layers.{layer}.",
+        embedding=(
+            tensor("decoder.embed_tokens.weight", "token_VE"),
+            tensor("decoder.embed_positions.weight", "position_PM"),
+            *linear("decoder.project_in", "projection"),
+        ),
+        layer=(
+            *norm("self_attn_layer_norm", f"attention{where}_norm"),
+            *SPLIT_QKV,
+            *linear("self_attn.out_proj", "attention.output"),
+            *norm("final_layer_norm", f"mlp{where}_norm"),
+            *linear("fc1", "mlp.up"),
+            *linear("fc2", "mlp.down"),
+        ),
+        head=(
+            *norm("decoder.final_layer_norm", "norm"),
+            *linear("decoder.project_out", "reduction"),
+            *output("lm_head"),
+        ),
+    )
+
+
+TABLE, NORMED_SUMS_TABLE = _table(""), _table("_output")
 
 
 def _read(config: Fields) -> Understood:
@@ -65,7 +69,8 @@ def _read(config: Fields) -> Understood:
     )
     inner = ("attention_norm", "mlp_norm") if before else ("attention_output_norm", "mlp_output_norm")
     plain_norms = () if learned else (*inner, *(("norm",) if ends_normed else ()))
-    return Understood(config=model, first_position=2, plain_norms=plain_norms)
+    table = TABLE if before else NORMED_SUMS_TABLE
+    return Understood(config=model, first_position=2, plain_norms=plain_norms, table=table)
 
 
 OPT = Family(
