@@ -64,8 +64,8 @@ def _read(config: Fields) -> Understood:
 def _read_beside_vision(config: Fields) -> Understood:
     """The text tower's fields stand in `text_config`, and in older files once more, those that were given."""
     text = config.section("text_config") or Fields({}, f"{config.where}text_config.")
-    older = config.section("text_config_dict")
-    for name, value in {} if older is None else older.values.items():
+    older = config.section("text_config_dict") or Fields({}, "")
+    for name, value in older.values.items():
         if text.values.get(name) != value:
             raise older.wrong(name, "as in text_config, since they mean the same")
     return understand(CLIP_TEXT, text)
