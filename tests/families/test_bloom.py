@@ -61,7 +61,7 @@ def stacked(weights: LayerWeights) -> LayerWeights:
     parts = [weights.attention.query, weights.attention.key, weights.attention.value]
 
     def merged(tensors: list[Tensor | None]) -> list[Tensor]:
-        heads = [each.unflatten(0, (6, 4)) for each in tensors if each is not None]
+        heads = [each.reshape(6, 4, *each.shape[1:]) for each in tensors if each is not None]
         return list(torch.stack(heads, 1).flatten(0, 2).chunk(3))
 
     weight, bias = merged([part.weight_NI for part in parts]), merged([part.bias_N for part in parts])

@@ -21,13 +21,13 @@ from twinfer.spec.weights import EmbeddingWeights
 def configs(draw: st.DrawFn) -> GPTNeoConfig:
     heads = draw(st.integers(1, 4))
     kinds = st.lists(st.sampled_from(["global", "local"]), min_size=1, max_size=2)
-    types = draw(st.lists(st.tuples(kinds, st.integers(1, 2)).map(list), min_size=1, max_size=2))
+    types = draw(st.lists(st.tuples(kinds, st.integers(1, 2)), min_size=1, max_size=2))
     return GPTNeoConfig(
         vocab_size=draw(st.integers(3, 40)),
         max_position_embeddings=draw(st.integers(16, 64)),
         hidden_size=heads * draw(st.integers(1, 9)) + (2 * heads if heads <= 2 else 0),
         num_layers=sum(len(names) * times for names, times in types),
-        attention_types=types,
+        attention_types=[[names, times] for names, times in types],
         num_heads=heads,
         intermediate_size=draw(st.one_of(st.none(), st.integers(1, 20))),
         window_size=draw(st.integers(1, 14)),

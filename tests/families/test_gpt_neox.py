@@ -23,10 +23,10 @@ from twinfer.spec.weights import LayerWeights
 def scalings(draw: st.DrawFn, context: int, turning: int) -> dict[str, Any]:
     """Of rotary positions of which `turning` elements of a head rotate."""
     kinds = ["default", "linear", "dynamic", "llama3", "longrope"]
-    kind = draw(st.sampled_from(kinds if turning % 2 else [*kinds, "yarn"]))  # transformers' YaRN fails on odd sizes
+    kind = draw(st.sampled_from(kinds if turning % 2 else [*kinds, "yarn"]))  # of odd sizes, its YaRN scales a pair too few
     factor, pairs = draw(st.sampled_from([1.0, 2.5, 8.0])), (turning + 1) // 2
     divisors = st.lists(st.sampled_from([1.0, 1.5, 4.0]), min_size=pairs, max_size=pairs)
-    own: dict[str, Any] = {
+    own: dict[str, dict[str, Any]] = {
         "default": {},
         "linear": {"factor": factor},
         "dynamic": {"factor": factor},
@@ -39,8 +39,8 @@ def scalings(draw: st.DrawFn, context: int, turning: int) -> dict[str, Any]:
         "longrope": {"factor": factor, "short_factor": draw(divisors), "long_factor": draw(divisors)}
         | {"original_max_position_embeddings": context},
         "yarn": {"factor": factor, "original_max_position_embeddings": draw(st.integers(8, context))},
-    }[kind]
-    return {"rope_type": kind, "rope_theta": draw(st.sampled_from([10000.0, 100.0, 500000.0])), **own}
+    }
+    return {"rope_type": kind, "rope_theta": draw(st.sampled_from([10000.0, 100.0, 500000.0])), **own[kind]}
 
 
 @st.composite
@@ -88,7 +88,7 @@ def stacked(weights: LayerWeights) -> LayerWeights:
     parts = [weights.attention.query, weights.attention.key, weights.attention.value]
 
     def merged(tensors: list[Tensor | None]) -> list[Tensor]:
-        heads = [each.unflatten(0, (3, 8)) for each in tensors if each is not None]
+        heads = [each.reshape(3, 8, *each.shape[1:]) for each in tensors if each is not None]
         return list(torch.stack(heads, 1).flatten(0, 2).chunk(3))
 
     weight, bias = merged([part.weight_NI for part in parts]), merged([part.bias_N for part in parts])
@@ -108,9 +108,13 @@ WRONG: dict[str, dict[str, Any]] = {
 
 def test_wrong_mappings_are_seen(catches: Callable[..., None]) -> None:
     config = GPTNeoXConfig(
-        vocab_size=20, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=12
+        vocab_size=20,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=12,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     )
-    config.rope_parameters["partial_rotary_factor"] = 0.5
     catches(GPTNeoXForCausalLM, config, WRONG)
 
 
