@@ -9,13 +9,9 @@ An activation is that of the published models, which is not always the one that 
 GPT-NeoX, MPT and BERT were trained with the exact GELU.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..spec.config import Activation, NormKind, NormPlacement, Residual, RotaryLayout
-from . import alibi
 from .table import Heads
 
 
@@ -33,13 +29,6 @@ class Windows:
     """Whether the scaling of the others' frequencies is theirs too."""
     alone: bool = False
     """Whether only layers with a window rotate."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alibi:
-    slopes: Callable[[int, float], Tensor]
-    most: float | None = None
-    """None where `attention.max_alibi_bias` says it, 0 for none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +56,9 @@ class Architecture:
     """Beside ALiBi only where the file has a table of them."""
     token_types: bool = False
     embedding_norm: bool = False
-    alibi: Alibi | None = None
+    alibi: float | None = None
+    """Of the steepest slope, by how many powers of 2 scores fall with every token over all heads (`alibi.slopes`); 0
+    where `attention.max_alibi_bias` says it."""
     encoder: bool = False
     """Every token sees all others, and there is no head."""
     required: tuple[str, ...] = ()
@@ -151,7 +142,7 @@ ARCHITECTURES = {
         activation=Activation.GELU_TANH,
         gated=False,
         embedding_norm=True,
-        alibi=Alibi(slopes=alibi.slopes, most=8.0),
+        alibi=8.0,
     ),
     "mpt": Architecture(
         norm=NormKind.LAYER,
@@ -159,7 +150,7 @@ ARCHITECTURES = {
         activation=Activation.GELU,
         gated=False,
         learned_positions=True,
-        alibi=Alibi(slopes=alibi.slopes_by_thinning),
+        alibi=0.0,
         optional=("attention.clamp_kqv",),
     ),
     "gptneox": Architecture(

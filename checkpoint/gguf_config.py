@@ -21,7 +21,7 @@ from ..spec.config import (
     QkNormSpan,
     Residual,
 )
-from . import gguf_rotary
+from . import alibi, gguf_rotary
 from .family import Understood, head_size
 from .fields import MOST_LAYERS, Fields
 from .gguf_architectures import Architecture, Windows
@@ -52,7 +52,7 @@ def understood(name: str, architecture: Architecture, fields: Fields, file: Gguf
     reading = _Reading(architecture, fields, file.shapes)
     context, layers = fields.integer("context_length"), fields.integer("block_count", most=MOST_LAYERS)
     slope_H, numbers = reading.slopes(), reading.numbers()
-    attention = reading.attention(numbers, layers, alibi=slope_H is not None)
+    attention = reading.attention(numbers, layers, with_alibi=slope_H is not None)
     everywhere, local = gguf_rotary.rotations(architecture, fields, file, attention.head_size, context)
     windows = _windows(architecture.windows, fields, layers)
     turns = [everywhere if window is None else local or everywhere for window in windows]
@@ -89,7 +89,7 @@ class _Reading:
         kind = self.architecture.norm
         return NormConfig(kind=kind, epsilon=self.fields.number(EPSILONS[kind]), bias=self._has(f"{tensor}.bias"))
 
-    def attention(self, numbers: Mapping[str, float], layers: int, *, alibi: bool) -> AttentionConfig:
+    def attention(self, numbers: Mapping[str, float], layers: int, *, with_alibi: bool) -> AttentionConfig:
         hidden, heads = self.fields.integer("embedding_length"), self._heads()
         length = "attention.key_length"
         size = self.fields.integer(length) if self.fields.has(length) else head_size(self.fields, hidden, heads)
@@ -106,7 +106,7 @@ class _Reading:
             causal=not self.architecture.encoder,
             qkv_bias=self._has("blk.0.attn_q.bias") or self._has("blk.0.attn_qkv.bias"),
             output_bias=self._has("blk.0.attn_output.bias"),
-            alibi=alibi,
+            alibi=with_alibi,
             softcap=numbers.get("attn_logit_softcapping"),
             qkv_clip=numbers.get("attention.clamp_kqv"),
             qk_norm=self.norm("blk.0.attn_q_norm") if normed else None,
@@ -154,15 +154,11 @@ class _Reading:
         return first if self._has("blk.0.ffn_norm.weight") or self._has("blk.0.attn_norm_2.weight") else second
 
     def slopes(self) -> Tensor | None:
-        alibi, key = self.architecture.alibi, "attention.max_alibi_bias"
-        if alibi is None:
-            return None
-        if alibi.most is not None:
-            return alibi.slopes(self._heads(), alibi.most)
-        if self.fields.values.get(key) == 0:
+        most, key = self.architecture.alibi, "attention.max_alibi_bias"
+        if most == 0 and self.fields.values.get(key) == 0:
             self.fields.ignore((key,))
             return None
-        return alibi.slopes(self._heads(), self.fields.number(key))
+        return None if most is None else alibi.slopes(self._heads(), most or self.fields.number(key))
 
     def _heads(self) -> int:
         return self.fields.integer("attention.head_count")

@@ -93,9 +93,7 @@ def _yarn(
     magnitude = rotary.yarn_magnitude(factor)
     given = fields.number("rope.scaling.yarn_attn_factor", magnitude)
     if abs(given - magnitude) > SAME * magnitude:
-        right = (
-            f"absent or {magnitude:.6g}, which is YaRN's own: readers differ on whether it is replaced or multiplied"
-        )
+        right = f"absent or {magnitude:.6g}, YaRN's own: readers disagree on whether another replaces or multiplies it"
         raise fields.wrong("rope.scaling.yarn_attn_factor", right)
     return scaled_J, magnitude
 
