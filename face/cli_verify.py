@@ -27,6 +27,7 @@ with --json, one object: {"model", "storage", "compute", "device", "holds",
   "ops": [{"op", "path", "function", "guarantee", "cases", "rejected", "largest_ratio", "complaint", "holds"}]}
   largest_ratio  largest error / bound; above 1 fails
   ties           greedy choices that differ, within what rounding allows
+  Of an encoder, texts are encoded together instead; "schedules" are they, and "greedy" is null.
 """
 
 
@@ -85,11 +86,12 @@ def report_of(result: "VerifyResult") -> dict[str, Any]:
     return {
         "holds": result.holds,
         "paths": {
-            "schedules": [repr(schedule) for schedule in result.schedules],
+            "schedules": [repr(drawn) for drawn in result.drawn],
             **asdict(result.model),
             "holds": result.model.holds,
         },
-        "greedy": {
+        "greedy": greedy
+        and {
             "reference": list(greedy.truth),
             "compiled": list(greedy.candidate),
             "equal_for": greedy.equal_for,
@@ -103,15 +105,17 @@ def report_of(result: "VerifyResult") -> dict[str, Any]:
 def _tell(model: str, result: "VerifyResult") -> None:
     paths, greedy = result.model, result.free_run
     print(f"{model}, {result.storage} weights: compiled path against reference")
+    through = f"{len(result.drawn)} batches of texts" if greedy is None else f"{len(result.drawn)} schedules"
     print(
-        f"{_verdict(paths.holds)}  whole model, {len(result.schedules)} schedules: {paths.rows} rows of logits, "
+        f"{_verdict(paths.holds)}  whole model, {through}: {paths.rows} rows, "
         f"largest error / bound {paths.largest_ratio:.2f}; {len(paths.ties)} admissible ties"
     )
     for line in [*map(str, paths.ties), *paths.failures]:
         print(f"  {line}")
-    print(f"{_verdict(greedy.holds)}  greedy text: equal for {greedy.equal_for} of {len(greedy.truth)} tokens")
-    if greedy.tie is not None:
-        print(f"  parted by an admissible tie: {greedy.tie}")
+    if greedy is not None:
+        print(f"{_verdict(greedy.holds)}  greedy text: equal for {greedy.equal_for} of {len(greedy.truth)} tokens")
+        if greedy.tie is not None:
+            print(f"  parted by an admissible tie: {greedy.tie}")
     table = Table("op", "function", "guarantee", "cases", "error / bound", "")
     for op in result.ops:
         ratio = f"{op.largest_ratio:.2f}" if op.cases else "-"

@@ -12,17 +12,21 @@ from operator import add
 
 import torch
 
+from ..compiled.path import CompiledPath
 from ..spec.config import Storage
-from ..spec.decoder import Decoder, Path
+from ..spec.decoder import Decoder, Encoder, Path
 from ..spec.weights import WeightSource
 from .case import Case, RandomPicker
 from .check import described
+from .encodings import Texts, compare_encodings, draw_texts
 from .op import Fast, Op
 from .paths import FreeRun, PathComparison, compare_paths, free_run
 from .schedule import Schedule, draw_schedule
 from .table import OPS
 from .trial import Status
 from .yardstick import Yardstick
+
+TypedTexts = tuple[Texts, Texts | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +54,18 @@ class OpVerdict:
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult:
     storage: Storage
-    schedules: tuple[Schedule, ...]
+    drawn: tuple[Schedule | TypedTexts, ...]
+    """What the model was taken through: schedules, or the texts that an encoder encoded together, with their types."""
     model: PathComparison
-    """All schedules together."""
-    free_run: FreeRun
-    """Greedy text of both, each fed its own tokens."""
+    """All of them together."""
+    free_run: FreeRun | None
+    """Greedy text of both, each fed its own tokens; None for an encoder."""
     ops: tuple[OpVerdict, ...]
 
     @property
     def holds(self) -> bool:
-        return self.model.holds and self.free_run.holds and all(op.holds for op in self.ops)
+        said_the_same = self.free_run is None or self.free_run.holds
+        return self.model.holds and said_the_same and all(op.holds for op in self.ops)
 
 
 def verify(
@@ -76,29 +82,40 @@ def verify(
 ) -> VerifyResult:
     """Hold a path (by default the compiled one) against the reference, on the same stored weights.
 
-    `report` is told, in a line each, what is being done. Raises what the paths raise where they cannot be made.
+    A model that cannot be extended is compared as what it is, an `Encoder`. `report` is told, in a line each, what is
+    being done. Raises what the paths raise where they cannot be made.
     """
     tell = report or (lambda line: None)
     if candidate is None:
-        from ..compiled.path import CompiledPath
-
         tell(f"preparing the compiled path, weights kept in {storage}")
         candidate = CompiledPath(source, storage=storage, compute=compute, device=device, report=report)
     tell("preparing the reference in float64, and in the candidate's arithmetic")
     yardstick = Yardstick.of(source, storage=storage, compute=compute, device=device)
 
-    drawn = tuple(draw_schedule(RandomPicker(seed + index), source.config) for index in range(schedules))
-    comparisons = []
-    for index, schedule in enumerate(drawn):
-        tell(f"comparing the paths through schedule {index + 1} of {schedules} ({len(schedule)} steps)")
-        comparisons.append(compare_paths(yardstick, candidate, schedule))
-    tell("comparing their greedy text")
-    prompt = [RandomPicker(seed).integer(0, source.config.vocabulary - 1)]
-    ran = free_run(yardstick, candidate, prompt, min(8, source.config.context - 1))
+    pickers = [RandomPicker(seed + index) for index in range(schedules)]
+    drawn: list[Schedule | TypedTexts] = []
+    comparisons: list[PathComparison] = []
+    ran: FreeRun | None = None
+    for index, pick in enumerate(pickers):
+        if source.config.extensible:
+            schedule = draw_schedule(pick, source.config)
+            tell(f"comparing the paths through schedule {index + 1} of {schedules} ({len(schedule)} steps)")
+            comparisons.append(compare_paths(yardstick, candidate, schedule))
+            drawn.append(schedule)
+        else:
+            assert isinstance(candidate, Encoder), "a path that runs an encoder encodes"
+            texts = draw_texts(pick, source.config)
+            tell(f"comparing the paths on batch {index + 1} of {schedules} ({len(texts[0])} texts)")
+            comparisons.append(compare_encodings(yardstick, candidate, *texts))
+            drawn.append(texts)
+    if source.config.extensible:
+        tell("comparing their greedy text")
+        prompt = [RandomPicker(seed).integer(0, source.config.vocabulary - 1)]
+        ran = free_run(yardstick, candidate, prompt, min(8, source.config.context - 1))
     tell("comparing op by op")
     return VerifyResult(
         storage=storage,
-        schedules=drawn,
+        drawn=tuple(drawn),
         model=reduce(add, comparisons, PathComparison()),
         free_run=ran,
         ops=tuple(verify_ops(cases=cases, seed=seed)),

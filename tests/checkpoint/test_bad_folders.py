@@ -100,8 +100,8 @@ def test_an_empty_folder_and_a_file_of_another_kind(tmp_path: Path) -> None:
         (b"[" * 100_000, "config.json is not valid JSON"),
         (b"[1, 2]", "config.json holds a JSON list; it must hold an object"),
         (b"{}", "model_type is missing; the families known here are: llama, mistral, gpt2"),
-        (b'{"model_type": "bloom"}', "model_type is 'bloom' (architectures []); the families known here are: llama"),
-        (b'{"architectures": ["BloomModel"]}', "(architectures ['BloomModel']); the families known here are: llama"),
+        (b'{"model_type": "mamba"}', "model_type is 'mamba' (architectures []); the families known here are: llama"),
+        (b'{"architectures": ["MambaModel"]}', "(architectures ['MambaModel']); the families known here are: llama"),
         (
             b'{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}',
             "but model_type is 'llama', of which only LlamaForCausalLM and LlamaModel are known here",

@@ -1,6 +1,7 @@
 """Rotary frequencies against transformers' own initialisers, which compute in float32, and against their definition."""
 
 import math
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from twinfer.checkpoint import rotary
 from twinfer.checkpoint.fields import Fields
+from twinfer.checkpoint.rotary_fields import Head, Rotation, rotation
 from twinfer.spec.errors import ConfigError
 
 bases = st.sampled_from([100.0, 10000.0, 100000.0, 500000.0, 1e6])
@@ -36,15 +38,26 @@ def llama3_scalings(draw: st.DrawFn) -> dict[str, Any]:
 scalings = st.one_of(
     st.just({"rope_type": "default"}),
     st.builds(lambda factor: {"rope_type": "linear", "factor": factor}, factors),
+    st.builds(lambda factor: {"rope_type": "dynamic", "factor": factor}, factors),
     llama3_scalings(),
 )
+"""Those that do not lengthen what rotates; YaRN and LongRoPE are held against transformers in float64, by
+tests/families."""
+CONTEXT = 2 * 8192
+
+
+def read(config: dict[str, Any], size: int, most_tokens: int | None = None, **head: Any) -> Rotation:
+    fields = Fields(config, "config.json: ", most_tokens=most_tokens)
+    found = rotation(fields, Head(size=size, context=CONTEXT, **head))
+    fields.finish()
+    return found
 
 
 def ours(config: dict[str, Any], size: int) -> Tensor:
-    fields = Fields(config, "config.json: ")
-    frequency_J = rotary.from_config(fields, size)
-    fields.finish()
-    return frequency_J
+    found = read(config, size)
+    assert found.config.magnitude == 1.0
+    assert found.config.size == size
+    return found.frequency_J
 
 
 def theirs(base: float, size: int, scaling: dict[str, Any]) -> Tensor:
@@ -52,16 +65,16 @@ def theirs(base: float, size: int, scaling: dict[str, Any]) -> Tensor:
         hidden_size=4 * size,
         num_attention_heads=4,
         rope_parameters={"rope_theta": base, **scaling},
-        max_position_embeddings=2 * 8192,
+        max_position_embeddings=CONTEXT,
     )
     module = LlamaRotaryEmbedding(config)
     assert module.attention_scaling == 1.0
     return module.inv_freq
 
 
-@given(base=bases, size=sizes, scaling=scalings)
+@given(base=bases, size=sizes.filter(lambda size: size > 2), scaling=scalings)
 def test_frequencies_are_transformers(base: float, size: int, scaling: dict[str, Any]) -> None:
-    """To the float32 error of theirs.
+    """To the float32 error of theirs, which has no dynamic scaling of heads of two elements.
 
     Theirs rounds the exponent 2j/size (off by u = eps/2 of it), which base ** x makes ln(base) * u relative; the
     power itself, good to 2 u; one u for the reciprocal, and one for each of at most seven operations of scaling.
@@ -117,8 +130,8 @@ def test_banded_scaling_keeps_fast_pairs_and_divides_slow_ones(base: float, size
     ("config", "message"),
     [
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            'rope_type is "yarn"; it must be one of default, linear',
+            {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+            'rope_type is "proportional"; it must be one of default, linear, dynamic, llama3, yarn, longrope',
         ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         (
@@ -131,6 +144,15 @@ def test_banded_scaling_keeps_fast_pairs_and_divides_slow_ones(base: float, size
         ),
         ({"rope_scaling": {}, "rope_parameters": {}}, "rope_scaling and rope_parameters are both given"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; it must be 1"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1, 1], "long_factor": [1]}},
+            "short_factor is [1, 1]; it must be a list of 4 numbers above 0",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [0], "long_factor": [1]}},
+            "short_factor is [0]; it must be a list of finite numbers above 0",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": -1}}, "beta_fast is -1; it must be a finite"),
         ({"rope_theta": "10000"}, 'rope_theta is "10000"; it must be a finite number'),
         (
             {
@@ -147,5 +169,22 @@ def test_banded_scaling_keeps_fast_pairs_and_divides_slow_ones(base: float, size
     ],
 )
 def test_scalings_that_are_not_understood_are_refused(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        ours(config, 8)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read(config, 8)
+
+
+LONG = {"type": "longrope", "short_factor": [1, 2], "long_factor": [4, 8], "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(("most_tokens", "divisor"), [(None, 4), (4097, 4), (4096, 1), (1, 1)])
+def test_longrope_goes_by_what_the_model_is_opened_for(most_tokens: int | None, divisor: int) -> None:
+    """Longer than the first context, the long divisors; magnitude sqrt(1 + ln 4 / ln 4096) either way."""
+    found = read({"rope_scaling": LONG}, 4, most_tokens)
+    assert torch.equal(found.frequency_J, rotary.frequencies(10000.0, 4) / torch.tensor([divisor, 2 * divisor]))
+    assert found.config.magnitude == math.sqrt(1 + math.log(4) / math.log(4096))
+
+
+def test_an_odd_part_of_a_head_rotates_with_one_more_element() -> None:
+    found = read({"partial_rotary_factor": 0.5}, 6, part=1.0)
+    assert found.config.size == 4
+    assert torch.equal(found.frequency_J, rotary.frequencies(10000.0, 3))

@@ -9,7 +9,7 @@ from torch import Tensor
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle import verify as room
 from twinfer.oracle.case import RandomPicker
-from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.oracle.models import RandomSource, draw_encoder_config, draw_model_config
 from twinfer.oracle.op import Fast
 from twinfer.oracle.table import OPS
 from twinfer.oracle.verify import verify, verify_ops
@@ -29,11 +29,22 @@ def test_the_compiled_path_holds(storage: Storage) -> None:
     result = verify(source, storage=storage, candidate=candidate, schedules=2, cases=5, report=told.append)
     assert result.holds
     assert result.storage is storage
-    assert len(result.schedules) == 2
+    assert len(result.drawn) == 2
     assert result.model.rows > 0
     assert 0 < result.model.largest_ratio <= 1
     assert {op.op for op in result.ops} == {op.name for op in OPS.values() if op.fast}
     assert len(told) >= 4
+
+
+def test_an_encoder_holds_and_one_on_other_weights_fails() -> None:
+    config = draw_encoder_config(RandomPicker(2))
+    source = RandomSource(config, 2)
+    candidate = CompiledPath(source, _eager=True)
+    result = verify(source, candidate=candidate, schedules=3, cases=1)
+    assert result.holds
+    assert result.free_run is None
+    assert result.model.rows == sum(len(text) for drawn in result.drawn for text in drawn[0])  # type: ignore[misc,arg-type]
+    assert not verify(source, storage=Storage.INT8, candidate=candidate, schedules=3, cases=1).holds
 
 
 def test_a_path_on_other_weights_fails() -> None:
