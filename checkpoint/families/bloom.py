@@ -1,9 +1,10 @@
 """BLOOM: ALiBi, a norm of the embeddings, and a query-key-value projection merged head by head."""
 
-from ...spec.config import Activation, AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormPlacement
+from ...spec.config import Activation, LayerConfig, MlpConfig, NormPlacement
 from .. import alibi
-from ..family import Family, Understood, context, head, head_size, layer_norm, spelled
-from ..fields import MOST_LAYERS, Fields
+from ..family import Family, Understood, layer_norm, spelled
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head
 from ..permutation import separated_qkv
 from ..table import QKV, Table, linear, norm, output, tensor
 
@@ -29,31 +30,20 @@ TRAINED_CONTEXT = 2048
 def _read(config: Fields) -> Understood:
     hidden = config.integer(spelled(config, "hidden_size", "n_embed"))
     heads = config.integer(spelled(config, "n_head", "num_attention_heads"))
-    size, norm = head_size(config, hidden, heads), layer_norm(config, "layer_norm_epsilon")
+    norm = layer_norm(config, "layer_norm_epsilon")
     config.only("n_inner", None, 4 * hidden)
     config.only("skip_bias_add_qkv", False)
     on_stream = config.flag("apply_residual_connection_post_layernorm", False)
     layer = LayerConfig(
         norm=norm,
-        attention=AttentionConfig(
-            heads=heads, kv_heads=heads, head_size=size, scale=size**-0.5, alibi=True, qkv_bias=True, output_bias=True
-        ),
+        attention=multi_head(config, hidden, heads, alibi=True),
         mlp=MlpConfig(width=4 * hidden, activation=Activation.GELU_TANH, gated=False, bias=True),
         norm_placement=NormPlacement.ON_STREAM if on_stream else NormPlacement.BEFORE,
     )
-    layers = config.integer(spelled(config, "n_layer", "num_hidden_layers"), most=MOST_LAYERS)
-    model = ModelConfig(
-        family="bloom",
-        hidden=hidden,
-        vocabulary=config.integer("vocab_size"),
-        context=context(config, "seq_length", TRAINED_CONTEXT),
-        layers=(layer,) * layers,
-        final_norm=norm,
-        learned_positions=False,
-        head=head(config, tied=True),
-        embedding_norm=norm,
-    )
-    return Understood(config=model, slope_H=alibi.slopes(heads))
+    layers = (layer,) * layer_count(config, spelled(config, "n_layer", "num_hidden_layers"))
+    places = config.integer("seq_length", TRAINED_CONTEXT)
+    understood = model(config, "bloom", hidden, layers, context=places, embedding_norm=norm)
+    return Understood(config=understood, slope_H=alibi.slopes(heads))
 
 
 BLOOM = Family(

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, Residual
+from ...spec.config import LayerConfig, Residual
 from .. import alibi, rotary_fields
-from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm, spelled
-from ..fields import MOST_LAYERS, Fields
+from ..family import Family, Understood, head_size, layer_norm, spelled
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..permutation import separated_qkv
 from ..table import QKV, Table, linear, norm, output, tensor
 
@@ -34,43 +35,24 @@ TWO_NORMS_TABLE = _table("ln_attn", "ln_mlp")
 def _read(config: Fields) -> Understood:
     hidden = config.integer(spelled(config, "hidden_size", "n_embed"))
     heads = config.integer(spelled(config, "num_attention_heads", "n_head"))
-    layers = config.integer(spelled(config, "num_hidden_layers", "n_layer"), most=MOST_LAYERS)
-    size, norm = head_size(config, hidden, heads), layer_norm(config, "layer_norm_epsilon")
     bias, with_alibi = config.flag("bias", False), config.flag("alibi", False)
-    made_for = context(config, "max_position_embeddings", 2048)
-    rotation = rotary_fields.rotation(config, rotary_fields.Head(size=size, context=made_for))
+    places, size = config.integer("max_position_embeddings", 2048), head_size(config, hidden, heads)
+    rotation = rotary_fields.rotation(config, rotary_fields.Head(size=size, context=places))
     config.only("apply_residual_connection_post_layernorm", False)
     kv_heads, residual = _form(config, heads)
     width = config.integer("ffn_hidden_size", 4 * hidden)
     config.only("ff_factor", width / hidden)
+    positions = {"alibi": True} if with_alibi else {"rotary": rotation.config}
     layer = LayerConfig(
-        norm=norm,
-        attention=AttentionConfig(
-            heads=heads,
-            kv_heads=kv_heads,
-            head_size=size,
-            scale=size**-0.5,
-            rotary=None if with_alibi else rotation.config,
-            alibi=with_alibi,
-            qkv_bias=bias,
-            output_bias=bias,
-        ),
-        mlp=MlpConfig(width=width, activation=config.choice("activation", ACTIVATIONS, "gelu"), gated=False, bias=bias),
+        norm=layer_norm(config, "layer_norm_epsilon"),
+        attention=multi_head(config, hidden, heads, bias=bias, kv_heads=kv_heads, **positions),
+        mlp=plain_mlp(config, width, "activation", "gelu", bias=bias),
         residual=residual,
     )
-    model = ModelConfig(
-        family="falcon",
-        hidden=hidden,
-        vocabulary=config.integer("vocab_size"),
-        context=made_for,
-        layers=(layer,) * layers,
-        final_norm=norm,
-        learned_positions=False,
-        head=head(config, tied=True),
-    )
+    layers = (layer,) * layer_count(config, spelled(config, "num_hidden_layers", "n_layer"))
     return Understood(
-        config=model,
-        rotations=() if with_alibi else (rotation,) * layers,
+        config=model(config, "falcon", hidden, layers, context=places),
+        rotations=() if with_alibi else (rotation,) * len(layers),
         slope_H=alibi.slopes(heads) * size**-0.5 if with_alibi else None,  # it is added before scores are scaled
         table=TWO_NORMS_TABLE if residual is Residual.PARALLEL else TABLE,
     )

@@ -1,8 +1,11 @@
 """GPT-2: layer norms, learned positions, merged query-key-value projection, plain MLPs, tied head."""
 
-from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig
-from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm
-from ..fields import MOST_LAYERS, Fields
+from dataclasses import replace
+
+from ...spec.config import LayerConfig
+from ..family import Family, Understood, layer_norm
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..table import QKV, Ignorable, Table, linear, norm, output, tensor
 
 TABLE = Table(
@@ -27,39 +30,20 @@ TABLE = Table(
 
 def _read(config: Fields) -> Understood:
     hidden, heads = config.integer("n_embd"), config.integer("n_head")
-    size = head_size(config, hidden, heads)
     norm = layer_norm(config, "layer_norm_epsilon")
-    mlp = MlpConfig(
-        width=config.integer("n_inner", 4 * hidden),
-        activation=config.choice("activation_function", ACTIVATIONS, "gelu_new"),
-        gated=False,
-        bias=True,
-    )
-    scale = size**-0.5 if config.flag("scale_attn_weights", True) else 1.0
+    mlp = plain_mlp(config, config.integer("n_inner", 4 * hidden), "activation_function", "gelu_new")
+    attention = multi_head(config, hidden, heads)
+    if not config.flag("scale_attn_weights", True):
+        attention = replace(attention, scale=1.0)
     by_layer = config.flag("scale_attn_by_inverse_layer_idx", False)
 
     def layer(index: int) -> LayerConfig:
-        attention = AttentionConfig(
-            heads=heads,
-            kv_heads=heads,
-            head_size=size,
-            scale=scale / (index + 1) if by_layer else scale,
-            qkv_bias=True,
-            output_bias=True,
-        )
-        return LayerConfig(norm=norm, attention=attention, mlp=mlp)
+        scale = attention.scale / (index + 1) if by_layer else attention.scale
+        return LayerConfig(norm=norm, attention=replace(attention, scale=scale), mlp=mlp)
 
-    model = ModelConfig(
-        family="gpt2",
-        hidden=hidden,
-        vocabulary=config.integer("vocab_size"),
-        context=context(config, "n_positions"),
-        layers=tuple(layer(index) for index in range(config.integer("n_layer", most=MOST_LAYERS))),
-        final_norm=norm,
-        learned_positions=True,
-        head=head(config, tied=True),
-    )
-    return Understood(config=model)
+    layers = tuple(layer(index) for index in range(layer_count(config, "n_layer")))
+    places = config.integer("n_positions")
+    return Understood(config=model(config, "gpt2", hidden, layers, context=places, learned_positions=True))
 
 
 GPT2 = Family(

@@ -6,9 +6,10 @@ head. The two are one order: that of groups of query heads, each with its key an
 
 from dataclasses import replace
 
-from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig
-from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm
-from ..fields import MOST_LAYERS, Fields
+from ...spec.config import LayerConfig
+from ..family import Family, Understood, layer_norm
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..permutation import separated_qkv
 from ..table import QKV, linear, norm
 from . import gpt2
@@ -28,36 +29,19 @@ TABLE = replace(
 
 def _read(config: Fields) -> Understood:
     hidden, heads = config.integer("n_embd"), config.integer("n_head")
-    size = head_size(config, hidden, heads)
     kv_heads = 1 if config.flag("multi_query", True) else heads
     config.only("num_key_value_heads", kv_heads)
-    norm = layer_norm(config, "layer_norm_epsilon")
-    attention = AttentionConfig(
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=size,
-        scale=size**-0.5 if config.flag("scale_attn_weights", True) else 1.0,
-        qkv_bias=True,
-        output_bias=True,
+    attention = multi_head(config, hidden, heads, kv_heads=kv_heads)
+    if not config.flag("scale_attn_weights", True):
+        attention = replace(attention, scale=1.0)
+    layer = LayerConfig(
+        norm=layer_norm(config, "layer_norm_epsilon"),
+        attention=attention,
+        mlp=plain_mlp(config, config.integer("n_inner", 4 * hidden), "activation_function", "gelu_pytorch_tanh"),
     )
-    mlp = MlpConfig(
-        width=config.integer("n_inner", 4 * hidden),
-        activation=config.choice("activation_function", ACTIVATIONS, "gelu_pytorch_tanh"),
-        gated=False,
-        bias=True,
-    )
-    layer = LayerConfig(norm=norm, attention=attention, mlp=mlp)
-    model = ModelConfig(
-        family="gpt_bigcode",
-        hidden=hidden,
-        vocabulary=config.integer("vocab_size"),
-        context=context(config, "n_positions"),
-        layers=(layer,) * config.integer("n_layer", most=MOST_LAYERS),
-        final_norm=norm,
-        learned_positions=True,
-        head=head(config, tied=True),
-    )
-    return Understood(config=model)
+    layers = (layer,) * layer_count(config, "n_layer")
+    places = config.integer("n_positions")
+    return Understood(config=model(config, "gpt_bigcode", hidden, layers, context=places, learned_positions=True))
 
 
 _PRECISION = "attention_softmax_in_fp32 scale_attention_softmax_in_fp32"

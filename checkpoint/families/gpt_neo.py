@@ -1,9 +1,10 @@
 """GPT-Neo: GPT-2 with scores that are not scaled, and a window in every other layer."""
 
-from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig
+from ...spec.config import LayerConfig
 from ...spec.errors import ConfigError
-from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm
-from ..fields import MOST_LAYERS, Fields
+from ..family import Family, Understood, layer_norm
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..table import Ignorable, Table, linear, norm, output, tensor
 
 TABLE = Table(
@@ -31,35 +32,16 @@ TABLE = Table(
 def _read(config: Fields) -> Understood:
     hidden, heads = config.integer("hidden_size"), config.integer("num_heads")
     norm, window = layer_norm(config, "layer_norm_epsilon"), config.integer("window_size", 256)
-    mlp = MlpConfig(
-        width=config.integer("intermediate_size", 4 * hidden),
-        activation=config.choice("activation_function", ACTIVATIONS, "gelu_new"),
-        gated=False,
-        bias=True,
-    )
+    mlp = plain_mlp(config, config.integer("intermediate_size", 4 * hidden), "activation_function", "gelu_new")
 
     def layer(kind: str) -> LayerConfig:
-        attention = AttentionConfig(
-            heads=heads,
-            kv_heads=heads,
-            head_size=head_size(config, hidden, heads),
-            scale=1.0,
-            window=window if kind == "local" else None,
-            output_bias=True,
-        )
+        seen = window if kind == "local" else None
+        attention = multi_head(config, hidden, heads, scale=1.0, qkv_bias=False, window=seen)
         return LayerConfig(norm=norm, attention=attention, mlp=mlp)
 
-    model = ModelConfig(
-        family="gpt_neo",
-        hidden=hidden,
-        vocabulary=config.integer("vocab_size"),
-        context=context(config, "max_position_embeddings"),
-        layers=tuple(layer(kind) for kind in _kinds(config, config.integer("num_layers", most=MOST_LAYERS))),
-        final_norm=norm,
-        learned_positions=True,
-        head=head(config, tied=True),
-    )
-    return Understood(config=model)
+    layers = tuple(layer(kind) for kind in _kinds(config, layer_count(config, "num_layers")))
+    places = config.integer("max_position_embeddings")
+    return Understood(config=model(config, "gpt_neo", hidden, layers, context=places, learned_positions=True))
 
 
 def _kinds(config: Fields, layers: int) -> list[str]:

@@ -1,9 +1,10 @@
 """GPT-NeoX, Pythia, RedPajama, Dolly: attention and MLP side by side behind a norm each, heads that rotate in part."""
 
-from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, Residual
+from ...spec.config import LayerConfig, Residual
 from .. import rotary_fields
-from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm, spelled
-from ..fields import MOST_LAYERS, Fields
+from ..family import Family, Understood, head_size, layer_norm, spelled
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..permutation import separated_qkv
 from ..table import QKV, Ignorable, Table, linear, norm, output, tensor
 
@@ -31,47 +32,23 @@ TABLE = Table(
 
 def _read(config: Fields) -> Understood:
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    layers, size = config.integer("num_hidden_layers", most=MOST_LAYERS), head_size(config, hidden, heads)
-    rotation = rotary_fields.rotation(
-        config,
-        rotary_fields.Head(
-            size=size,
-            context=config.integer("max_position_embeddings"),
-            base=config.number(spelled(config, "rotary_emb_base", "rope_theta"), 10000.0),
-            part=config.number(spelled(config, "rotary_pct", "partial_rotary_factor"), 0.25),
-        ),
+    places = config.integer("max_position_embeddings")
+    turning = rotary_fields.Head(
+        size=head_size(config, hidden, heads),
+        context=places,
+        base=config.number(spelled(config, "rotary_emb_base", "rope_theta"), 10000.0),
+        part=config.number(spelled(config, "rotary_pct", "partial_rotary_factor"), 0.25),
     )
-    norm, bias = layer_norm(config, "layer_norm_eps"), config.flag("attention_bias", True)
+    rotation, bias = rotary_fields.rotation(config, turning), config.flag("attention_bias", True)
     layer = LayerConfig(
-        norm=norm,
-        attention=AttentionConfig(
-            heads=heads,
-            kv_heads=heads,
-            head_size=size,
-            scale=size**-0.5,
-            rotary=rotation.config,
-            qkv_bias=bias,
-            output_bias=bias,
-        ),
-        mlp=MlpConfig(
-            width=config.integer("intermediate_size"),
-            activation=config.choice("hidden_act", ACTIVATIONS, "gelu"),
-            gated=False,
-            bias=True,
-        ),
+        norm=layer_norm(config, "layer_norm_eps"),
+        attention=multi_head(config, hidden, heads, bias=bias, rotary=rotation.config),
+        mlp=plain_mlp(config, config.integer("intermediate_size"), "hidden_act", "gelu"),
         residual=Residual.PARALLEL if config.flag("use_parallel_residual", True) else Residual.SEQUENTIAL,
     )
-    model = ModelConfig(
-        family="gpt_neox",
-        hidden=hidden,
-        vocabulary=config.integer("vocab_size"),
-        context=context(config, "max_position_embeddings"),
-        layers=(layer,) * layers,
-        final_norm=norm,
-        learned_positions=False,
-        head=head(config, tied=False),
-    )
-    return Understood(config=model, rotations=(rotation,) * layers)
+    layers = (layer,) * layer_count(config, "num_hidden_layers")
+    understood = model(config, "gpt_neox", hidden, layers, tied=False, context=places)
+    return Understood(config=understood, rotations=(rotation,) * len(layers))
 
 
 GPT_NEOX = Family(

@@ -1,9 +1,10 @@
 """GPT-J: attention and MLP side by side behind one norm, interleaved rotary positions, a head with bias."""
 
-from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, Residual, RotaryConfig, RotaryLayout
+from ...spec.config import LayerConfig, Residual, RotaryConfig, RotaryLayout
 from .. import rotary
-from ..family import ACTIVATIONS, Family, Understood, context, head, head_size, layer_norm
-from ..fields import MOST_LAYERS, Fields
+from ..family import Family, Understood, head_size, layer_norm
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..rotary_fields import Rotation
 from ..table import Ignorable, Table, linear, norm, output, tensor
 
@@ -31,11 +32,7 @@ TABLE = Table(
 def _read(config: Fields) -> Understood:
     config.only("rotary", True)
     config.only("scale_attn_weights", True)
-    hidden, heads, layers = (
-        config.integer("n_embd"),
-        config.integer("n_head"),
-        config.integer("n_layer", most=MOST_LAYERS),
-    )
+    hidden, heads = config.integer("n_embd"), config.integer("n_head")
     size, turning = head_size(config, hidden, heads), config.optional_integer("rotary_dim", 64)
     if turning is None or turning % 2 or turning > size:
         raise config.wrong("rotary_dim", f"an even number, at most the {size} elements of a head")
@@ -43,32 +40,15 @@ def _read(config: Fields) -> Understood:
         config=RotaryConfig(layout=RotaryLayout.INTERLEAVED, size=turning),
         frequency_J=rotary.frequencies(10000.0, turning),
     )
-    norm = layer_norm(config, "layer_norm_epsilon")
     layer = LayerConfig(
-        norm=norm,
-        attention=AttentionConfig(
-            heads=heads, kv_heads=heads, head_size=size, scale=size**-0.5, rotary=rotation.config
-        ),
-        mlp=MlpConfig(
-            width=config.integer("n_inner", 4 * hidden),
-            activation=config.choice("activation_function", ACTIVATIONS, "gelu_new"),
-            gated=False,
-            bias=True,
-        ),
+        norm=layer_norm(config, "layer_norm_epsilon"),
+        attention=multi_head(config, hidden, heads, bias=False, rotary=rotation.config),
+        mlp=plain_mlp(config, config.integer("n_inner", 4 * hidden), "activation_function", "gelu_new"),
         residual=Residual.PARALLEL_SHARED_NORM,
     )
-    model = ModelConfig(
-        family="gptj",
-        hidden=hidden,
-        vocabulary=config.integer("vocab_size"),
-        context=context(config, "n_positions"),
-        layers=(layer,) * layers,
-        final_norm=norm,
-        learned_positions=False,
-        head=head(config, tied=False),
-        head_bias=True,
-    )
-    return Understood(config=model, rotations=(rotation,) * layers)
+    layers, places = (layer,) * layer_count(config, "n_layer"), config.integer("n_positions")
+    understood = model(config, "gptj", hidden, layers, tied=False, context=places, head_bias=True)
+    return Understood(config=understood, rotations=(rotation,) * len(layers))
 
 
 GPTJ = Family(

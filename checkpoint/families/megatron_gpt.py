@@ -4,9 +4,10 @@ The merged projection changed its order twice, and `checkpoint_version` says whi
 joined before, and the nested names of a checkpoint with dots: `language_model.encoder.final_layernorm.weight`.
 """
 
-from ...spec.config import Activation, AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig
-from ..family import Family, Understood, context, head_size, layer_norm, spelled
-from ..fields import MOST_LAYERS, Fields
+from ...spec.config import Activation, Head, LayerConfig, MlpConfig
+from ..family import Family, Understood, layer_norm, spelled
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head
 from ..permutation import separated_qkv, separated_thirds
 from ..table import QKV, Reorder, Table, linear, norm, output, tensor
 
@@ -45,32 +46,28 @@ def _read(config: Fields) -> Understood:
     if version not in list(ORDERS):
         raise config.wrong("checkpoint_version", "0, 1, 2 or 3, as the checkpoint says")
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    size = head_size(config, hidden, heads)
-    for name, computed in {**ONLY, "kv_channels": size}.items():
+    attention = multi_head(config, hidden, heads)
+    for name, computed in {**ONLY, "kv_channels": attention.head_size}.items():
         config.only(name, computed, None)
     fused, openai = config.flag("bias_gelu_fusion", True), config.flag("openai_gelu", False)
-    norm = layer_norm(config, spelled(config, "layernorm_epsilon", "norm_epsilon"))
-    attention = AttentionConfig(
-        heads=heads, kv_heads=heads, head_size=size, scale=size**-0.5, qkv_bias=True, output_bias=True
+    activation = Activation.GELU_TANH if fused or openai else Activation.GELU
+    width = config.integer("ffn_hidden_size", 4 * hidden)
+    layer = LayerConfig(
+        norm=layer_norm(config, spelled(config, "layernorm_epsilon", "norm_epsilon")),
+        attention=attention,
+        mlp=MlpConfig(width=width, activation=activation, gated=False, bias=True),
     )
-    mlp = MlpConfig(
-        width=config.integer("ffn_hidden_size", 4 * hidden),
-        activation=Activation.GELU_TANH if fused or openai else Activation.GELU,
-        gated=False,
-        bias=True,
-    )
-    layer = LayerConfig(norm=norm, attention=attention, mlp=mlp)
-    model = ModelConfig(
-        family="megatron_gpt",
-        hidden=hidden,
+    understood = model(
+        config,
+        "megatron_gpt",
+        hidden,
+        (layer,) * layer_count(config, "num_layers"),
         vocabulary=config.integer("padded_vocab_size"),
-        context=context(config, "max_position_embeddings"),
-        layers=(layer,) * config.integer("num_layers", most=MOST_LAYERS),
-        final_norm=norm,
+        context=config.integer("max_position_embeddings"),
         learned_positions=True,
         head=Head.TIED,
     )
-    return Understood(config=model, table=_table(ORDERS[version]))
+    return Understood(config=understood, table=_table(ORDERS[version]))
 
 
 _ABSENT = (

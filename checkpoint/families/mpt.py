@@ -4,10 +4,13 @@ What its first code knows beyond that (learned or rotary positions, shared keys,
 no published model has; transformers reads some of it and computes something else.
 """
 
-from ...spec.config import Activation, AttentionConfig, LayerConfig, MlpConfig, ModelConfig
+from dataclasses import replace
+
+from ...spec.config import Activation, LayerConfig, MlpConfig
 from .. import alibi
-from ..family import Family, Understood, common, context, head, head_size, layer_norm
-from ..fields import MOST_LAYERS, Fields
+from ..family import Family, Understood, common, layer_norm
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head
 from ..table import QKV, Table, linear, norm, output, tensor
 
 TABLE = Table(
@@ -28,7 +31,6 @@ TABLE = Table(
 
 def _read(config: Fields) -> Understood:
     hidden, heads = config.integer("d_model"), config.integer("n_heads")
-    size = head_size(config, hidden, heads)
     inner = config.section("attn_config") or Fields({}, f"{config.where}attn_config.")
     common(inner)
     inner.ignore(("attn_impl", "attn_pdrop", "tie_word_embeddings"))  # kernels, training, and the outer field's copy
@@ -36,33 +38,21 @@ def _read(config: Fields) -> Understood:
     inner.only("attn_type", "multihead_attention")
     for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id"):
         inner.only(name, False)
-    attention = AttentionConfig(
-        heads=heads,
-        kv_heads=heads,
-        head_size=size,
-        scale=inner.number("softmax_scale", size**-0.5),
-        alibi=True,
-        qkv_clip=inner.optional_number("clip_qkv"),
-    )
-    slope_H = alibi.slopes(heads, inner.number("alibi_bias_max", 8.0))
+    clip, most = inner.optional_number("clip_qkv"), inner.number("alibi_bias_max", 8.0)
+    attention = multi_head(config, hidden, heads, bias=False, alibi=True, qkv_clip=clip)
+    attention = replace(attention, scale=inner.number("softmax_scale", attention.scale))
     inner.finish()
     config.only("norm_type", "low_precision_layernorm", "layernorm")
     config.only("no_bias", True)
     config.only("logit_scale", None)
-    norm = layer_norm(config, "layer_norm_epsilon", bias=False)
-    width = hidden * config.integer("expansion_ratio", 4)
-    mlp = MlpConfig(width=width, activation=Activation.GELU, gated=False)
-    model = ModelConfig(
-        family="mpt",
-        hidden=hidden,
-        vocabulary=config.integer("vocab_size"),
-        context=context(config, "max_seq_len"),
-        layers=(LayerConfig(norm=norm, attention=attention, mlp=mlp),) * config.integer("n_layers", most=MOST_LAYERS),
-        final_norm=norm,
-        learned_positions=False,
-        head=head(config, tied=True),
+    layer = LayerConfig(
+        norm=layer_norm(config, "layer_norm_epsilon", bias=False),
+        attention=attention,
+        mlp=MlpConfig(width=hidden * config.integer("expansion_ratio", 4), activation=Activation.GELU, gated=False),
     )
-    return Understood(config=model, slope_H=slope_H)
+    layers = (layer,) * layer_count(config, "n_layers")
+    understood = model(config, "mpt", hidden, layers, context=config.integer("max_seq_len"))
+    return Understood(config=understood, slope_H=alibi.slopes(heads, most))
 
 
 MPT = Family(

@@ -1,8 +1,9 @@
 """OPT and Galactica: learned positions from the third row on; OPT-350m norms sums and has a narrower token table."""
 
-from ...spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind, NormPlacement
-from ..family import ACTIVATIONS, Family, Understood, context, head, head_size
-from ..fields import MOST_LAYERS, Fields
+from ...spec.config import LayerConfig, NormConfig, NormKind, NormPlacement
+from ..family import Family, Understood
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..llama_like import SPLIT_QKV
 from ..table import Table, linear, norm, output, tensor
 
@@ -37,40 +38,31 @@ TABLE, NORMED_SUMS_TABLE = _table(""), _table("_output")
 
 
 def _read(config: Fields) -> Understood:
-    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    size, bias = head_size(config, hidden, heads), config.flag("enable_bias", True)
+    hidden, bias = config.integer("hidden_size"), config.flag("enable_bias", True)
     learned, before = config.flag("layer_norm_elementwise_affine", True), config.flag("do_layer_norm_before", True)
     ends_normed = not config.flag("_remove_final_layer_norm", False) and before
     norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-5, bias=learned)
     layer = LayerConfig(
         norm=norm,
-        attention=AttentionConfig(
-            heads=heads, kv_heads=heads, head_size=size, scale=size**-0.5, qkv_bias=bias, output_bias=bias
-        ),
-        mlp=MlpConfig(
-            width=config.integer("ffn_dim"),
-            activation=config.choice("activation_function", ACTIVATIONS, "relu"),
-            gated=False,
-            bias=bias,
-        ),
+        attention=multi_head(config, hidden, config.integer("num_attention_heads"), bias=bias),
+        mlp=plain_mlp(config, config.integer("ffn_dim"), "activation_function", "relu", bias=bias),
         norm_placement=NormPlacement.BEFORE if before else NormPlacement.ON_SUM,
     )
-    table_width = config.integer("word_embed_proj_dim", hidden)
-    model = ModelConfig(
-        family="opt",
-        hidden=hidden,
-        vocabulary=config.integer("vocab_size"),
-        context=context(config, "max_position_embeddings"),
-        layers=(layer,) * config.integer("num_hidden_layers", most=MOST_LAYERS),
+    width = config.integer("word_embed_proj_dim", hidden)
+    understood = model(
+        config,
+        "opt",
+        hidden,
+        (layer,) * layer_count(config, "num_hidden_layers"),
+        context=config.integer("max_position_embeddings"),
         final_norm=norm if ends_normed else None,
         learned_positions=True,
-        head=head(config, tied=True),
-        embedding_size=table_width if table_width != hidden else None,
+        embedding_size=width if width != hidden else None,
     )
     inner = ("attention_norm", "mlp_norm") if before else ("attention_output_norm", "mlp_output_norm")
     plain_norms = () if learned else (*inner, *(("norm",) if ends_normed else ()))
     table = TABLE if before else NORMED_SUMS_TABLE
-    return Understood(config=model, first_position=2, plain_norms=plain_norms, table=table)
+    return Understood(config=understood, first_position=2, plain_norms=plain_norms, table=table)
 
 
 OPT = Family(
