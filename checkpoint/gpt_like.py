@@ -27,8 +27,9 @@ def model(
     config: Fields, family: str, hidden: int, layers: tuple[LayerConfig, ...], *, tied: bool = True, **other: Any
 ) -> ModelConfig:
     """The layers between a token table and a head; `tied` where the config does not say. `other` has the context."""
-    plain: dict[str, Any] = {"final_norm": layers[0].norm, "learned_positions": False}
-    if "head" not in other:
-        plain["head"] = head(config, tied=tied)
-    vocabulary = {"vocabulary": config.integer("vocab_size")} if "vocabulary" not in other else {}
-    return ModelConfig(family=family, hidden=hidden, layers=layers, **vocabulary, **{**plain, **other})
+    fields: dict[str, Any] = {"final_norm": layers[0].norm, "learned_positions": False, **other}
+    if "vocabulary" not in fields:
+        fields["vocabulary"] = config.integer("vocab_size")
+    if "head" not in fields:
+        fields["head"] = head(config, tied=tied)
+    return ModelConfig(family=family, hidden=hidden, layers=layers, **fields)

@@ -10,7 +10,7 @@ from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from twinfer.spec.weights import LayerWeights
 
-from .llama_family import few, layers_with, lengths, other_layout, rotating, seeds, sizes, window_longer
+from .llama_family import comparable, few, layers_with, other_layout, rotating, seeds, sizes, window_longer
 
 
 @st.composite
@@ -27,7 +27,7 @@ def configs(draw: st.DrawFn) -> Starcoder2Config:
 @few
 @given(config=configs(), seed=seeds)
 def test_starcoder2(config: Starcoder2Config, seed: int, agrees: Callable[..., None]) -> None:
-    agrees(Starcoder2ForCausalLM, config, seed, lengths=lengths(config))
+    agrees(Starcoder2ForCausalLM, config, seed, **comparable(config))
 
 
 def norm_bias_dropped(weights: LayerWeights) -> LayerWeights:
