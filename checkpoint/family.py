@@ -205,11 +205,6 @@ def head_size(config: Fields, hidden: int, heads: int) -> int:
     return hidden // heads
 
 
-def context(config: Fields, name: str, default: int | None = None) -> int:
-    """The tokens that the model was made for."""
-    return config.integer(name) if default is None else config.integer(name, default)
-
-
 def layer_norm(config: Fields, name: str, default: float = 1e-5, *, bias: bool = True) -> NormConfig:
     """A layer norm whose epsilon is the field's."""
     return NormConfig(kind=NormKind.LAYER, epsilon=config.number(name, default), bias=bias)

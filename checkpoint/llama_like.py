@@ -10,7 +10,7 @@ from typing import Any
 from ..spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig
 from ..spec.errors import ConfigError
 from . import rotary_fields
-from .family import ACTIVATIONS, Understood, context, head, head_size, rms_norm
+from .family import ACTIVATIONS, Understood, head, head_size, rms_norm
 from .fields import MOST_LAYERS, Fields
 from .rotary_fields import Rotation
 from .table import Ignorable, Stored, Table, linear, norm, output, tensor
@@ -109,7 +109,7 @@ def read(
         "family": config.text("model_type", "llama"),
         "hidden": config.integer("hidden_size"),
         "vocabulary": config.integer("vocab_size"),
-        "context": context(config, "max_position_embeddings"),
+        "context": config.integer("max_position_embeddings"),
         "layers": tuple(one(window, rotation) for window, rotation in zip(each_window, turns, strict=True)),
         "final_norm": norm,
         "learned_positions": False,

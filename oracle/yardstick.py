@@ -3,8 +3,8 @@
 One eager run is one sample of a rounding error, and a sample can be small by luck: in a model of a few hidden elements
 0.1 % of the rows of correct variants fail with one run. There the error is the largest of several runs, in all but the
 first of which every number that enters a component is nudged to a neighbour at random (Monte Carlo arithmetic: Parker
-1997). Wide models are judged by one, but encoders never: their hidden vectors are the result, no head sums over them, and
-with one run a right path came to 0.99 of its bound on a trained one.
+1997). Wide models are judged by one, but encoders never: their hidden vectors are the result, no head sums over them,
+and of a trained one's, 144 of 3684 rows of a right path fail with one run, and none with six (the largest is at 0.81).
 """
 
 from collections.abc import Callable, Sequence

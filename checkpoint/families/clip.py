@@ -1,8 +1,9 @@
 """CLIP's text tower, alone or beside the vision tower: an encoder whose tokens see no later ones."""
 
-from ...spec.config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig
-from ..family import ACTIVATIONS, Family, Understood, context, head_size, layer_norm, understand
-from ..fields import MOST_LAYERS, Fields
+from ...spec.config import Head, LayerConfig
+from ..family import Family, Understood, layer_norm, understand
+from ..fields import Fields
+from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..llama_like import SPLIT_QKV
 from ..table import Ignorable, Table, linear, norm, tensor
 
@@ -35,30 +36,22 @@ TABLE = Table(
 def _read(config: Fields) -> Understood:
     config.only("is_decoder", False)
     hidden, heads = config.integer("hidden_size", 512), config.integer("num_attention_heads", 8)
-    size, norm = head_size(config, hidden, heads), layer_norm(config, "layer_norm_eps")
     layer = LayerConfig(
-        norm=norm,
-        attention=AttentionConfig(
-            heads=heads, kv_heads=heads, head_size=size, scale=size**-0.5, qkv_bias=True, output_bias=True
-        ),
-        mlp=MlpConfig(
-            width=config.integer("intermediate_size", 2048),
-            activation=config.choice("hidden_act", ACTIVATIONS, "quick_gelu"),
-            gated=False,
-            bias=True,
-        ),
+        norm=layer_norm(config, "layer_norm_eps"),
+        attention=multi_head(config, hidden, heads),
+        mlp=plain_mlp(config, config.integer("intermediate_size", 2048), "hidden_act", "quick_gelu"),
     )
-    model = ModelConfig(
-        family="clip_text_model",
-        hidden=hidden,
+    understood = model(
+        config,
+        "clip_text_model",
+        hidden,
+        (layer,) * layer_count(config, "num_hidden_layers", 12),
         vocabulary=config.integer("vocab_size", 49408),
-        context=context(config, "max_position_embeddings", 77),
-        layers=(layer,) * config.integer("num_hidden_layers", 12, most=MOST_LAYERS),
-        final_norm=norm,
+        context=config.integer("max_position_embeddings", 77),
         learned_positions=True,
         head=Head.NONE,
     )
-    return Understood(config=model)
+    return Understood(config=understood)
 
 
 def _read_beside_vision(config: Fields) -> Understood:

@@ -1,10 +1,11 @@
 """DistilBERT: BERT without token types, under names of its own."""
 
-from ...spec.config import Head, ModelConfig, NormConfig, NormKind
-from ..family import Family, Understood, context
-from ..fields import MOST_LAYERS, Fields
+from ...spec.config import NormConfig, NormKind
+from ..bert_like import HARMLESS, encoder, layer, unused
+from ..family import Family, Understood
+from ..fields import Fields
+from ..gpt_like import layer_count
 from ..table import Ignorable, Table, linear, norm, tensor
-from .bert import HARMLESS, layer, unused
 
 TABLE = Table(
     prefix="distilbert.",
@@ -35,18 +36,8 @@ TABLE = Table(
 def _read(config: Fields) -> Understood:
     norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-12)
     each = layer(config, norm, hidden="dim", heads="n_heads", width="hidden_dim", activation="activation")
-    model = ModelConfig(
-        family="distilbert",
-        hidden=config.integer("dim"),
-        vocabulary=config.integer("vocab_size"),
-        context=context(config, "max_position_embeddings", 512),
-        layers=(each,) * config.integer("n_layers", most=MOST_LAYERS),
-        final_norm=None,
-        learned_positions=True,
-        head=Head.NONE,
-        embedding_norm=norm,
-    )
-    return Understood(config=model)
+    layers, places = (each,) * layer_count(config, "n_layers"), config.integer("max_position_embeddings", 512)
+    return Understood(config=encoder(config, "distilbert", "dim", layers, context=places))
 
 
 DISTILBERT = Family(

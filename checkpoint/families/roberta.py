@@ -3,10 +3,10 @@
 The row of the position table that belongs to the first token is pad_token_id + 1; the rows before it are never used.
 """
 
+from ..bert_like import HARMLESS, read, table, unused
 from ..family import Family, Understood
 from ..fields import Fields
 from ..table import Ignorable
-from .bert import HARMLESS, read, table, unused
 
 TABLE = table(
     "roberta.",
