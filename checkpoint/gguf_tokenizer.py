@@ -63,18 +63,25 @@ BEGIN_BY_DEFAULT = {"llama-bpe", "llama3"}
 """Those that put the begin token before every text unless the file says otherwise."""
 
 
+class UnknownKind(CheckpointError):
+    """A tokenizer that is not known how to rebuild; nothing is wrong with it."""
+
+
 def rebuilt(metadata: Fields) -> Tokenizer | None:
-    """The tokenizer, or None where the file carries none. Raises `CheckpointError` for one of an unknown kind."""
+    """The tokenizer, or None where the file carries none.
+
+    Raises `UnknownKind`, or another `CheckpointError` for one that is damaged.
+    """
     if not metadata.has("tokenizer.ggml.model"):
         return None
     kind = metadata.text("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise CheckpointError(
+        raise UnknownKind(
             f"{metadata.where}tokenizer.ggml.model is {kind!r}; the kinds known here are: gpt2 (byte-level BPE)"
         )
     pre = metadata.text("tokenizer.ggml.pre", "gpt-2")
     if pre not in PRE_TOKENIZERS:
-        raise CheckpointError(
+        raise UnknownKind(
             f"{metadata.where}tokenizer.ggml.pre is {pre!r}; the ways to cut text known here are: "
             + ", ".join(PRE_TOKENIZERS)
         )

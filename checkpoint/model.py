@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..spec.config import ModelConfig, Storage
-from ..spec.errors import CheckpointError, TwinferError
+from ..spec.errors import CheckpointError, RequestError, TwinferError
 from ..spec.weights import WeightSource
 from . import gguf_model, gguf_tokenizer, huggingface
 from .builtin import BUILT_IN, cache_folder
@@ -26,7 +27,7 @@ class Checkpoint:
     source: WeightSource
     config: ModelConfig
     tokenizer: Tokenizer | None
-    """None where the model comes without; it then takes and gives token ids alone."""
+    """None where the model comes without, or with one that cannot be used; it then takes and gives token ids alone."""
     end_tokens: tuple[int, ...]
     """Any of these ends a text."""
     chat_template: str | None
@@ -37,6 +38,14 @@ class Checkpoint:
     """As what its matrices are kept, in the twinfer form; None where they are as its makers left them."""
     embedding: EmbeddingRecipe = field(default_factory=EmbeddingRecipe)
     """How one vector is made of a text."""
+    no_tokenizer: str = "it comes without"
+    """Why there is none, where there is none."""
+
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer, to a caller who has text. Raises `RequestError` where there is none."""
+        if self.tokenizer is None:
+            raise RequestError(f"{self.name} has no tokenizer ({self.no_tokenizer}); give token ids instead of text")
+        return self.tokenizer
 
 
 def open_model(model: str, *, context: int | None = None, report: Callable[[str], None] | None = None) -> Checkpoint:
@@ -44,8 +53,8 @@ def open_model(model: str, *, context: int | None = None, report: Callable[[str]
 
     `context` is how many tokens a sequence will hold at most, where that is fewer than the model was made for; models
     whose positions are scaled otherwise for long texts than for short ones (LongRoPE) go by it. `report` is told, in a
-    line each, what takes long. Raises `CheckpointError`, `ConfigError` or `WeightError` for a
-    model that cannot be used.
+    line each, what takes long. Raises `CheckpointError`, `ConfigError` or `WeightError` for a model that cannot be
+    used.
     """
     try:
         return _open(model, context, report or _quiet)
@@ -113,11 +122,16 @@ def _open_gguf(path: Path, name: str, context: int | None) -> Checkpoint:
     metadata = file.take_metadata()
     source = gguf_model.source(file, metadata, context)
     fields = Fields(metadata, f"{path}: ")
+    about: dict[str, Any] = {}
+    try:
+        about["tokenizer"] = gguf_tokenizer.rebuilt(fields)
+    except gguf_tokenizer.UnknownKind as error:
+        about |= {"tokenizer": None, "no_tokenizer": str(error)}
     return Checkpoint(
         name=name,
         source=source,
         config=source.config,
-        tokenizer=gguf_tokenizer.rebuilt(fields),
+        **about,
         end_tokens=gguf_tokenizer.end_tokens(fields, source.config.vocabulary),
         chat_template=fields.text("tokenizer.chat_template") if fields.has("tokenizer.chat_template") else None,
         special_tokens=gguf_tokenizer.special_tokens(fields),

@@ -22,15 +22,14 @@ def encode(checkpoint: "Checkpoint", prompt: str, *, chat: bool = False) -> list
 
     Raises `RequestError` where the model has no tokenizer, or no chat template.
     """
-    if checkpoint.tokenizer is None:
-        raise RequestError(f"{checkpoint.name} has no tokenizer; give prompts as token ids")
+    tokenizer = checkpoint.needed_tokenizer()
     if not chat:
-        return checkpoint.tokenizer.encode(prompt)
+        return tokenizer.encode(prompt)
     if checkpoint.chat_template is None:
         raise RequestError(f"{checkpoint.name} has no chat template; use it without chat")
     messages = [{"role": "user", "content": prompt}]
     text = render_chat(checkpoint.chat_template, messages, checkpoint.special_tokens)
-    return checkpoint.tokenizer.encode(text, special=False)  # the template has written the special tokens
+    return tokenizer.encode(text, special=False)  # the template has written the special tokens
 
 
 def render_chat(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:

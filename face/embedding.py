@@ -35,9 +35,7 @@ def text_ids(checkpoint: "Checkpoint", texts: Sequence[str | Sequence[int]]) -> 
 
 
 def _ids(checkpoint: "Checkpoint", index: int, text: str) -> list[int]:
-    tokenizer, recipe, context = checkpoint.tokenizer, checkpoint.embedding, checkpoint.config.context
-    if tokenizer is None:
-        raise RequestError(f"{checkpoint.name} has no tokenizer; from Python, give texts as token ids")
+    tokenizer, recipe, context = checkpoint.needed_tokenizer(), checkpoint.embedding, checkpoint.config.context
     if recipe.lower_case:
         text = text.lower()
     if not tokenizer.encode(text, special=False):

@@ -19,7 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 from twinfer.checkpoint import open_model, rotary
 from twinfer.checkpoint.permutation import half_split_from_interleaved
 from twinfer.spec.config import Head, RotaryLayout
-from twinfer.spec.errors import CheckpointError, ConfigError, TwinferError, WeightError
+from twinfer.spec.errors import CheckpointError, ConfigError, RequestError, TwinferError, WeightError
 from twinfer.spec.weights import tensors, validate_embedding, validate_head, validate_layer
 
 KINDS = gguf.GGMLQuantizationType
@@ -267,7 +267,6 @@ def test_reading_leaves_the_file_alone() -> None:
         ),
         ({"change": lambda w: w.add_type("adapter")}, CheckpointError, "holds a GGUF adapter; it must hold a model"),
         ({"change": lambda w: w.add_uint16("split.count", 3)}, CheckpointError, "one of 3 pieces; join them with"),
-        ({"change": lambda w: w.add_tokenizer_model("bert")}, CheckpointError, "model is 'bert'; the kinds known"),
     ],
 )
 def test_files_of_other_kinds_are_refused(
@@ -278,6 +277,18 @@ def test_files_of_other_kinds_are_refused(
         open_model(str(tmp_path / "m.gguf"))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_kind_leaves_a_model_of_token_ids(tmp_path: Path) -> None:
+    """And whoever has text is told which kind it is."""
+    write(tmp_path / "m.gguf", tiny(), change=lambda writer: writer.add_tokenizer_model("llama"))
+    checkpoint = open_model(str(tmp_path / "m.gguf"))
+    assert checkpoint.tokenizer is None
+    assert checkpoint.source.layer(1).mlp.up.weight_NI.shape == (32, 64)
+    with pytest.raises(
+        RequestError, match=r"m has no tokenizer \(.*tokenizer\.ggml\.model is 'llama'; the kinds known"
+    ):
+        checkpoint.needed_tokenizer()
 
 
 def test_mis_shaped_tensors_are_named(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_bad_input_is_one_line_and_status_2(case, capsys):
 @pytest.mark.parametrize(
     ("lacking", "words", "says"),
     [
-        ("tokenizer", ["--prompt", "x"], "tiny has no tokenizer; give prompts as token ids"),
+        ("tokenizer", ["--prompt", "x"], "tiny has no tokenizer (it comes without); give token ids instead of text"),
         ("chat_template", ["--prompt", "x", "--chat"], "tiny has no chat template"),
     ],
 )
