@@ -12,7 +12,7 @@ from transformers import Cohere2Config, Cohere2ForCausalLM, CohereConfig, Cohere
 from twinfer.checkpoint.families import FAMILIES
 from twinfer.checkpoint.family import find, understand
 from twinfer.checkpoint.fields import Fields
-from twinfer.spec.config import LayerConfig, NormKind
+from twinfer.spec.config import LayerConfig, NormKind, Residual
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import LayerWeights
 
@@ -176,6 +176,21 @@ def test_wrong_mappings_are_seen(catches: Callable[..., None]) -> None:
     catches(CohereForCausalLM, CohereConfig(**TINY, num_hidden_layers=2, use_qk_norm=True), WRONG)
 
 
-def test_wrong_windows_are_seen(catches: Callable[..., None]) -> None:
+def unrotated(layer: LayerConfig) -> LayerConfig:
+    return replace(layer, attention=replace(layer.attention, rotary=None))
+
+
+def without_frequencies(weights: LayerWeights) -> LayerWeights:
+    return replace(weights, attention=replace(weights.attention, rotary_frequency_J=None))
+
+
+def test_wrong_mappings_of_cohere2_are_seen(catches: Callable[..., None]) -> None:
+    wrong = {
+        "window one longer": layers_with(window_longer),
+        "rotary layout": layers_with(lambda layer: layer if layer.attention.rotary is None else other_layout(layer)),
+        "no layer rotates": layers_with(unrotated) | {"on_layer": without_frequencies},
+        "MLP after attention": layers_with(lambda layer: replace(layer, residual=Residual.SEQUENTIAL))
+        | {"on_layer": lambda weights: replace(weights, mlp_norm=weights.attention_norm)},
+    }
     config = Cohere2Config(**TINY | {"sliding_window_pattern": 2}, num_hidden_layers=2, sliding_window=4)
-    catches(Cohere2ForCausalLM, config, {"window one longer": layers_with(window_longer)})
+    catches(Cohere2ForCausalLM, config, wrong)

@@ -149,4 +149,9 @@ def test_wrong_mappings_are_seen(catches: Callable[..., None]) -> None:
 
 def test_wrong_windows_are_seen(catches: Callable[..., None]) -> None:
     config = MistralConfig(**TINY, num_key_value_heads=2, sliding_window=4)
-    catches(MistralForCausalLM, config, {"window one longer": layers_with(window_longer)})
+    wrong = {
+        "window one longer": layers_with(window_longer),
+        "no window": layers_with(lambda layer: replace(layer, attention=replace(layer.attention, window=None))),
+        "norms swapped": {"on_layer": norms_swapped},
+    }
+    catches(MistralForCausalLM, config, wrong)
