@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -30,6 +30,7 @@ from twinfer.reference.path import ReferencePath
 from twinfer.spec.errors import ConfigError, TwinferError, WeightError
 
 from ..families.conftest import AGREEMENT, widened
+from ..families.examples import drawn
 from .gguf_converter import Config, Rows, kept, offset
 from .gguf_kinds import IDS, KINDS, ROPES, Kind
 
@@ -119,7 +120,7 @@ def named_parameters(model: hf.PreTrainedModel) -> dict[str, Rows]:
 def test_files_mean_the_models_they_were_made_from(kind: Kind) -> None:
     """In float64, and what transformers reads of the file, bit by bit."""
 
-    @settings(max_examples=3)
+    @drawn(3)
     @given(config=kind.drawn(), seed=st.integers(0, 2**31))
     def check(config: Config, seed: int) -> None:
         with TemporaryDirectory() as folder:

@@ -18,17 +18,17 @@ LLAMA = {**SIZES, "num_attention_heads": 2, "num_key_value_heads": 1, "max_posit
 
 def llama(**changes: Any) -> hf.LlamaForCausalLM:
     torch.manual_seed(0)
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA, **changes}))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA, **changes})).eval()
 
 
 def gpt2() -> hf.GPT2LMHeadModel:
     torch.manual_seed(0)
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=30, n_positions=32, n_embd=12, n_layer=2, n_head=2))
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=30, n_positions=32, n_embd=12, n_layer=2, n_head=2)).eval()
 
 
 def qwen3() -> hf.Qwen3ForCausalLM:
     torch.manual_seed(0)
-    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=8))
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=8)).eval()
 
 
 def with_integers() -> hf.LlamaForCausalLM:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from transformers import PreTrainedConfig
 
@@ -16,7 +15,9 @@ from twinfer.checkpoint.family import Understood, find, understand
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import LayerConfig, ModelConfig, RotaryLayout
 
-few = settings(max_examples=6)
+from .examples import drawn
+
+few = drawn(6)
 seeds = st.integers(0, 2**31)
 KINDS = ["longrope", "yarn", "llama3", "linear", "dynamic", "default"]
 ACTIVATIONS = ["silu", "gelu", "gelu_pytorch_tanh", "relu"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,6 +25,8 @@ from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import ModelConfig, NormPlacement
 from twinfer.spec.errors import CheckpointError, ConfigError
 from twinfer.spec.weights import EmbeddingWeights, LayerWeights
+
+from .examples import drawn
 
 
 @st.composite
@@ -47,7 +49,7 @@ def sizes(draw: st.DrawFn) -> dict[str, Any]:
 CLASSES = (BertModel, BertForMaskedLM, BertForPreTraining, BertForNextSentencePrediction)
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=sizes(), kind=st.sampled_from(CLASSES), seed=st.integers(0, 2**31))
 def test_bert(config: dict[str, Any], kind: type[PreTrainedModel], seed: int, encodes: Callable[..., None]) -> None:
     encodes(kind, BertConfig(**config), seed)

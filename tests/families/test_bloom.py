@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +20,8 @@ from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import ModelConfig, NormPlacement
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import EmbeddingWeights, LayerWeights
+
+from .examples import drawn
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,7 +48,7 @@ def configs(draw: st.DrawFn) -> BloomConfig:
     )
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_bloom(config: BloomConfig, seed: int, agrees: Callable[..., None]) -> None:
     agrees(BloomForCausalLM, config, seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     CLIPConfig,
@@ -23,6 +23,8 @@ from twinfer.checkpoint import open_model
 from twinfer.spec.config import Activation, ModelConfig
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import LayerWeights
+
+from .examples import drawn
 
 VISION = {
     "hidden_size": 6,
@@ -51,7 +53,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=configs(), kind=st.sampled_from([CLIPTextModel, CLIPTextModelWithProjection]), seed=st.integers(0, 2**31))
 def test_text_tower(
     config: dict[str, Any], kind: type[PreTrainedModel], seed: int, encodes: Callable[..., None]
@@ -59,7 +61,7 @@ def test_text_tower(
     encodes(kind, CLIPTextConfig(**config), seed)
 
 
-@settings(max_examples=4)
+@drawn(4)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_beside_the_vision_tower(config: dict[str, Any], seed: int, encodes: Callable[..., None]) -> None:
     encodes(CLIPModel, CLIPConfig(text_config=config, vision_config=VISION, projection_dim=3), seed)

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DistilBertConfig, DistilBertForMaskedLM, DistilBertModel, PreTrainedModel
 
 from twinfer.spec.config import Activation, ModelConfig
 from twinfer.spec.weights import LayerWeights
+
+from .examples import drawn
 
 
 @st.composite
@@ -27,7 +29,7 @@ def configs(draw: st.DrawFn) -> DistilBertConfig:
     )
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=configs(), kind=st.sampled_from([DistilBertModel, DistilBertForMaskedLM]), seed=st.integers(0, 2**31))
 def test_distilbert(
     config: DistilBertConfig, kind: type[PreTrainedModel], seed: int, encodes: Callable[..., None]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import FalconConfig, FalconForCausalLM
 
@@ -15,6 +15,8 @@ from twinfer.checkpoint.family import Family, understand
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import LayerWeights
+
+from .examples import drawn
 
 
 @st.composite
@@ -56,7 +58,7 @@ def configs(draw: st.DrawFn, form: str) -> FalconConfig:
 
 
 @pytest.mark.parametrize("form", ["7B", "40B", "RW"])
-@settings(max_examples=4)
+@drawn(4)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_falcon(form: str, data: st.DataObject, seed: int, agrees: Callable[..., None]) -> None:
     agrees(FalconForCausalLM, data.draw(configs(form)), seed)

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from twinfer.spec.weights import EmbeddingWeights, LayerWeights
+
+from .examples import drawn
 
 
 @st.composite
@@ -29,7 +31,7 @@ def configs(draw: st.DrawFn) -> GPT2Config:
     )
 
 
-@settings(max_examples=8)
+@drawn(8)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_gpt2(config: GPT2Config, seed: int, agrees: Callable[..., None]) -> None:
     agrees(GPT2LMHeadModel, config, seed)

@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from twinfer.spec.weights import EmbeddingWeights, LayerWeights
 
+from .examples import drawn
 from .llama_family import reads_alike
 
 
@@ -35,7 +36,7 @@ def configs(draw: st.DrawFn) -> GPTBigCodeConfig:
     )
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_gpt_bigcode(config: GPTBigCodeConfig, seed: int, agrees: Callable[..., None]) -> None:
     agrees(GPTBigCodeForCausalLM, config, seed)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
@@ -15,6 +15,8 @@ from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import AttentionConfig, ModelConfig
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import EmbeddingWeights
+
+from .examples import drawn
 
 
 @st.composite
@@ -37,7 +39,7 @@ def configs(draw: st.DrawFn) -> GPTNeoConfig:
     )
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_gpt_neo(config: GPTNeoConfig, seed: int, agrees: Callable[..., None]) -> None:
     agrees(GPTNeoForCausalLM, config, seed)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -17,6 +17,8 @@ from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import LayerConfig, ModelConfig, Residual, RotaryLayout
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import LayerWeights
+
+from .examples import drawn
 
 
 @st.composite
@@ -64,7 +66,7 @@ def configs(draw: st.DrawFn) -> GPTNeoXConfig:
     )
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_gpt_neox(config: GPTNeoXConfig, seed: int, agrees: Callable[..., None]) -> None:
     agrees(GPTNeoXForCausalLM, config, seed)

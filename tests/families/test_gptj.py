@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPTJConfig, GPTJForCausalLM
 
@@ -15,6 +15,8 @@ from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import LayerConfig, ModelConfig, Residual, RotaryLayout
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import HeadWeights, LayerWeights
+
+from .examples import drawn
 
 
 @st.composite
@@ -34,7 +36,7 @@ def configs(draw: st.DrawFn) -> GPTJConfig:
     )
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_gptj(config: GPTJConfig, seed: int, agrees: Callable[..., None]) -> None:
     agrees(GPTJForCausalLM, config, seed)

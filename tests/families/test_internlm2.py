@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +18,8 @@ from transformers import LlamaConfig
 from twinfer.checkpoint import open_model
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import LayerWeights, LinearWeights
+
+from .examples import drawn
 
 AUTO_MAP = {
     "AutoConfig": "configuration_internlm2.InternLM2Config",
@@ -121,7 +123,7 @@ def configs(draw: st.DrawFn) -> LlamaConfig:
     )
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_internlm2(config: LlamaConfig, seed: int, agrees: Callable[..., None]) -> None:
     agrees(LlamaForCausalLM, config, seed)

@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from twinfer.spec.weights import LayerWeights
 
+from .examples import drawn
 from .llama_family import KINDS, comparable, few, layers_with, reads_alike, rotating, seeds, sizes, window_longer
 
 
@@ -28,7 +29,7 @@ def mistrals(draw: st.DrawFn) -> MistralConfig:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=3)
+@drawn(3)
 @given(data=st.data(), seed=seeds)
 def test_llama(kind: str, data: st.DataObject, seed: int, agrees: Callable[..., None]) -> None:
     config = data.draw(llamas(kind))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +20,8 @@ from transformers import GPT2Config
 from twinfer.checkpoint import open_model
 from twinfer.spec.errors import ConfigError, WeightError
 from twinfer.spec.weights import EmbeddingWeights, LayerWeights
+
+from .examples import drawn
 
 MODULES = {"attn.c_proj": "dense", "mlp.c_fc": "mlp.dense_h_to_4h", "mlp.c_proj": "mlp.dense_4h_to_h"}
 NORMS = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
@@ -125,7 +127,7 @@ def models(draw: st.DrawFn) -> tuple[GPT2Config, dict[str, Any]]:
     return config, form
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(model=models(), seed=st.integers(0, 2**31))
 def test_megatron_gpt(model: tuple[GPT2Config, dict[str, Any]], seed: int, agrees: Callable[..., None]) -> None:
     config, form = model

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MptConfig
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
@@ -22,6 +22,7 @@ from twinfer.spec.config import ModelConfig
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import LayerWeights
 
+from .examples import drawn
 from .llama_family import reads_alike
 
 
@@ -66,7 +67,7 @@ def configs(draw: st.DrawFn) -> MptConfig:
     )
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_mpt(config: MptConfig, seed: int, agrees: Callable[..., None]) -> None:
     agrees(MptForCausalLM, config, seed)

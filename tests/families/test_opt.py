@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OPTConfig, OPTForCausalLM
 
 from twinfer.spec.config import ModelConfig, NormPlacement
 from twinfer.spec.weights import EmbeddingWeights, LayerWeights
+
+from .examples import drawn
 
 
 @st.composite
@@ -32,7 +34,7 @@ def configs(draw: st.DrawFn) -> OPTConfig:
     )
 
 
-@settings(max_examples=8)
+@drawn(8)
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_opt(config: OPTConfig, seed: int, agrees: Callable[..., None]) -> None:
     agrees(OPTForCausalLM, config, seed)

@@ -5,12 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from twinfer.spec.weights import LayerWeights
 
+from .examples import drawn
 from .llama_family import (
     KINDS,
     comparable,
@@ -40,7 +41,7 @@ def configs(draw: st.DrawFn, kind: str | None = None) -> Qwen2Config:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=3)
+@drawn(3)
 @given(data=st.data(), seed=seeds)
 def test_qwen2(kind: str, data: st.DataObject, seed: int, agrees: Callable[..., None]) -> None:
     config = data.draw(configs(kind))

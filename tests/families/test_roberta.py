@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     CamembertConfig,
@@ -31,6 +31,8 @@ from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import ModelConfig
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import EmbeddingWeights
+
+from .examples import drawn
 
 CLASSES: tuple[tuple[type[PreTrainedModel], type[PreTrainedConfig]], ...] = (
     (RobertaModel, RobertaConfig),
@@ -60,7 +62,7 @@ def configs(draw: st.DrawFn) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     )
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(model=configs(), seed=st.integers(0, 2**31))
 def test_roberta(
     model: tuple[type[PreTrainedModel], PreTrainedConfig], seed: int, encodes: Callable[..., None]
