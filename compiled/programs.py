@@ -8,6 +8,7 @@ Tests compile with the guards kept, and run every shape under `fail_on_recompile
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -33,13 +34,21 @@ def graph(program: Callable[..., Any], *, keep_guards: bool = False) -> Callable
     return compiled
 
 
-def region(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A layer function that is compiled once for all its uses in a graph."""
-    compiled: Callable[..., Tensor] = torch.compiler.nested_compile_region(layer)
+def region(layer: Callable[..., Tensor], kind: int) -> Callable[..., Tensor]:
+    """A layer function that is compiled once for all its uses in a graph; `kind` tells a graph's regions apart.
+
+    torch knows a region by its function's code. Layers of different configs are closures over the same code, and where
+    they differ in numbers alone (a window, a scale), torch 2.13 takes the first one's graph for all of them: so each
+    gets code of its own, equal but for its name.
+    """
+    assert isinstance(layer, FunctionType)
+    code = layer.__code__.replace(co_name=f"{layer.__name__}_{kind}")
+    own = FunctionType(code, layer.__globals__, code.co_name, layer.__defaults__, layer.__closure__)
+    compiled: Callable[..., Tensor] = torch.compiler.nested_compile_region(own)
     return compiled
 
 
-def as_is(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def as_is(layer: Callable[..., Tensor], kind: int) -> Callable[..., Tensor]:
     """In place of `region`, for programs that are not compiled."""
     return layer
 

@@ -37,14 +37,16 @@ Table = tuple[Tensor, Tensor] | None
 """cos and sin, or None for a layer without rotary positions."""
 
 
-def decode_program(
-    config: ModelConfig, storage: Storage, region: Callable[..., Callable[..., Tensor]]
-) -> Callable[..., Tensor]:
+Region = Callable[[Callable[..., Tensor], int], Callable[..., Tensor]]
+"""`programs.region`, or `as_is`."""
+
+
+def decode_program(config: ModelConfig, storage: Storage, region: Region) -> Callable[..., Tensor]:
     """A function (model, caches, token_R, position_R, start_R, slot_S) -> logits [R, V].
 
-    `region` wraps the layer function: `torch.compiler.nested_compile_region`, or the identity.
+    `region` wraps each kind of layer's function: `programs.region`, or `as_is`.
     """
-    layer_of = {layer: region(_decode_layer(layer, storage)) for layer in set(config.layers)}
+    layer_of = _regions(config, lambda layer: _decode_layer(layer, storage), region)
 
     def decode(
         model: Model, caches: tuple[Cache, ...], token_R: Tensor, position_R: Tensor, start_R: Tensor, slot_S: Tensor
@@ -58,14 +60,12 @@ def decode_program(
     return decode
 
 
-def prefill_program(
-    config: ModelConfig, storage: Storage, region: Callable[..., Callable[..., Tensor]]
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def prefill_program(config: ModelConfig, storage: Storage, region: Region) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function (model, caches, token_T, position_T, start, slot_S) -> logits [1, V], hidden [T, E].
 
     The logits follow the last token; the hidden vectors, of every token, are normed and ready for the head.
     """
-    layer_of = {layer: region(_prefill_layer(layer, storage)) for layer in set(config.layers)}
+    layer_of = _regions(config, lambda layer: _prefill_layer(layer, storage), region)
 
     def prefill(
         model: Model,
@@ -90,15 +90,13 @@ def prefill_program(
     return prefill
 
 
-def encode_program(
-    config: ModelConfig, storage: Storage, region: Callable[..., Callable[..., Tensor]]
-) -> Callable[..., Tensor]:
+def encode_program(config: ModelConfig, storage: Storage, region: Region) -> Callable[..., Tensor]:
     """A function (model, token_T, type_T, position_T, bound_N) -> hidden vectors [T, E], normed, of every token.
 
     The tokens are those of texts one after the other, which `bound_N` parts as `attend_texts` says; positions begin
     anew with each. `type_T` is None for a model without token types.
     """
-    layer_of = {layer: region(_encode_layer(layer, storage)) for layer in set(config.layers)}
+    layer_of = _regions(config, lambda layer: _encode_layer(layer, storage), region)
 
     def encode(model: Model, token_T: Tensor, type_T: Tensor | None, position_T: Tensor, bound_N: Tensor) -> Tensor:
         x_TM = embed(token_T, position_T, model.embedding, config, storage, linear_many, type_T)
@@ -108,6 +106,17 @@ def encode_program(
         return _for_head(x_TM, model, config, storage, linear_many)
 
     return encode
+
+
+def _regions(
+    config: ModelConfig, make: Callable[[LayerConfig], Callable[..., Tensor]], region: Region
+) -> dict[LayerConfig, Callable[..., Tensor]]:
+    """One region for each different layer, in the order in which they first stand."""
+    made: dict[LayerConfig, Callable[..., Tensor]] = {}
+    for layer in config.layers:
+        if layer not in made:
+            made[layer] = region(make(layer), len(made))
+    return made
 
 
 def _decode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor]:

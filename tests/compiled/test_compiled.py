@@ -41,6 +41,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def gpt2() -> ModelConfig:
+    """Its layers differ in numbers alone, as with GPT-Neo's windows and GPT-2's scales by layer."""
     norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-5)
     attention = AttentionConfig(heads=3, kv_heads=3, head_size=8, scale=8**-0.5, qkv_bias=True, output_bias=True)
     mlp = MlpConfig(width=40, activation=Activation.GELU_TANH, gated=False, bias=True)
@@ -49,7 +50,10 @@ def gpt2() -> ModelConfig:
         hidden=24,
         vocabulary=50,
         context=64,
-        layers=(LayerConfig(norm=norm, attention=attention, mlp=mlp),),
+        layers=tuple(
+            LayerConfig(norm=norm, attention=replace(attention, window=window, scale=scale), mlp=mlp)
+            for window, scale in ((5, 0.5), (None, 0.5), (5, 0.5), (None, 0.25))
+        ),
         final_norm=norm,
         learned_positions=True,
         head=Head.TIED,
