@@ -4,6 +4,7 @@ Numbers come back bit by bit, for JSON writes a float with as many digits as it 
 """
 
 import json
+import sys
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from enum import Enum
 from types import NoneType
@@ -13,6 +14,9 @@ from ..spec.config import ModelConfig
 from ..spec.errors import ConfigError
 
 Config = TypeVar("Config")
+
+FLOAT_MAX = sys.float_info.max
+"""JSON may hold whole numbers that no float can."""
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} is {_short(value)}; it must be one of {', '.join(each.value for each in kind)}")
         return kind(value)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
+    if not fits or (isinstance(value, bool) and kind is not bool) or (kind is float and abs(value) > FLOAT_MAX):
         raise ConfigError(f"{where} is {_short(value)}; it must be of type {kind.__name__}")
     return kind(value)
 

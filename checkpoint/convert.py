@@ -27,6 +27,7 @@ def convert(checkpoint: Checkpoint, folder: Path, storage: Storage, report: Call
         "chat_template": checkpoint.chat_template,
         "special_tokens": checkpoint.special_tokens,
         "embedding": to_json(checkpoint.embedding),
+        "no_tokenizer": checkpoint.no_tokenizer,
     }
     return twinfer_folder.write(
         checkpoint.source, folder, storage, about=about, tokenizer=checkpoint.tokenizer, report=report

@@ -1,8 +1,8 @@
 """How a model's makers turn hidden vectors into one vector a text.
 
 In a folder modules.json says so, and the files that it leads to: those of the sentence-transformers library. A GGUF
-file names the pooling alone. What they ask for and is not computed here refuses no model:
-its hidden vectors are right all the same. It is kept as a sentence, for when a text's vector is asked for.
+file names the pooling alone. What they ask for and is not computed here refuses no model: its hidden vectors are right
+all the same. It is kept as a sentence, for when a text's vector is asked for.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..spec.config import Pooling
+from ..spec.config import Head, ModelConfig, Pooling
 from ..spec.errors import CheckpointError, ConfigError
 from .fields import Fields
 
@@ -35,13 +35,27 @@ class EmbeddingRecipe:
     unknown: str = ""
     """What the folder says and is not computed here."""
 
+    def __post_init__(self) -> None:
+        if self.most_tokens is not None and self.most_tokens < 1:
+            raise ConfigError(f"EmbeddingRecipe.most_tokens is {self.most_tokens}; it must be at least 1, or None")
 
-def recipe_of(folder: Path) -> EmbeddingRecipe:
+
+def recipe_of(folder: Path, config: ModelConfig) -> EmbeddingRecipe:
     """Read a folder's recipe. Raises `CheckpointError` where a file of it is missing or malformed."""
     try:
+        if not (folder / MODULES).is_file():
+            return _usual(config)
         return _read(folder)
     except ConfigError as error:
         return EmbeddingRecipe(pooling=None, normalise=None, unknown=str(error))
+
+
+def _usual(config: ModelConfig) -> EmbeddingRecipe:
+    """Where nothing says how."""
+    if config.head is Head.NONE and all(layer.attention.causal for layer in config.layers):
+        made = "is made of its end token's hidden vector by a projection, which is not computed here"
+        return EmbeddingRecipe(pooling=None, normalise=None, unknown=f"this model's own vector of a text {made}")
+    return EmbeddingRecipe()
 
 
 def gguf_recipe(metadata: Fields) -> EmbeddingRecipe:
@@ -55,8 +69,6 @@ def gguf_recipe(metadata: Fields) -> EmbeddingRecipe:
 
 
 def _read(folder: Path) -> EmbeddingRecipe:
-    if not (folder / MODULES).is_file():
-        return EmbeddingRecipe()
     modules = list(_modules(folder / MODULES))
     kinds = [kind for kind, _ in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):

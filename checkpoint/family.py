@@ -37,17 +37,16 @@ class Understood:
 
     def made(self) -> Made:
         """What no file holds."""
-        gain_M = torch.ones(self.config.hidden)
-        every: dict[str, Tensor] = {f"{norm}.gain_M": gain_M for norm in self.plain_norms if norm != "norm"}
+        gains = {f"{norm}.gain_M": torch.ones(self.config.hidden) for norm in self.plain_norms}
+        head = {name: gain_M for name, gain_M in gains.items() if name == "norm.gain_M"}
+        every = {name: gain_M for name, gain_M in gains.items() if name not in head}
         if self.slope_H is not None:
             every["attention.alibi_slope_H"] = self.slope_H
         turning = [
             {} if rotation is None else {"attention.rotary_frequency_J": rotation.frequency_J}
             for rotation in self.rotations or (None,) * len(self.config.layers)
         ]
-        return Made(
-            layers=[every | own for own in turning], head={"norm.gain_M": gain_M} if "norm" in self.plain_norms else {}
-        )
+        return Made(layers=[every | own for own in turning], head=head)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

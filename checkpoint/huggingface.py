@@ -4,15 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from ..spec.errors import CheckpointError
 from .families import FAMILIES
 from .family import weights_of
 from .fields import Fields
 from .safetensors_folder import SafetensorsFolder
 from .source import FileSource
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, read_tokenizer
 
 
 def source(folder: Path, most_tokens: int | None = None) -> FileSource:
@@ -28,12 +26,7 @@ def tokenizer(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    try:
-        return Tokenizer(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
-    except OSError:
-        raise
-    except Exception as error:  # the library raises bare exceptions
-        raise CheckpointError(f"{path} is no tokenizer ({error}); fetch the file again") from None
+    return read_tokenizer(path, "fetch the file again")
 
 
 def end_tokens(folder: Path, vocabulary: int, tokenizer: Tokenizer | None) -> tuple[int, ...]:

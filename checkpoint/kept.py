@@ -16,10 +16,25 @@ from torch import Tensor
 
 from ..spec.config import Storage
 from ..spec.errors import WeightError
-from ..spec.shapes import is_made, is_matrix
+from ..spec.shapes import Shapes, is_made, is_matrix
 
 PEAK = ".peak_N"
 """Ends the name of the tensor of peaks that stands beside one of int8 codes."""
+
+
+def layout(shapes: Shapes, storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a file must hold for weights of these shapes: each tensor's dtype, as safetensors names it, and shape.
+
+    >>> layout({"up.weight_NI": (3, 5), "up.bias_N": (3,)}, Storage.INT8)
+    {'up.weight_NI': ('I8', (3, 5)), 'up.weight_NI.peak_N': ('F32', (3,)), 'up.bias_N': ('F32', (3,))}
+    """
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        matrix = {Storage.FLOAT32: "F32", Storage.BFLOAT16: "BF16", Storage.INT8: "I8"}[storage]
+        expected[name] = "F64" if is_made(name) else matrix if is_matrix(name) else "F32", shape
+        if is_matrix(name) and storage is Storage.INT8:
+            expected[name + PEAK] = "F32", shape[:1]
+    return expected
 
 
 def kept(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Open a model, whatever it is kept in: a Hugging Face folder, a GGUF file, or a built-in name."""
+"""Open a model, whatever it is kept in: a Hugging Face folder, the twinfer form, a GGUF file, or a built-in name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,9 +8,8 @@ from typing import Any
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import CheckpointError, RequestError, TwinferError
 from ..spec.weights import WeightSource
-from . import gguf_model, gguf_tokenizer, huggingface
+from . import config_json, gguf_model, gguf_tokenizer, huggingface
 from .builtin import BUILT_IN, cache_folder
-from .config_json import read
 from .embedding_recipe import EmbeddingRecipe, gguf_recipe, recipe_of
 from .fetch import fetched
 from .fields import Fields
@@ -79,7 +78,8 @@ def _open(model: str, context: int | None, report: Callable[[str], None]) -> Che
         return _open_gguf(path, name, context)
     raise CheckpointError(
         f"there is no model {model!r}: neither a file or folder here nor a built-in name ({', '.join(BUILT_IN)}); give "
-        "one of those names, a .gguf file, or a Hugging Face folder (config.json and model.safetensors)"
+        "one of those names, a .gguf file, a Hugging Face folder (config.json and model.safetensors), or one that "
+        "twinfer convert has made"
     )
 
 
@@ -87,16 +87,20 @@ def _open_twinfer(folder: Path, context: int | None) -> Checkpoint:
     source = TwinferFolder(folder, context)
     about, tokenizer = source.about, source.tokenizer()
     special, embedding = about.section("special_tokens"), about.section("embedding")
+    end_tokens = tuple(about.integers("end_tokens"))
+    if any(token >= source.config.vocabulary for token in end_tokens):
+        raise about.wrong("end_tokens", f"a list of token ids below the vocabulary's size, {source.config.vocabulary}")
     checkpoint = Checkpoint(
         name=about.text("name"),
         source=source,
         config=source.config,
         tokenizer=tokenizer,
-        end_tokens=tuple(about.integers("end_tokens")),
+        end_tokens=end_tokens,
         chat_template=about.optional_text("chat_template"),
         special_tokens={} if special is None else {name: special.text(name) for name in special.names()},
         storage=source.storage,
-        embedding=read(EmbeddingRecipe, {} if embedding is None else embedding.values, f"{folder}: embedding"),
+        embedding=config_json.read(EmbeddingRecipe, embedding.values if embedding else {}, f"{folder}: embedding"),
+        no_tokenizer=about.text("no_tokenizer"),
     )
     about.finish()
     return checkpoint
@@ -113,7 +117,7 @@ def _open_folder(folder: Path, name: str, context: int | None) -> Checkpoint:
         end_tokens=huggingface.end_tokens(folder, source.config.vocabulary, tokenizer),
         chat_template=huggingface.chat_template(folder),
         special_tokens=huggingface.special_tokens(folder),
-        embedding=recipe_of(folder),
+        embedding=recipe_of(folder, source.config),
     )
 
 

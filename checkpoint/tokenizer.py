@@ -1,10 +1,11 @@
 """Text to token ids and back, whole or as a stream."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import tokenizers
 
-from ..spec.errors import RequestError
+from ..spec.errors import CheckpointError, RequestError
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are not, or not yet, a character."""
@@ -45,6 +46,16 @@ class Tokenizer:
 
     def stream(self) -> "TokenStream":
         return TokenStream(self)
+
+
+def read_tokenizer(path: Path, remedy: str) -> Tokenizer:
+    """A tokenizer.json. Raises `CheckpointError`, with the remedy, where it is malformed."""
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
+    except OSError:
+        raise
+    except Exception as error:  # the library raises bare exceptions
+        raise CheckpointError(f"{path} is no tokenizer ({error}); {remedy}") from None
 
 
 class TokenStream:

@@ -17,7 +17,8 @@ examples:
 
 The folder holds the config as JSON, each part's weights as safetensors, and the tokenizer: it needs nothing else,
 also not the original. One layer is in memory at a time. Used with the storage that it was converted to, which is the
-default, the model is the same as the original in that storage, bit by bit. It appears whole or not at all.
+default, the model is the same as the original in that storage, bit by bit. It appears whole or not at all; only a
+run that was killed leaves a hidden folder beside it, .OUT.partial-..., which can be deleted.
 
 with --json, one object: {"model", "folder", "storage", "bytes"}
 """

@@ -15,6 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twinfer.checkpoint import Checkpoint, Tokenizer, convert, open_model, twinfer_folder
@@ -149,6 +150,7 @@ def change(values: Any, path: tuple[Any, ...], value: Any) -> None:
         (("layers", 0, "attention", "kv_heads"), -1, "AttentionConfig.kv_heads is -1; it must be at least 1"),
         (("layers", 0, "norm", "epsilon"), "small", 'config.layers[0].norm.epsilon is "small"; it must be of type'),
         (("layers", 0, "mlp", "gated"), 1, "config.layers[0].mlp.gated is 1; it must be of type bool"),
+        (("embedding_scale",), 10**400, "it must be of type float"),
     ],
 )
 def test_a_config_that_was_tampered_with_is_refused(path: tuple[Any, ...], value: Any, message: str) -> None:
@@ -279,6 +281,7 @@ def dangling(tmp_path: Path) -> Path:
         (there, "out is there already; give a folder that does not exist yet"),
         (dangling, "out is there already; give a folder that does not exist yet"),
         (lambda tmp_path: tmp_path / "no" / "out", "no is no folder; make it first"),
+        (lambda tmp_path: tmp_path / ("o" * 300), "cannot be written: File name too long"),
     ],
 )
 def test_places_that_cannot_be_written_are_refused_before_reading(
@@ -315,47 +318,101 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
-def without_a_layer(folder: Path) -> None:
-    (folder / "layer-00000.safetensors").unlink()
-
-
-def of_another_model(folder: Path) -> None:
-    shutil.copy(folder / "head.safetensors", folder / "layer-00000.safetensors")
-
-
-def newer(folder: Path) -> None:
-    edit(folder, "format", 2)
-
-
 def edit(folder: Path, name: str, value: Any) -> None:
     values = json.loads((folder / "twinfer.json").read_text())
     (folder / "twinfer.json").write_text(json.dumps({**values, name: value}))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (cut_short, "layer-00000.safetensors is truncated or corrupt"),
-        (without_a_layer, "lacks layer-00000.safetensors; convert the model again"),
-        (of_another_model, "is missing; LayerWeights holds attention, mlp"),
-        (newer, "format is 2; it must be 1"),
-        (
-            lambda folder: edit(folder, "storage", "int3"),
-            'storage is "int3"; it must be one of float32, bfloat16, int8',
-        ),
-        (lambda folder: edit(folder, "config", None), "config is null; it must be an object"),
-        (lambda folder: edit(folder, "surprise", 1), "surprise is 1; this version does not know what that field means"),
-        (lambda folder: (folder / "twinfer.json").write_text("{"), "twinfer.json is not valid JSON"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer"),
-    ],
-)
+def one_layer_less(folder: Path) -> None:
+    config = json.loads((folder / "twinfer.json").read_text())["config"]
+    edit(folder, "config", {**config, "layers": config["layers"][:-1]})
+
+
+def change_layer(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    path = folder / "layer-00000.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+UP = "mlp.up.weight_NI"
+
+
+def up_as(change: Callable[[Tensor], Tensor], name: str = UP) -> Callable[[Path], None]:
+    return lambda folder: change_layer(folder, lambda tensors: tensors | {name: change(tensors[name])})
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut short": (cut_short, "layer-00000.safetensors is truncated or corrupt"),
+    "a layer gone": (
+        lambda folder: (folder / "layer-00000.safetensors").unlink(),
+        "lacks layer-00000.safetensors; convert the model again",
+    ),
+    "another part": (
+        lambda folder: shutil.copy(folder / "head.safetensors", folder / "layer-00000.safetensors"),
+        "layer-00000.safetensors: attention.query.weight_NI is absent; in int8, by its config, it must be I8 of shape",
+    ),
+    "one layer less": (one_layer_less, "holds layer-00001.safetensors, which its config has no place for"),
+    "floats for codes": (up_as(lambda codes: codes + 0.5), "mlp.up.weight_NI is F32 of shape"),
+    "codes of another shape": (up_as(lambda codes: codes.flatten()), "mlp.up.weight_NI is I8 of shape"),
+    "one peak for all": (up_as(lambda peaks: peaks[:1].clone(), f"{UP}.peak_N"), "peak_N is F32 of shape [1]"),
+    "no peaks": (
+        lambda folder: change_layer(folder, lambda each: {k: v for k, v in each.items() if k != f"{UP}.peak_N"}),
+        "mlp.up.weight_NI.peak_N is absent; in int8",
+    ),
+    "peaks of nothing": (
+        lambda folder: change_layer(folder, lambda each: each | {"mlp.sideways.peak_N": torch.ones(1)}),
+        "mlp.sideways.peak_N is F32 of shape [1]; in int8, by its config, it must be absent",
+    ),
+    "another storage": (lambda folder: edit(folder, "storage", "float32"), "in float32, by its config, it must be F32"),
+    "an unknown storage": (lambda folder: edit(folder, "storage", "int3"), 'storage is "int3"; it must be one of'),
+    "a newer format": (lambda folder: edit(folder, "format", 2), "format is 2; it must be 1"),
+    "no config": (lambda folder: edit(folder, "config", None), "config is null; it must be an object"),
+    "an unknown field": (lambda folder: edit(folder, "surprise", 1), "surprise is 1; this version does not know"),
+    "no JSON": (
+        lambda folder: (folder / "twinfer.json").write_text("{"),
+        "twinfer.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
+        "convert the model again",
+    ),
+    "end tokens of no vocabulary": (
+        lambda folder: edit(folder, "end_tokens", [99999]),
+        "end_tokens is [99999]; it must be a list of token ids below the vocabulary's size",
+    ),
+    "texts of no token": (
+        lambda folder: edit(folder, "embedding", {"most_tokens": -5}),
+        "EmbeddingRecipe.most_tokens is -5; it must be at least 1",
+    ),
+    "a tokenizer gone": (lambda folder: (folder / "tokenizer.json").unlink(), "lacks tokenizer.json; convert the"),
+    "another tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "tokenizer.json is no tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
 def test_damaged_folders_are_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    """When they are opened, before any weight is read."""
     folder = tmp_path / "out"
-    convert(checkpoint_of(model()), folder, Storage.FLOAT32, quiet)
+    config = model().config
+    source = RandomSource(replace(config, layers=config.layers[:1] * 2))
+    convert(checkpoint_of(source, tokenizer=words()), folder, Storage.INT8, quiet)
     damage(folder)
     with pytest.raises(TwinferError) as error:
-        open_model(str(folder)).source.layer(0)
+        open_model(str(folder))
     assert message in str(error.value)
+
+
+def test_weights_that_share_memory_are_written_each(tmp_path: Path) -> None:
+    """As a source may have it; the files' library refuses them."""
+
+    class Sharing(RandomSource):
+        def layer(self, index: int) -> LayerWeights:
+            layer = super().layer(index)
+            return replace(layer, attention=replace(layer.attention, value=layer.attention.key))
+
+    source = Sharing(model().config)
+    convert(checkpoint_of(source), tmp_path / "out", Storage.FLOAT32, quiet)
+    read = open_model(str(tmp_path / "out")).source.layer(0).attention
+    assert same_bits(read.value.weight_NI, read.key.weight_NI)
 
 
 def test_a_shorter_context_leaves_positions_out(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """How a folder says that texts become vectors: read whole, and what is not computed is named when it is asked for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ from twinfer.checkpoint import EmbeddingRecipe
 from twinfer.checkpoint.config_json import read, to_json
 from twinfer.checkpoint.embedding_recipe import gguf_recipe, recipe_of
 from twinfer.checkpoint.fields import Fields
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.models import draw_encoder_config
 from twinfer.spec.config import Pooling
 from twinfer.spec.errors import CheckpointError
 
 MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 NAMES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+
+ENCODER = draw_encoder_config(RandomPicker(0))
 
 
 def modules(*kinds: str) -> list[dict[str, Any]]:
@@ -46,24 +52,24 @@ def usual(**changed: Any) -> dict[str, Any]:
 
 
 def test_a_folder_that_says_nothing_means_the_mean_not_scaled(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path)
+    recipe = recipe_of(tmp_path, ENCODER)
     assert recipe == EmbeddingRecipe()
     assert (recipe.pooling, recipe.normalise, recipe.most_tokens, recipe.unknown) == (Pooling.MEAN, False, None, "")
 
 
 def test_what_the_files_say_is_read(tmp_path: Path) -> None:
     mean = EmbeddingRecipe(pooling=Pooling.MEAN, normalise=True, most_tokens=16)
-    assert recipe_of(write(tmp_path / "mean", usual())) == mean
+    assert recipe_of(write(tmp_path / "mean", usual()), ENCODER) == mean
     cls = usual(**{"1_Pooling/config.json": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}})
     cls["modules.json"] = modules("Transformer", "Pooling")
     cls["sentence_bert_config.json"] = {"max_seq_length": None, "do_lower_case": True}
-    found = recipe_of(write(tmp_path / "cls", cls))
+    found = recipe_of(write(tmp_path / "cls", cls), ENCODER)
     assert found == EmbeddingRecipe(pooling=Pooling.CLS, normalise=False, lower_case=True)
     newer = usual(
         **{"1_Pooling/config.json": {"embedding_dimension": 8, "pooling_mode": "cls", "include_prompt": True}}
     )
     del newer["sentence_bert_config.json"]
-    assert recipe_of(write(tmp_path / "newer", newer)) == EmbeddingRecipe(pooling=Pooling.CLS, normalise=True)
+    assert recipe_of(write(tmp_path / "newer", newer), ENCODER) == EmbeddingRecipe(pooling=Pooling.CLS, normalise=True)
 
 
 @given(on=st.lists(st.booleans(), min_size=6, max_size=6))
@@ -71,7 +77,7 @@ def test_one_pooling_mode_that_is_computed_is_used_and_all_others_are_named(
     on: list[bool], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     config = {f"pooling_mode_{mode}": flag for mode, flag in zip(MODES, on, strict=True)}
-    recipe = recipe_of(write(tmp_path_factory.mktemp("folder"), usual(**{"1_Pooling/config.json": config})))
+    recipe = recipe_of(write(tmp_path_factory.mktemp("folder"), usual(**{"1_Pooling/config.json": config})), ENCODER)
     names = [name for name, flag in zip(NAMES, on, strict=True) if flag]
     assert (recipe.normalise, recipe.most_tokens) == (True, 16)
     if names in (["mean"], ["cls"]):
@@ -104,7 +110,7 @@ def test_one_pooling_mode_that_is_computed_is_used_and_all_others_are_named(
 def test_what_is_not_computed_is_kept_for_when_it_is_asked_for(
     files: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
-    recipe = recipe_of(write(tmp_path, usual(**files)))
+    recipe = recipe_of(write(tmp_path, usual(**files)), ENCODER)
     assert (recipe.pooling, recipe.normalise) == (None, None)
     assert says in recipe.unknown
     assert recipe.unknown.isprintable()
@@ -122,7 +128,7 @@ def test_what_is_not_computed_is_kept_for_when_it_is_asked_for(
 )
 def test_malformed_files_are_refused(files: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
-        recipe_of(write(tmp_path, usual(**files)))
+        recipe_of(write(tmp_path, usual(**files)), ENCODER)
     assert says in str(caught.value)
 
 
@@ -130,7 +136,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write(tmp_path, usual())
     (tmp_path / "1_Pooling" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="is missing, though modules"):
-        recipe_of(tmp_path)
+        recipe_of(tmp_path, ENCODER)
 
 
 def test_a_gguf_file_names_its_pooling() -> None:
@@ -157,3 +163,11 @@ def test_a_recipe_survives_json(
     how: dict[str, Any] = {"pooling": pooling, "normalise": normalise, "most_tokens": most_tokens}
     recipe = EmbeddingRecipe(**how, lower_case=lower_case, unknown="modules.json: \u2026")
     assert read(EmbeddingRecipe, json.loads(json.dumps(to_json(recipe))), "embedding") == recipe
+
+
+def test_a_causal_encoders_own_vector_is_not_guessed(tmp_path: Path) -> None:
+    """CLIP's is its end token's, projected: whoever wants another must say so."""
+    layers = tuple(replace(each, attention=replace(each.attention, causal=True)) for each in ENCODER.layers)
+    recipe = recipe_of(tmp_path, replace(ENCODER, layers=layers))
+    assert recipe.pooling is None
+    assert "its end token's hidden vector by a projection" in recipe.unknown
