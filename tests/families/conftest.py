@@ -1,5 +1,6 @@
 """What every family's test does with a drawn model: transformers in float64, and both paths beside it."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from twinfer.checkpoint import from_transformers, open_model
+from twinfer.checkpoint import Checkpoint, convert, families, from_transformers, open_model
 from twinfer.checkpoint.families import FAMILIES
 from twinfer.checkpoint.family import Family
 from twinfer.compiled.path import CompiledPath
@@ -25,7 +26,7 @@ from twinfer.oracle.schedule import draw_schedule
 from twinfer.oracle.trial import same_bits
 from twinfer.oracle.yardstick import Yardstick
 from twinfer.reference.path import ReferencePath
-from twinfer.spec.config import ModelConfig
+from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, WeightSource, tensors
 
 AGREEMENT = 1e-9
@@ -71,6 +72,13 @@ def assert_same_model(one: WeightSource, other: WeightSource) -> None:
         named, twins = (dict(tensors(part)) for part in pair)
         assert named.keys() == twins.keys()
         assert all(same_bits(tensor, twins[name]) for name, tensor in named.items())
+
+
+def furthest(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference of an element relative to the largest of its row; NaN where there is one anywhere."""
+    assert [each.shape for each in ours] == [each.shape for each in theirs]
+    rows = [(own - their).abs().amax(-1) / their.abs().amax(-1) for own, their in zip(ours, theirs, strict=True)]
+    return float(torch.cat(rows).max())
 
 
 @contextmanager
@@ -163,8 +171,7 @@ class Twins:
 
     def difference(self, source: WeightSource | None = None, *, cached: bool = False) -> float:
         """The largest difference of a logit, relative to the largest logit of its position."""
-        rows = zip(self.our_logits(source), self.their_logits(cached=cached), strict=True)
-        return max(float(((own - their).abs().amax(-1) / their.abs().amax(-1)).max()) for own, their in rows)
+        return furthest(self.our_logits(source), self.their_logits(cached=cached))
 
 
 class Encoders(Twins):
@@ -215,8 +222,7 @@ class Encoders(Twins):
     def distance(self, source: WeightSource | None = None, *, padded: bool = False) -> float:
         """The largest difference of an element, relative to the largest of its vector."""
         theirs = self.their_padded_hidden() if padded else self.their_hidden()
-        rows = zip(self.our_hidden(source), theirs, strict=True)
-        return max(float(((own - their).abs().amax(-1) / their.abs().amax(-1)).max()) for own, their in rows)
+        return furthest(self.our_hidden(source), theirs)
 
     def texts(self) -> tuple[Texts, Texts | None]:
         tokens = tuple(tuple(each.tolist()) for each in self.prompts)
@@ -256,7 +262,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _lines(family: Family) -> int:
-    return len(Path(family.read.__code__.co_filename).read_text().splitlines())
+    """Of the file in which the family is declared."""
+    inside = (module for name, module in sys.modules.items() if name.startswith(f"{families.__name__}."))
+    where = next(module for module in inside if any(each is family for each in vars(module).values()))
+    return len(Path(str(where.__file__)).read_text().splitlines())
 
 
 @pytest.fixture(scope="session")
@@ -288,9 +297,17 @@ def agrees() -> Callable[..., None]:
 def _assert_seen(
     source: WeightSource, wrong: dict[str, dict[str, Any]], difference: Callable[[WeightSource], float]
 ) -> None:
-    """At least two ways to be wrong, and each of them shows; being right does not."""
+    """At least two ways to be wrong, and each of them shows; being right does not, nor does being converted.
+
+    What is changed is what the declaration made, config or weights, as a declaration that is wrong there would.
+    """
     assert len(wrong) >= 2, "one wrong mapping says little of a family: try another"
     assert difference(source) <= AGREEMENT
+    with TemporaryDirectory() as folder:
+        about: dict[str, Any] = {"tokenizer": None, "end_tokens": (), "chat_template": None, "special_tokens": {}}
+        checkpoint = Checkpoint(name="drawn", source=source, config=source.config, **about)
+        convert(checkpoint, Path(folder) / "out", Storage.FLOAT32, lambda line: None)
+        assert difference(open_model(f"{folder}/out").source) <= AGREEMENT
     for name, changes in wrong.items():
         by = difference(Altered(source, **changes))
         assert not by <= AGREEMENT, f"{name} is not seen: {by:.2e}"
