@@ -5,6 +5,24 @@ from typing import Any
 from ..spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig
 from .family import ACTIVATIONS, head, head_size
 from .fields import MOST_LAYERS, Fields
+from .permutation import separated_qkv
+from .table import QKV, Reorder, Stored, linear, norm
+
+
+def megatron_layer(
+    attention: str,
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"),
+    reorder: Reorder | None = separated_qkv,
+) -> tuple[Stored, ...]:
+    """Megatron-LM's names of what stands in a layer, which its descendants kept; they differ in that of attention."""
+    return (
+        *norm(norms[0], "attention_norm"),
+        *linear(f"{attention}.query_key_value", *QKV, reorder=reorder),
+        *linear(f"{attention}.dense", "attention.output"),
+        *norm(norms[1], "mlp_norm"),
+        *linear("mlp.dense_h_to_4h", "mlp.up"),
+        *linear("mlp.dense_4h_to_h", "mlp.down"),
+    )
 
 
 def multi_head(config: Fields, hidden: int, heads: int, *, bias: bool = True, **other: Any) -> AttentionConfig:

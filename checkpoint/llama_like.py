@@ -13,7 +13,7 @@ from . import rotary_fields
 from .family import ACTIVATIONS, Understood, head, head_size, rms_norm
 from .fields import MOST_LAYERS, Fields
 from .rotary_fields import Rotation
-from .table import Ignorable, Stored, Table, linear, norm, output, tensor
+from .table import Stored, Table, frequencies, linear, norm, output, tensor
 
 SPLIT_QKV = (
     *linear("self_attn.q_proj", "attention.query"),
@@ -38,12 +38,7 @@ def table(*layer: Stored) -> Table:
         embedding=(tensor("embed_tokens.weight", "token_VE"),),
         layer=layer,
         head=(*norm("norm", "norm"), *output("lm_head")),
-        ignorable=(
-            Ignorable(
-                name="layers.{layer}.self_attn.rotary_emb.inv_freq",
-                why="rotary frequencies, rounded to the file's dtype; they follow from the config",
-            ),
-        ),
+        ignorable=(frequencies("layers.{layer}.self_attn"),),
     )
 
 

@@ -109,3 +109,19 @@ def norm(name: str, fills: str, heads: Heads = Heads.TOGETHER) -> tuple[Stored, 
 def output(name: str) -> tuple[Stored, Stored]:
     """The head's matrix and bias."""
     return tensor(f"{name}.weight", "projection.weight_NI"), tensor(f"{name}.bias", "bias_V")
+
+
+def masks(attention: str) -> tuple[Ignorable, Ignorable]:
+    """What older files hold of each layer's attention besides its weights."""
+    return (
+        Ignorable(name=f"{attention}.bias", why="the causal mask, kept as a buffer; it follows from the config"),
+        Ignorable(name=f"{attention}.masked_bias", why="the score that stood for minus infinity under that mask"),
+    )
+
+
+def frequencies(attention: str) -> Ignorable:
+    """What older files hold of each layer's rotation."""
+    return Ignorable(
+        name=f"{attention}.rotary_emb.inv_freq",
+        why="rotary frequencies, rounded to the file's dtype; they follow from the config",
+    )

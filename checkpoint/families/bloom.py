@@ -4,22 +4,14 @@ from ...spec.config import Activation, LayerConfig, MlpConfig, NormPlacement
 from .. import alibi
 from ..family import Family, Understood, layer_norm, spelled
 from ..fields import Fields
-from ..gpt_like import layer_count, model, multi_head
-from ..permutation import separated_qkv
-from ..table import QKV, Table, linear, norm, output, tensor
+from ..gpt_like import layer_count, megatron_layer, model, multi_head
+from ..table import Table, norm, output, tensor
 
 TABLE = Table(
     prefix="transformer.",
     layers="h.{layer}.",
     embedding=(tensor("word_embeddings.weight", "token_VE"), *norm("word_embeddings_layernorm", "norm")),
-    layer=(
-        *norm("input_layernorm", "attention_norm"),
-        *linear("self_attention.query_key_value", *QKV, reorder=separated_qkv),
-        *linear("self_attention.dense", "attention.output"),
-        *norm("post_attention_layernorm", "mlp_norm"),
-        *linear("mlp.dense_h_to_4h", "mlp.up"),
-        *linear("mlp.dense_4h_to_h", "mlp.down"),
-    ),
+    layer=megatron_layer("self_attention"),
     head=(*norm("ln_f", "norm"), *output("lm_head")),
 )
 

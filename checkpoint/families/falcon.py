@@ -6,30 +6,18 @@ from ...spec.config import LayerConfig, Residual
 from .. import alibi, rotary_fields
 from ..family import Family, Understood, head_size, layer_norm, spelled
 from ..fields import Fields
-from ..gpt_like import layer_count, model, multi_head, plain_mlp
-from ..permutation import separated_qkv
-from ..table import QKV, Table, linear, norm, output, tensor
+from ..gpt_like import layer_count, megatron_layer, model, multi_head, plain_mlp
+from ..table import Table, norm, output, tensor
 
 
-def _table(attention_norm: str, mlp_norm: str) -> Table:
-    return Table(
-        prefix="transformer.",
-        layers="h.{layer}.",
-        embedding=(tensor("word_embeddings.weight", "token_VE"),),
-        layer=(
-            *norm(attention_norm, "attention_norm"),
-            *linear("self_attention.query_key_value", *QKV, reorder=separated_qkv),
-            *linear("self_attention.dense", "attention.output"),
-            *norm(mlp_norm, "mlp_norm"),
-            *linear("mlp.dense_h_to_4h", "mlp.up"),
-            *linear("mlp.dense_4h_to_h", "mlp.down"),
-        ),
-        head=(*norm("ln_f", "norm"), *output("lm_head")),
-    )
-
-
-TABLE = _table("input_layernorm", "post_attention_layernorm")
-TWO_NORMS_TABLE = _table("ln_attn", "ln_mlp")
+TABLE = Table(
+    prefix="transformer.",
+    layers="h.{layer}.",
+    embedding=(tensor("word_embeddings.weight", "token_VE"),),
+    layer=megatron_layer("self_attention"),
+    head=(*norm("ln_f", "norm"), *output("lm_head")),
+)
+TWO_NORMS_TABLE = replace(TABLE, layer=megatron_layer("self_attention", ("ln_attn", "ln_mlp")))
 
 
 def _read(config: Fields) -> Understood:

@@ -6,7 +6,7 @@ from ...spec.config import LayerConfig
 from ..family import Family, Understood, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head, plain_mlp
-from ..table import QKV, Ignorable, Table, linear, norm, output, tensor
+from ..table import QKV, Table, linear, masks, norm, output, tensor
 
 TABLE = Table(
     prefix="transformer.",
@@ -21,10 +21,7 @@ TABLE = Table(
         *linear("mlp.c_proj", "mlp.down", transposed=True),
     ),
     head=(*norm("ln_f", "norm"), *output("lm_head")),
-    ignorable=(
-        Ignorable(name="h.{layer}.attn.bias", why="the causal mask, kept as a buffer; the same for every model"),
-        Ignorable(name="h.{layer}.attn.masked_bias", why="the score that stood for minus infinity under that mask"),
-    ),
+    ignorable=masks("h.{layer}.attn"),
 )
 
 

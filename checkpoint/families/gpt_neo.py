@@ -1,16 +1,17 @@
 """GPT-Neo: GPT-2 with scores that are not scaled, and a window in every other layer."""
 
+from dataclasses import replace
+
 from ...spec.config import LayerConfig
 from ...spec.errors import ConfigError
 from ..family import Family, Understood, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head, plain_mlp
-from ..table import Ignorable, Table, linear, norm, output, tensor
+from ..table import linear, masks, norm
+from . import gpt2
 
-TABLE = Table(
-    prefix="transformer.",
-    layers="h.{layer}.",
-    embedding=(tensor("wte.weight", "token_VE"), tensor("wpe.weight", "position_PM")),
+TABLE = replace(
+    gpt2.TABLE,
     layer=(
         *norm("ln_1", "attention_norm"),
         *linear("attn.attention.q_proj", "attention.query"),
@@ -21,11 +22,7 @@ TABLE = Table(
         *linear("mlp.c_fc", "mlp.up"),
         *linear("mlp.c_proj", "mlp.down"),
     ),
-    head=(*norm("ln_f", "norm"), *output("lm_head")),
-    ignorable=(
-        Ignorable(name="h.{layer}.attn.attention.bias", why="the mask, kept as a buffer; it follows from the config"),
-        Ignorable(name="h.{layer}.attn.attention.masked_bias", why="the score that stood for minus infinity under it"),
-    ),
+    ignorable=masks("h.{layer}.attn.attention"),
 )
 
 

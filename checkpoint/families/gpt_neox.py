@@ -4,29 +4,17 @@ from ...spec.config import LayerConfig, Residual
 from .. import rotary_fields
 from ..family import Family, Understood, head_size, layer_norm, spelled
 from ..fields import Fields
-from ..gpt_like import layer_count, model, multi_head, plain_mlp
-from ..permutation import separated_qkv
-from ..table import QKV, Ignorable, Table, linear, norm, output, tensor
+from ..gpt_like import layer_count, megatron_layer, model, multi_head, plain_mlp
+from ..table import Table, frequencies, masks, norm, output, tensor
 
 TABLE = Table(
     prefix="gpt_neox.",
     layers="layers.{layer}.",
     embedding=(tensor("embed_in.weight", "token_VE"),),
-    layer=(
-        *norm("input_layernorm", "attention_norm"),
-        *linear("attention.query_key_value", *QKV, reorder=separated_qkv),
-        *linear("attention.dense", "attention.output"),
-        *norm("post_attention_layernorm", "mlp_norm"),
-        *linear("mlp.dense_h_to_4h", "mlp.up"),
-        *linear("mlp.dense_4h_to_h", "mlp.down"),
-    ),
+    layer=megatron_layer("attention"),
     head=(*norm("final_layer_norm", "norm"), *output("embed_out")),
     older_ends=(("lm_head.weight", "embed_out.weight"),),
-    ignorable=(
-        Ignorable(name="layers.{layer}.attention.bias", why="the causal mask, kept as a buffer; the same everywhere"),
-        Ignorable(name="layers.{layer}.attention.masked_bias", why="the score that stood for minus infinity under it"),
-        Ignorable(name="layers.{layer}.attention.rotary_emb.inv_freq", why="rotary frequencies, rounded; made anew"),
-    ),
+    ignorable=(*masks("layers.{layer}.attention"), frequencies("layers.{layer}.attention")),
 )
 
 

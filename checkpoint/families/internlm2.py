@@ -4,7 +4,7 @@ from ..family import Family, Understood, rms_norm
 from ..fields import Fields
 from ..llama_like import read
 from ..permutation import separated_qkv
-from ..table import QKV, Ignorable, Table, linear, norm, output, tensor
+from ..table import QKV, Table, frequencies, linear, norm, output, tensor
 
 TABLE = Table(
     prefix="model.",
@@ -20,12 +20,7 @@ TABLE = Table(
         *linear("feed_forward.w2", "mlp.down"),
     ),
     head=(*norm("norm", "norm"), *output("output")),
-    ignorable=(
-        Ignorable(
-            name="layers.{layer}.attention.rotary_emb.inv_freq",
-            why="rotary frequencies, rounded to the file's dtype; they follow from the config",
-        ),
-    ),
+    ignorable=(frequencies("layers.{layer}.attention"),),
 )
 
 

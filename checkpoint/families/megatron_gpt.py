@@ -7,9 +7,9 @@ joined before, and the nested names of a checkpoint with dots: `language_model.e
 from ...spec.config import Activation, Head, LayerConfig, MlpConfig
 from ..family import Family, Understood, layer_norm, spelled
 from ..fields import Fields
-from ..gpt_like import layer_count, model, multi_head
+from ..gpt_like import layer_count, megatron_layer, model, multi_head
 from ..permutation import separated_qkv, separated_thirds
-from ..table import QKV, Reorder, Table, linear, norm, output, tensor
+from ..table import Reorder, Table, norm, output, tensor
 
 ORDERS: dict[int, Reorder | None] = {0: None, 1: separated_thirds, 2: separated_qkv, 3: separated_qkv}
 """By `checkpoint_version`: all queries, keys and values; element by element; head by head."""
@@ -28,14 +28,7 @@ def _table(reorder: Reorder | None) -> Table:
             tensor("embedding.word_embeddings.weight", "token_VE"),
             tensor("embedding.position_embeddings.weight", "position_PM"),
         ),
-        layer=(
-            *norm("input_layernorm", "attention_norm"),
-            *linear("self_attention.query_key_value", *QKV, reorder=reorder),
-            *linear("self_attention.dense", "attention.output"),
-            *norm("post_attention_layernorm", "mlp_norm"),
-            *linear("mlp.dense_h_to_4h", "mlp.up"),
-            *linear("mlp.dense_4h_to_h", "mlp.down"),
-        ),
+        layer=megatron_layer("self_attention", reorder=reorder),
         head=(*norm("encoder.final_layernorm", "norm"), *output("word_embeddings_for_head")),
     )
 

@@ -32,7 +32,12 @@ from twinfer.spec.errors import ConfigError, TwinferError, WeightError
 from ..families.conftest import AGREEMENT, widened
 from ..families.examples import drawn
 from .gguf_converter import Config, Rows, kept, offset
-from .gguf_kinds import IDS, KINDS, ROPES, Kind
+from .gguf_kind import ROPES, Kind
+from .gguf_kinds_gpt import GPT_KINDS
+from .gguf_kinds_llama import LLAMA_KINDS
+
+KINDS = [*LLAMA_KINDS, *GPT_KINDS]
+IDS = [f"{kind.architecture}-{kind.model.__name__}-{index}" for index, kind in enumerate(KINDS)]
 
 
 @pytest.fixture(autouse=True)
