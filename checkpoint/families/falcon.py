@@ -9,7 +9,6 @@ from ..fields import Fields
 from ..gpt_like import layer_count, megatron_layer, model, multi_head, plain_mlp
 from ..table import Table, norm, output, tensor
 
-
 TABLE = Table(
     prefix="transformer.",
     layers="h.{layer}.",
