@@ -8,10 +8,7 @@ from .fields import Fields
 from .gpt_like import layer_count, model, multi_head, plain_mlp
 from .table import Ignorable, Table, linear, norm, tensor
 
-HARMLESS = {
-    "tie_word_embeddings": "of the masked-language head alone",
-    "output_past": "of decoders",
-}
+HARMLESS = {"tie_word_embeddings": "of the masked-language head alone"}
 """Fields that leave every encoder's hidden vectors unchanged."""
 
 

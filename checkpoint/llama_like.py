@@ -104,7 +104,7 @@ def read(
         "family": config.text("model_type", "llama"),
         "hidden": config.integer("hidden_size"),
         "vocabulary": config.integer("vocab_size"),
-        "context": config.integer("max_position_embeddings"),
+        "context": context(config),
         "layers": tuple(one(window, rotation) for window, rotation in zip(each_window, turns, strict=True)),
         "final_norm": norm,
         "learned_positions": False,
@@ -115,6 +115,20 @@ def read(
 
 def layer_count(config: Fields) -> int:
     return config.integer("num_hidden_layers", most=MOST_LAYERS)
+
+
+def context(config: Fields) -> int:
+    """The tokens that the model was made for.
+
+    The first LLaMA files call them `max_sequence_length`; Vicuna's have both, and count there what scaling adds.
+    """
+    if not config.has("max_position_embeddings") and config.has("max_sequence_length"):
+        config.ignore(("max_position_embeddings",))
+        return config.integer("max_sequence_length")
+    places, scaling = config.integer("max_position_embeddings"), config.values.get("rope_scaling")
+    factor = scaling.get("factor", 1) if isinstance(scaling, dict) else 1
+    config.only("max_sequence_length", None, places, *([places * factor] if isinstance(factor, int | float) else []))
+    return places
 
 
 def head_size_of(config: Fields, usual: int | None = None) -> int:
@@ -132,8 +146,7 @@ def rotation_of(config: Fields, size: int | None = None, **head: Any) -> Rotatio
 
 def rotating(config: Fields, size: int | None = None, **head: Any) -> rotary_fields.Head:
     """What the rotation depends on besides the rotary fields."""
-    made_for = config.integer("max_position_embeddings")
-    return rotary_fields.Head(size=head_size_of(config, size), context=made_for, **head)
+    return rotary_fields.Head(size=head_size_of(config, size), context=context(config), **head)
 
 
 def layer_types(config: Fields, otherwise: Sequence[bool]) -> list[bool]:

@@ -32,6 +32,16 @@ def test_example_prints_what_the_page_says(code: str, output: str | None, tmp_pa
         assert done.stdout == output
 
 
+def test_the_page_on_families_shows_the_declaration_and_counts_its_lines() -> None:
+    page = (ROOT / "docs" / "adding-a-family.md").read_text()
+    declaration = (ROOT / "checkpoint" / "families" / "starcoder2.py").read_text()
+    _, code = declaration.split('"""\n\n', maxsplit=1)
+    for here, there in (("from ..", "from twinfer.checkpoint."), ("_read", "read_starcoder2")):
+        code = code.replace(here, there)
+    assert f"```python\n{code}```" in page
+    assert f"which took {len(declaration.splitlines())} lines" in page
+
+
 def test_the_table_of_ops_is_the_table_of_ops() -> None:
     page = (ROOT / "docs" / "equal.md").read_text().splitlines()
     rows = [f"| {row.name} | {row.axes} | {row.guarantee} | {row.paper} |" for row in ops_table()]

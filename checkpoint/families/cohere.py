@@ -26,6 +26,11 @@ HARMLESS = {
 
 def read_cohere(config: Fields, *, qk_norm: bool, **differences: Any) -> Understood:
     """What both have in common; the keywords as `llama_like.read` has them."""
+    config.only("position_embedding_type", "rope_gptj")
+    config.only("rotary_pct", 1.0)
+    config.only("use_embedding_sharing", config.flag("tie_word_embeddings", True))
+    config.only("use_gated_activation", True)
+    config.only("use_parallel_block", True)
     plain, bias = layer_norm(config, "layer_norm_eps", bias=False), config.flag("attention_bias", False)
     return read(
         config,

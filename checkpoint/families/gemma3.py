@@ -1,7 +1,7 @@
 """Gemma 3, text: Gemma 2's, scores not capped, queries and keys normalised, layers with a window of another base."""
 
 from ...spec.config import NormPlacement
-from ..family import Family, Understood, rms_norm
+from ..family import Family, Understood, rms_norm, spelled
 from ..fields import Fields
 from ..llama_like import GATED_MLP, SPLIT_QKV, all_but_every, layer_count, layer_types, rotating, table, windows
 from ..rotary_fields import rotations
@@ -12,7 +12,7 @@ from .gemma2 import AROUND
 
 def _read(config: Fields) -> Understood:
     config.only("attn_logit_softcapping", None)
-    pattern = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
+    pattern = config.integer(spelled(config, "sliding_window_pattern", "_sliding_window_pattern"), 6)
     local = layer_types(config, all_but_every(pattern, layer_count(config)))
     turns = rotations(config, rotating(config, 256, base=1e6), local_base=1e4)
     return gemma.read_gemma(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ...spec.config import Activation, LayerConfig, MlpConfig
 from .. import alibi
-from ..family import Family, Understood, common, layer_norm
+from ..family import Family, Understood, common, layer_norm, spelled
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head
 from ..table import QKV, Table, linear, norm, output, tensor
@@ -34,26 +34,50 @@ def _read(config: Fields) -> Understood:
     inner = config.section("attn_config") or Fields({}, f"{config.where}attn_config.")
     common(inner)
     inner.ignore(("attn_impl", "attn_pdrop", "tie_word_embeddings"))  # kernels, training, and the outer field's copy
-    inner.only("alibi", True)
-    inner.only("attn_type", "multihead_attention")
-    for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id"):
-        inner.only(name, False)
+    inner.ignore(("rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config"))  # count with rope, which is refused
+    for name, computed in ATTENTION_ONLY.items():
+        inner.only(name, computed)
+    inner.only("kv_n_heads", None, heads)
     clip, most = inner.optional_number("clip_qkv"), inner.number("alibi_bias_max", 8.0)
     attention = multi_head(config, hidden, heads, bias=False, alibi=True, qkv_clip=clip)
     attention = replace(attention, scale=inner.number("softmax_scale", attention.scale))
     inner.finish()
     config.only("norm_type", "low_precision_layernorm", "layernorm")
     config.only("no_bias", True)
-    config.only("logit_scale", None)
+    for name in ("logit_scale", "final_logit_softcapping", "block_overrides"):
+        config.only(name, None)
     layer = LayerConfig(
-        norm=layer_norm(config, "layer_norm_epsilon", bias=False),
+        norm=layer_norm(config, spelled(config, "layer_norm_epsilon", "norm_eps"), bias=False),
         attention=attention,
-        mlp=MlpConfig(width=hidden * config.integer("expansion_ratio", 4), activation=Activation.GELU, gated=False),
+        mlp=MlpConfig(width=_width(config, hidden), activation=Activation.GELU, gated=False),
     )
     layers = (layer,) * layer_count(config, "n_layers")
     understood = model(config, "mpt", hidden, layers, context=config.integer("max_seq_len"))
     return Understood(config=understood, slope_H=alibi.slopes(heads, most))
 
+
+def _width(config: Fields, hidden: int) -> int:
+    """Of the MLPs, by either of the fields that say so."""
+    width, plain = hidden * config.integer("expansion_ratio", 4), ("torch", {"name": "torch"})
+    config.only("fc_type", *plain)
+    if inner := config.section("ffn_config"):
+        inner.only("ffn_type", "mptmlp")
+        inner.only("fc_type", *plain)
+        inner.only("ffn_act_fn", None, {"name": "gelu"}, {"name": "gelu", "approximate": "none"})
+        width = inner.integer("ffn_hidden_size", width)
+        inner.finish()
+    return width
+
+
+ATTENTION_ONLY = {
+    "alibi": True,
+    "attn_type": "multihead_attention",
+    "fused_qkv": True,
+    "sliding_window_size": -1,
+    "attn_logit_softcapping": None,
+    **dict.fromkeys(("prefix_lm", "qk_ln", "qk_gn", "attn_uses_sequence_id", "rope"), False),
+}
+"""Of `attn_config`, what changes results, each with the one value that is computed."""
 
 MPT = Family(
     model_type="mpt",
@@ -65,6 +89,7 @@ MPT = Family(
         "embedding_fraction": "scales a gradient",
         **dict.fromkeys(("init_device", "init_config", "verbose"), "training"),
         "tokenizer_name": "the tokenizer is read from its own file",
+        "use_pad_tok_in_ffn": "no token is padding here",
     },
     remote_code=("configuration_mpt", "modeling_mpt"),
 )

@@ -38,6 +38,8 @@ TABLE, NORMED_SUMS_TABLE = _table(""), _table("_output")
 
 
 def _read(config: Fields) -> Understood:
+    config.only("learned_embeddings", True)
+    config.only("scale_embeddings", False)
     hidden, bias = config.integer("hidden_size"), config.flag("enable_bias", True)
     learned, before = config.flag("layer_norm_elementwise_affine", True), config.flag("do_layer_norm_before", True)
     ends_normed = not config.flag("_remove_final_layer_norm", False) and before

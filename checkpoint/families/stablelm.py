@@ -20,6 +20,8 @@ TABLE = replace(
 
 
 def _read(config: Fields) -> Understood:
+    config.only("num_heads", None, config.integer("num_attention_heads"))
+    config.only("rotary_scaling_factor", 1.0)
     norm = layer_norm(config, "layer_norm_eps")
     parallel = config.flag("use_parallel_residual", False)
     return read(

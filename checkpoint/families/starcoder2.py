@@ -1,6 +1,6 @@
 """StarCoder 2: LLaMA's, but with layer norms, plain MLPs, and biases everywhere."""
 
-from ..family import Family, Understood, layer_norm
+from ..family import Family, Understood, layer_norm, spelled
 from ..fields import Fields
 from ..llama_like import INPUT_NORMS, SPLIT_QKV, read, table
 from ..table import linear
@@ -15,10 +15,13 @@ TABLE = table(
 
 
 def _read(config: Fields) -> Understood:
+    config.only("mlp_type", "default")
+    config.only("norm_type", "layer_norm")
+    config.only("scale_attn_weights", True)
     bias = config.flag("use_bias", True)
     return read(
         config,
-        norm=layer_norm(config, "norm_epsilon"),
+        norm=layer_norm(config, spelled(config, "norm_epsilon", "layer_norm_epsilon")),
         gated=False,
         usual_activation="gelu_pytorch_tanh",
         mlp_bias=bias,
@@ -33,5 +36,9 @@ STARCODER2 = Family(
     architectures=("Starcoder2ForCausalLM", "Starcoder2Model"),
     read=_read,
     table=TABLE,
-    harmless={"residual_dropout": "training", "embedding_dropout": "training"},
+    harmless={
+        **dict.fromkeys(("residual_dropout", "embedding_dropout"), "training"),
+        **dict.fromkeys(("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"), "how precisely it computes"),
+        "rms_norm_eps": "of RMS norms, of which it has none",
+    },
 )
