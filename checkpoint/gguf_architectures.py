@@ -6,7 +6,8 @@ architecture's as well: some rows of queries and keys are reordered, and gains t
 have that 1 added.
 
 An activation is that of the published models, which is not always the one that other readers compute with: Falcon,
-GPT-NeoX, MPT and BERT were trained with the exact GELU.
+GPT-NeoX, MPT and BERT were trained with the exact GELU. So is a window: StarCoder 2's models were trained to see 4096
+tokens, of which converters write nothing.
 """
 
 from dataclasses import dataclass
@@ -136,6 +137,12 @@ ARCHITECTURES = {
     ),
     "gpt2": _LAYER_NORM_GPT,
     "starcoder": _LAYER_NORM_GPT,
+    "starcoder2": Architecture(
+        norm=NormKind.LAYER,
+        windows=Windows(period=None, absent=4096),
+        activation=Activation.GELU_TANH,
+        gated=False,
+    ),
     "bloom": Architecture(
         norm=NormKind.LAYER,
         rotary=None,

@@ -64,8 +64,9 @@ def base_keys(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_value_length(config.head_dim)
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if hasattr(config, "layer_norm_eps"):
-        writer.add_layer_norm_eps(config.layer_norm_eps)
+    for name in ("layer_norm_eps", "norm_epsilon"):
+        if hasattr(config, name):
+            writer.add_layer_norm_eps(getattr(config, name))
     rope_keys(writer, config)
     writer.add_file_type(0)
 

@@ -60,9 +60,9 @@ parts = st.sampled_from([0.25, 0.5, 1.0]).map(lambda part: HALF | {"partial_rota
 USUAL = 2.0**-17
 epsilons = st.sampled_from([USUAL, 0.25])
 
-
 TIED = {"tie_word_embeddings": yes_or_no}
-RMS, LAYER, GPT = ({name: epsilons} for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"))
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+RMS, LAYER, GPT, STARCODER2 = ({name: epsilons} for name in EPSILONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Kind:
 
     def usual(self) -> Config:
         """The model on which wrong mappings are tried."""
-        exact = {name: USUAL for name in (*RMS, *LAYER, *GPT) if name in self.options}
+        exact = {name: USUAL for name in EPSILONS if name in self.options}
         return self.made(CHOSEN, exact | self.chosen)
 
     def drawn(self) -> st.SearchStrategy[Config]:

@@ -8,8 +8,22 @@ from hypothesis import strategies as st
 from twinfer.checkpoint.gguf_architectures import Windows
 from twinfer.spec.config import Activation, Residual, RotaryLayout
 
-from .gguf_converter import bert_keys, by_kind, cohere_keys, gpt_keys, partly_rotating_keys, turned
-from .gguf_kind import GPT, HALF, LAYER, NO_TOKENS, TIED, Kind, epsilons, llama_sizes, parts, windows, yes_or_no
+from .gguf_converter import base_keys, bert_keys, by_kind, cohere_keys, gpt_keys, partly_rotating_keys, turned
+from .gguf_kind import (
+    GPT,
+    HALF,
+    LAYER,
+    NO_TOKENS,
+    STARCODER2,
+    TIED,
+    Kind,
+    epsilons,
+    llama_sizes,
+    parts,
+    ropes,
+    windows,
+    yes_or_no,
+)
 
 INTERLEAVED, HALF_SPLIT = RotaryLayout.INTERLEAVED, RotaryLayout.HALF_SPLIT
 
@@ -145,6 +159,26 @@ GPT_KINDS = [
         sizes=gpt_sizes,
         keys=gpt_keys,
         wrong=({"activation": Activation.GELU},),
+    ),
+    Kind(
+        architecture="starcoder2",
+        model=hf.Starcoder2ForCausalLM,
+        config=hf.Starcoder2Config,
+        options={
+            **TIED,
+            **STARCODER2,
+            "use_bias": yes_or_no,
+            "rope_parameters": ropes,
+            "sliding_window": st.sampled_from([None, 4096]),  # no key says which; 4096 is beyond the context here
+        },
+        keys=base_keys,
+        wrong=(
+            {"activation": Activation.GELU},
+            {"rotary": INTERLEAVED},
+            {"permuted": True},
+            {"windows": Windows(period=None, absent=3)},
+        ),
+        read_by_transformers=True,
     ),
     Kind(
         architecture="bloom",

@@ -245,6 +245,18 @@ def test_the_largest_gemmas_scale_by_their_width(tmp_path: Path, architecture: s
         assert open_model(str(path)).config.layers[0].attention.scale == divisor**-0.5
 
 
+@pytest.mark.parametrize(("key", "window"), [(None, 4096), (3, 3), (0, None)])
+def test_starcoder2_sees_what_it_was_trained_to_see(tmp_path: Path, key: int | None, window: int | None) -> None:
+    """In every layer; a file that does say so is believed."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        if key is not None:
+            writer.add_sliding_window(key)
+
+    model = open_model(str(edited(tmp_path / "m.gguf", "starcoder2", change)))
+    assert {layer.attention.window for layer in model.config.layers} == {window}
+
+
 def test_mpt_without_alibi(tmp_path: Path) -> None:
     """Positions are then learned, or there are none."""
     path = edited(tmp_path / "m.gguf", "mpt", lambda writer: writer.add_max_alibi_bias(0.0))
