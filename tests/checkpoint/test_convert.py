@@ -1,7 +1,6 @@
 """The twinfer form: whatever the storage, a model that was written and opened again is the same, bit by bit."""
 
 import gc
-import json
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,29 +11,22 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twinfer.checkpoint import Checkpoint, Tokenizer, convert, open_model, twinfer_folder
-from twinfer.checkpoint.config_json import from_json, to_json
-from twinfer.checkpoint.kept import dequantised, kept, quantised
-from twinfer.compiled.packing import pack
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.trial import same_bits
 from twinfer.reference.path import ReferencePath
-from twinfer.reference.quantise import stored
 from twinfer.spec.config import ModelConfig, Storage
-from twinfer.spec.errors import CheckpointError, ConfigError, RequestError, TwinferError, WeightError
+from twinfer.spec.errors import CheckpointError, ConfigError, RequestError, WeightError
 from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, tensors
 
 storages = st.sampled_from(Storage)
 seeds = st.integers(0, 2**20)
-TINY = float(torch.finfo(torch.float32).smallest_normal)
-"""Rows of about this size have scales that are denormal, or zero."""
 
 
 def checkpoint_of(source: Any, **fields: Any) -> Checkpoint:
@@ -74,41 +66,6 @@ def test_a_converted_model_is_the_same_bit_by_bit(seed: int, storage: Storage, t
     assert all(same_bits(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@given(
-    rows=st.lists(
-        st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9), min_size=1
-    )
-)
-@example(rows=[[0.0, -0.0]])
-@example(rows=[[200 * 2**-149, 2**-149, -3 * 2**-149], [TINY, TINY / 3, -TINY / 127], [3e38, 1.0, -2e38]])
-@settings(max_examples=300)
-def test_codes_and_peaks_quantise_to_themselves(rows: list[list[float]]) -> None:
-    """On both paths, down to rows whose scale is denormal or zero."""
-    weight_NI = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    again_NI = dequantised(*quantised(weight_NI))
-    assert same_bits(quantised(weight_NI)[0], quantised(again_NI)[0])
-    assert same_bits(*(stored(each, Storage.INT8, torch.float64) for each in (weight_NI, again_NI)))
-    one, other = (pack(each, Storage.INT8) for each in (weight_NI, again_NI))
-    assert same_bits(one.word_NJ, other.word_NJ)
-    assert one.scale_N is not None
-    assert other.scale_N is not None
-    assert same_bits(one.scale_N, other.scale_N)
-
-
-def test_codes_times_scales_would_not_do() -> None:
-    """What the peaks are for: of this row, codes times scale have another scale, and so other codes."""
-    weight_NI = torch.tensor([[572 * 2.0**-149, 100 * 2.0**-149]])
-    quotient = stored(weight_NI, Storage.INT8, torch.float32)
-    assert not same_bits(stored(quotient, Storage.INT8, torch.float32), quotient)
-
-
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_int8_keeps_finite_numbers_alone(value: float) -> None:
-    weight_NI = torch.tensor([[1.0], [value]])
-    with pytest.raises(WeightError, match=r"mlp\.up\.weight_NI holds (inf|nan) in row 1; int8 keeps finite"):
-        kept("mlp.up.weight_NI", weight_NI, Storage.INT8)
-
-
 def test_files_hold_what_the_storage_says(tmp_path: Path) -> None:
     """Matrices in the storage, vectors in float32, angles in float64; opened by the safetensors library alone."""
     for storage, dtype in zip(Storage, (torch.float32, torch.bfloat16, torch.int8), strict=True):
@@ -120,45 +77,6 @@ def test_files_hold_what_the_storage_says(tmp_path: Path) -> None:
         assert ("mlp.up.weight_NI.peak_N" in dtypes) == (storage is Storage.INT8)
         assert all(found is torch.float64 for name, found in dtypes.items() if "frequency" in name)
         assert all(found is torch.float32 for name, found in dtypes.items() if "gain" in name or "peak" in name)
-
-
-@given(seed=seeds)
-def test_configs_survive_json(seed: int) -> None:
-    config = draw_model_config(RandomPicker(seed))
-    assert from_json(json.loads(json.dumps(to_json(config))), "config") == config
-
-
-def change(values: Any, path: tuple[Any, ...], value: Any) -> None:
-    for key in path[:-1]:
-        values = values[key]
-    if value is ...:
-        del values[path[-1]]
-    else:
-        values[path[-1]] = value
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("hidden",), "8", 'config.hidden is "8"; it must be of type int'),
-        (("hidden",), True, "config.hidden is true; it must be of type int"),
-        (("hidden",), ..., "config.hidden is missing; it must be there"),
-        (("hiden",), 8, "config.hiden is not known to this version; it must be one of family, hidden"),
-        (("head",), "both", 'config.head is "both"; it must be one of tied, own, none'),
-        (("layers",), {}, "config.layers is {}; it must be a list"),
-        (("layers", 0), 7, r"config.layers[0] is 7; it must be an object"),
-        (("layers", 0, "attention", "kv_heads"), -1, "AttentionConfig.kv_heads is -1; it must be at least 1"),
-        (("layers", 0, "norm", "epsilon"), "small", 'config.layers[0].norm.epsilon is "small"; it must be of type'),
-        (("layers", 0, "mlp", "gated"), 1, "config.layers[0].mlp.gated is 1; it must be of type bool"),
-        (("embedding_scale",), 10**400, "it must be of type float"),
-    ],
-)
-def test_a_config_that_was_tampered_with_is_refused(path: tuple[Any, ...], value: Any, message: str) -> None:
-    values = json.loads(json.dumps(to_json(model().config)))
-    change(values, path, value)
-    with pytest.raises(ConfigError) as error:
-        from_json(values, "config")
-    assert message in str(error.value)
 
 
 def words() -> Tokenizer:
@@ -311,94 +229,6 @@ def test_a_storage_is_not_changed_twice(tmp_path: Path) -> None:
     convert(open_model(str(tmp_path / "out")), tmp_path / "copy", Storage.INT8, quiet)
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
-
-
-def cut_short(folder: Path) -> None:
-    path = folder / "layer-00000.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-
-
-def edit(folder: Path, name: str, value: Any) -> None:
-    values = json.loads((folder / "twinfer.json").read_text())
-    (folder / "twinfer.json").write_text(json.dumps({**values, name: value}))
-
-
-def one_layer_less(folder: Path) -> None:
-    config = json.loads((folder / "twinfer.json").read_text())["config"]
-    edit(folder, "config", {**config, "layers": config["layers"][:-1]})
-
-
-def change_layer(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    path = folder / "layer-00000.safetensors"
-    save_file(change(load_file(path)), path)
-
-
-UP = "mlp.up.weight_NI"
-
-
-def up_as(change: Callable[[Tensor], Tensor], name: str = UP) -> Callable[[Path], None]:
-    return lambda folder: change_layer(folder, lambda tensors: tensors | {name: change(tensors[name])})
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "cut short": (cut_short, "layer-00000.safetensors is truncated or corrupt"),
-    "a layer gone": (
-        lambda folder: (folder / "layer-00000.safetensors").unlink(),
-        "lacks layer-00000.safetensors; convert the model again",
-    ),
-    "another part": (
-        lambda folder: shutil.copy(folder / "head.safetensors", folder / "layer-00000.safetensors"),
-        "layer-00000.safetensors: attention.query.weight_NI is absent; in int8, by its config, it must be I8 of shape",
-    ),
-    "one layer less": (one_layer_less, "holds layer-00001.safetensors, which its config has no place for"),
-    "floats for codes": (up_as(lambda codes: codes + 0.5), "mlp.up.weight_NI is F32 of shape"),
-    "codes of another shape": (up_as(lambda codes: codes.flatten()), "mlp.up.weight_NI is I8 of shape"),
-    "one peak for all": (up_as(lambda peaks: peaks[:1].clone(), f"{UP}.peak_N"), "peak_N is F32 of shape [1]"),
-    "no peaks": (
-        lambda folder: change_layer(folder, lambda each: {k: v for k, v in each.items() if k != f"{UP}.peak_N"}),
-        "mlp.up.weight_NI.peak_N is absent; in int8",
-    ),
-    "peaks of nothing": (
-        lambda folder: change_layer(folder, lambda each: each | {"mlp.sideways.peak_N": torch.ones(1)}),
-        "mlp.sideways.peak_N is F32 of shape [1]; in int8, by its config, it must be absent",
-    ),
-    "another storage": (lambda folder: edit(folder, "storage", "float32"), "in float32, by its config, it must be F32"),
-    "an unknown storage": (lambda folder: edit(folder, "storage", "int3"), 'storage is "int3"; it must be one of'),
-    "a newer format": (lambda folder: edit(folder, "format", 2), "format is 2; it must be 1"),
-    "no config": (lambda folder: edit(folder, "config", None), "config is null; it must be an object"),
-    "an unknown field": (lambda folder: edit(folder, "surprise", 1), "surprise is 1; this version does not know"),
-    "no JSON": (
-        lambda folder: (folder / "twinfer.json").write_text("{"),
-        "twinfer.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
-        "convert the model again",
-    ),
-    "end tokens of no vocabulary": (
-        lambda folder: edit(folder, "end_tokens", [99999]),
-        "end_tokens is [99999]; it must be a list of token ids below the vocabulary's size",
-    ),
-    "texts of no token": (
-        lambda folder: edit(folder, "embedding", {"most_tokens": -5}),
-        "EmbeddingRecipe.most_tokens is -5; it must be at least 1",
-    ),
-    "a tokenizer gone": (lambda folder: (folder / "tokenizer.json").unlink(), "lacks tokenizer.json; convert the"),
-    "another tokenizer": (
-        lambda folder: (folder / "tokenizer.json").write_text("{}"),
-        "tokenizer.json is no tokenizer",
-    ),
-}
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_folders_are_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
-    """When they are opened, before any weight is read."""
-    folder = tmp_path / "out"
-    config = model().config
-    source = RandomSource(replace(config, layers=config.layers[:1] * 2))
-    convert(checkpoint_of(source, tokenizer=words()), folder, Storage.INT8, quiet)
-    damage(folder)
-    with pytest.raises(TwinferError) as error:
-        open_model(str(folder))
-    assert message in str(error.value)
 
 
 def test_weights_that_share_memory_are_written_each(tmp_path: Path) -> None:
