@@ -6,9 +6,10 @@ as one printable character), and the listed merges join the characters into toke
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..spec.errors import CheckpointError
 from .fields import Fields
@@ -32,20 +33,23 @@ def _smollm(add_prefix_space: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2(add_prefix_space)])
 
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # contractions in either case
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # letters, with one sign or space before them
-    r"|\p{N}{1,3}"  # up to three digits
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # other signs, with a space before and line ends after
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _llama3(add_prefix_space: bool) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")
+def _with_digits(digits: str, add_prefix_space: bool) -> pre_tokenizers.PreTokenizer:
+    """As GPT-2's, but contractions in either case, line ends with what stands before them, and digits so many."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # contractions in either case
+        r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # letters, with one sign or space before them
+        rf"|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # other signs, with a space before and line ends after
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     return pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)]
     )
+
+
+_llama3 = partial(_with_digits, r"\p{N}{1,3}")
+_qwen2 = partial(_with_digits, r"\p{N}")
 
 
 PRE_TOKENIZERS: dict[str, Callable[[bool], pre_tokenizers.PreTokenizer]] = {
@@ -53,11 +57,15 @@ PRE_TOKENIZERS: dict[str, Callable[[bool], pre_tokenizers.PreTokenizer]] = {
     "smollm": _smollm,
     "llama-bpe": _llama3,
     "llama3": _llama3,
+    "qwen2": _qwen2,
 }
 """By the name that `tokenizer.ggml.pre` gives."""
 
 WHOLE_WORDS = {"llama-bpe", "llama3"}
 """Those under which a piece that is itself a token is taken whole, whatever the merges say."""
+
+NORMALISERS = {"qwen2": normalizers.NFC()}
+"""What is done to a text first: the models were trained on composed characters."""
 
 BEGIN_BY_DEFAULT = {"llama-bpe", "llama3"}
 """Those that put the begin token before every text unless the file says otherwise."""
@@ -94,6 +102,8 @@ def rebuilt(metadata: Fields) -> Tokenizer | None:
         )
     )
     inner.pre_tokenizer = PRE_TOKENIZERS[pre](metadata.flag("tokenizer.ggml.add_space_prefix", False))
+    if pre in NORMALISERS:
+        inner.normalizer = NORMALISERS[pre]
     inner.decoder = decoders.ByteLevel()
     _add_special(inner, tokens, metadata)
     _surround(inner, tokens, metadata, pre in BEGIN_BY_DEFAULT)

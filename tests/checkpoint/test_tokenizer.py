@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers
+from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, convert_gguf_tokenizer
 
@@ -187,16 +188,30 @@ def described(tokens: list[str], merges: list[str], pre: str, **more: Any) -> Fi
     return Fields({f"tokenizer.ggml.{name}": value for name, value in values.items()}, "m.gguf: ")
 
 
+@pytest.mark.parametrize("kind", ["llama-bpe", "qwen2"])
 @settings(max_examples=200)
 @given(text=texts)
-def test_llama3_cuts_text_as_transformers_says(text: str) -> None:
+def test_text_is_cut_as_transformers_says(kind: str, text: str) -> None:
     theirs = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"]), behavior="isolated"),
+            pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[kind]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    assert gguf_tokenizer.PRE_TOKENIZERS["llama-bpe"](False).pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+    assert gguf_tokenizer.PRE_TOKENIZERS[kind](False).pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+
+
+def test_qwen2_is_transformers_own() -> None:
+    """Composed first, every digit apart."""
+    signs = bytes_to_unicode()
+    tokens = [*signs.values(), signs[0xC3] + signs[0xA9], "12"]
+    ours = gguf_tokenizer.rebuilt(described(tokens, [f"{signs[0xC3]} {signs[0xA9]}", "1 2"], "qwen2"))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    theirs = Qwen2Tokenizer(vocab=vocabulary, merges=[(signs[0xC3], signs[0xA9]), ("1", "2")])
+    assert ours is not None
+    for text in ("e\u0301 \u00e9", "12 123", "IT'S it's\n\n  x"):
+        assert ours.encode(text) == theirs.encode(text)
+    assert ours.encode("e\u0301") == [len(signs)]
 
 
 def test_llama3_takes_known_words_whole_and_begins_every_text() -> None:
