@@ -6,7 +6,7 @@ from ..spec.config import Head, LayerConfig, ModelConfig, NormConfig, NormPlacem
 from .family import Understood, layer_norm
 from .fields import Fields
 from .gpt_like import layer_count, model, multi_head, plain_mlp
-from .table import Ignorable, Table, linear, norm, tensor
+from .table import POSITION_IDS, Ignorable, Table, linear, norm, tensor
 
 HARMLESS = {"tie_word_embeddings": "of the masked-language head alone"}
 """Fields that leave every encoder's hidden vectors unchanged."""
@@ -35,7 +35,7 @@ def table(prefix: str, *heads: Ignorable) -> Table:
         ),
         head=(),
         ignorable=(
-            Ignorable(name="embeddings.position_ids", why="0, 1, 2 and so on, kept as a buffer"),
+            POSITION_IDS,
             *unused("pooler.dense", why="a further layer over the first token, for classifiers"),
             *heads,
         ),

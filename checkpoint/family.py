@@ -74,7 +74,7 @@ HARMLESS = {
         "output_attentions output_hidden_states return_dict return_dict_in_generate output_scores torchscript "
         "use_return_dict chunk_size_feed_forward pretraining_tp _attn_implementation _attn_implementation_autoset "
         "attn_implementation _flash_attn_2_enabled tf_legacy_loss use_bfloat16 is_decoder gradient_checkpointing "
-        "output_past"
+        "output_past cache_implementation attention_softmax_in_fp32 scale_attention_softmax_in_fp32"
     ),
     "training": (
         "initializer_range initializer_factor init_std attention_dropout hidden_dropout resid_dropout embed_dropout "

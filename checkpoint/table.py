@@ -111,6 +111,9 @@ def output(name: str) -> tuple[Stored, Stored]:
     return tensor(f"{name}.weight", "projection.weight_NI"), tensor(f"{name}.bias", "bias_V")
 
 
+POSITION_IDS = Ignorable(name="embeddings.position_ids", why="0, 1, 2 and so on, kept as a buffer")
+
+
 def masks(attention: str) -> tuple[Ignorable, Ignorable]:
     """What older files hold of each layer's attention besides its weights."""
     return (

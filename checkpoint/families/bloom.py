@@ -45,7 +45,6 @@ BLOOM = Family(
     table=TABLE,
     harmless={
         "slow_but_exact": "the same sums in the order in which they were trained",
-        "attention_softmax_in_fp32": "precision, which each path chooses",
         "masked_softmax_fusion": "the same result in fewer kernels",
         "bias_dropout_fusion": "likewise",
         "skip_bias_add": "likewise: the bias is added later",

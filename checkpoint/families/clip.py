@@ -5,7 +5,7 @@ from ..family import Family, Understood, layer_norm, understand
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..llama_like import SPLIT_QKV
-from ..table import Ignorable, Table, linear, norm, tensor
+from ..table import POSITION_IDS, Ignorable, Table, linear, norm, tensor
 
 TABLE = Table(
     prefix="text_model.",
@@ -24,7 +24,7 @@ TABLE = Table(
     ),
     head=norm("final_layer_norm", "norm"),
     ignorable=(
-        Ignorable(name="embeddings.position_ids", why="0, 1, 2 and so on, kept as a buffer"),
+        POSITION_IDS,
         Ignorable(name="text_projection.weight", why="into the space shared with images, from one token's vector"),
         Ignorable(name="visual_projection.weight", why="the same, of the vision tower"),
         Ignorable(name="vision_model.*", why="the vision tower"),

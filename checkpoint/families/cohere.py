@@ -17,11 +17,7 @@ TABLE = table(
     *GATED_MLP,
 )
 
-
-HARMLESS = {
-    "cache_implementation": "how the library that wrote it keeps keys and values",
-    "use_parallel_embedding": "how the table of tokens was split in training",
-}
+HARMLESS = {"use_parallel_embedding": "how the table of tokens was split in training"}
 
 
 def read_cohere(config: Fields, *, qk_norm: bool, **differences: Any) -> Understood:

@@ -5,7 +5,7 @@ from ..bert_like import HARMLESS, encoder, layer, unused
 from ..family import Family, Understood
 from ..fields import Fields
 from ..gpt_like import layer_count
-from ..table import Ignorable, Table, linear, norm, tensor
+from ..table import POSITION_IDS, Table, linear, norm, tensor
 
 TABLE = Table(
     prefix="distilbert.",
@@ -27,7 +27,7 @@ TABLE = Table(
     ),
     head=(),
     ignorable=(
-        Ignorable(name="embeddings.position_ids", why="0, 1, 2 and so on, kept as a buffer"),
+        POSITION_IDS,
         *unused("vocab_transform", "vocab_layer_norm", "vocab_projector", why="the masked-language head"),
     ),
 )

@@ -7,8 +7,6 @@ from ..family import ACTIVATIONS, Family, Understood, rms_norm
 from ..fields import Fields
 from ..llama_like import LLAMA_TABLE, read
 
-HARMLESS = {"cache_implementation": "how the library that wrote it keeps keys and values"}
-
 
 def read_gemma(config: Fields, *, attention: dict[str, Any], model: dict[str, Any], **differences: Any) -> Understood:
     """What all Gemmas share; the keywords as `llama_like.read` has them."""
@@ -42,5 +40,4 @@ GEMMA = Family(
     architectures=("GemmaForCausalLM", "GemmaModel"),
     read=_read,
     table=LLAMA_TABLE,
-    harmless=HARMLESS,
 )

@@ -44,5 +44,4 @@ GEMMA2 = Family(
     architectures=("Gemma2ForCausalLM", "Gemma2Model"),
     read=_read,
     table=table(*AROUND, *SPLIT_QKV, *linear("self_attn.o_proj", "attention.output"), *GATED_MLP),
-    harmless=gemma.HARMLESS,
 )

@@ -42,5 +42,4 @@ GEMMA3 = Family(
         *linear("self_attn.o_proj", "attention.output"),
         *GATED_MLP,
     ),
-    harmless=gemma.HARMLESS,
 )

@@ -78,7 +78,7 @@ ONLY = {
 """Arguments that change results, each with the one value that is computed; null leaves them at it."""
 
 _PRECISION = (
-    "fp16 bf16 params_dtype fp32_residual_connection attention_softmax_in_fp32 apply_query_key_layer_scaling "
+    "fp16 bf16 params_dtype fp32_residual_connection apply_query_key_layer_scaling "
     "masked_softmax_fusion bias_dropout_fusion"
 )
 

@@ -37,8 +37,8 @@ STARCODER2 = Family(
     read=_read,
     table=TABLE,
     harmless={
-        **dict.fromkeys(("residual_dropout", "embedding_dropout"), "training"),
-        **dict.fromkeys(("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"), "how precisely it computes"),
+        "residual_dropout": "training",
+        "embedding_dropout": "training",
         "rms_norm_eps": "of RMS norms, of which it has none",
     },
 )
