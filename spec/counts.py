@@ -2,7 +2,7 @@
 
 Exact, not an estimate: for dense models the sums equal the number of elements of the weights that `validate_*` accepts,
 so models too large for this machine can be sized on it. Tables that are computed rather than trained (rotary
-frequencies) are not counted.
+frequencies) are not counted. Gains of queries and keys that all heads share count once for each head, as they are held.
 """
 
 import math
