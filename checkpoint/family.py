@@ -163,6 +163,7 @@ def weights_of(families: tuple[Family, ...], config: Fields, store: TensorStore)
         understood.made(),
         first_position=understood.first_position,
         most_tokens=config.most_tokens,
+        notes=config.notes,
     )
 
 

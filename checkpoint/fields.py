@@ -32,6 +32,8 @@ class Fields:
         self._read: set[str] = set()
         self.where = where
         self.most_tokens = most_tokens
+        self.notes: list[str] = []
+        """What whoever opens the model should know, though nothing is wrong."""
 
     def limited(self, context: int) -> int:
         """The tokens that a sequence may hold, of a model made for `context`."""
@@ -150,7 +152,9 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise self.wrong(name, "an object or null")
-        return Fields(value, f"{self.where}{name}.")
+        section = Fields(value, f"{self.where}{name}.")
+        section.notes = self.notes
+        return section
 
     def ignore(self, names: Iterable[str]) -> None:
         """Mark fields as known to leave results unchanged."""

@@ -21,7 +21,9 @@ def source(file: GgufFile, metadata: dict[str, Any], most_tokens: int | None = N
     read = understood(name, architecture, fields, file)
     used = () if architecture.rotary is None else gguf_rotary.TENSORS
     names = table(architecture, file.shapes)
-    return FileSource(read.config, names, _Without(file, used), read.made(), most_tokens=most_tokens)
+    return FileSource(
+        read.config, names, _Without(file, used), read.made(), most_tokens=most_tokens, notes=fields.notes
+    )
 
 
 def _architecture(file: GgufFile, metadata: dict[str, Any]) -> str:

@@ -69,6 +69,8 @@ def _scaled(fields: Fields, file: GgufFile, base: float, size: int, context: int
         if kind in ("yarn", "longrope") and factor != 1:
             raise fields.wrong("rope.scaling.factor", f"absent, since {LONG} holds a factor for each pair")
         chosen = LONG if fields.limited(context) > original else SHORT
+        if chosen == LONG:
+            fields.notes.append(rotary.note_on_long_texts(fields.limited(context), original))
         return frequency_J / _divisors(file, chosen, size), fields.number("rope.scaling.attn_factor")
     if kind == "longrope":
         raise WeightError(f"{file.where} lacks {LONG} and {SHORT}, which rope.scaling.type longrope asks for")

@@ -52,11 +52,14 @@ def open_model(model: str, *, context: int | None = None, report: Callable[[str]
 
     `context` is how many tokens a sequence will hold at most, where that is fewer than the model was made for; models
     whose positions are scaled otherwise for long texts than for short ones (LongRoPE) go by it. `report` is told, in a
-    line each, what takes long. Raises `CheckpointError`, `ConfigError` or `WeightError` for a model that cannot be
-    used.
+    line each, what takes long and what should be known. Raises `CheckpointError`, `ConfigError` or `WeightError` for a
+    model that cannot be used.
     """
     try:
-        return _open(model, context, report or _quiet)
+        checkpoint = _open(model, context, report or _quiet)
+        for note in getattr(checkpoint.source, "notes", ()):
+            (report or _quiet)(f"{checkpoint.name}: {note}")
+        return checkpoint
     except OSError as error:
         raise CheckpointError(f"{model} cannot be read: {error.strerror or error}; check its permissions") from None
     except TwinferError as error:

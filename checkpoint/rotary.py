@@ -95,6 +95,14 @@ def divided(frequency_J: Tensor, divisors: Sequence[float]) -> Tensor:
     return frequency_J / torch.tensor(divisors, dtype=torch.float64)
 
 
+def note_on_long_texts(context: int, original: int) -> str:
+    """What whoever opens a model with LongRoPE for texts longer than the original context should know."""
+    return (
+        f"positions are scaled for texts of up to {context} tokens; for texts of at most {original} they would be "
+        f"scaled otherwise: open the model with a context of {original} for those"
+    )
+
+
 def longrope_magnitude(factor: float, original_context: int) -> float:
     """By how much LongRoPE lengthens queries and keys: sqrt(1 + ln(factor) / ln(original context))."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_context))

@@ -151,6 +151,8 @@ def _longrope(config: Fields, scaling: Fields, head: Head, frequency_J: Tensor) 
         if len(found) != len(frequency_J):
             raise scaling.wrong(f"{kind}_factor", f"a list of {len(frequency_J)} numbers above 0")
     chosen = divisors["long" if config.limited(head.context) > original else "short"]
+    if config.limited(head.context) > original:
+        config.notes.append(rotary.note_on_long_texts(config.limited(head.context), original))
     magnitude = scaling.number("attention_factor", rotary.longrope_magnitude(factor, original))
     return rotary.divided(frequency_J, chosen), magnitude
 

@@ -3,6 +3,7 @@
 What it hands out may be views of the mapped file: a whole model is never held here.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -31,11 +32,14 @@ class FileSource:
         *,
         first_position: int = 0,
         most_tokens: int | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.config = limited(config, most_tokens)
         self._store = store
         self._plan = plan(table, config, store, made, first_position)
         self._made = made
+        self.notes = tuple(dict.fromkeys(notes))
+        """What whoever opens the model should know, though nothing is wrong."""
 
     def embedding(self) -> EmbeddingWeights:
         return cut(assemble(EmbeddingWeights, self._read(self._plan.embedding, None)), self.config)

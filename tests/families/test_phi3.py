@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from twinfer.checkpoint import open_model
 from twinfer.checkpoint.families.phi3 import PHI3
 from twinfer.checkpoint.family import understand
 from twinfer.checkpoint.fields import Fields
@@ -165,6 +167,21 @@ def test_divisors_are_chosen_once_for_the_tokens_asked_for(most_tokens: int | No
     assert plain is not None
     divisor_J = torch.tensor(LONG[f"{kind}_factor"], dtype=torch.float64)
     assert torch.equal(rotation.frequency_J, plain.frequency_J / divisor_J)
+
+
+def test_whoever_opens_a_model_for_long_texts_is_told(tmp_path: Path) -> None:
+    """The divisors are not those that transformers takes for a short text."""
+    rope = {**LONG, "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [4.0] * 2}
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": None}
+    original = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    Phi3ForCausalLM(Phi3Config(**sizes, **heads, **original, rope_parameters=rope)).save_pretrained(tmp_path)
+    told: list[str] = []
+    open_model(str(tmp_path), report=told.append)
+    assert len(told) == 1
+    assert "texts of at most 4096 they would be scaled otherwise: open the model with a context of 4096" in told[0]
+    open_model(str(tmp_path), context=4096, report=told.append)
+    assert len(told) == 1
 
 
 def gate_and_up_swapped(weights: LayerWeights) -> LayerWeights:
