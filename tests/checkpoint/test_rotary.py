@@ -18,6 +18,8 @@ from twinfer.checkpoint.fields import Fields
 from twinfer.checkpoint.rotary_fields import Head, Rotation, rotation
 from twinfer.spec.errors import ConfigError
 
+from ..families.conftest import AGREEMENT, furthest, widened
+
 bases = st.sampled_from([100.0, 10000.0, 100000.0, 500000.0, 1e6])
 sizes = st.integers(1, 64).map(lambda pairs: 2 * pairs)
 factors = st.sampled_from([1.0, 2.0, 4.0, 8.0, 32.0, 2.5])
@@ -44,6 +46,7 @@ scalings = st.one_of(
 """Those that do not lengthen what rotates; YaRN and LongRoPE are held against transformers in float64, by
 tests/families."""
 CONTEXT = 2 * 8192
+CONTEXTS = {"max_position_embeddings": CONTEXT}
 
 
 def read(config: dict[str, Any], size: int, most_tokens: int | None = None, **head: Any) -> Rotation:
@@ -90,6 +93,27 @@ def test_frequencies_are_transformers(base: float, size: int, scaling: dict[str,
     found_J = ours({"rope_parameters": {"rope_theta": base, **scaling}}, size)
     assert found_J.dtype == torch.float64
     assert bool(((found_J - expected_J).abs() <= relative * expected_J).all()), (found_J / expected_J - 1) / unit
+
+
+@given(data=st.data(), size=sizes, whole=st.booleans())
+def test_yarn_is_transformers_in_float64(data: st.DataObject, size: int, whole: bool) -> None:
+    """With bounds of the blend before the first pair, behind the last, and on the wrong side of each other, too."""
+    scaling = {
+        "rope_type": "yarn",
+        "rope_theta": data.draw(st.sampled_from([2.0, 77.0, 10000.0, 1e6])),
+        "factor": data.draw(factors),
+        "original_max_position_embeddings": data.draw(st.sampled_from([4, 13, 512, 8192, 100_000])),
+        "beta_fast": data.draw(st.sampled_from([4.0, 32.0, 500.0])),
+        "beta_slow": data.draw(st.sampled_from([0.01, 1.0, 3.0])),
+        "truncate": whole,
+    }
+    with widened():
+        module = LlamaRotaryEmbedding(
+            LlamaConfig(hidden_size=size, num_attention_heads=1, rope_parameters=dict(scaling), **CONTEXTS)
+        )
+    found = read({"rope_parameters": scaling}, size)
+    assert furthest([found.frequency_J[:, None]], [module.inv_freq[:, None]]) <= AGREEMENT
+    assert found.config.magnitude == module.attention_scaling
 
 
 @given(base=bases, size=sizes)
