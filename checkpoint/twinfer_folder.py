@@ -108,8 +108,9 @@ def _write_part(path: Path, part: Any, storage: Storage) -> None:
     places: set[int] = set()
     for each in tensors(part):
         for name, tensor in kept(*each, storage).items():
-            of_part[name] = tensor.clone() if tensor.data_ptr() in places else tensor.contiguous()
-            places.add(tensor.data_ptr())
+            tensor = tensor.contiguous()
+            of_part[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+            places.add(of_part[name].data_ptr())
     save_file(of_part, path)
     sync(path)
 

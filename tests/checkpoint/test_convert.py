@@ -231,13 +231,16 @@ def test_a_storage_is_not_changed_twice(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
 
 
-def test_weights_that_share_memory_are_written_each(tmp_path: Path) -> None:
-    """As a source may have it; the files' library refuses them."""
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_that_share_memory_are_written_each(transposed: bool, tmp_path: Path) -> None:
+    """As a source may have it, in rows or in columns; the files' library refuses them."""
 
     class Sharing(RandomSource):
         def layer(self, index: int) -> LayerWeights:
             layer = super().layer(index)
-            return replace(layer, attention=replace(layer.attention, value=layer.attention.key))
+            weight_NI = layer.attention.key.weight_NI
+            key = replace(layer.attention.key, weight_NI=weight_NI.t().contiguous().t() if transposed else weight_NI)
+            return replace(layer, attention=replace(layer.attention, key=key, value=key))
 
     source = Sharing(model().config)
     convert(checkpoint_of(source), tmp_path / "out", Storage.FLOAT32, quiet)
