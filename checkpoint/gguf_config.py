@@ -87,7 +87,8 @@ class _Reading:
 
     def norm(self, tensor: str) -> NormConfig:
         kind = self.architecture.norm
-        return NormConfig(kind=kind, epsilon=self.fields.number(EPSILONS[kind]), bias=self._has(f"{tensor}.bias"))
+        plain = NormConfig(kind=kind, epsilon=self.fields.number(EPSILONS[kind]))
+        return replace(plain, bias=self._has(f"{tensor}.bias")) if plain.has_bias else plain
 
     def attention(self, numbers: Mapping[str, float], layers: int, *, with_alibi: bool) -> AttentionConfig:
         hidden, heads = self.fields.integer("embedding_length"), self._heads()

@@ -7,6 +7,7 @@ from torch import Tensor
 from twinfer.bench import __main__ as bench
 from twinfer.bench.peers import transformers_llama
 from twinfer.bench.side_by_side import PathCandidate, Speeds, TransformersCandidate, measure
+from twinfer.checkpoint import open_model
 from twinfer.oracle.models import RandomSource
 from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import (
@@ -84,6 +85,14 @@ def test_both_kinds_of_candidate_can_be_timed() -> None:
     for candidate in (PathCandidate(ReferencePath(source)), TransformersCandidate(transformers_llama(source))):
         assert candidate.prefill(torch.arange(9)) > 0
         assert candidate.decode(torch.arange(9), 2) > 0
+
+
+def test_the_peer_is_the_model_that_is_compared_by_default() -> None:
+    """Whatever the trained model's file says in other words than the peer's config."""
+    source = open_model("smollm2").source
+    token_T = torch.tensor([504, 3575, 282, 4649, 314])
+    with torch.no_grad():
+        assert int(transformers_llama(source)(token_T[None]).logits[0, -1].argmax()) == 7042
 
 
 def test_models_that_the_peer_is_not_are_refused() -> None:
