@@ -87,8 +87,7 @@ class _Reading:
 
     def norm(self, tensor: str) -> NormConfig:
         kind = self.architecture.norm
-        plain = NormConfig(kind=kind, epsilon=self.fields.number(EPSILONS[kind]))
-        return replace(plain, bias=self._has(f"{tensor}.bias")) if plain.has_bias else plain
+        return NormConfig(kind=kind, epsilon=self.fields.number(EPSILONS[kind]), bias=self._has(f"{tensor}.bias"))
 
     def attention(self, numbers: Mapping[str, float], layers: int, *, with_alibi: bool) -> AttentionConfig:
         hidden, heads = self.fields.integer("embedding_length"), self._heads()

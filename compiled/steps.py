@@ -141,10 +141,7 @@ def _decode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor
             )
             return linear_few(mixed_RHD.flatten(1), weights.output, storage)
 
-        def feed(normed_RM: Tensor) -> Tensor:
-            return linear_few(_activated(linear_few(normed_RM, weights.up, storage), config), weights.down, storage)
-
-        return _around(x_RM, weights, config, attend, feed)
+        return _around(x_RM, weights, config, attend, _feeding(weights, config, storage, linear_few))
 
     return layer
 
@@ -176,10 +173,7 @@ def _prefill_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tenso
             )
             return linear_many(mixed_THD.flatten(1), weights.output, storage)
 
-        def feed(normed_TM: Tensor) -> Tensor:
-            return linear_many(_activated(linear_many(normed_TM, weights.up, storage), config), weights.down, storage)
-
-        return _around(x_TM, weights, config, attend, feed)
+        return _around(x_TM, weights, config, attend, _feeding(weights, config, storage, linear_many))
 
     return layer
 
@@ -198,16 +192,22 @@ def _encode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor
             )
             return linear_many(mixed_THD.flatten(1), weights.output, storage)
 
-        def feed(normed_TM: Tensor) -> Tensor:
-            return linear_many(_activated(linear_many(normed_TM, weights.up, storage), config), weights.down, storage)
-
-        return _around(x_TM, weights, config, attend, feed)
+        return _around(x_TM, weights, config, attend, _feeding(weights, config, storage, linear_many))
 
     return layer
 
 
 Half = Callable[[Tensor], Tensor]
 """Attention or MLP: rows [T, M] to what is added to them."""
+
+
+def _feeding(weights: Layer, config: LayerConfig, storage: Storage, product: Product) -> Half:
+    """The MLP, by products for a few rows or for many."""
+
+    def feed(normed_TM: Tensor) -> Tensor:
+        return product(_activated(product(normed_TM, weights.up, storage), config), weights.down, storage)
+
+    return feed
 
 
 def _around(x_TM: Tensor, weights: Layer, config: LayerConfig, attend: Half, feed: Half) -> Tensor:

@@ -99,7 +99,7 @@ def embed_inputs(case: Case) -> Inputs:
 
 
 def _norm_weights(case: Case, config: NormConfig) -> NormWeights:
-    bias_M = parameters(case, "bias", case.n.M) if config.has_bias else None
+    bias_M = parameters(case, "bias", case.n.M) if config.bias else None
     return NormWeights(gain_M=parameters(case, "gain", case.n.M), bias_M=bias_M)
 
 

@@ -195,7 +195,7 @@ def configured_inputs(case: Case) -> Inputs:
         bias=bool(case.options["bias"]),
         gain_from_one=bool(case.options["gain_from_one"]),
     )
-    bias_M = parameters(case, "bias", case.n.M) if config.has_bias else None
+    bias_M = parameters(case, "bias", case.n.M) if config.bias else None
     weights = NormWeights(gain_M=parameters(case, "gain", case.n.M), bias_M=bias_M)
     return {"x": activations(case, "x", case.n.B, case.n.T, case.n.M), "weights": weights, "config": config}
 

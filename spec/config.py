@@ -115,15 +115,13 @@ class NormConfig:
     epsilon: float
     """Added to the variance (or mean square) before the root."""
     bias: bool = True
-    """Whether a layer norm adds a bias; an RMS norm has none in any case."""
+    """Whether it adds a bias. An RMS norm has none, and this is false whatever is given: equal norms are equal."""
     gain_from_one: bool = False
     """Whether the gain is stored as its distance from 1, as Gemma does: what multiplies is 1 + gain."""
 
-    @property
-    def has_bias(self) -> bool:
-        return self.bias and self.kind is NormKind.LAYER
-
     def __post_init__(self) -> None:
+        if self.kind is NormKind.RMS:
+            object.__setattr__(self, "bias", False)
         _require(self.epsilon > 0, "NormConfig.epsilon", self.epsilon, "a positive number, such as 1e-5")
 
 

@@ -109,7 +109,7 @@ def _mlp(config: MlpConfig, hidden: int) -> Shapes:
 
 def _norm(name: str, config: NormConfig, width: int) -> Shapes:
     shapes: Shapes = {f"{name}.gain_M": (width,)}
-    if config.has_bias:
+    if config.bias:
         shapes[f"{name}.bias_M"] = (width,)
     return shapes
 

@@ -138,3 +138,12 @@ def attention(**fields: Any) -> AttentionConfig:
 def test_configs_that_no_model_can_have_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_equal_norms_are_equal() -> None:
+    """Models are compared by their configs, and an RMS norm has no bias whatever a file says of it."""
+    with_word, without = (NormConfig(kind=NormKind.RMS, epsilon=1e-5, bias=bias) for bias in (True, False))
+    assert with_word == without
+    assert hash(with_word) == hash(without)
+    assert not with_word.bias
+    assert NormConfig(kind=NormKind.LAYER, epsilon=1e-5).bias
