@@ -8,15 +8,24 @@ rounded half to even, so codes lie in -127 .. 127 and -128 is never used. The we
 code * scale: whatever computes with it is compared on exactly that. This is the weight half of the INT8 of the paper's
 section III-D, which quantises activations as well; its public code uses groups along the flattened weight.
 
-Shapes: N rows (outputs), I inputs.
+Int4, asymmetric, over groups g of 64 consecutive inputs of one row, the last of which may be shorter:
+
+    low[n, g] = min_g weight        step[n, g] = (max_g weight - low[n, g]) / 15
+    code[n, i] = round((weight[n, i] - low[n, g]) / step[n, g])
+
+rounded half to even, so codes lie in 0 .. 15. The weight that counts is code * step + low. This is the 4-bit format of
+ZeRO-Inference (2023), which keeps scale = 15 / (max - min), the step's reciprocal, and reads q / scale + min.
+
+Shapes: N rows (outputs), I inputs, G groups of a row, C inputs of a group.
 """
 
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
-from ..spec.config import Storage
+from ..spec.config import INT4_GROUP, Storage
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +54,53 @@ def dequantise_rows(quantised: RowQuantised, dtype: torch.dtype) -> Tensor:
     return quantised.code_NI.to(dtype) * quantised.scale_N.to(dtype)[:, None]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupQuantised:
+    code_NI: Tensor
+    """uint8, 0 .. 15."""
+    step_NG: Tensor
+    """float32; zero for a group of equal weights."""
+    low_NG: Tensor
+    """float32: what code 0 stands for."""
+
+
+def quantise_groups(weight_NI: Tensor) -> GroupQuantised:
+    """Quantise each group of each row between its own least and largest; each operation rounds to float32.
+
+    A group of equal weights has step 0 and codes 0 and stays as it is; so narrow a group that its step underflows
+    becomes its least weight. A group that holds something not finite, or whose range overflows, becomes NaN.
+
+    >>> quantised = quantise_groups(torch.tensor([[-1.0, 14.0, 1.5, 2.5] + 60 * [3.0] + 6 * [7.0]]))
+    >>> quantised.code_NI[:, [0, 1, 2, 3, 4, 64, 69]].tolist()
+    [[0, 15, 2, 4, 4, 0, 0]]
+    >>> quantised.step_NG.tolist(), quantised.low_NG.tolist()
+    ([[1.0, 0.0]], [[-1.0, 7.0]])
+    """
+    inputs = weight_NI.shape[1]
+    whole = torch.arange(-(-inputs // INT4_GROUP) * INT4_GROUP, device=weight_NI.device)
+    filled_NI = weight_NI.to(torch.float32)[:, whole.clamp_max(inputs - 1)]  # repeats the last: same least and largest
+    weight_NGC = rearrange(filled_NI, "n (g c) -> n g c", c=INT4_GROUP)
+    low_NG = weight_NGC.amin(-1)
+    step_NG = (weight_NGC.amax(-1) - low_NG) / 15
+    divisor_NG1 = step_NG.where(step_NG > 0, torch.inf)[..., None]  # a group of step 0 has codes 0
+    code_NGC = torch.round((weight_NGC - low_NG[..., None]) / divisor_NG1).nan_to_num(0.0)  # torch rounds half to even
+    code_NGC = code_NGC.clamp(0, 15).to(torch.uint8)
+    return GroupQuantised(rearrange(code_NGC, "n g c -> n (g c)")[:, :inputs], step_NG, low_NG)
+
+
+def dequantise_groups(quantised: GroupQuantised, dtype: torch.dtype) -> Tensor:
+    """code * step + low as [N, I], each operation in `dtype`.
+
+    In float64 the product is exact (4 + 24 bits) and the sum rounds once; it too is exact unless low is tiny beside the
+    step. In float32 both round.
+    """
+    step_NI, low_NI = (
+        repeat(each_NG.to(dtype), "n g -> n (g c)", c=INT4_GROUP)[:, : quantised.code_NI.shape[1]]
+        for each_NG in (quantised.step_NG, quantised.low_NG)
+    )
+    return quantised.code_NI.to(dtype) * step_NI + low_NI
+
+
 def stored(weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
     """The matrix as it comes back out of storage, in `dtype`."""
     match storage:
@@ -54,3 +110,5 @@ def stored(weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
             return weight_NI.to(torch.bfloat16).to(dtype)
         case Storage.INT8:
             return dequantise_rows(quantise_rows(weight_NI), dtype)
+        case Storage.INT4:
+            return dequantise_groups(quantise_groups(weight_NI), dtype)

@@ -107,6 +107,12 @@ class Storage(StrEnum):
     """Rounded to nearest, ties to even."""
     INT8 = "int8"
     """Symmetric, one float32 scale a row (an output of a linear, a token of the table); rounded half to even."""
+    INT4 = "int4"
+    """Asymmetric, a float32 step and lowest value for each group of `INT4_GROUP` inputs of a row; half to even."""
+
+
+INT4_GROUP = 64
+"""How many consecutive inputs of a row share a step in int4 storage; the last group of a row may be shorter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
