@@ -8,18 +8,23 @@ row's peak, which is what codes of the largest magnitude become:
 
     scale = peak / 127      weight = sign(code) * peak where |code| is the row's largest, else code * scale
 
-Shapes: N rows, I columns.
+In int4 it keeps the least and the largest weight of each group (`kept_groups` says why).
+
+Shapes: N rows, I columns, G groups of a row.
 """
 
 import torch
 from torch import Tensor
 
-from ..spec.config import Storage
+from ..spec.config import INT4_GROUP, Storage
 from ..spec.errors import WeightError
 from ..spec.shapes import Shapes, is_made, is_matrix
+from .kept_groups import dequantised_groups, quantised_groups
 
 PEAK = ".peak_N"
 """Ends the name of the tensor of peaks that stands beside one of int8 codes."""
+LOW, HIGH = ".low_NG", ".high_NG"
+"""End the names of the tensors that stand beside one of int4 codes: the least and largest weight of each group."""
 
 
 def layout(shapes: Shapes, storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -30,28 +35,55 @@ def layout(shapes: Shapes, storage: Storage) -> dict[str, tuple[str, tuple[int, 
     """
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        matrix = {Storage.FLOAT32: "F32", Storage.BFLOAT16: "BF16", Storage.INT8: "I8"}[storage]
-        expected[name] = "F64" if is_made(name) else matrix if is_matrix(name) else "F32", shape
-        if is_matrix(name) and storage is Storage.INT8:
-            expected[name + PEAK] = "F32", shape[:1]
+        if is_matrix(name):
+            expected |= _matrix_layout(name, shape[0], shape[1], storage)
+        else:
+            expected[name] = "F64" if is_made(name) else "F32", shape
     return expected
 
 
+def _matrix_layout(name: str, rows: int, inputs: int, storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
+    match storage:
+        case Storage.FLOAT32:
+            return {name: ("F32", (rows, inputs))}
+        case Storage.BFLOAT16:
+            return {name: ("BF16", (rows, inputs))}
+        case Storage.INT8:
+            return {name: ("I8", (rows, inputs)), name + PEAK: ("F32", (rows,))}
+        case Storage.INT4:
+            of_groups = "F32", (rows, -(-inputs // INT4_GROUP))
+            return {name: ("U8", (rows, -(-inputs // 2))), name + LOW: of_groups, name + HIGH: of_groups}
+
+
 def kept(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
-    """What a file holds for the weight of that name. Raises `WeightError` for what int8 cannot keep."""
+    """What a file holds for the weight of that name. Raises `WeightError` for what int8 and int4 cannot keep."""
     if is_made(name):
         return {name: tensor}
-    if not is_matrix(name) or storage is Storage.FLOAT32:
+    if not is_matrix(name):
         return {name: tensor.to(torch.float32)}
-    if storage is Storage.BFLOAT16:
-        return {name: tensor.to(torch.bfloat16)}
-    code_NI, peak_N = quantised(tensor.to(torch.float32), name)
-    return {name: code_NI, name + PEAK: peak_N}
+    match storage:
+        case Storage.FLOAT32:
+            return {name: tensor.to(torch.float32)}
+        case Storage.BFLOAT16:
+            return {name: tensor.to(torch.bfloat16)}
+        case Storage.INT8:
+            return dict(zip((name, name + PEAK), quantised(tensor.to(torch.float32), name), strict=True))
+        case Storage.INT4:
+            of_groups = quantised_groups(tensor.to(torch.float32), name)
+            return dict(zip((name, name + LOW, name + HIGH), of_groups, strict=True))
 
 
-def given_back(tensor: Tensor, peak_N: Tensor | None) -> Tensor:
-    """The weight of a file's tensor: as it is, or codes and peaks as float32 [N, I]."""
-    return tensor if peak_N is None else dequantised(tensor, peak_N)
+def given_back(found: dict[str, Tensor], shapes: Shapes, storage: Storage) -> dict[str, Tensor]:
+    """The weights that a file's tensors stand for: as they are, or as float32 where they are codes."""
+    weights = {}
+    for name, shape in shapes.items():
+        if is_matrix(name) and storage is Storage.INT8:
+            weights[name] = dequantised(found[name], found[name + PEAK])
+        elif is_matrix(name) and storage is Storage.INT4:
+            weights[name] = dequantised_groups(found[name], found[name + LOW], found[name + HIGH], shape[1])
+        else:
+            weights[name] = found[name]
+    return weights
 
 
 def quantised(weight_NI: Tensor, name: str = "weight_NI") -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..spec.config import ModelConfig, Storage
 from ..spec.counts import total
 from ..spec.errors import CheckpointError, RequestError
-from ..spec.shapes import embedding_shapes, head_shapes, layer_shapes
+from ..spec.shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
 from ..spec.weights import (
     EmbeddingWeights,
     HeadWeights,
@@ -39,7 +39,7 @@ from ..spec.weights import (
 )
 from .config_json import from_json, to_json
 from .fields import Fields
-from .kept import PEAK, given_back, kept, layout
+from .kept import given_back, kept, layout
 from .source import cut, limited
 from .synced import sync
 from .tokenizer import Tokenizer, read_tokenizer
@@ -159,7 +159,9 @@ class TwinferFolder:
         self.config: ModelConfig = limited(config, most_tokens)
         self.about = fields
         self._folder = folder
-        self._check(config)
+        self._shapes: dict[str, Shapes] = {"embedding": embedding_shapes(config), "head": head_shapes(config)}
+        self._shapes |= {_layer_name(i): layer_shapes(each, config.hidden) for i, each in enumerate(config.layers)}
+        self._check()
 
     def embedding(self) -> EmbeddingWeights:
         return cut(self._read(EmbeddingWeights, "embedding"), self.config)
@@ -178,13 +180,11 @@ class TwinferFolder:
             raise CheckpointError(f"{self._folder} lacks {TOKENIZER}; {REMEDY}")
         return read_tokenizer(path, REMEDY)
 
-    def _check(self, config: ModelConfig) -> None:
-        parts = {"embedding": embedding_shapes(config), "head": head_shapes(config)}
-        parts |= {_layer_name(i): layer_shapes(each, config.hidden) for i, each in enumerate(config.layers)}
+    def _check(self) -> None:
         there = {path.name for path in self._folder.glob(f"*{ENDING}")}
-        if surplus := sorted(there - {f"{name}{ENDING}" for name in parts}):
+        if surplus := sorted(there - {f"{name}{ENDING}" for name in self._shapes}):
             raise CheckpointError(f"{self._folder} holds {surplus[0]}, which its config has no place for; {REMEDY}")
-        for name, shapes in parts.items():
+        for name, shapes in self._shapes.items():
             found, right = self._header(name), layout(shapes, self.storage)
             for tensor in [*right, *found]:
                 if found.get(tensor) != right.get(tensor):
@@ -202,9 +202,7 @@ class TwinferFolder:
     def _read(self, kind: type[Part], name: str) -> Part:
         with self._opened(name) as file:
             found: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        peaks = {key.removesuffix(PEAK): value for key, value in found.items() if key.endswith(PEAK)}
-        weights = {key: given_back(value, peaks.get(key)) for key, value in found.items() if not key.endswith(PEAK)}
-        return assemble(kind, weights)
+        return assemble(kind, given_back(found, self._shapes[name], self.storage))
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .config import ModelConfig, Storage
+from .config import INT4_GROUP, ModelConfig, Storage
 from .shapes import Shapes, embedding_shapes, head_shapes, is_matrix, layer_shapes, trained
 
 FLOAT32_BYTES = 4
@@ -40,6 +40,8 @@ class Count:
     """Elements of matrices that are kept in the chosen storage."""
     rows: int = 0
     """Rows of those matrices: each has one float32 scale in int8 storage."""
+    groups: int = 0
+    """Groups of those rows: each has a float32 step and a float32 lowest value in int4 storage."""
     float32: int = 0
     """Elements that stay float32 in every storage: gains, biases, learned positions, routers."""
 
@@ -49,17 +51,25 @@ class Count:
 
     def bytes(self, storage: Storage) -> int:
         """What the component takes in that storage, scales included, padding of packed words not."""
-        element = {Storage.FLOAT32: 4, Storage.BFLOAT16: 2, Storage.INT8: 1}[storage]
-        scales = self.rows if storage is Storage.INT8 else 0
-        return element * self.matrix + FLOAT32_BYTES * (scales + self.float32)
+        bits = {Storage.FLOAT32: 32, Storage.BFLOAT16: 16, Storage.INT8: 8, Storage.INT4: 4}[storage]
+        scales = {Storage.INT8: self.rows, Storage.INT4: 2 * self.groups}.get(storage, 0)
+        return -(-bits * self.matrix // 8) + FLOAT32_BYTES * (scales + self.float32)
 
     def __add__(self, other: "Count") -> "Count":
         return Count(
-            matrix=self.matrix + other.matrix, rows=self.rows + other.rows, float32=self.float32 + other.float32
+            matrix=self.matrix + other.matrix,
+            rows=self.rows + other.rows,
+            groups=self.groups + other.groups,
+            float32=self.float32 + other.float32,
         )
 
     def __rmul__(self, times: int) -> "Count":
-        return Count(matrix=times * self.matrix, rows=times * self.rows, float32=times * self.float32)
+        return Count(
+            matrix=times * self.matrix,
+            rows=times * self.rows,
+            groups=times * self.groups,
+            float32=times * self.float32,
+        )
 
 
 def count(config: ModelConfig) -> dict[Component, Count]:
@@ -99,8 +109,11 @@ def _counted(shapes: Shapes, other: Component) -> Iterator[tuple[Component, Coun
     for name, shape in trained(shapes).items():
         parts = name.split(".")
         component = Component.ATTENTION if parts[0] == "attention" else other
-        elements = math.prod(shape)
-        yield (
-            Component.NORMS if any(part.endswith("norm") for part in parts) else component,
-            Count(matrix=elements, rows=shape[0]) if is_matrix(name) else Count(float32=elements),
-        )
+        yield Component.NORMS if any(part.endswith("norm") for part in parts) else component, _of_tensor(name, shape)
+
+
+def _of_tensor(name: str, shape: tuple[int, ...]) -> Count:
+    if not is_matrix(name):
+        return Count(float32=math.prod(shape))
+    rows, inputs = shape
+    return Count(matrix=rows * inputs, rows=rows, groups=rows * -(-inputs // INT4_GROUP))

@@ -68,15 +68,18 @@ def test_a_converted_model_is_the_same_bit_by_bit(seed: int, storage: Storage, t
 
 def test_files_hold_what_the_storage_says(tmp_path: Path) -> None:
     """Matrices in the storage, vectors in float32, angles in float64; opened by the safetensors library alone."""
-    for storage, dtype in zip(Storage, (torch.float32, torch.bfloat16, torch.int8), strict=True):
+    kept_as = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
+    for storage, dtype in zip(Storage, kept_as, strict=True):
         folder = tmp_path / storage
         convert(checkpoint_of(model()), folder, storage, quiet)
         with safe_open(folder / "layer-00000.safetensors", framework="pt") as file:
             dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
         assert dtypes["mlp.up.weight_NI"] is dtype
         assert ("mlp.up.weight_NI.peak_N" in dtypes) == (storage is Storage.INT8)
+        assert ("mlp.up.weight_NI.high_NG" in dtypes) == (storage is Storage.INT4)
         assert all(found is torch.float64 for name, found in dtypes.items() if "frequency" in name)
-        assert all(found is torch.float32 for name, found in dtypes.items() if "gain" in name or "peak" in name)
+        beside = ("gain_M", "peak_N", "low_NG", "high_NG")
+        assert all(found is torch.float32 for name, found in dtypes.items() if name.endswith(beside))
 
 
 def words() -> Tokenizer:

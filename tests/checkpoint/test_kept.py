@@ -1,15 +1,18 @@
 """How the twinfer form keeps matrices and configs: what is read back is what was written, bit by bit."""
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from twinfer.checkpoint.config_json import from_json, to_json
 from twinfer.checkpoint.kept import dequantised, kept, quantised
+from twinfer.checkpoint.kept_groups import dequantised_groups, quantised_groups
 from twinfer.compiled.packing import pack
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import draw_model_config
@@ -57,6 +60,67 @@ def test_int8_keeps_finite_numbers_alone(value: float) -> None:
     weight_NI = torch.tensor([[1.0], [value]])
     with pytest.raises(WeightError, match=r"mlp\.up\.weight_NI holds (inf|nan) in row 1; int8 keeps finite"):
         kept("mlp.up.weight_NI", weight_NI, Storage.INT8)
+
+
+def narrow_rows(seed: int, inputs: int) -> Tensor:
+    """Neighbouring float32 numbers: groups a few to a few dozen of them wide, denormals and powers of two included."""
+    generator = torch.Generator().manual_seed(seed)
+    exponent_N1 = torch.randint(-149, 100, (64, 1), generator=generator)
+    base_N1 = torch.where(torch.rand(64, 1, generator=generator) < 0.5, 1.0, torch.rand(64, 1, generator=generator))
+    bits_N1 = (base_N1.double() * 2.0**exponent_N1).float().view(torch.int32)
+    width_N1 = torch.randint(1, 80, (64, 1), generator=generator)
+    offset_NI = (torch.rand(64, inputs, generator=generator) * width_N1).int() - width_N1 // 2
+    sign_N1 = torch.randint(0, 2, (64, 1), generator=generator) * 2 - 1
+    return sign_N1 * (bits_N1 + offset_NI).clamp_min(0).int().view(torch.float32)
+
+
+def wide_rows(seed: int, inputs: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    power_NI = torch.randint(-140, 110, (64, 1), generator=generator)
+    power_NI = power_NI + torch.randint(0, 9, (64, inputs), generator=generator)
+    return (torch.randn(64, inputs, generator=generator).double() * 2.0**power_NI).float()
+
+
+@given(seed=seeds, inputs=st.integers(1, 150), draw=st.sampled_from([narrow_rows, wide_rows]))
+@settings(max_examples=200)
+def test_groups_quantise_to_themselves(seed: int, inputs: int, draw: Any) -> None:
+    """On both paths, from a group whose step is zero or denormal, or finer than float32 there, to the widest."""
+    weight_NI = draw(seed, inputs)
+    assert bool((weight_NI.diff() != 0).any()) or inputs < 3
+    again_NI = dequantised_groups(*quantised_groups(weight_NI), inputs)
+    assert same_bits(quantised_groups(weight_NI)[0], quantised_groups(again_NI)[0])
+    assert same_bits(*(stored(each, Storage.INT4, torch.float64) for each in (weight_NI, again_NI)))
+    one, other = (pack(each, Storage.INT4) for each in (weight_NI, again_NI))
+    for field in fields(one):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs, field.name
+
+
+def test_codes_times_steps_would_not_do() -> None:
+    """What the largest weights are for: of some groups, what comes back has another step, and so other weights."""
+    weight_NI = torch.cat([wide_rows(seed, 64) for seed in range(20)])
+    plain_NI = stored(weight_NI, Storage.INT4, torch.float32)
+    again_NI = stored(plain_NI, Storage.INT4, torch.float32)
+    assert not same_bits(again_NI, plain_NI)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1.0, torch.inf], "holds weights from 1.0 to inf in row 1; int4 keeps finite"),
+        ([-torch.inf, 1.0], "holds weights from -inf to 1.0 in row 1; int4 keeps finite"),
+        ([1.0, torch.nan], "holds weights from nan to nan in row 1; int4 keeps finite"),
+        ([-3e38, 3e38], r"in row 1; int4 keeps finite numbers alone, and no more than 3.4e\+38 apart"),
+    ],
+)
+def test_int4_keeps_finite_ranges_alone(row: list[float], message: str) -> None:
+    with pytest.raises(WeightError, match=r"mlp\.up\.weight_NI .*" + message):
+        kept("mlp.up.weight_NI", torch.tensor([[1.0, 2.0], row]), Storage.INT4)
+
+
+def test_the_even_index_lies_in_the_high_four_bits() -> None:
+    byte_NW, _, _ = quantised_groups(torch.arange(16.0)[None])
+    assert [f"{byte:02x}" for byte in byte_NW[0].tolist()] == ["01", "23", "45", "67", "89", "ab", "cd", "ef"]
 
 
 @given(seed=seeds)

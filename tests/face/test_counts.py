@@ -41,10 +41,12 @@ def test_counts_are_the_elements_of_the_weights(seed):
         matrices = [tensor for name, tensor in mine if name.endswith(("weight_NI", "token_VE"))]
         elements, in_matrices = sum(t.numel() for _, t in mine), sum(t.numel() for t in matrices)
         rows = sum(len(t) for t in matrices)
+        groups = sum(len(t) * len(t[0].split(64)) for t in matrices)
         assert counts[component].parameters == elements
         assert counts[component].bytes(Storage.FLOAT32) == 4 * elements
         assert counts[component].bytes(Storage.BFLOAT16) == 4 * elements - 2 * in_matrices
         assert counts[component].bytes(Storage.INT8) == 4 * elements - 3 * in_matrices + 4 * rows
+        assert counts[component].bytes(Storage.INT4) == 4 * elements - 7 * in_matrices // 2 + 8 * groups
     assert total(config).parameters == sum(tensor.numel() for _, _, tensor in trained(RandomSource(config)))
 
 
