@@ -23,6 +23,7 @@ from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
 from .artefacts import ready
+from .graph import CudaGraphs, InductorGraphs, bucket, chosen, decode_graphs, keep_in_place
 from .head import head_many, scale_and_cap
 from .machine import check_compiler, checked_device
 from .programs import as_is, dynamic, graph, pinned, region
@@ -41,8 +42,9 @@ class CompiledPath:
     """Implements `twinfer.spec.decoder.Decoder` and `Encoder`.
 
     Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage or
-    compute dtype, and what the source raises; all before the weights are read, the last excepted. `report` is told, in
-    a line of text, what takes long.
+    compute dtype, for an unknown `cuda_graphs` or one that the device cannot have, and what the source raises; all
+    before the weights are read, the last excepted. `report` is told, in a line of text, what takes long. `cuda_graphs`
+    says who captures the decode step on a CUDA device: if nothing is said, `graph` does.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class CompiledPath:
         storage: Storage = Storage.FLOAT32,
         compute: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        cuda_graphs: CudaGraphs | str | None = None,
         report: Callable[[str], None] | None = None,
         _eager: bool = False,
         _keep_guards: bool = False,
@@ -61,6 +64,7 @@ class CompiledPath:
         if compute is not torch.float32:
             raise RequestError(f"compute is {compute}; the compiled path offers torch.float32 alone")
         self._device = checked_device(device)
+        by_whom = chosen(cuda_graphs, self._device)
         if not _eager:
             check_compiler(self._device)
         self._config = source.config
@@ -77,8 +81,12 @@ class CompiledPath:
         self._programs: dict[str, Callable[..., Any]] = {
             name: program(self._config, self._storage, wrap) for name, program in makers.items()
         }
+        self._graphs = decode_graphs(by_whom, self._model, self._device)
         if not _eager:
-            self._programs = {name: graph(each, keep_guards=_keep_guards) for name, each in self._programs.items()}
+            self._programs = {
+                name: graph(each, keep_guards=_keep_guards, capturing=self._inductor_captures(name))
+                for name, each in self._programs.items()
+            }
         self._uncompiled = set() if _eager else set(self._programs)
         self._keep_guards = _keep_guards
 
@@ -191,10 +199,16 @@ class CompiledPath:
         position_R = torch.tensor(positions, device=self._device)
         start_R = torch.tensor([row * sequences.capacity for row in rows], device=self._device)
         program = self._ready("decode" if len(rows) == 1 else "decode rows")
-        logits_RV: Tensor = program(
-            self._model, sequences.caches, token_R, position_R, start_R, self._slots[: max(2, max(positions) + 1)]
-        )
+        longest = max(positions) + 1
+        if self._graphs is not None:
+            slot_S = self._slots[: bucket(longest, sequences.capacity)]
+            return self._graphs.step(program, sequences.caches, token_R, position_R, start_R, slot_S)
+        slot_S = self._slots[: max(2, longest)]
+        logits_RV: Tensor = program(self._model, sequences.caches, token_R, position_R, start_R, slot_S)
         return logits_RV
+
+    def _inductor_captures(self, name: str) -> bool:
+        return isinstance(self._graphs, InductorGraphs) and name.startswith("decode")
 
     def _prefill(
         self, sequences: StaticSequences, row: int, token_T: Tensor, every_position: bool
@@ -219,7 +233,9 @@ class CompiledPath:
         """The program of this name, compiled."""
         if name in self._uncompiled:
             program, arguments = self._programs[name], self._example(name)
-            if self._keep_guards:
+            if self._inductor_captures(name):
+                keep_in_place(arguments[1])
+            if self._keep_guards or self._inductor_captures(name):  # whether a kept program keeps them is not known
                 program(*arguments)
             else:
                 described = f"{name} {self._storage} {self._config}"

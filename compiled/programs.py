@@ -21,9 +21,13 @@ OPTIONS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "a
 _compile: Callable[..., Any] = torch.compile  # its type stub does not know isolate_recompiles
 
 
-def graph(program: Callable[..., Any], *, keep_guards: bool = False) -> Callable[..., Any]:
-    """The program under torch.compile; nothing is compiled before its first call."""
-    options = dict(OPTIONS)
+CAPTURING: dict[str, Any] = {"triton.cudagraphs": True}
+"""What `torch.compile(mode="reduce-overhead")` stands for; a mode cannot be given beside options."""
+
+
+def graph(program: Callable[..., Any], *, keep_guards: bool = False, capturing: bool = False) -> Callable[..., Any]:
+    """The program under torch.compile; nothing is compiled before its first call. `capturing`: with CUDA graphs."""
+    options = OPTIONS | CAPTURING if capturing else dict(OPTIONS)
     if not keep_guards:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     # Programs of other paths share this one's code: without guards, only isolation keeps their graphs apart. And with

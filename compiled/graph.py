@@ -1,0 +1,268 @@
+"""Decode steps as CUDA graphs: captured once for each bucket of sizes, then replayed.
+
+Why it is faster: a small model at a small batch waits for its kernels to be launched, some hundreds a step; a replay
+launches them all at once (the paper's section III-D). What it relies on: a decode step reads no value on the host and
+writes its caches in place (`capture_checks` looks for both without a GPU), and everything that it reads or writes lies
+where it lay at capture. So a graph belongs to one tuple of caches and to one bucket of sizes, rows R and slots S:
+
+- R is how many sequences gain a token.
+- S is a power of two (`bucket`), so that a few graphs serve every length. Slots that a sequence has not reached are
+  masked: they change no value, though a sum over more of them may round otherwise.
+
+A graph is never replayed over caches that are gone, whether closed or grown: it knows them by weak references, which
+keep no memory. Inputs are copied into tensors of the graph's own, logits out of it, so what a caller holds never
+changes. Warm-up does write into the caches: the slots that it writes, which are the step's own, are put back.
+
+All graphs share one memory pool, which grows to what the largest bucket needs at once, and the logits of each graph.
+They use it in turn: a path runs one step at a time, on one stream.
+
+There was no GPU to try this on. The rules above are tested on a stand-in for `Device`; `CudaDevice`, and all of
+`InductorGraphs`, are untried.
+
+Shapes: R sequences that gain one token, S slots read, C slots of a cache, K key/value heads, D head size, V vocabulary.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..spec.errors import RequestError
+from .steps import Cache
+from .weights import Model
+
+_LEAST_SLOTS = 128
+"""The smallest bucket: reading so few slots costs less than a graph for each smaller power of two."""
+
+_MOST_GRAPHS = 16
+"""Graphs kept at a time; the least recently used one goes. One sequence that grows to 8192 tokens needs 7."""
+
+_WARM_UPS = 3
+"""Runs before a capture, as torch's examples and DeepSpeed do: the first ones load kernels and choose among them."""
+
+
+class CudaGraphs(StrEnum):
+    """Who captures the decode step on a CUDA device."""
+
+    OWN = "own"
+    """This module."""
+    INDUCTOR = "inductor"
+    """Inductor's own graphs, as `torch.compile(mode="reduce-overhead")` has them; to compare with."""
+    OFF = "off"
+    """Nobody: kernels are launched one by one."""
+
+
+def chosen(wanted: CudaGraphs | str | None, device: torch.device) -> CudaGraphs:
+    """Who captures on this device: if nothing is asked for, this module on CUDA and nobody elsewhere.
+
+    Raises `RequestError` for an unknown choice, and where graphs are asked for and there can be none.
+    """
+    if wanted is None:
+        return CudaGraphs.OWN if device.type == "cuda" else CudaGraphs.OFF
+    if wanted not in list(CudaGraphs):
+        raise RequestError(f"cuda_graphs is {wanted!r}; it must be one of {', '.join(CudaGraphs)}")
+    if wanted != CudaGraphs.OFF and device.type != "cuda":
+        raise RequestError(f'cuda_graphs is "{wanted}" and the device {device}; use a CUDA device, or "off"')
+    return CudaGraphs(wanted)
+
+
+def bucket(longest: int, capacity: int) -> int:
+    """How many slots a graph reads for sequences of at most `longest` tokens, the new one included.
+
+    >>> [bucket(longest, capacity=700) for longest in (1, 128, 129, 512, 513)]
+    [128, 128, 256, 512, 700]
+    """
+    return min(max(_LEAST_SLOTS, 1 << (longest - 1).bit_length()), capacity)
+
+
+class Captured(Protocol):
+    """A captured call; `torch.cuda.CUDAGraph` is one."""
+
+    def replay(self) -> None:
+        """Run it again on what its tensors hold now; its result, in the same memory, is overwritten."""
+
+    def reset(self) -> None:
+        """Let go of it. The pool lives as long as any graph in it."""
+
+
+class Device(Protocol):
+    """What can capture calls."""
+
+    def pool(self) -> Any:
+        """A new, empty memory pool for graphs."""
+
+    def capture(self, call: Callable[[], Tensor], pool: Any) -> tuple[Captured, Tensor]:
+        """Run the call to warm up, then record it without running it; and the tensor where a replay puts its result.
+
+        What it allocates while it is recorded comes from the pool, where other graphs may use the same memory.
+        """
+
+
+_stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream  # untyped in torch, as is the next
+_next_step: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
+
+
+class CudaDevice:
+    """`Device` by torch's CUDA graphs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = _stream(device)
+
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, call: Callable[[], Tensor], pool: Any) -> tuple[Captured, Tensor]:
+        """On one side stream, warm-up included: what cuBLAS sets up for a stream is then there before, not captured."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(_WARM_UPS):
+                        call()
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                    result = call()
+            finally:
+                current.wait_stream(self._stream)
+        return graph, result
+
+
+class _Graph(NamedTuple):
+    """A captured step with what a replay reads and writes, the caches excepted, which it does not keep alive."""
+
+    captured: Captured
+    inputs: tuple[Tensor, ...]
+    slot_S: Tensor
+    logits_RV: Tensor
+    caches: tuple[weakref.ref[Tensor], ...]
+
+    def can_replay(self) -> bool:
+        return all(each() is not None for each in self.caches)
+
+
+class DecodeGraphs:
+    """The decode steps of one model as graphs, at most `most` of them at a time."""
+
+    def __init__(self, model: Model, device: Device, most: int = _MOST_GRAPHS) -> None:
+        self._model = model
+        self._device = device
+        self._most = most
+        self._pool: Any = None
+        self._graphs: dict[Hashable, _Graph] = {}
+        """Least recently used first."""
+
+    def step(
+        self,
+        program: Callable[..., Tensor],
+        caches: tuple[Cache, ...],
+        token_R: Tensor,
+        position_R: Tensor,
+        start_R: Tensor,
+        slot_S: Tensor,
+    ) -> Tensor:
+        """What `program(model, caches, token_R, ...)` gives and does, to the bit; logits [R, V], the caller's own.
+
+        `program` and the values of `slot_S` follow from R and S: they are looked at only when a graph is captured.
+        """
+        given = token_R, position_R, start_R
+        key = self._key(caches, len(token_R), len(slot_S))
+        graph = self._graphs.pop(key, None)
+        if graph is not None and not graph.can_replay():  # other tensors have the ids of tensors that are gone
+            graph.captured.reset()
+            graph = None
+        if graph is None:
+            graph = self._capture(program, caches, given, slot_S)
+        self._graphs[key] = graph
+        for own, each in zip(graph.inputs, given, strict=True):
+            own.copy_(each)
+        graph.captured.replay()
+        return self._handed_out(graph.logits_RV)
+
+    def _key(self, caches: tuple[Cache, ...], rows: int, slots: int) -> Hashable:
+        return rows, slots, tuple(id(each) for each in _tensors(caches))
+
+    def _capture(
+        self, program: Callable[..., Tensor], caches: tuple[Cache, ...], given: tuple[Tensor, ...], slot_S: Tensor
+    ) -> _Graph:
+        self._make_room()
+        inputs = self._own(given)
+        token_R, position_R, start_R = inputs
+        written_R = start_R + position_R
+        before = self._saved(caches, written_R)
+        try:
+            captured, logits_RV = self._device.capture(
+                lambda: program(self._model, caches, token_R, position_R, start_R, slot_S), self._pool
+            )
+        finally:
+            for each_CKD, rows_RKD in zip(_tensors(caches), before, strict=False):
+                each_CKD[written_R] = rows_RKD
+        return _Graph(captured, inputs, slot_S, logits_RV, tuple(weakref.ref(each) for each in _tensors(caches)))
+
+    def _make_room(self) -> None:
+        """Let go of graphs whose caches are gone, then of the oldest, until one more may come; see to a pool for it."""
+        gone = [key for key, graph in self._graphs.items() if not graph.can_replay()]
+        living = [key for key in self._graphs if key not in gone]
+        for key in gone + living[: max(0, len(living) - self._most + 1)]:
+            self._graphs.pop(key).captured.reset()
+        if not self._graphs:  # torch lets go of a pool with the last graph in it
+            self._pool = self._device.pool()
+
+    def _own(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tensors that keep their address, one storage each, as the programs want them."""
+        return tuple(each.clone() for each in given)
+
+    def _saved(self, caches: tuple[Cache, ...], written_R: Tensor) -> list[Tensor]:
+        return [each_CKD[written_R] for each_CKD in _tensors(caches)]
+
+    def _handed_out(self, logits_RV: Tensor) -> Tensor:
+        return logits_RV.clone()
+
+
+class InductorGraphs:
+    """The same step by Inductor's graphs, which the programs were compiled with (`programs.graph`)."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        keep_in_place(model)
+
+    def step(
+        self,
+        program: Callable[..., Tensor],
+        caches: tuple[Cache, ...],
+        token_R: Tensor,
+        position_R: Tensor,
+        start_R: Tensor,
+        slot_S: Tensor,
+    ) -> Tensor:
+        """As `DecodeGraphs.step`; Inductor captures anew for each S and for caches at other addresses."""
+        keep_in_place(caches)
+        _next_step()
+        return program(self._model, caches, token_R, position_R, start_R, slot_S).clone()
+
+
+def decode_graphs(by_whom: CudaGraphs, model: Model, device: torch.device) -> DecodeGraphs | InductorGraphs | None:
+    """What runs the decode step of this model, or None where its program is simply called."""
+    match by_whom:
+        case CudaGraphs.OWN:
+            return DecodeGraphs(model, CudaDevice(device))
+        case CudaGraphs.INDUCTOR:
+            return InductorGraphs(model)
+        case CudaGraphs.OFF:
+            return None
+
+
+def keep_in_place(tree: Any) -> None:
+    """Tell torch that these tensors stay where they are, or Inductor would copy all weights before each replay."""
+    for each in pytree.tree_leaves(tree):
+        if isinstance(each, Tensor):
+            torch._dynamo.mark_static_address(each, guard=False)
+
+
+def _tensors(caches: tuple[Cache, ...]) -> Iterable[Tensor]:
+    return (each for cache in caches for each in cache)
