@@ -105,8 +105,8 @@ def load(
 
     `model` is a folder, a .gguf file, a built-in name such as smollm2, a checkpoint that is already open, or a source
     of weights such as `from_transformers` gives, which has no tokenizer; `path` is compiled or reference; `storage`
-    how weights are kept (float32, bfloat16, int8; by default as the model was converted, else float32); `compute` the
-    arithmetic; `context` the most tokens of a sequence, where a model named here is to hold fewer than it can. The
+    how weights are kept (float32, bfloat16, int8, int4; by default as the model was converted, else float32); `compute`
+    the arithmetic; `context` the most tokens of a sequence, where a model named here is to hold fewer than it can. The
     compiled path compiles here, once for any prompt and batch size; without `batches`, what only several prompts at
     once need is compiled when they come. `report` is told what takes long.
 

@@ -5,6 +5,7 @@ Shapes: N rows (outputs), I inputs.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .variants import changed, one_row_3_percent_off, then
 def matrix_cases(pick: Picker, op: str) -> Case:
     return Case(
         op=op,
-        sizes={"N": pick.integer(1, 6), "I": pick.integer(1, 20)},
+        sizes={"N": pick.integer(1, 6), "I": pick.integer(1, 150 if op == "stored" else 20)},
         options={"storage": pick.choice([kind.value for kind in Storage])} if op == "stored" else {},
         data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES) if op != "stored" else torch.float32,
@@ -204,7 +205,18 @@ def _numpy_stored(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) ->
             scale = np.abs(weight).max(-1) / np.float32(127)
             code = np.rint(weight / np.where(scale > 0, scale, np.float32(1))[:, None]).clip(-127, 127)
             out = code.astype(np.int8).astype(np.float32) * scale[:, None]
+        case Storage.INT4:
+            out = np.hstack([_numpy_group(weight[:, i : i + 64]) for i in range(0, weight.shape[1], 64)])
     return torch.from_numpy(np.array(out)).to(dtype)
+
+
+def _numpy_group(weight: Any) -> Any:
+    import numpy as np
+
+    low, high = weight.min(-1, keepdims=True), weight.max(-1, keepdims=True)
+    step = (high - low) / np.float32(15)
+    code = np.rint((weight - low) / np.where(step > 0, step, np.float32(np.inf))).clip(0, 15)
+    return code * step + low
 
 
 def _truncated_bfloat16(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
@@ -217,6 +229,14 @@ def _half_away_int8(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) 
     if storage is not Storage.INT8:
         return stored(weight_NI, storage, dtype)
     return dequantise_rows(_quantised(weight_NI, _half_away), dtype)
+
+
+def _int4_symmetric(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
+    """Codes about zero, as int8 has them."""
+    if storage is not Storage.INT4:
+        return stored(weight_NI, storage, dtype)
+    scale_N1 = weight_NI.float().abs().amax(-1, keepdim=True) / 7
+    return ((weight_NI.float() / scale_N1.where(scale_N1 > 0, 1.0)).round() * scale_N1).to(dtype)
 
 
 def _always_float32(inputs: Inputs) -> Inputs:
@@ -237,6 +257,7 @@ STORED = Op(
     wrong={
         "bfloat16_truncated": _truncated_bfloat16,
         "int8_halves_rounded_away": _half_away_int8,
+        "int4_symmetric": _int4_symmetric,
         "storage_ignored": changed(stored, _always_float32),
     },
     flops=lambda n: 4 * n.N * n.I,

@@ -133,8 +133,8 @@ def test_impossible_requests_are_refused() -> None:
         path.open(1, 65)
     with pytest.raises(RequestError, match=r"compute is torch.int8"):
         path_of(0, torch.int8)
-    with pytest.raises(RequestError, match="storage is 'int4'"):
-        path_of(0, storage="int4")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="storage is 'int3'"):
+        path_of(0, storage="int3")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="opened by another path"):
         path.extend(path_of(0).open(1, 8), [torch.tensor([0])])
     sequences = path.open(1, 8)
