@@ -20,7 +20,7 @@ the paper's models, known by config alone:
 with --json, one object: {{"model", "config", "layers": [{{"indices", "config"}}],
   "components": {{name: {{"parameters", "bytes": {{storage: bytes}}}}}}, "total": {{"parameters", "bytes"}},
   "cache_bytes_per_token"}}
-  layers that are alike are listed once; bytes are those of the weights in each storage, scales of int8 and int4 included;
+  layers that are alike are listed once; bytes are those of the weights in each storage, scales included;
   cache_bytes_per_token is what one token takes in a float32 key/value cache
 """
 
