@@ -100,7 +100,7 @@ class Row:
     copied_bytes: int | None = None
     """Of all these copies."""
     compile_cold_s: float | None = None
-    """Seconds of the first call with every cache empty."""
+    """Seconds of the first call with every cache empty, the compiler itself started before."""
     compile_warm_s: float | None = None
     """Seconds of the first call of the same program compiled once more, caches filled."""
     graphs: int | None = None

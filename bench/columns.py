@@ -1,0 +1,112 @@
+"""What is timed side by side: the same arithmetic on the same stored weights, arranged in several ways.
+
+A column's arguments may be copied, and the copies taken in turn, so that weights and caches come from memory as they do
+in a model, where everything else is read between two uses of them.
+
+Shapes: N outputs, I inputs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..compiled.linear import Matrix
+from ..compiled.packing import as_graph_input, pack
+from ..reference.quantise import (
+    GroupQuantised,
+    RowQuantised,
+    dequantise_groups,
+    dequantise_rows,
+    quantise_groups,
+    quantise_rows,
+)
+from ..spec.config import Storage
+from .machine import last_level_cache_bytes
+
+CACHES_IN_COPIES = 4
+"""The copies together are at least this many times the largest cache."""
+MOST_COPIES = 1024
+"""However small they are."""
+_UNKNOWN_CACHE = 32 * 2**20
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One way to compute an op on one case."""
+
+    program: Callable[..., Any]
+    """Called by keyword; what is compiled, if anything is."""
+    arguments: Arguments
+    from_memory: tuple[str, ...] = ()
+    """The arguments that a model would find in memory, not in a cache: weights, keys, values."""
+    as_reference: Callable[[Any], Any] = lambda result: result
+    """The result in the form of the op's reference."""
+    note: str | None = None
+
+    def copies(self) -> list[Arguments]:
+        """The arguments, and as many more of them with copies of what comes from memory as outgrow the caches."""
+        cold = {name: self.arguments[name] for name in self.from_memory}
+        size = nbytes(cold)
+        if size == 0:
+            return [self.arguments]
+        wanted = CACHES_IN_COPIES * (last_level_cache_bytes() or _UNKNOWN_CACHE)
+        more = min(-(-wanted // size), MOST_COPIES) - 1
+        return [self.arguments, *({**self.arguments, **copied(cold)} for _ in range(more))]
+
+
+def in_turn(call: Callable[..., object], copies: list[Arguments]) -> Callable[[], object]:
+    """A callable that calls with the next copy each time."""
+    following = cycle(copies)
+    return lambda: call(**next(following))
+
+
+def nbytes(value: Any) -> int:
+    """Of every tensor within."""
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def copied(value: Any) -> Any:
+    """The same, every tensor in memory of its own."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same on a device."""
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def kept(weight_NI: Tensor, storage: Storage) -> tuple[Tensor, ...]:
+    """The matrix in the reference's stored form: itself; or codes, and what turns them back."""
+    match storage:
+        case Storage.FLOAT32:
+            return (weight_NI.to(torch.float32),)
+        case Storage.BFLOAT16:
+            return (weight_NI.to(torch.bfloat16),)
+        case Storage.INT8:
+            rows = quantise_rows(weight_NI)
+            return rows.code_NI, rows.scale_N
+        case Storage.INT4:
+            groups = quantise_groups(weight_NI)
+            return groups.code_NI, groups.step_NG, groups.low_NG
+
+
+def unkept(parts: tuple[Tensor, ...], storage: Storage) -> Tensor:
+    """What `kept` stored, for the reference to multiply by: de-quantised in float32, a bfloat16 matrix as it is."""
+    if storage is Storage.INT8:
+        return dequantise_rows(RowQuantised(*parts), torch.float32)
+    if storage is Storage.INT4:
+        return dequantise_groups(GroupQuantised(*parts), torch.float32)
+    return parts[0]
+
+
+def matrix_of(weight_NI: Tensor, storage: Storage) -> Matrix:
+    """The matrix as the compiled path's graphs take it."""
+    packed = pack(weight_NI, storage)
+    return Matrix(as_graph_input(packed), packed.scale_N, packed.bias_N)
