@@ -61,8 +61,14 @@ def _head(function: Function, inputs: Inputs) -> Tensor:
     return _few(function, inputs["x"], inputs["projection"])
 
 
+def _sbi_gemm(function: Function, inputs: Inputs) -> Tensor:
+    weights = LinearWeights(weight_NI=inputs["weight_KN"].float().t().contiguous())
+    return _few(function, inputs["x_BK"], weights).to(inputs["x_BK"].dtype)
+
+
 LINEAR = (Fast(linear.linear_few, _linear_few), Fast(linear.linear_many, _linear_many))
 HEAD_LOGITS = (Fast(linear.linear_few, _head),)
+SBI_GEMM = (Fast(linear.linear_few, _sbi_gemm),)
 
 
 def _scale_and_cap(function: Function, inputs: Inputs) -> Tensor:

@@ -18,12 +18,16 @@ from . import (
     position_ops,
     quantise_ops,
     sampling_ops,
+    sbi_ops,
     shaped_attention_ops,
 )
 from .op import Op
 
 _ALL = (
     linear_ops.LINEAR,
+    sbi_ops.SBI_GEMM,
+    sbi_ops.INTERLEAVE,
+    sbi_ops.DEINTERLEAVE,
     norm_ops.LAYER_NORM,
     norm_ops.RMS_NORM,
     norm_ops.NORM,
@@ -63,6 +67,7 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
         "twinfer.reference.cache.empty": "makes a cache of no tokens; there is nothing to compare",
         "twinfer.reference.decoder.empty_caches": "one empty cache a layer; there is nothing to compare",
         "twinfer.reference.decoder.forward": "the whole model: compare_paths judges it, over schedules",
+        "twinfer.reference.sbi_gemm.tiling": "how sbi_gemm's work is divided, which its result does not depend on",
         "twinfer.reference.sampling.shape_logits": "applies the processors, which have records, in a fixed order",
         "twinfer.reference.sampling.generator_for": "seeds a generator; its streams are tested with the reference",
     }
