@@ -55,7 +55,8 @@ def start_compiler(device: torch.device) -> None:
 def compile_program(compile: Compile, program: Callable[..., Any], copies: list[Arguments]) -> Compiled:
     """Compile it with empty caches, then once more with those filled, and run all copies through the second.
 
-    Call `start_compiler` once before. Each time it is a function of its own, which torch.compile has not seen: nothing compiled before is thrown away.
+    Each time it is a function of its own, which torch.compile has not seen: nothing compiled before is thrown away.
+    Call `start_compiler` once before.
     """
     with fresh_cache():
         graphs_before, breaks_before = _graphs(), len(dynamo.graph_break_reasons)

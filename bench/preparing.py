@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import attention, linear, mlp, norms, rotary
+from ..compiled.packing import LANES
 from ..oracle.case import Case, Inputs
 from ..oracle.op import Op
 from ..oracle.table import OPS
@@ -90,7 +91,9 @@ def prepare_linear(case: Case, storage: Storage) -> Prepared:
             arguments={"x": x, "parts": kept(weights.weight_NI, storage)},
             from_memory=("parts",),
         ),
-        arranged=Column(
+        arranged=None
+        if storage not in LANES
+        else Column(
             program=arranged,
             arguments={"x_RI": x.flatten(0, 1), "matrix": matrix_of(weights.weight_NI, storage)},
             from_memory=("matrix",),
@@ -135,7 +138,9 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
             arguments={"x_BTM": x_BTM, "parts": tuple(kept(each, storage) for each in three)},
             from_memory=("parts",),
         ),
-        arranged=Column(
+        arranged=None
+        if storage not in LANES
+        else Column(
             program=arranged,
             arguments={
                 "x_RM": x_BTM.flatten(0, 1),

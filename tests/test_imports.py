@@ -33,7 +33,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "parallel": {"torch"},
     "offload": {"torch"},
     "oracle": {"torch", "einops", "numpy", "hypothesis"},
-    "bench": {"torch", "transformers", "rich"},
+    "bench": {"torch", "transformers", "rich", "matplotlib"},
     "face": {"torch", "rich", "jinja2"},
 }
 """Installed packages that a room may import; the standard library is free."""

@@ -1,0 +1,112 @@
+"""Rows of two runs side by side: what became slower, beyond noise?
+
+Machines drift, so seconds of two runs are never compared. Each run times the baseline in turn with every
+implementation, and what is compared is how many times faster than that baseline an implementation was: the ratio, and
+its spread over the rounds, each round's ratio from neighbouring moments. A row is
+
+    slower  if  new 80th percentile < old 20th percentile * (1 - MARGIN)
+    faster  if  new 20th percentile > old 80th percentile * (1 + MARGIN)
+
+so the spreads must lie apart, and by more than what two runs of the same code differ beyond their spreads: where
+memory happens to lie changes from process to process, not from round to round. Becoming wrong, or failing to run, is a
+regression too. What looks slower is measured once more, and the second time counts: another program's load passes, a
+regression stays. A change that speeds up the baseline looks like a regression of the rest: the baseline is the reference,
+which is not made to be fast.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ..spec.errors import RequestError
+from .rows import Accuracy, Row
+
+MARGIN = 0.1
+
+
+class Verdict(StrEnum):
+    SLOWER = "slower"
+    WRONG = "wrong"
+    """Passed the oracle before, and does not now."""
+    BROKEN = "broken"
+    """Ran before, and does not now."""
+    FASTER = "faster"
+    SAME = "same"
+
+
+REGRESSIONS = frozenset({Verdict.SLOWER, Verdict.WRONG, Verdict.BROKEN})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One row of both runs."""
+
+    old: Row
+    new: Row
+    verdict: Verdict
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        if self.new.error is not None:
+            return f"{self.new.title}: {self.verdict}: {self.new.error}"
+        figures = f"{_spread(self.old)} -> {_spread(self.new)} times {self.new.baseline}"
+        return f"{self.new.title}: {self.verdict}: {figures}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    changes: tuple[Change, ...]
+    only_old: tuple[str, ...]
+    """Titles of timed rows that this run did not measure."""
+    warnings: tuple[str, ...]
+
+    @property
+    def regressions(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if change.verdict in REGRESSIONS)
+
+
+def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
+    """Match rows by what they measure, and judge each pair. Raises `RequestError` where no row is in both runs."""
+    measured = {row.identity: row for row in new}
+    pairs = [(row, measured[row.identity]) for row in old if row.identity in measured]
+    if not pairs:
+        raise RequestError("no row of the old file was measured again; measure the same ops, shapes and storages")
+    return Comparison(
+        changes=tuple(
+            Change(old=before, new=after, verdict=judge(before, after))
+            for before, after in pairs
+            if before.speed_up is not None and before.implementation != before.baseline
+        ),
+        only_old=tuple(row.title for row in old if row.identity not in measured and row.speed_up is not None),
+        warnings=tuple(_warnings([before for before, _ in pairs], [after for _, after in pairs])),
+    )
+
+
+def judge(old: Row, new: Row) -> Verdict:
+    """What became of a row that had a speed-up."""
+    if new.speed_up_p20 is None or new.speed_up_p80 is None or old.speed_up_p20 is None or old.speed_up_p80 is None:
+        return Verdict.BROKEN
+    if old.accuracy is Accuracy.PASSED and new.accuracy is Accuracy.FAILED:
+        return Verdict.WRONG
+    if new.speed_up_p80 < old.speed_up_p20 * (1 - MARGIN):
+        return Verdict.SLOWER
+    if new.speed_up_p20 > old.speed_up_p80 * (1 + MARGIN):
+        return Verdict.FASTER
+    return Verdict.SAME
+
+
+def _warnings(old: Iterable[Row], new: Iterable[Row]) -> Iterable[str]:
+    """What else differs between the runs; ratios are compared all the same."""
+    for what in ("processor", "gpu", "instructions", "threads", "torch"):
+        before, after = ({getattr(row.machine, what) for row in rows} for rows in (old, new))
+        if before != after:
+            yield f"{what} was {_listed(before)} and is {_listed(after)}: another machine may well have other ratios"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(sorted(map(str, values)))
+
+
+def _spread(row: Row) -> str:
+    return f"{row.speed_up:.3g} ({row.speed_up_p20:.3g} .. {row.speed_up_p80:.3g})"
