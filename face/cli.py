@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from twinfer.spec.errors import RequestError, TwinferError
 
-from . import cli_check, cli_convert, cli_demo, cli_embed, cli_generate, cli_inspect, cli_ops, cli_verify
+from . import cli_bench, cli_check, cli_convert, cli_demo, cli_embed, cli_generate, cli_inspect, cli_ops, cli_verify
 
-COMMANDS = (cli_demo, cli_generate, cli_embed, cli_verify, cli_inspect, cli_convert, cli_check, cli_ops)
+COMMANDS = (cli_demo, cli_generate, cli_embed, cli_verify, cli_inspect, cli_convert, cli_check, cli_ops, cli_bench)
 INTERRUPTED = 130
 """Exit status after control-C, as a shell would have it: 128 + SIGINT."""
 BROKEN_PIPE = 141
