@@ -1,0 +1,275 @@
+"""Captured decode steps are the plain steps to the bit, and the machine that says so would notice if they were not."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
+from torch import Tensor
+
+from twinfer.compiled import graph
+from twinfer.compiled.graph import CudaGraphs, DecodeGraphs, bucket, chosen, keep_in_place
+from twinfer.compiled.path import CompiledPath
+from twinfer.compiled.programs import CAPTURING, as_is
+from twinfer.compiled.sequences import StaticSequences
+from twinfer.compiled.steps import decode_program
+from twinfer.compiled.weights import prepare
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.oracle.paths import assert_paths_agree
+from twinfer.oracle.schedule import draw_schedule
+from twinfer.oracle.strategies import drawn
+from twinfer.oracle.yardstick import Yardstick
+from twinfer.spec.config import Storage
+from twinfer.spec.errors import RequestError
+
+from .graph_machine import CPU, GraphMachine, cloned, same_bits, same_caches
+from .stand_in import CaptureError, StandIn
+
+TestGraphs = GraphMachine.TestCase
+TestGraphs.settings = settings(max_examples=15, stateful_step_count=15)
+
+
+class Unrestored(DecodeGraphs):
+    """What warm-up wrote stays."""
+
+    def _saved(self, *_: Any) -> list[Tensor]:
+        return []
+
+
+class NotCopiedOut(DecodeGraphs):
+    """Hands out the graph's own memory."""
+
+    def _handed_out(self, logits_RV: Tensor) -> Tensor:
+        return logits_RV
+
+
+class NotCopiedIn(DecodeGraphs):
+    """Captures the caller's inputs where they lie."""
+
+    def _own(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return given
+
+
+class EvictionFreesThePool(DecodeGraphs):
+    """One goes, and all that share its memory are undone."""
+
+    def _make_room(self) -> None:
+        before = len(self._graphs)
+        super()._make_room()
+        if len(self._graphs) < before:
+            for each in self._graphs.values():
+                each.captured.reset()
+
+
+class APoolEach(DecodeGraphs):
+    def _make_room(self) -> None:
+        super()._make_room()
+        self._pool = self._device.pool()
+
+
+class NoEviction(DecodeGraphs):
+    def _make_room(self) -> None:
+        self._most = len(self._graphs) + 1
+        super()._make_room()
+
+
+class FirstInFirstOut(DecodeGraphs):
+    """Being used does not save a graph."""
+
+    def step(self, *arguments: Any) -> Tensor:
+        order = list(self._graphs)
+        logits_RV = super().step(*arguments)
+        order = [key for key in order if key in self._graphs]
+        self._graphs = {key: self._graphs[key] for key in [*order, *self._graphs]}
+        return logits_RV
+
+
+class NoSlotsInTheKey(DecodeGraphs):
+    def _key(self, caches: Any, rows: int, slots: int) -> Any:
+        return super()._key(caches, rows, 0)
+
+
+class NoRowsInTheKey(DecodeGraphs):
+    def _key(self, caches: Any, rows: int, slots: int) -> Any:
+        return super()._key(caches, 0, slots)
+
+
+class NoCachesInTheKey(DecodeGraphs):
+    def _key(self, caches: Any, rows: int, slots: int) -> Any:
+        return rows, slots
+
+
+class CachesKeptAlive(DecodeGraphs):
+    def _key(self, caches: Any, rows: int, slots: int) -> Any:
+        self.kept_alive = [*getattr(self, "kept_alive", []), caches]
+        return super()._key(caches, rows, slots)
+
+
+class DeathUnnoticed(DecodeGraphs):
+    """A graph whose caches are gone is taken for good, should others come to have their ids."""
+
+    def _capture(self, *arguments: Any) -> Any:
+        return super()._capture(*arguments)._replace(caches=())
+
+
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        (Unrestored, "the caller's caches are not as they were"),
+        (NotCopiedOut, "an earlier result or argument has changed"),
+        (NotCopiedIn, "an earlier result or argument has changed"),
+        (EvictionFreesThePool, "a graph that was reset|the pool is gone"),
+        (APoolEach, "several pools"),
+        (NoEviction, "too many or too few"),
+        (FirstInFirstOut, "too many or too few"),
+        (NoSlotsInTheKey, "the logits differ|too many or too few"),
+        (NoRowsInTheKey, "doesn't match the broadcast shape|must match the size|too many or too few"),
+        (NoCachesInTheKey, "the logits differ|memory that is gone|out of bounds|too many or too few"),
+        (CachesKeptAlive, "keep their memory|too many or too few is alive"),
+        (DeathUnnoticed, "memory that is gone|too many or too few is alive"),
+    ],
+)
+def test_the_machine_catches(fault: type[DecodeGraphs], complaint: str) -> None:
+    machine = type("Faulty", (GraphMachine,), {"graphs_of": fault})
+    with pytest.raises((AssertionError, CaptureError, RuntimeError, IndexError), match=complaint):
+        run_state_machine_as_test(
+            machine,
+            settings=settings(max_examples=300, stateful_step_count=20, phases=[Phase.generate], database=None),
+        )
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    storage=st.sampled_from(Storage),
+    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    slots=st.integers(8, 12),
+)
+@settings(max_examples=15)
+@torch.no_grad()
+def test_a_captured_step_is_the_plain_step(seed: int, storage: Storage, lengths: list[int], slots: int) -> None:
+    """Of any model in any storage: at capture, and at a later replay on other tokens and positions."""
+    config = draw_model_config(RandomPicker(seed), context=16)
+    model = prepare(RandomSource(config, seed), storage, CPU)
+    program = decode_program(config, storage, as_is)
+    sequences = StaticSequences(config, len(lengths), 12, CPU)
+    device = StandIn()
+    graphs = DecodeGraphs(model, device)
+    start_R, slot_S = 12 * torch.arange(len(lengths)), torch.arange(slots)
+    for position_R in (torch.tensor(lengths), 7 - torch.tensor(lengths)):
+        token_R = (position_R + seed) % config.vocabulary
+        plain = cloned(sequences.caches)
+        plain_RV = program(model, plain, token_R, position_R, start_R, slot_S)
+        assert same_bits(graphs.step(program, sequences.caches, token_R, position_R, start_R, slot_S), plain_RV)
+        assert same_caches(sequences.caches, plain)
+    assert len(device.graphs) == 1
+
+
+cases = drawn(
+    lambda pick: (
+        config := draw_model_config(pick, context=40),
+        draw_schedule(pick, config),
+        pick.integer(0, 2**20),
+        pick.choice(list(Storage)),
+    )
+)
+
+
+@given(case=cases)
+@settings(max_examples=10)
+def test_a_path_that_decodes_by_graphs_gives_what_the_reference_gives(case: tuple[Any, ...]) -> None:
+    """Within the budget, for a bucket's sums run over more slots than they need."""
+    config, schedule, seed, storage = case
+    source = RandomSource(config, seed)
+    path = CompiledPath(source, storage=storage, _eager=True)
+    device = StandIn()
+    path._graphs = DecodeGraphs(path._model, device, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "_LEAST_SLOTS", 4)
+        assert_paths_agree(Yardstick.of(source, storage=storage), path, schedule)
+
+
+def test_a_path_captures_once_for_each_bucket() -> None:
+    """128 slots from position 2 to 127, then 140, which is the capacity."""
+    config = draw_model_config(RandomPicker(4), context=140)
+    path = CompiledPath(RandomSource(config, 4), _eager=True)
+    device = StandIn()
+    path._graphs = DecodeGraphs(path._model, device)
+    sequences = path.open(1, 140)
+    captures = []
+    for tokens in (2, 1, 1, 120, 1, 1, 4, 1, 1):
+        path.extend(sequences, [torch.zeros(tokens, dtype=torch.int64)])
+        captures.append(len(device.graphs))
+    assert captures == [0, 1, 1, 1, 1, 1, 1, 2, 2]
+
+
+@given(longest=st.integers(1, 10_000), room=st.integers(0, 10_000))
+def test_a_bucket_holds_its_sequences_and_wastes_less_than_half(longest: int, room: int) -> None:
+    slots = bucket(longest, longest + room)
+    assert longest <= slots <= min(longest + room, max(128, 2 * longest - 1))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cpu", "cuda"),
+    [
+        (None, CudaGraphs.OFF, CudaGraphs.OWN),
+        ("off", CudaGraphs.OFF, CudaGraphs.OFF),
+        ("own", None, CudaGraphs.OWN),
+        (CudaGraphs.INDUCTOR, None, CudaGraphs.INDUCTOR),
+    ],
+)
+def test_who_captures(wanted: str | None, cpu: CudaGraphs | None, cuda: CudaGraphs) -> None:
+    """Asking for graphs where there can be none is an error, not nothing."""
+    assert chosen(wanted, torch.device("cuda", 0)) is cuda
+    if cpu is None:
+        with pytest.raises(RequestError, match=f'cuda_graphs is "{wanted}" and the device cpu; .* or "off"'):
+            chosen(wanted, CPU)
+    else:
+        assert chosen(wanted, CPU) is cpu
+
+
+def test_an_unknown_choice_is_refused_before_the_weights_are_read() -> None:
+    config = draw_model_config(RandomPicker(0))
+    source = RandomSource(config, 0)
+    source.layer = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(RequestError, match="cuda_graphs is 'inductr'; it must be one of own, inductor, off"):
+        CompiledPath(source, cuda_graphs="inductr", _eager=True)
+
+
+def test_inductor_captures_as_reduce_overhead_does() -> None:
+    assert torch._inductor.list_mode_options("reduce-overhead") == CAPTURING
+
+
+@torch.no_grad()
+def test_inductor_is_told_that_weights_and_caches_stay_where_they_are() -> None:
+    """Else it would not capture, for caches are written, and would copy every weight before a replay."""
+    config = draw_model_config(RandomPicker(1), context=16)
+    model = prepare(RandomSource(config, 1), Storage.INT8, CPU)
+    caches = StaticSequences(config, 1, 9, CPU).caches
+    steps = tuple(torch.zeros(1, dtype=torch.int64) for _ in range(3))
+    keep_in_place((model, caches))
+    static = traced_static_inputs(decode_program(config, Storage.INT8, as_is), (model, caches, *steps, torch.arange(8)))
+    stays = {each.data_ptr() for each in torch.utils._pytree.tree_leaves((model, caches)) if isinstance(each, Tensor)}
+    assert static
+    assert stays == static, "and the step's own inputs do not"
+
+
+def traced_static_inputs(program: Any, arguments: tuple[Any, ...]) -> set[int]:
+    """Addresses of the inputs that Inductor takes to stay in place, and that a program reads."""
+    found: set[int] = set()
+
+    def compile_nothing(traced: Any, inputs: list[Any], **facts: Any) -> Any:
+        found.update(traced_addresses[index] for index in facts["static_input_idxs"])
+        return traced
+
+    def backend(traced: Any, inputs: list[Any]) -> Any:
+        traced_addresses[:] = [each.data_ptr() for each in inputs]
+        return compile_fx(traced, inputs, inner_compile=compile_nothing)
+
+    from torch._inductor.compile_fx import compile_fx
+
+    traced_addresses: list[int] = []
+    torch.compile(program, backend=backend, fullgraph=True, dynamic=False)(*arguments)
+    return found

@@ -1,0 +1,143 @@
+"""The laws of `test_graph` on CUDA itself, where there is one."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from twinfer.compiled.graph import CudaDevice, CudaGraphs, DecodeGraphs, bucket
+from twinfer.compiled.path import CompiledPath
+from twinfer.compiled.steps import Cache
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.oracle.paths import assert_paths_agree
+from twinfer.oracle.schedule import draw_schedule
+from twinfer.oracle.yardstick import Yardstick
+from twinfer.spec.config import Storage
+
+from .graph_machine import cloned, same_bits, same_caches
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CONTEXT = 600
+
+
+def path_of(storage: Storage = Storage.FLOAT32, cuda_graphs: CudaGraphs = CudaGraphs.OWN) -> CompiledPath:
+    config = draw_model_config(RandomPicker(3), context=CONTEXT)
+    return CompiledPath(RandomSource(config, 3), storage=storage, device="cuda", cuda_graphs=cuda_graphs)
+
+
+def given(path: CompiledPath, rows: int, capacity: int, position: int) -> tuple[Tensor, ...]:
+    """A step's arguments; the last sequence is at this position, those before it up to two earlier."""
+    position_R = torch.tensor([max(0, position - 2 * (rows - 1 - row)) for row in range(rows)], device="cuda")
+    token_R = (position_R + position) % path.config.vocabulary
+    start_R = torch.arange(rows, device="cuda") * capacity
+    return token_R, position_R, start_R, torch.arange(bucket(position + 1, capacity), device="cuda")
+
+
+def noisy(path: CompiledPath, rows: int, capacity: int) -> tuple[Cache, ...]:
+    caches = path.open(rows, capacity).caches
+    generator = torch.Generator("cuda").manual_seed(rows)
+    for each in (each for cache in caches for each in cache):
+        each.normal_(generator=generator)
+    return caches
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("storage", list(Storage))
+@torch.no_grad()
+def test_a_captured_step_is_the_plain_compiled_step(storage: Storage, rows: int) -> None:
+    """To the bit, at capture and later, in every bucket; and nothing that was handed out changes."""
+    path = path_of(storage)
+    program = path._ready("decode" if rows == 1 else "decode rows")
+    graphs = DecodeGraphs(path._model, CudaDevice(path.device))
+    caches = noisy(path, rows, CONTEXT)
+    held: list[tuple[Tensor, Tensor]] = []
+    for position in (5, 6, 7, 200, 500, 8, 201):
+        arguments = given(path, rows, CONTEXT, position)
+        plain = cloned(caches)
+        plain_RV = program(path._model, plain, *arguments)
+        logits_RV = graphs.step(program, caches, *arguments)
+        assert same_bits(logits_RV, plain_RV)
+        assert same_caches(caches, plain)
+        held.append((logits_RV, plain_RV))
+    assert all(same_bits(now, then) for now, then in held)
+
+
+@torch.no_grad()
+def test_evicting_one_graph_leaves_the_others_valid() -> None:
+    """Two are kept; a third caches' step lets the least recently used go, whose memory others may then use."""
+    path = path_of()
+    program = path._ready("decode rows")
+    graphs = DecodeGraphs(path._model, CudaDevice(path.device), most=2)
+    groups = {rows: noisy(path, rows, CONTEXT) for rows in (2, 3, 4)}
+    for turn, rows in enumerate((2, 3, 2, 4, 2, 3, 4, 4, 3)):
+        arguments = given(path, rows, CONTEXT, 10 + turn)
+        plain = cloned(groups[rows])
+        plain_RV = program(path._model, plain, *arguments)
+        assert same_bits(graphs.step(program, groups[rows], *arguments), plain_RV)
+        assert same_caches(groups[rows], plain)
+
+
+@torch.no_grad()
+def test_a_capture_that_breaks_off_leaves_the_caches_as_they_were() -> None:
+    """Reading a value breaks the capture off, after warm-up has written; and the next step can be captured."""
+    path = path_of()
+    program = path._ready("decode")
+    graphs = DecodeGraphs(path._model, CudaDevice(path.device))
+    caches = noisy(path, 1, CONTEXT)
+    arguments, before = given(path, 1, CONTEXT, 9), cloned(caches)
+
+    def reads_a_value(*everything: object) -> Tensor:
+        logits_RV: Tensor = program(*everything)
+        return logits_RV * logits_RV[0, 0].item()
+
+    with pytest.raises(RuntimeError):
+        graphs.step(reads_a_value, caches, *arguments)
+    assert same_caches(caches, before)
+    plain_RV = program(path._model, cloned(caches), *arguments)
+    assert same_bits(graphs.step(program, caches, *arguments), plain_RV)
+
+
+@torch.no_grad()
+def test_the_pool_grows_to_the_largest_bucket_and_the_logits_of_each() -> None:
+    """The largest first: what smaller ones need is there already, but for logits and the allocator's rounding."""
+    path = path_of()
+    program = path._ready("decode")
+    graphs = DecodeGraphs(path._model, CudaDevice(path.device))
+    caches = noisy(path, 1, CONTEXT)
+    reserved = []
+    for position in (500, 250, 120):
+        graphs.step(program, caches, *given(path, 1, CONTEXT, position))
+        reserved.append(pool_bytes(graphs))
+    assert reserved[0] > 0
+    assert reserved == [reserved[0]] * 3, "2 MiB segments hold the logits of a tiny vocabulary too"
+
+
+def pool_bytes(graphs: DecodeGraphs) -> int:
+    """What the allocator holds for the graphs' pool."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) == tuple(graphs._pool))
+
+
+@torch.no_grad()
+def test_closed_sequences_keep_no_memory() -> None:
+    path = path_of()
+    sequences = path.open(1, CONTEXT)
+    path.extend(sequences, [torch.zeros(3, dtype=torch.int64)])
+    path.extend(sequences, [torch.zeros(1, dtype=torch.int64)])
+    caches = [weakref.ref(each) for cache in sequences.caches for each in cache]
+    sequences.close()
+    gc.collect()
+    assert all(each() is None for each in caches)
+
+
+@pytest.mark.parametrize("cuda_graphs", list(CudaGraphs))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_schedule_gives_what_the_reference_gives(cuda_graphs: CudaGraphs, seed: int) -> None:
+    """Whoever captures: open, extend, growth and closing, judged by the budget."""
+    path = path_of(cuda_graphs=cuda_graphs)
+    config = path.config
+    schedule = draw_schedule(RandomPicker(seed), config)
+    assert_paths_agree(Yardstick.of(RandomSource(config, 3), storage=Storage.FLOAT32), path, schedule)
