@@ -194,14 +194,13 @@ class DecodeGraphs:
         inputs = self._own(given)
         token_R, position_R, start_R = inputs
         written_R = start_R + position_R
-        before = self._saved(caches, written_R)
+        before = [each_CKD[written_R] for each_CKD in _tensors(caches)]
         try:
             captured, logits_RV = self._device.capture(
                 lambda: program(self._model, caches, token_R, position_R, start_R, slot_S), self._pool
             )
         finally:
-            for each_CKD, rows_RKD in zip(_tensors(caches), before, strict=False):
-                each_CKD[written_R] = rows_RKD
+            self._put_back(caches, written_R, before)
         return _Graph(captured, inputs, slot_S, logits_RV, tuple(weakref.ref(each) for each in _tensors(caches)))
 
     def _make_room(self) -> None:
@@ -217,8 +216,9 @@ class DecodeGraphs:
         """Tensors that keep their address, one storage each, as the programs want them."""
         return tuple(each.clone() for each in given)
 
-    def _saved(self, caches: tuple[Cache, ...], written_R: Tensor) -> list[Tensor]:
-        return [each_CKD[written_R] for each_CKD in _tensors(caches)]
+    def _put_back(self, caches: tuple[Cache, ...], written_R: Tensor, before: list[Tensor]) -> None:
+        for each_CKD, rows_RKD in zip(_tensors(caches), before, strict=True):
+            each_CKD[written_R] = rows_RKD
 
     def _handed_out(self, logits_RV: Tensor) -> Tensor:
         return logits_RV.clone()

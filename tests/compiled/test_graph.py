@@ -35,8 +35,8 @@ TestGraphs.settings = settings(max_examples=15, stateful_step_count=15)
 class Unrestored(DecodeGraphs):
     """What warm-up wrote stays."""
 
-    def _saved(self, *_: Any) -> list[Tensor]:
-        return []
+    def _put_back(self, *_: Any) -> None:
+        pass
 
 
 class NotCopiedOut(DecodeGraphs):
