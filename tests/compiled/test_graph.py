@@ -124,7 +124,6 @@ class DeathUnnoticed(DecodeGraphs):
         (EvictionFreesThePool, "a graph that was reset|the pool is gone"),
         (APoolEach, "several pools"),
         (NoEviction, "too many or too few"),
-        (FirstInFirstOut, "too many or too few"),
         (NoSlotsInTheKey, "the logits differ|too many or too few"),
         (NoRowsInTheKey, "doesn't match the broadcast shape|must match the size|too many or too few"),
         (NoCachesInTheKey, "the logits differ|memory that is gone|out of bounds|too many or too few"),
@@ -139,6 +138,22 @@ def test_the_machine_catches(fault: type[DecodeGraphs], complaint: str) -> None:
             machine,
             settings=settings(max_examples=300, stateful_step_count=20, phases=[Phase.generate], database=None),
         )
+
+
+def take_turns(kind: type[DecodeGraphs]) -> None:
+    """Two graphs are kept: a, b, a, c, a captures three times and not again for a. Chance finds this too seldom."""
+    machine = type("Turns", (GraphMachine,), {"graphs_of": kind})()
+    machine.load(0)
+    groups = {name: machine.opened_with([8], more=7) for name in "abc"}
+    for name in "abaca":
+        machine.step(groups[name], [True, False, False], 0)
+    machine.teardown()
+
+
+def test_the_least_recently_used_graph_goes() -> None:
+    take_turns(DecodeGraphs)
+    with pytest.raises(AssertionError, match="a capture too many"):
+        take_turns(FirstInFirstOut)
 
 
 @given(
@@ -178,7 +193,7 @@ cases = drawn(
 
 
 @given(case=cases)
-@settings(max_examples=10)
+@settings(max_examples=8)
 def test_a_path_that_decodes_by_graphs_gives_what_the_reference_gives(case: tuple[Any, ...]) -> None:
     """Within the budget, for a bucket's sums run over more slots than they need."""
     config, schedule, seed, storage = case
