@@ -20,6 +20,7 @@ from . import (
     sampling_ops,
     sbi_ops,
     shaped_attention_ops,
+    w8a8_ops,
 )
 from .op import Op
 
@@ -51,6 +52,8 @@ _ALL = (
     int4_ops.QUANTISE_GROUPS,
     int4_ops.DEQUANTISE_GROUPS,
     quantise_ops.STORED,
+    w8a8_ops.INTEGER_PRODUCT,
+    w8a8_ops.LINEAR_W8A8,
     logit_ops.PENALISE_REPETITION,
     logit_ops.SCALE_TEMPERATURE,
     logit_ops.KEEP_TOP_K,
