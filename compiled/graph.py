@@ -5,7 +5,7 @@ launches them all at once (the paper's section III-D). What it relies on: a deco
 writes its caches in place (`capture_checks` looks for both without a GPU), and everything that it reads or writes lies
 where it lay at capture. So a graph belongs to one tuple of caches and to one bucket of sizes, rows R and slots S:
 
-- R is how many sequences gain a token.
+- R is how many rows the step has.
 - S is a power of two (`bucket`), so that a few graphs serve every length. Slots that a sequence has not reached are
   masked: they change no value, though a sum over more of them may round otherwise.
 
