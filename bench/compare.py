@@ -10,8 +10,8 @@ its spread over the rounds, each round's ratio from neighbouring moments. A row 
 so the spreads must lie apart, and by more than what two runs of the same code differ beyond their spreads: where
 memory happens to lie changes from process to process, not from round to round. Becoming wrong, or failing to run, is a
 regression too. What looks slower is measured once more, and the second time counts: another program's load passes, a
-regression stays. A change that speeds up the baseline looks like a regression of the rest: the baseline is the reference,
-which is not made to be fast.
+regression stays. A change that speeds up the baseline looks like a regression of the rest: the baseline is the
+reference, which is not made to be fast.
 """
 
 from collections.abc import Iterable, Sequence

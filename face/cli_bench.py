@@ -14,6 +14,7 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
         "bench",
         help="measure speeds side by side on this machine",
         description="Measure speeds side by side on this machine, each held against what the machine can do.",
+        epilog="Each explains itself, such as twinfer bench ops --help, and what it prints with --json.",
     )
     subcommands = parser.add_subparsers(metavar="WHAT", required=True)
     for name, subcommand in SUBCOMMANDS.items():

@@ -1,0 +1,91 @@
+"""Comparison with an earlier run: slower beyond noise is seen, noise is not, and other machines are said to be so."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twinfer.bench.compare import MARGIN, Verdict, compare, judge
+from twinfer.bench.rows import Accuracy, Row
+from twinfer.spec.errors import RequestError
+
+from .conftest import ROW
+
+MakeRow = Callable[..., Row]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        ((2.8, 3.0, 3.1), (1.8, 2.0, 2.1), Verdict.SLOWER),
+        ((1.8, 2.0, 2.1), (2.8, 3.0, 3.1), Verdict.FASTER),
+        ((2.8, 3.0, 3.1), (2.7, 2.9, 3.2), Verdict.SAME),
+        ((2.0, 3.0, 4.0), (1.5, 1.9, 2.5), Verdict.SAME),  # a third slower, but both rows swing that much
+        ((3.0, 3.0, 3.0), (2.75, 2.75, 2.75), Verdict.SAME),  # steady, but no more than runs differ
+        ((3.0, 3.0, 3.0), (2.6, 2.6, 2.6), Verdict.SLOWER),
+        ((3.0, 3.0, 3.0), (3.25, 3.25, 3.25), Verdict.SAME),
+        ((3.0, 3.0, 3.0), (3.4, 3.4, 3.4), Verdict.FASTER),
+    ],
+)
+def test_verdicts(
+    make_row: MakeRow, old: tuple[float, float, float], new: tuple[float, float, float], verdict: Verdict
+) -> None:
+    assert judge(make_row(old), make_row(new)) is verdict
+
+
+@given(
+    old=st.lists(st.floats(0.01, 100), min_size=3, max_size=3).map(sorted),
+    new=st.lists(st.floats(0.01, 100), min_size=3, max_size=3).map(sorted),
+)
+def test_slower_one_way_is_faster_the_other(old: list[float], new: list[float]) -> None:
+    """But for the margin, which is a little wider downwards: 1 / (1 - m) > 1 + m."""
+    rows = [replace(ROW, speed_up_p20=ratio[0], speed_up=ratio[1], speed_up_p80=ratio[2]) for ratio in (old, new)]
+    there, back = judge(rows[0], rows[1]), judge(rows[1], rows[0])
+    if there is Verdict.SLOWER:
+        assert back is Verdict.FASTER
+        assert new[1] < old[1] * (1 - MARGIN) or new[2] < old[0]
+    if there is back:
+        assert there is Verdict.SAME
+
+
+def test_regressions_are_named(make_row: MakeRow) -> None:
+    old = [make_row((2.8, 3.0, 3.1)), make_row((2.8, 3.0, 3.1), name="mlp")]
+    new = [make_row((2.8, 3.0, 3.1)), make_row((1.0, 1.1, 1.2), name="mlp")]
+    comparison = compare(old, new)
+    (regression,) = comparison.regressions
+    assert "mlp" in regression.text
+    assert "3 (2.8 .. 3.1) -> 1.1 (1 .. 1.2) times eager" in regression.text
+    assert not compare(new, old).regressions
+
+
+def test_becoming_wrong_or_broken_is_a_regression(make_row: MakeRow) -> None:
+    passed = make_row(accuracy=Accuracy.PASSED)
+    assert judge(passed, make_row(accuracy=Accuracy.FAILED)) is Verdict.WRONG
+    assert judge(passed, make_row(accuracy=Accuracy.NOT_JUDGED)) is Verdict.SAME
+    broken = make_row(error="recompiled", speed_up=None, speed_up_p20=None, speed_up_p80=None)
+    comparison = compare([passed], [broken])
+    assert [change.verdict for change in comparison.regressions] == [Verdict.BROKEN]
+    assert "recompiled" in comparison.regressions[0].text
+
+
+def test_seconds_do_not_matter(make_row: MakeRow) -> None:
+    """A machine ten times slower, on which ratios are the same, has no regression."""
+    slow = make_row(p20_s=1e-3, p50_s=1e-3, p80_s=1e-3)
+    assert not compare([make_row()], [slow]).regressions
+
+
+def test_another_machine_is_warned_of(make_row: MakeRow) -> None:
+    other = make_row(machine=replace(ROW.machine, processor="another CPU"))
+    (warning,) = compare([make_row()], [other]).warnings
+    assert "another CPU" in warning
+    assert "a CPU" in warning
+    assert not compare([make_row()], [make_row()]).warnings
+
+
+def test_rows_that_no_longer_meet(make_row: MakeRow) -> None:
+    old = [make_row(), make_row(name="mlp"), make_row(name="rotate", speed_up=None)]
+    assert compare(old, [make_row()]).only_old == (make_row(name="mlp").title,)
+    with pytest.raises(RequestError, match="no row of the old file"):
+        compare(old, [make_row(storage="float32")])
