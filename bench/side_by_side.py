@@ -1,124 +1,157 @@
-"""Decode and prefill speed of this project's paths beside transformers, interleaved in one process.
+"""Whole models timed in turn: what is run, and its seconds round by round.
 
-Machines drift, so what counts is the ratio: every round times every candidate once, in turn, and the figures are
-medians over the rounds.
+Machines drift, so what counts is the ratio of two times of the same round: every round takes one sample of everything,
+in turn. Between two samples there is a short pause, for the threads of one library spin for a moment when their work is
+done, and would take the processor from the next.
+
+Shapes: T prompt tokens.
 """
 
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..spec.decoder import Decoder
+from .candidates import Candidate
+from .timing import Timing
 
-DECODE_STEPS = 24
-DECODE_PROMPT = 32
-
-
-class Candidate(Protocol):
-    """Something that can be timed: prompts and steps of one sequence."""
-
-    def prefill(self, token_T: Tensor) -> float:
-        """Seconds to read a prompt and give the logits after its last token, the cache's allocation included."""
-        ...
-
-    def decode(self, prompt_T: Tensor, steps: int) -> float:
-        """Seconds for each of `steps` single-token steps after a prompt, on average; the prompt is not counted."""
-        ...
+PAUSE_S = 0.02
+_RECOMPILED = "Detected recompile"
 
 
-class PathCandidate:
-    """A `Decoder` of this project."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A prompt read, or the steps after it, in one sequence or several alike."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    prompt: int
+    steps: int = 0
+    """Timed after the prompt, one token for each sequence at a time. With none, the prompt itself is timed."""
+    batch: int = 1
 
-    def prefill(self, token_T: Tensor) -> float:
-        def read() -> None:
-            sequences = self._decoder.open(1, len(token_T))
-            self._decoder.extend(sequences, [token_T])
-            sequences.close()
+    @property
+    def title(self) -> str:
+        """
+        >>> Workload(prompt=512).title, Workload(prompt=32, steps=24, batch=8).title
+        ('prefill 512', 'decode batch 8')
+        """
+        return f"decode batch {self.batch}" if self.steps else f"prefill {self.prompt}"
 
-        return _seconds(read)
+    @property
+    def tokens(self) -> int:
+        """What a sample's seconds are for: a token of every sequence, or the prompt."""
+        return self.batch if self.steps else self.prompt
 
-    def decode(self, prompt_T: Tensor, steps: int) -> float:
-        sequences = self._decoder.open(1, len(prompt_T) + steps)
-        logits_BV = self._decoder.extend(sequences, [prompt_T])
-
-        def step_on() -> None:
-            following_BV = logits_BV
-            for _ in range(steps):
-                following_BV = self._decoder.extend(sequences, [following_BV.argmax(-1)])
-
-        seconds = _seconds(step_on)
-        sequences.close()
-        return seconds / steps
-
-
-class TransformersCandidate:
-    """transformers in eager mode, with its default cache and attention, logits for the last position only."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    @torch.no_grad()
-    def prefill(self, token_T: Tensor) -> float:
-        return _seconds(lambda: self._model(token_T[None], use_cache=True, logits_to_keep=1))
-
-    @torch.no_grad()
-    def decode(self, prompt_T: Tensor, steps: int) -> float:
-        out = self._model(prompt_T[None], use_cache=True, logits_to_keep=1)
-
-        def step_on() -> None:
-            following = out
-            for _ in range(steps):
-                token_BT = following.logits[:, -1:].argmax(-1)
-                following = self._model(
-                    token_BT, past_key_values=following.past_key_values, use_cache=True, logits_to_keep=1
-                )
-
-        return _seconds(step_on) / steps
+    @property
+    def shape(self) -> dict[str, int]:
+        """As rows have it."""
+        return {"prompt": self.prompt, "batch": self.batch, "steps": self.steps}
 
 
 @dataclass(frozen=True, slots=True)
-class Speeds:
-    """Seconds of one candidate, a figure a round."""
+class Key:
+    """What was measured: of whom, and what."""
 
-    decode_s: list[float] = field(default_factory=list)
-    prefill_s: dict[int, list[float]] = field(default_factory=dict)
+    who: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """How to take one."""
+
+    take: Callable[[], float]
+    """Returns seconds, of `tokens` tokens (or rows, or whatever a ratio is to be about)."""
+    tokens: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What came of it."""
+
+    timing: Timing
+    tokens: int = 1
 
     @property
-    def decode_tokens_per_s(self) -> float:
-        return 1 / statistics.median(self.decode_s)
-
-    def prefill_tokens_per_s(self, length: int) -> float:
-        return length / statistics.median(self.prefill_s[length])
+    def rates(self) -> list[float]:
+        """Tokens a second, round by round."""
+        return [self.tokens / seconds for seconds in self.timing.seconds]
 
 
-def measure(
-    candidates: dict[str, Candidate], vocabulary: int, lengths: list[int], rounds: int, report: Callable[[str], None]
-) -> dict[str, Speeds]:
-    """Time every candidate `rounds` times in turn, after one uncounted round."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = {n: torch.randint(vocabulary, (n,), generator=generator) for n in {DECODE_PROMPT, *lengths}}
-    speeds = {name: Speeds(prefill_s={length: [] for length in lengths}) for name in candidates}
-    for turn in range(rounds + 1):
-        report(f"round {turn} of {rounds}" + (" (warm-up, not counted)" if turn == 0 else ""))
-        for name, candidate in candidates.items():
-            decode_s = candidate.decode(prompts[DECODE_PROMPT], DECODE_STEPS)
-            prefill_s = {length: candidate.prefill(prompts[length]) for length in lengths}
-            if turn:
-                speeds[name].decode_s.append(decode_s)
-                for length in lengths:
-                    speeds[name].prefill_s[length].append(prefill_s[length])
-    return speeds
+def sample(candidate: Candidate, prompt_T: Tensor, workload: Workload) -> Sample:
+    """Of a model at work."""
+
+    def take() -> float:
+        answer = candidate.answer(prompt_T, 1 + workload.steps, workload.batch)
+        start = time.perf_counter()
+        next(answer)
+        if workload.steps:
+            start = time.perf_counter()
+            for _ in answer:
+                pass
+        return (time.perf_counter() - start) / max(1, workload.steps)
+
+    return Sample(take=take, tokens=workload.tokens)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def prompt(vocabulary: int, length: int) -> Tensor:
+    """Ids drawn once and for all; a shorter prompt is the beginning of a longer one."""
+    return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
+
+
+def greedy(candidate: Candidate, prompt_T: Tensor, new: int) -> list[int]:
+    """The first tokens of one sequence."""
+    return [tokens[0] for tokens in candidate.answer(prompt_T, new)]
+
+
+def interleave(
+    samples: Mapping[Key, Sample],
+    rounds: int,
+    *,
+    may_fail: Collection[str] = (),
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[Key, Measured]:
+    """Take every sample once uncounted, when things may still compile, then `rounds` times, all in turn.
+
+    Whoever compiles in a counted round gets an error in place of times. So do those in `may_fail`, by name, for
+    anything that they raise; of others it is raised.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in samples}
+    errors: dict[Key, str] = {}
+
+    def take_all(counted: bool) -> None:
+        for key, each in samples.items():
+            if key in errors:
+                continue
+            time.sleep(PAUSE_S)
+            try:
+                taken = each.take()
+            except Exception as error:
+                recompiled = isinstance(error, RuntimeError) and _RECOMPILED in str(error)
+                if not recompiled and key.who not in may_fail:
+                    raise
+                errors[key] = reason(error)
+                continue
+            if counted:
+                seconds[key].append(taken)
+
+    report("warming up, which is not counted")
+    take_all(counted=False)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for turn in range(1, rounds + 1):
+            report(f"round {turn} of {rounds}")
+            take_all(counted=True)
+    return {
+        key: Measured(
+            timing=Timing(seconds=() if key in errors else tuple(seconds[key]), calls=1, error=errors.get(key)),
+            tokens=samples[key].tokens,
+        )
+        for key in samples
+    }
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__

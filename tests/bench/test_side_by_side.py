@@ -1,130 +1,131 @@
-"""The benchmark's arithmetic, and that its peer computes the same model."""
+"""Turns, pauses and errors of timing whole models, with candidates that take as long as they are told."""
+
+import time
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from twinfer.bench import __main__ as bench
-from twinfer.bench.peers import transformers_llama
-from twinfer.bench.side_by_side import PathCandidate, Speeds, TransformersCandidate, measure
-from twinfer.checkpoint import open_model
-from twinfer.oracle.models import RandomSource
-from twinfer.reference.path import ReferencePath
-from twinfer.spec.config import (
-    Activation,
-    AttentionConfig,
-    Head,
-    LayerConfig,
-    MlpConfig,
-    ModelConfig,
-    NormConfig,
-    NormKind,
-    RotaryConfig,
-    RotaryLayout,
-)
-from twinfer.spec.errors import RequestError
+from twinfer.bench import side_by_side
+from twinfer.bench.side_by_side import Key, Sample, Workload, greedy, interleave, prompt, sample
+
+A, B = Key("a", "decode batch 1"), Key("b", "decode batch 1")
 
 
-def llama(*, tied: bool = False, gated: bool = True) -> ModelConfig:
-    norm = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
-    rotary = RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=8)
-    attention = AttentionConfig(heads=4, kv_heads=2, head_size=8, scale=8**-0.5, rotary=rotary)
-    layer = LayerConfig(
-        norm=norm, attention=attention, mlp=MlpConfig(width=40, activation=Activation.SILU, gated=gated)
-    )
-    return ModelConfig(
-        family="llama",
-        hidden=24,
-        vocabulary=50,
-        context=64,
-        layers=(layer,) * 2,
-        final_norm=norm,
-        learned_positions=False,
-        head=Head.TIED if tied else Head.OWN,
-    )
+class Clock:
+    """Time that only passes when it is told to."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(side_by_side, "time", clock)
+    return clock
 
 
 class Fake:
-    """A candidate that takes as long as it is told, and notes when it is called."""
+    """Takes 10 seconds for a prompt, 2 for every step after it, and as much again for every further sequence."""
 
-    def __init__(self, name: str, calls: list[str], decode_s: list[float], factor: float):
-        self.name, self.calls, self.decode_s, self.factor = name, calls, iter(decode_s), factor
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
 
-    def prefill(self, token_T: Tensor) -> float:
-        return len(token_T) * self.factor
-
-    def decode(self, prompt_T: Tensor, steps: int) -> float:
-        self.calls.append(self.name)
-        return next(self.decode_s)
+    def answer(self, prompt_T: Tensor, new: int, batch: int = 1) -> Iterator[Sequence[int]]:
+        for step in range(new):
+            self.clock.now += batch * (10.0 if step == 0 else 2.0)
+            yield [step] * batch
 
 
-def test_rounds_take_turns_and_the_first_is_not_counted() -> None:
+def numbered(calls: list[str], name: str, seconds: list[float]) -> Sample:
+    following = iter(seconds)
+
+    def take() -> float:
+        calls.append(name)
+        return next(following)
+
+    return Sample(take=take, tokens=4)
+
+
+def test_a_prompt_is_timed_without_steps_and_steps_without_the_prompt(clock: Clock) -> None:
+    prompt_T = prompt(50, 7)
+    assert sample(Fake(clock), prompt_T, Workload(prompt=7)).take() == 10.0
+    assert sample(Fake(clock), prompt_T, Workload(prompt=7, steps=5)).take() == 2.0
+    assert sample(Fake(clock), prompt_T, Workload(prompt=7, steps=5, batch=3)).take() == 6.0
+
+
+def test_tokens_are_those_of_a_step_or_of_a_prompt(clock: Clock) -> None:
+    assert sample(Fake(clock), prompt(50, 7), Workload(prompt=7)).tokens == 7
+    assert sample(Fake(clock), prompt(50, 7), Workload(prompt=7, steps=5, batch=3)).tokens == 3
+
+
+def test_prompts_begin_alike() -> None:
+    assert torch.equal(prompt(50, 300)[:32], prompt(50, 32))
+    assert len(set(prompt(50, 300).tolist())) > 10
+
+
+def test_greedy_tokens_are_those_of_the_first_sequence(clock: Clock) -> None:
+    assert greedy(Fake(clock), prompt(50, 7), 4) == [0, 1, 2, 3]
+
+
+def test_rounds_take_turns_and_the_first_is_not_counted(clock: Clock) -> None:
     calls: list[str] = []
-    fakes = {"a": Fake("a", calls, [100, 1, 2, 9], 0.5), "b": Fake("b", calls, [100, 4, 4, 4], 0.25)}
-    speeds = measure(fakes, 50, [4, 8], 3, lambda line: None)
+    samples = {A: numbered(calls, "a", [100.0, 1.0, 2.0, 8.0]), B: numbered(calls, "b", [100.0, 4.0, 4.0, 4.0])}
+    measured = interleave(samples, 3)
     assert calls == ["a", "b"] * 4
-    assert speeds["a"].decode_s == [1, 2, 9]
-    assert speeds["a"].decode_tokens_per_s == 1 / 2  # the median round
-    assert speeds["b"].prefill_tokens_per_s(8) == 4
+    assert measured[A].timing.seconds == (1.0, 2.0, 8.0)
+    assert measured[A].rates == [4.0, 2.0, 0.5]
+    assert measured[B].timing.error is None
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_peer_computes_the_same_model(tied: bool) -> None:
-    """Its choice after every prefix of a prompt is the reference's: the weights went where they belong."""
-    source = RandomSource(llama(tied=tied), seed=3)
-    token_T = torch.randint(50, (40,), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        peer_TV = transformers_llama(source)(token_T[None]).logits[0]
-    path = ReferencePath(source)
-    (own_TV,) = path.extend(path.open(1, 40), [token_T], every_position=True)
-    assert torch.equal(peer_TV.argmax(-1), own_TV.argmax(-1))
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_a_peer_that_fails_has_a_reason_and_the_rest_goes_on(clock: Clock, fails_at: int) -> None:
+    calls: list[str] = []
+
+    def take() -> float:
+        if calls.count("b") == fails_at:
+            raise OSError("no\nroom")
+        return 1.0
+
+    measured = interleave({A: Sample(take=take), B: numbered(calls, "b", [1.0] * 4)}, 3, may_fail={"a"})
+    assert measured[A].timing.error == "OSError: no room"
+    assert measured[A].rates == []
+    assert measured[B].timing.seconds == (1.0, 1.0, 1.0)
 
 
-def test_both_kinds_of_candidate_can_be_timed() -> None:
-    source = RandomSource(llama(), seed=3)
-    for candidate in (PathCandidate(ReferencePath(source)), TransformersCandidate(transformers_llama(source))):
-        assert candidate.prefill(torch.arange(9)) > 0
-        assert candidate.decode(torch.arange(9), 2) > 0
+def test_what_may_not_fail_raises(clock: Clock) -> None:
+    def take() -> float:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        interleave({A: Sample(take=take)}, 3, may_fail={"b"})
 
 
-def test_the_peer_is_the_model_that_is_compared_by_default() -> None:
-    """Whatever the trained model's file says in other words than the peer's config."""
-    source = open_model("smollm2").source
-    token_T = torch.tensor([504, 3575, 282, 4649, 314])
-    with torch.no_grad():
-        assert int(transformers_llama(source)(token_T[None]).logits[0, -1].argmax()) == 7042
+def test_compiling_in_a_counted_round_is_an_error(clock: Clock) -> None:
+    """Even of one that may not fail, and by name."""
+    program = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    sizes = iter([3, 3, 4, 5])
+
+    def take() -> float:
+        program(torch.ones(next(sizes)))
+        return 1.0
+
+    measured = interleave({A: Sample(take=take), B: Sample(take=lambda: 2.0)}, 3)
+    error = measured[A].timing.error
+    assert error is not None
+    assert "recompile" in error
+    assert measured[A].rates == []
+    assert measured[B].timing.seconds == (2.0, 2.0, 2.0)
 
 
-def test_models_that_the_peer_is_not_are_refused() -> None:
-    with pytest.raises(RequestError, match="LLaMA-like"):
-        transformers_llama(RandomSource(llama(gated=False)))
-
-
-def test_the_tables_show_what_was_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    speeds = {
-        bench.PEER: Speeds(decode_s=[0.1], prefill_s={n: [1.0] for n in bench.LENGTHS}),
-        "compiled int8": Speeds(decode_s=[0.02], prefill_s={n: [0.5] for n in bench.LENGTHS}),
-    }
-    monkeypatch.setenv("COLUMNS", "200")
-    bench.show(
-        {
-            "model": "tiny",
-            "rounds": 1,
-            "threads": 2,
-            "speed": bench.rows(speeds),
-            "memory": [
-                {
-                    "storage": "int8",
-                    "first_compile_s": 30.0,
-                    "warm_compile_s": 2.0,
-                    "prepared_weight_bytes": 128 * 2**20,
-                    "beyond_torch_bytes": 300 * 2**20,
-                    "allowed_bytes": 342 * 2**20,
-                }
-            ],
-        }
-    )
-    printed = [line.strip("│ ").split() for line in capsys.readouterr().out.splitlines()]
-    words = [[word for word in line if word != "│"] for line in printed]
-    assert ["compiled", "int8", "50.0", "5.00", "520", "600", "1024", "2.00"] in words
-    assert ["int8", "30.0", "2.0", "128", "300", "342"] in words
+def test_there_is_a_pause_between_samples(clock: Clock) -> None:
+    interleave({A: Sample(take=lambda: 1.0), B: Sample(take=lambda: 1.0)}, 3)
+    assert clock.now == pytest.approx(8 * side_by_side.PAUSE_S, abs=1e-12)
+    assert time.perf_counter() > 0

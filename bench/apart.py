@@ -1,0 +1,160 @@
+"""One storage of the compiled path in processes of its own, so that compile time and peak memory are its alone.
+
+The first process finds an empty cache folder and compiles; the second finds what the first has left there, and decodes.
+`python -m twinfer.bench.apart` reads a `Task` as JSON from its one argument and prints an `Outcome` as JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from ..spec.errors import MachineError, TwinferError
+from .machine import peak_resident_bytes
+
+ALLOWED_TIMES, ALLOWED_MORE = 1.5, 150 * 2**20
+"""Peak memory beyond an interpreter that has imported torch may be so many times the prepared weights, and so many
+bytes more."""
+COMPILE_ALLOWED_S = 30.0
+"""For all graphs of a storage, caches empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    model: str
+    storage: str
+    prompt: int
+    """Tokens that are read before steps are timed."""
+    steps: int
+    start_compiler: bool
+    """Whether the compiler is started before, so that what it does once a process is no program's compile time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    compile_s: float
+    """Of all graphs of a decoder: a prompt, one sequence, several."""
+    weight_bytes: int
+    step_s: float
+    """A decode step of one sequence, on average."""
+    kernel_s: float
+    """Of this, what went by within the kernels that Inductor made."""
+    loops_a_layer: float | None
+    """Parallel loops in a layer of that step, of the generated C++; None for a model of one layer."""
+    bare_bytes: int | None
+    """Peak of an interpreter that has imported torch."""
+    peak_bytes: int | None
+    """Peak of the whole process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What the two processes of one storage told."""
+
+    storage: str
+    compile_cold_s: float
+    compile_warm_s: float
+    weight_bytes: int
+    step_s: float
+    outside_kernels: float
+    """Share of a decode step of one sequence that was not spent in the kernels that Inductor made."""
+    loops_a_layer: float | None
+    peak_bytes: int | None
+    beyond_torch_bytes: int | None
+    """Peak less that of an interpreter that has imported torch."""
+
+    @property
+    def allowed_bytes(self) -> int:
+        return int(ALLOWED_TIMES * self.weight_bytes) + ALLOWED_MORE
+
+
+def measure_apart(model: str, storage: str, prompt: int, steps: int) -> Figures:
+    """Run both processes; their errors are raised here."""
+    task = Task(model=model, storage=storage, prompt=prompt, steps=steps, start_compiler=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        cold = _run(task, cache)
+        warm = _run(replace(task, start_compiler=False), cache)
+    beyond = None
+    if warm.peak_bytes is not None and warm.bare_bytes is not None:
+        beyond = warm.peak_bytes - warm.bare_bytes
+    return Figures(
+        storage=storage,
+        compile_cold_s=cold.compile_s,
+        compile_warm_s=warm.compile_s,
+        weight_bytes=warm.weight_bytes,
+        step_s=warm.step_s,
+        outside_kernels=1 - warm.kernel_s / warm.step_s,
+        loops_a_layer=warm.loops_a_layer,
+        peak_bytes=warm.peak_bytes,
+        beyond_torch_bytes=beyond,
+    )
+
+
+def _run(task: Task, cache: str) -> Outcome:
+    command = [sys.executable, "-m", "twinfer.bench.apart", json.dumps(asdict(task))]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if child.returncode < 0:
+        raise MachineError(
+            f"measuring {task.storage} was killed by signal {-child.returncode}; is there enough memory?"
+        )
+    if child.returncode:
+        raise RuntimeError(f"measuring {task.storage} failed; its own traceback is above")
+    result = json.loads(child.stdout.splitlines()[-1])
+    if "error" in result:
+        raise TwinferError(result["error"])
+    return Outcome(**result)
+
+
+def measure(task: Task, bare_bytes: int | None) -> Outcome:
+    """Compile, read a prompt and decode."""
+    from ..checkpoint import open_model
+    from ..compiled.path import CompiledPath
+    from ..spec.config import Storage
+    from .compiling import start_compiler
+    from .kernels import watched
+    from .side_by_side import prompt
+
+    if task.start_compiler:
+        start_compiler(torch.device("cpu"))
+    with watched() as kernels:
+        path = CompiledPath(open_model(task.model).source, storage=Storage(task.storage))
+        compile_s = path.compile()
+        prompt_T = prompt(path.config.vocabulary, task.prompt)
+        for _ in range(2):  # the first time does not count
+            sequences = path.open(1, task.prompt + task.steps)
+            logits_BV = path.extend(sequences, [prompt_T])
+            kernels.forget()
+            start = time.perf_counter()
+            for _ in range(task.steps):
+                logits_BV = path.extend(sequences, [logits_BV.argmax(-1)])
+            seconds = time.perf_counter() - start
+            sequences.close()
+    return Outcome(
+        compile_s=compile_s,
+        weight_bytes=path.weight_bytes,
+        step_s=seconds / task.steps,
+        kernel_s=kernels.seconds / task.steps,
+        loops_a_layer=kernels.loops_a_layer(task.steps, len(path.config.layers)),
+        bare_bytes=bare_bytes,
+        peak_bytes=peak_resident_bytes(),
+    )
+
+
+def main() -> None:
+    bare_bytes = peak_resident_bytes()
+    task = Task(**json.loads(sys.argv[1]))
+    try:
+        result = asdict(measure(task, bare_bytes))
+    except TwinferError as error:
+        result = {"error": str(error)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The compiled path and its peers on one model, in one process, and everything that the promised ratios need."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..compiled.weights import prepare
+from ..reference.path import ReferencePath
+from ..spec.config import Storage
+from .candidates import Candidate, PathCandidate
+from .exported import Exports
+from .limits import measure_limits
+from .machine import this_machine
+from .must_reach import EAGER, own, products_of
+from .peers import PEERS, Room, ready_peers
+from .plan import About, Plan, own_candidates, row, samples_of
+from .products import layer_shapes, matrix_products, memory_limit, prefill_products, small_products, step_shapes
+from .rows import Row
+from .side_by_side import Key, Measured, Sample, Workload, greedy, interleave, prompt, reason
+
+AGREEMENT = 16
+"""Greedy tokens of everyone that are compared with the reference's."""
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a run found out."""
+
+    plan: Plan
+    about: About
+    measured: Mapping[Key, Measured]
+    workloads: Mapping[str, Sequence[Workload]]
+    """Of everyone who was measured, by name."""
+    absent: Mapping[str, str]
+    """Why others were not, in a line each."""
+    agreement: Mapping[str, int]
+    """How many of everyone's first greedy tokens are the reference's in float32, before the first that is not."""
+
+    def rows(self, model: str) -> list[Row]:
+        """Of models; `model` is what the command line named."""
+        return [self._row(name, workload, model) for name, each in self.workloads.items() for workload in each]
+
+    def _row(self, name: str, workload: Workload, model: str) -> Row:
+        storage = next((each for each in self.plan.storages if own(each) == name), None)
+        repro = f"{self.plan.repro('peers', model, storage)} --peer '{EAGER}'"
+        return row(
+            Key(name, workload.title),
+            workload,
+            self.measured,
+            self.about,
+            storage=PEERS[name].precision if storage is None else storage,
+            implementation="compiled" if storage is not None else name,
+            repro=repro if storage is not None or name == EAGER else f"{repro} --peer '{name}'",
+            note=f"{self.agreement[name]} of {AGREEMENT} greedy tokens as the reference's in float32",
+        )
+
+
+def measure(
+    checkpoint: Checkpoint, plan: Plan, names: Sequence[str], squares: Sequence[int], folder: Path, report: Report
+) -> Found:
+    """Prepare everyone, then time all in turn. Raises `RequestError` where the model is no plain LLaMA.
+
+    `names` are the peers that are wanted; what they read is written to `folder`, the caller's.
+    """
+    exports = Exports(checkpoint.source, folder)
+    report("measuring this machine's limits")
+    limits = measure_limits()
+    paths, _ = own_candidates(checkpoint, plan, report)
+    longest = plan.prompt + max(plan.steps + 1, AGREEMENT)
+    room = Room(decode_tokens=longest, most_tokens=max(longest, *plan.prefills), threads=torch.get_num_threads())
+    peers, absent = ready_peers(names, exports, room, report)
+    report("comparing first tokens")
+    agreement = dict(_agreement({**paths, **peers}, set(peers), absent, checkpoint, plan))
+    candidates = {name: each for name, each in {**paths, **peers}.items() if name in agreement}
+    workloads = {name: plan.workloads if name in paths else _of_peer(name, plan) for name in candidates}
+    samples = samples_of(candidates, workloads, checkpoint.config.vocabulary)
+    samples.update(_products(checkpoint, plan, squares))
+    measured = interleave(samples, plan.rounds, may_fail=set(peers), report=report)
+    measured.update(memory_limit(each, size, limits, plan.rounds) for each in plan.storages for size in squares)
+    return Found(
+        plan=plan,
+        about=About(
+            name=checkpoint.name, config=checkpoint.config, machine=this_machine(), limits=limits, baseline=EAGER
+        ),
+        measured=measured,
+        workloads=workloads,
+        absent=absent,
+        agreement=agreement,
+    )
+
+
+def _agreement(
+    candidates: Mapping[str, Candidate],
+    peers: set[str],
+    absent: dict[str, str],
+    checkpoint: Checkpoint,
+    plan: Plan,
+) -> Iterator[tuple[str, int]]:
+    """How far each goes with the reference; a peer that raises is absent from then on."""
+    prompt_T = prompt(checkpoint.config.vocabulary, plan.prompt)
+    wanted = greedy(PathCandidate(ReferencePath(checkpoint.source)), prompt_T, AGREEMENT)
+    for name, candidate in candidates.items():
+        try:
+            found = greedy(candidate, prompt_T, AGREEMENT)
+        except Exception as error:  # another library's
+            if name not in peers:
+                raise
+            absent[name] = reason(error)
+            continue
+        yield name, equal_for(wanted, found)
+
+
+def equal_for(wanted: Sequence[int], found: Sequence[int]) -> int:
+    """
+    >>> equal_for([5, 6, 7], [5, 6, 8])
+    2
+    """
+    return next((at for at, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]), len(wanted))
+
+
+def _of_peer(name: str, plan: Plan) -> list[Workload]:
+    """One sequence decoded, and the longest prompt."""
+    return [plan.decode, Workload(prompt=max(plan.prefills))] if PEERS[name].prefills else [plan.decode]
+
+
+def _products(checkpoint: Checkpoint, plan: Plan, squares: Sequence[int]) -> dict[Key, Sample]:
+    """What ratios of products are made of, as far as the plan has their storages."""
+    config, longest = checkpoint.config, max(plan.prefills)
+    samples: dict[Key, Sample] = {}
+    if Storage.INT8 in plan.storages and 32 in plan.batches:
+        samples[products_of(32)] = matrix_products(step_shapes(config), 32)
+    if Storage.FLOAT32 in plan.storages:
+        samples[products_of(longest)] = matrix_products(layer_shapes(config), longest)
+        model = prepare(checkpoint.source, Storage.FLOAT32, torch.device("cpu"))
+        key, sample = prefill_products(model, config, longest)
+        samples[key] = sample
+    for storage in plan.storages:
+        for size in squares:
+            samples.update(small_products(storage, size))
+    return samples

@@ -1,0 +1,132 @@
+"""`twinfer bench model`: what it takes, and what it does with it.
+
+Nothing slow is imported before `run`.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from . import model_options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ..checkpoint import Checkpoint
+    from .apart import Figures
+    from .plan import Plan
+    from .rows import Row
+
+HELP = "time a model on the compiled path: batches, prompts, compiling, memory"
+DESCRIPTION = """\
+Time the compiled path in each storage, alone: decode steps of one sequence and of several, and prompts; then compile
+time, peak memory and what a step spends outside of kernels, in processes of their own."""
+EPILOG = """\
+speeds: medians over the rounds, each of which runs every storage once. Nothing may compile while it is timed.
+
+in processes of their own, one with an empty cache folder and one that finds what the first has left there:
+  compile s, again  seconds until all three or four graphs are ready: a prompt, one sequence, several
+  peak              most memory that was resident; allowed is 1.5 times the prepared weights and 150 MiB
+  outside kernels   share of a decode step of one sequence that is not spent within the kernels that Inductor made: both
+                    are timed in the same steps, the kernels where the generated code calls them
+  loops a layer     parallel loops of that step's kernels, `#pragma omp for` in the generated C++
+
+exit status: 0; 1 if the compiled path recompiled while it was timed
+
+with --json, one object: {"rows": [...], "apart": [{"storage", "compile_cold_s", "compile_warm_s", "weight_bytes",
+  "step_s", "outside_kernels", "loops_a_layer", "peak_bytes", "beyond_torch_bytes", "allowed_bytes"}]}
+  rows  as `twinfer bench ops --help` describes them; speed-ups are over the first storage
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser this command's options, with its description and epilog."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    model_options.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write; the exit status."""
+    from ..checkpoint import open_model
+    from .apart import measure_apart
+    from .model_tables import print_figures, print_speeds
+    from .plan import Plan
+    from .rows import write_rows
+
+    plan = Plan.of(args)
+    model_options.check_out(args.out)
+    checkpoint = open_model(args.model, report=model_options.say)
+    plan.check(checkpoint.config)
+    rows = measure(checkpoint, args.model, plan)
+    figures = {}
+    for storage in plan.storages:
+        model_options.say(f"{storage}, in processes of its own")
+        figures[storage.value] = measure_apart(args.model, storage.value, plan.prompt, plan.steps)
+    rows = [with_figures(row, figures) for row in rows]
+    if args.out is not None:
+        write_rows(args.out, rows)
+    if args.json:
+        print(json.dumps(as_json(rows, list(figures.values())), allow_nan=False))
+    else:
+        print_speeds(rows)
+        print_figures(list(figures.values()))
+    return 1 if any(row.error is not None for row in rows) else 0
+
+
+def measure(checkpoint: "Checkpoint", model: str, plan: "Plan") -> "list[Row]":
+    """Speeds of all storages in turn; `model` is what the command line named."""
+    from .limits import measure_limits
+    from .machine import this_machine
+    from .must_reach import own
+    from .plan import About, own_candidates, row, samples_of
+    from .side_by_side import Key, interleave
+
+    model_options.say("measuring this machine's limits")
+    limits = measure_limits()
+    candidates, _ = own_candidates(checkpoint, plan, model_options.say)
+    workloads = dict.fromkeys(candidates, plan.workloads)
+    samples = samples_of(candidates, workloads, checkpoint.config.vocabulary)
+    measured = interleave(samples, plan.rounds, report=model_options.say)
+    about = About(
+        name=checkpoint.name,
+        config=checkpoint.config,
+        machine=this_machine(),
+        limits=limits,
+        baseline=own(plan.storages[0]),
+    )
+    return [
+        row(
+            Key(own(storage), workload.title),
+            workload,
+            measured,
+            about,
+            storage=storage,
+            implementation="compiled",
+            repro=plan.repro("model", model, storage),
+        )
+        for storage in plan.storages
+        for workload in plan.workloads
+    ]
+
+
+def with_figures(row: "Row", figures: "Mapping[str, Figures]") -> "Row":
+    """The row of one sequence's decoding with what was measured of its storage apart; others as they are."""
+    if not row.shape["steps"] or row.shape["batch"] > 1:
+        return row
+    apart = figures[row.storage]
+    return replace(
+        row,
+        compile_cold_s=apart.compile_cold_s,
+        compile_warm_s=apart.compile_warm_s,
+        peak_memory_bytes=apart.peak_bytes,
+    )
+
+
+def as_json(rows: "Sequence[Row]", figures: "Sequence[Figures]") -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "rows": [asdict(row) for row in rows],
+        "apart": [{**asdict(each), "allowed_bytes": each.allowed_bytes} for each in figures],
+    }

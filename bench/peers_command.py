@@ -1,0 +1,131 @@
+"""`twinfer bench peers`: what it takes, and what it does with it.
+
+Nothing slow is imported before `run`.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..spec.errors import RequestError
+from . import model_options
+
+if TYPE_CHECKING:
+    from .beside_peers import Found
+    from .must_reach import Ratio
+    from .rows import Row
+    from .timing import Timing
+
+HELP = "time a model beside transformers, llama.cpp, CTranslate2 and DeepSpeed"
+DESCRIPTION = """\
+Time the compiled path beside other libraries running the same weights, prompt and precision class, in one process,
+round by round; then hold the ratios against what this project promises."""
+EPILOG = """\
+peers, each used if it is installed:
+  transformers eager          float32, default cache and attention
+  transformers static cache   float32, the decode step compiled as its documentation does; it is not timed on prompts
+  llama.cpp F32 F16 Q8_0 Q4_1 GGUF files made of the same weights by its own quantiser, through llama-cpp-python
+  CTranslate2 float32 int8    converted from the same weights
+  DeepSpeed init_inference    float32; its kernels are not for CPUs
+Models are plain LLaMAs, which all of these know. Every peer has as many threads as torch, reads the same ids, and takes
+the likeliest token. Everyone's first 16 tokens are compared with the reference's in float32: whoever computes in
+float32 should give the same, whoever is quantised need not.
+
+ratios: of tokens a second, round by round; the value is the median, the spread the 20th and 80th percentile.
+  GEMM rates   the weight products of a step one by one, each by the fastest of F.linear, W @ x.t() and oneDNN's
+               product, operands in the caches where they fit
+  reading      bytes of the stored matrix over the most bytes a second that this run read from memory
+
+exit status: 0, whatever the ratios are; 1 if the compiled path recompiled while it was timed, and with --require if a
+ratio is not reached or could not be measured
+
+with --json, one object: {"rows": [...], "must_reach": [{"name", "value", "p20", "p80", "bound", "at_most", "over",
+  "missing", "reached"}], "alone": [{"who", "what", "p20_s", "p50_s", "p80_s"}], "absent": {PEER: REASON},
+  "agreement": {PEER: TOKENS}}
+  rows   as `twinfer bench ops --help` describes them
+  alone  products outside of any model, which ratios are held against
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser this command's options, with its description and epilog."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    model_options.add_arguments(parser)
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME", help="only peers whose name begins so; repeatable"
+    )
+    parser.add_argument(
+        "--square",
+        type=model_options.positive,
+        action="append",
+        metavar="N",
+        help="size of the square products timed alone (4096 and 8192); repeatable",
+    )
+    parser.add_argument("--require", action="store_true", help="fail unless every ratio is reached")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write; the exit status."""
+    from ..checkpoint import open_model
+    from .beside_peers import measure
+    from .model_tables import print_ratios, print_speeds
+    from .must_reach import promised, ratio
+    from .plan import Plan
+    from .rows import write_rows
+
+    plan, names = Plan.of(args), chosen(args.peer)
+    squares = tuple(dict.fromkeys(args.square or (4096, 8192)))
+    model_options.check_out(args.out)
+    checkpoint = open_model(args.model, report=model_options.say)
+    plan.check(checkpoint.config)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        found = measure(checkpoint, plan, names, squares, Path(folder), model_options.say)
+    wanted = promised(plan.storages, plan.prefills, plan.batches, squares)
+    ratios = [ratio(each, found.measured, found.absent) for each in wanted]
+    rows = found.rows(args.model)
+    if args.out is not None:
+        write_rows(args.out, rows)
+    if args.json:
+        print(json.dumps(as_json(rows, ratios, found), allow_nan=False))
+    else:
+        print_speeds(rows)
+        print_ratios(ratios)
+        for name, why in found.absent.items():
+            print(f"{name}: {why}")
+    failed = any(row.error is not None and row.implementation == "compiled" for row in rows)
+    return 1 if failed or (args.require and not all(each.reached for each in ratios)) else 0
+
+
+def chosen(prefixes: Sequence[str]) -> list[str]:
+    """Peers whose names begin so; all of them where nothing is asked for. Raises `RequestError` for none."""
+    from .peers import PEERS
+
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in PEERS):
+            raise RequestError(f"--peer is {prefix!r}; the peers are {', '.join(PEERS)}")
+    return [name for name in PEERS if not prefixes or name.startswith(tuple(prefixes))]
+
+
+def as_json(rows: "Sequence[Row]", ratios: "Sequence[Ratio]", found: "Found") -> dict[str, Any]:
+    """What --json prints."""
+    models = set(found.workloads)
+    return {
+        "rows": [asdict(row) for row in rows],
+        "must_reach": [{**asdict(each), "reached": each.reached} for each in ratios],
+        "alone": [
+            {"who": key.who, "what": key.what, **quantiles(each.timing)}
+            for key, each in found.measured.items()
+            if key.who not in models
+        ],
+        "absent": dict(found.absent),
+        "agreement": dict(found.agreement),
+    }
+
+
+def quantiles(timing: "Timing") -> dict[str, float | None]:
+    return {f"p{share}_s": timing.quantile(share / 100) for share in (20, 50, 80)}

@@ -1,0 +1,68 @@
+"""Peers that are not there, and peers that fail, are named with a reason; nobody else is disturbed."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from twinfer.bench import peers
+from twinfer.bench.beside_peers import equal_for
+from twinfer.bench.exported import Exports
+from twinfer.bench.peers import PEERS, Peer, Room, ready_peers
+from twinfer.oracle.models import RandomSource
+
+from .tiny_llama import llama
+
+ROOM = Room(decode_tokens=24, most_tokens=32, threads=1)
+
+
+class Mute:
+    def answer(self, prompt_T: Tensor, new: int, batch: int = 1) -> Iterator[Sequence[int]]:
+        yield [0]
+
+
+def peer(name: str, package: str, error: Exception | None = None) -> Peer:
+    def make(exports: Exports, room: Room) -> Mute:
+        assert room == ROOM
+        if error is not None:
+            raise error
+        return Mute()
+
+    return Peer(name=name, package=package, install=f"pip install {package}", precision="float32", make=make)
+
+
+def test_what_is_not_installed_or_fails_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = (peer("good", "math"), peer("gone", "no_such_package_here"), peer("bad", "math", OSError("no\nroom")))
+    monkeypatch.setattr(peers, "PEERS", {each.name: each for each in some})
+    exports = Exports(RandomSource(llama()), tmp_path)
+    said: list[str] = []
+    candidates, absent = ready_peers(["good", "gone", "bad"], exports, ROOM, said.append)
+    assert list(candidates) == ["good"]
+    assert absent == {"gone": "not installed (pip install no_such_package_here)", "bad": "OSError: no room"}
+    assert said == ["preparing good", "preparing bad"]
+
+
+@pytest.mark.parametrize("package", ["transformers", "llama_cpp", "ctranslate2", "deepspeed"])
+def test_every_package_may_be_missing(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    names = [name for name, each in PEERS.items() if each.package == package]
+    assert names
+    candidates, absent = ready_peers(names, Exports(RandomSource(llama()), tmp_path), ROOM, lambda line: None)
+    assert candidates == {}
+    assert list(absent) == names
+    assert all(why.startswith("not installed (pip install ") for why in absent.values())
+
+
+def test_only_those_that_are_wanted_are_made(tmp_path: Path) -> None:
+    candidates, absent = ready_peers([], Exports(RandomSource(llama()), tmp_path), ROOM, lambda line: None)
+    assert candidates == {}
+    assert absent == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_agree_until_the_first_that_does_not() -> None:
+    assert equal_for([1, 2, 3], [1, 2, 3]) == 3
+    assert equal_for([1, 2, 3], [1, 9, 3]) == 1
+    assert equal_for([1, 2, 3], [9, 2, 3]) == 0
