@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from twinfer.bench import ops_command
+from twinfer.bench import model_command, ops_command, peers_command
 
-SUBCOMMANDS = {"ops": ops_command}
+SUBCOMMANDS = {"ops": ops_command, "model": model_command, "peers": peers_command}
 """Each has HELP, `add_arguments(parser)` and `run(args)`, and imports nothing slow before it runs."""
 
 

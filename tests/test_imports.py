@@ -33,7 +33,11 @@ THIRD_PARTY: dict[str, set[str]] = {
     "parallel": {"torch"},
     "offload": {"torch"},
     "oracle": {"torch", "einops", "numpy", "hypothesis"},
-    "bench": {"torch", "transformers", "rich", "matplotlib"},
+    "bench": {
+        *("torch", "rich", "matplotlib"),
+        *("numpy", "gguf", "tokenizers"),  # what the same model is written with for others
+        *("transformers", "llama_cpp", "ctranslate2", "deepspeed"),  # those others
+    },
     "face": {"torch", "rich", "jinja2"},
 }
 """Installed packages that a room may import; the standard library is free."""
