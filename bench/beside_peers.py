@@ -16,6 +16,7 @@ from .limits import measure_limits
 from .machine import this_machine
 from .must_reach import EAGER, own, products_of
 from .peers import PEERS, Room, ready_peers
+from .perplexity import PARAGRAPH
 from .plan import About, Plan, own_candidates, row, samples_of
 from .products import layer_shapes, matrix_products, memory_limit, prefill_products, small_products, step_shapes
 from .rows import Row
@@ -100,8 +101,13 @@ def _agreement(
     checkpoint: Checkpoint,
     plan: Plan,
 ) -> Iterator[tuple[str, int]]:
-    """How far each goes with the reference; a peer that raises is absent from then on."""
+    """How far each goes with the reference; a peer that raises is absent from then on.
+
+    After a text where the model has a tokenizer: after ids drawn at random much is nearly a tie.
+    """
     prompt_T = prompt(checkpoint.config.vocabulary, plan.prompt)
+    if checkpoint.tokenizer is not None:
+        prompt_T = torch.tensor(checkpoint.tokenizer.encode(PARAGRAPH)[: plan.prompt])
     wanted = greedy(PathCandidate(ReferencePath(checkpoint.source)), prompt_T, AGREEMENT)
     for name, candidate in candidates.items():
         try:
