@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..compiled.weights import prepare
@@ -28,6 +29,21 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How far a candidate goes with the reference in float32, over so many greedy tokens after a prompt."""
+
+    alone: int
+    """Tokens before the first that differs; a near tie parts two texts for good."""
+    led: int
+    """Tokens that it picks after the prompt and all of the reference's tokens before."""
+    of: int
+
+    @property
+    def text(self) -> str:
+        return f"the reference's first {self.alone} of {self.of} tokens; led by them, picks {self.led}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """What a run found out."""
 
@@ -38,8 +54,7 @@ class Found:
     """Of everyone who was measured, by name."""
     absent: Mapping[str, str]
     """Why others were not, in a line each."""
-    agreement: Mapping[str, int]
-    """How many of everyone's first greedy tokens are the reference's in float32, before the first that is not."""
+    agreements: Mapping[str, Agreement]
 
     def rows(self, model: str) -> list[Row]:
         """Of models; `model` is what the command line named."""
@@ -56,7 +71,7 @@ class Found:
             storage=PEERS[name].precision if storage is None else storage,
             implementation="compiled" if storage is not None else name,
             repro=repro if storage is not None or name == EAGER else f"{repro} --peer '{name}'",
-            note=f"{self.agreement[name]} of {AGREEMENT} greedy tokens as the reference's in float32",
+            note=self.agreements[name].text,
         )
 
 
@@ -75,8 +90,8 @@ def measure(
     room = Room(decode_tokens=longest, most_tokens=max(longest, *plan.prefills), threads=torch.get_num_threads())
     peers, absent = ready_peers(names, exports, room, report)
     report("comparing first tokens")
-    agreement = dict(_agreement({**paths, **peers}, set(peers), absent, checkpoint, plan))
-    candidates = {name: each for name, each in {**paths, **peers}.items() if name in agreement}
+    agreements = dict(_agreements({**paths, **peers}, set(peers), absent, checkpoint, plan))
+    candidates = {name: each for name, each in {**paths, **peers}.items() if name in agreements}
     workloads = {name: plan.workloads if name in paths else _of_peer(name, plan) for name in candidates}
     samples = samples_of(candidates, workloads, checkpoint.config.vocabulary)
     samples.update(_products(checkpoint, plan, squares))
@@ -90,17 +105,17 @@ def measure(
         measured=measured,
         workloads=workloads,
         absent=absent,
-        agreement=agreement,
+        agreements=agreements,
     )
 
 
-def _agreement(
+def _agreements(
     candidates: Mapping[str, Candidate],
     peers: set[str],
     absent: dict[str, str],
     checkpoint: Checkpoint,
     plan: Plan,
-) -> Iterator[tuple[str, int]]:
+) -> Iterator[tuple[str, Agreement]]:
     """How far each goes with the reference; a peer that raises is absent from then on.
 
     After a text where the model has a tokenizer: after ids drawn at random much is nearly a tie.
@@ -111,13 +126,20 @@ def _agreement(
     wanted = greedy(PathCandidate(ReferencePath(checkpoint.source)), prompt_T, AGREEMENT)
     for name, candidate in candidates.items():
         try:
-            found = greedy(candidate, prompt_T, AGREEMENT)
+            yield name, agreement(candidate, prompt_T, wanted)
         except Exception as error:  # another library's
             if name not in peers:
                 raise
             absent[name] = reason(error)
-            continue
-        yield name, equal_for(wanted, found)
+
+
+def agreement(candidate: Candidate, prompt_T: Tensor, wanted: Sequence[int]) -> Agreement:
+    """How far a candidate goes with these greedy tokens, by itself and when it is given them."""
+    alone = equal_for(wanted, greedy(candidate, prompt_T, len(wanted)))
+    led = 0
+    for at, token in enumerate(wanted):
+        led += greedy(candidate, torch.cat([prompt_T, torch.tensor(wanted[:at], dtype=torch.int64)]), 1) == [token]
+    return Agreement(alone=alone, led=led, of=len(wanted))
 
 
 def equal_for(wanted: Sequence[int], found: Sequence[int]) -> int:

@@ -32,8 +32,9 @@ peers, each used if it is installed:
   CTranslate2 float32 int8    converted from the same weights
   DeepSpeed init_inference    float32; its kernels are not for CPUs
 Models are plain LLaMAs, which all of these know. Every peer has as many threads as torch, reads the same ids, and takes
-the likeliest token. Everyone's first 16 tokens are compared with the reference's in float32: whoever computes in
-float32 should give the same, whoever is quantised need not.
+the likeliest token. Everyone's first 16 tokens are compared with the reference's in float32, once as they follow from
+each other and once after the reference's own: whoever computes in float32 should give the same, whoever is quantised
+need not, but should pick most of them where it is led.
 
 ratios: of tokens a second, round by round; the value is the median, the spread the 20th and 80th percentile.
   GEMM rates   the weight products of a step one by one, each by the fastest of F.linear, W @ x.t() and oneDNN's
@@ -45,7 +46,7 @@ ratio is not reached or could not be measured
 
 with --json, one object: {"rows": [...], "must_reach": [{"name", "value", "p20", "p80", "bound", "at_most", "over",
   "missing", "reached"}], "alone": [{"who", "what", "p20_s", "p50_s", "p80_s"}], "absent": {PEER: REASON},
-  "agreement": {PEER: TOKENS}}
+  "agreements": {NAME: {"alone", "led", "of"}}}
   rows   as `twinfer bench ops --help` describes them
   alone  products outside of any model, which ratios are held against
 """
@@ -123,7 +124,7 @@ def as_json(rows: "Sequence[Row]", ratios: "Sequence[Ratio]", found: "Found") ->
             if key.who not in models
         ],
         "absent": dict(found.absent),
-        "agreement": dict(found.agreement),
+        "agreements": {name: asdict(each) for name, each in found.agreements.items()},
     }
 
 

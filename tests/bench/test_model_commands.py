@@ -64,7 +64,7 @@ def test_peers_prints_every_storage_the_peer_and_the_ratios(tiny: str, capsys: p
     assert "decode batch 1, int8 over transformers eager" in out
     assert "llama.cpp F32, decode batch 1: not measured" in out
     for line in (*(f"compiled {each}" for each in ("float32", "bfloat16")), "transformers eager float32"):
-        assert f"{line}: 16 of 16 greedy tokens as the reference's in float32" in out
+        assert f"{line}: the reference's first 16 of 16 tokens; led by them, picks 16" in out
 
 
 def test_peers_as_json_is_rows_and_ratios(tiny: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

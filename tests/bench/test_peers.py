@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from twinfer.bench import peers
-from twinfer.bench.beside_peers import equal_for
+from twinfer.bench.beside_peers import agreement, equal_for
 from twinfer.bench.exported import Exports
 from twinfer.bench.peers import PEERS, Peer, Room, ready_peers
 from twinfer.oracle.models import RandomSource
@@ -66,3 +67,16 @@ def test_tokens_agree_until_the_first_that_does_not() -> None:
     assert equal_for([1, 2, 3], [1, 2, 3]) == 3
     assert equal_for([1, 2, 3], [1, 9, 3]) == 1
     assert equal_for([1, 2, 3], [9, 2, 3]) == 0
+
+
+class Stubborn:
+    """Picks the number of tokens that it has read, but 9 after exactly five."""
+
+    def answer(self, prompt_T: Tensor, new: int, batch: int = 1) -> Iterator[Sequence[int]]:
+        for read in range(len(prompt_T), len(prompt_T) + new):
+            yield [9 if read == 5 else read] * batch
+
+
+def test_one_wrong_pick_ends_the_agreement_alone_but_not_where_it_is_led() -> None:
+    found = agreement(Stubborn(), torch.zeros(3, dtype=torch.int64), [3, 4, 5, 6, 7])
+    assert (found.alone, found.led, found.of) == (2, 4, 5)

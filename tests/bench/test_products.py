@@ -97,12 +97,14 @@ def test_every_way_computes_the_product(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_prefills_products_are_those_of_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     config = llama()
     seen: Counter[tuple[int, int]] = Counter()
+    matrices_seen: set[int] = set()
 
     def counting(program: object, **_: object) -> object:
         def call(xs: list[torch.Tensor], matrices: list[Matrix]) -> list[torch.Tensor]:
             assert callable(program)
             outs: list[torch.Tensor] = program(xs, matrices)
             seen.update((out.shape[1], x_TI.shape[1]) for out, x_TI in zip(outs, xs, strict=True))
+            matrices_seen.update(each.word.data_ptr() for each in matrices)
             assert {out.shape[0] for out in outs} == {7}
             return outs
 
@@ -112,6 +114,7 @@ def test_a_prefills_products_are_those_of_every_layer(monkeypatch: pytest.Monkey
     _, sample = prefill_products(prepare(RandomSource(config), Storage.FLOAT32, CPU), config, 7)
     assert sample.take() > 0
     assert seen == layer_shapes(config)
+    assert len(matrices_seen) == seen.total()  # each once
 
 
 @pytest.mark.parametrize("storage", list(Storage))
