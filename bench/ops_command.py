@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, metavar="N", help=f"({ROUNDS}; {QUICK_ROUNDS} with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows, one JSON object a line")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows there, one JSON object a line")
     parser.add_argument("--charts", type=Path, metavar="FOLDER", help="draw roofline.png and speed-ups.png there")
     parser.add_argument("--compare", type=Path, metavar="OLD.jsonl", help="hold speed-ups against an earlier --out")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -103,16 +103,16 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and write; the exit status."""
     from . import charts, tables
     from .compare import compare
-    from .rows import Accuracy, read_rows, write_rows
+    from .rows import Accuracy, Kind, read_rows, write_rows
 
-    old = None if args.compare is None else read_rows(args.compare)
+    old = None if args.compare is None else [row for row in read_rows(args.compare) if row.kind is Kind.OP]
     selection = select(args, old)
     if args.charts is not None:
         charts.check_charts(args.charts)
     if args.out is not None and not args.out.parent.is_dir():
         raise RequestError(f"--out is {args.out}; its folder {args.out.parent} is not there; make it first")
     about = prepare_run(args)
-    rows = measure(selection, about)
+    rows = measure(selection, about, args.out)
     comparison = None
     if old is not None:
         rows = measure_slower_again(old, rows, selection, about)
@@ -135,7 +135,6 @@ def run(args: argparse.Namespace) -> int:
 def select(args: argparse.Namespace, old: "Sequence[Row] | None") -> "Selection":
     """What is to be measured. Raises `RequestError` for an op, a shape or a column that there is not."""
     from .ops import IMPLEMENTATIONS, selected
-    from .rows import Kind
     from .settings import SETTINGS
 
     for name in args.op:
@@ -155,8 +154,8 @@ def select(args: argparse.Namespace, old: "Sequence[Row] | None") -> "Selection"
     storages = [Storage(each) for each in args.storage]
     selection = selected(chosen, shapes, storages, quick=args.quick)
     if old is not None and not args.shape:
-        ops = [row for row in old if row.kind is Kind.OP and row.name in {setting.op.name for setting in chosen}]
-        kept = dict.fromkeys((row.name, tuple(row.shape.items()), row.storage) for row in ops)
+        names = {setting.op.name for setting in chosen}
+        kept = dict.fromkeys((row.name, tuple(row.shape.items()), row.storage) for row in old if row.name in names)
         selection = [
             (SETTINGS[name], dict(sizes), Storage(storage))
             for name, sizes, storage in kept
@@ -205,15 +204,18 @@ def prepare_run(args: argparse.Namespace) -> "Run":
     )
 
 
-def measure(selection: "Selection", about: "Run") -> "list[Row]":
-    """The rows of everything selected."""
+def measure(selection: "Selection", about: "Run", out: Path | None = None) -> "list[Row]":
+    """The rows of everything selected; `out`, if any, holds after each op all rows so far."""
     from .ops import measure_op
+    from .rows import write_rows
 
     rows: list[Row] = []
     for index, (setting, sizes, storage) in enumerate(selection, 1):
         at = ",".join(f"{axis}={size}" for axis, size in sizes.items())
         _say(f"{index} of {len(selection)}: {setting.op.name} {at} {storage}")
         rows += measure_op(setting, sizes, storage, about)
+        if out is not None:
+            write_rows(out, rows)
     return rows
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from twinfer.bench import compiling, limits, ops_command
+from twinfer.bench import compiling, limits, ops, ops_command
 from twinfer.bench.rows import Accuracy, Limits, Row, read_rows, write_rows
 from twinfer.cli import main
 
@@ -206,7 +206,7 @@ class Measured:
         self.runs = list(runs)
         self.asked: list[tuple[list[str], Any]] = []
 
-    def __call__(self, selection: Any, about: Any) -> list[Row]:
+    def __call__(self, selection: Any, about: Any, out: Path | None = None) -> list[Row]:
         self.asked.append(([setting.op.name for setting, _, _ in selection], about.columns))
         return self.runs.pop(0)
 
@@ -233,6 +233,22 @@ def test_a_regression_fails_and_is_named(
     shown = capsys.readouterr().out
     assert ("linear B=1,T=1,I=576,N=960 int8 arranged: slower" in shown) == (status == 1)
     assert f"{status} regressions; {2 - status} of 2 rows the same within noise" in shown
+
+
+def test_an_interrupted_run_leaves_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_row: Callable[..., Row]
+) -> None:
+    results: list[Any] = [[make_row()], [make_row(name="mlp")]]
+
+    def one(*_: object) -> Any:
+        if not results:
+            raise KeyboardInterrupt
+        return results.pop(0)
+
+    monkeypatch.setattr(ops, "measure_op", one)
+    out = tmp_path / "rows.jsonl"
+    assert main(["bench", "ops", "--quick", "--out", str(out)]) == 130
+    assert [row.name for row in read_rows(out)] == ["linear", "mlp"]
 
 
 def test_a_file_of_another_schema_is_refused(
