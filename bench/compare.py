@@ -1,17 +1,22 @@
 """Rows of two runs side by side: what became slower, beyond noise?
 
-Machines drift, so seconds of two runs are never compared. Each run times the baseline in turn with every
-implementation, and what is compared is how many times faster than that baseline an implementation was: the ratio, and
-its spread over the rounds, each round's ratio from neighbouring moments. A row is
+Machines drift, so seconds of two runs prove nothing. Each run times the baseline in turn with every implementation,
+and what is compared is how many times faster than that baseline an implementation was: the ratio, and its spread over
+the rounds, each round's ratio from neighbouring moments. A row is
 
     slower  if  new 80th percentile < old 20th percentile * (1 - MARGIN)
     faster  if  new 20th percentile > old 80th percentile * (1 + MARGIN)
 
 so the spreads must lie apart, and by more than what two runs of the same code differ beyond their spreads: where
-memory happens to lie changes from process to process, not from round to round. Becoming wrong, or failing to run, is a
-regression too. What looks slower is measured once more, and the second time counts: another program's load passes, a
-regression stays. A change that speeds up the baseline looks like a regression of the rest: the baseline is the
-reference, which is not made to be fast.
+memory happens to lie changes from process to process, not from round to round.
+
+The baseline has its own moods: where its temporaries just fit a cache that is shared with other programs, it was seen
+to be 2.7 times as fast an hour later. So on the same machine the seconds must agree: no row is slower whose own
+seconds are not (new 20th percentile above the old 80th), and none is faster whose own are not. (A machine that became
+faster by as much as a row became slower hides that.) On another machine the ratio alone decides, and a warning says so.
+
+Becoming wrong, or failing to run, is a regression too. What looks slower is measured once more, and the second time
+counts: another program's load passes, a regression stays.
 """
 
 from collections.abc import Iterable, Sequence
@@ -89,11 +94,18 @@ def judge(old: Row, new: Row) -> Verdict:
         return Verdict.BROKEN
     if old.accuracy is Accuracy.PASSED and new.accuracy is Accuracy.FAILED:
         return Verdict.WRONG
-    if new.speed_up_p80 < old.speed_up_p20 * (1 - MARGIN):
+    if new.speed_up_p80 < old.speed_up_p20 * (1 - MARGIN) and _takes_longer(old, new):
         return Verdict.SLOWER
-    if new.speed_up_p20 > old.speed_up_p80 * (1 + MARGIN):
+    if new.speed_up_p20 > old.speed_up_p80 * (1 + MARGIN) and _takes_longer(new, old):
         return Verdict.FASTER
     return Verdict.SAME
+
+
+def _takes_longer(quick: Row, slow: Row) -> bool:
+    """Whether the seconds agree that one is slower, as far as they can be compared."""
+    if quick.machine != slow.machine or quick.p80_s is None or slow.p20_s is None:
+        return True
+    return slow.p20_s > quick.p80_s
 
 
 def _warnings(old: Iterable[Row], new: Iterable[Row]) -> Iterable[str]:

@@ -44,8 +44,8 @@ one that does is an error. Of limit: the least time that reading the bytes, or t
 measured in this run, over the time taken.
 
 --compare OLD.jsonl measures what OLD.jsonl holds (or what --op and the others choose of it) and compares each row's
-speed-up over eager, whose spread over the rounds is its noise; seconds of two runs are not compared. What looks slower
-is measured once more, and the second time counts.
+speed-up over eager, whose spread over the rounds is its noise; on the same machine its own seconds must agree. What
+looks slower is measured once more, and the second time counts.
 
 exit status: 0; 1 if an implementation failed to run, recompiled while it was timed, was judged wrong, or became slower
 beyond noise than --compare says it was

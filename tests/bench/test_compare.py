@@ -41,7 +41,18 @@ def test_verdicts(
 )
 def test_slower_one_way_is_faster_the_other(old: list[float], new: list[float]) -> None:
     """But for the margin, which is a little wider downwards: 1 / (1 - m) > 1 + m."""
-    rows = [replace(ROW, speed_up_p20=ratio[0], speed_up=ratio[1], speed_up_p80=ratio[2]) for ratio in (old, new)]
+    rows = [
+        replace(
+            ROW,
+            speed_up_p20=ratio[0],
+            speed_up=ratio[1],
+            speed_up_p80=ratio[2],
+            p20_s=1 / ratio[2],
+            p50_s=1 / ratio[1],
+            p80_s=1 / ratio[0],
+        )
+        for ratio in (old, new)
+    ]
     there, back = judge(rows[0], rows[1]), judge(rows[1], rows[0])
     if there is Verdict.SLOWER:
         assert back is Verdict.FASTER
@@ -70,10 +81,19 @@ def test_becoming_wrong_or_broken_is_a_regression(make_row: MakeRow) -> None:
     assert "recompiled" in comparison.regressions[0].text
 
 
-def test_seconds_do_not_matter(make_row: MakeRow) -> None:
-    """A machine ten times slower, on which ratios are the same, has no regression."""
+def test_a_slow_machine_is_no_regression(make_row: MakeRow) -> None:
+    """Ten times slower, but the ratios are the same."""
     slow = make_row(p20_s=1e-3, p50_s=1e-3, p80_s=1e-3)
     assert not compare([make_row()], [slow]).regressions
+
+
+def test_a_quicker_baseline_is_no_regression(make_row: MakeRow) -> None:
+    """Nor a slower one a gain: the row's own seconds stayed."""
+    before, after = make_row((2.8, 3.0, 3.1)), make_row((1.8, 2.0, 2.1), p20_s=0.95e-4, p50_s=1e-4, p80_s=1.1e-4)
+    assert judge(before, after) is Verdict.SAME
+    assert judge(after, before) is Verdict.SAME
+    elsewhere = replace(after, machine=replace(ROW.machine, processor="another CPU"))
+    assert judge(before, elsewhere) is Verdict.SLOWER
 
 
 def test_another_machine_is_warned_of(make_row: MakeRow) -> None:
