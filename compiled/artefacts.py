@@ -31,6 +31,15 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils import _pytree as pytree
 
+KERNELS: dict[str, Any] = {
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "realize_opcount_threshold": 2000,
+    "realize_reads_threshold": 400,
+    "realize_acc_reads_threshold": 400,
+}
+"""Inductor's options that make kernels what they are, so a kept program must be loaded under them too: a product and a
+sum are one operation, which rounds once; and the terms of a product of some rows are never written out to memory."""
+
 _SOURCES = (Path(__file__).parent, Path(__file__).parent.parent / "spec")
 
 
@@ -90,7 +99,8 @@ def _load(kept: bytes) -> Callable[..., Any]:
         raise pickle.UnpicklingError("the digest differs")
     from torch._dynamo.aot_compile import AOTCompiledFunction
 
-    compiled = AOTCompiledFunction.deserialize(body)
+    with inductor.patch(KERNELS):
+        compiled = AOTCompiledFunction.deserialize(body)
     compiled.disable_guard_check()
     return compiled
 

@@ -7,11 +7,10 @@ Shapes: T tokens, M hidden, V vocabulary.
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..spec.config import Storage
-from .linear import Matrix
-from .packing import unpack
+from .linear import Matrix, linear_many
+from .packing import ROWS
 
 _BLOCK_WEIGHTS = 2**21  # 8 MiB of float32
 
@@ -19,16 +18,21 @@ _BLOCK_WEIGHTS = 2**21  # 8 MiB of float32
 def head_many(hidden_TM: Tensor, head: Matrix, storage: Storage, *, block_weights: int = _BLOCK_WEIGHTS) -> Tensor:
     """Logits [T, V], float32. A packed head is expanded `block_weights` elements at a time, not at once."""
     if storage is Storage.FLOAT32:
-        return functional.linear(hidden_TM, head.word_NJ, head.bias_N)
+        return linear_many(hidden_TM, head, storage)
     tokens, hidden = hidden_TM.shape
-    vocabulary, step = head.word_NJ.shape[0], max(1, block_weights // hidden)
-    logits_TV = torch.empty(tokens, vocabulary, device=hidden_TM.device)
-    for first in range(0, vocabulary, step):
-        block = slice(first, first + step)
-        scale = None if head.scale_N is None else head.scale_N[block]
-        bias = None if head.bias_N is None else head.bias_N[block]
-        weight_VM = unpack(head.word_NJ[block], scale, storage, hidden)
-        logits_TV[:, block] = functional.linear(hidden_TM, weight_VM, bias)
+    step = max(1, block_weights // hidden // ROWS)
+    logits_TV = torch.empty(tokens, head.outputs, device=hidden_TM.device)
+    for first in range(0, head.word.shape[0], step):
+        piece, columns = slice(first, first + step), slice(first * ROWS, (first + step) * ROWS)
+        of_piece = head._replace(
+            word=head.word[piece],
+            scale_N=None if head.scale_N is None else head.scale_N[columns],
+            step_BGU=None if head.step_BGU is None else head.step_BGU[piece],
+            centre_BGU=None if head.centre_BGU is None else head.centre_BGU[piece],
+            bias_N=None if head.bias_N is None else head.bias_N[columns],
+            outputs=min(step * ROWS, head.outputs - first * ROWS),
+        )
+        logits_TV[:, columns] = linear_many(hidden_TM, of_piece, storage)
     return logits_TV
 
 

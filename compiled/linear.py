@@ -1,61 +1,223 @@
 """Products with stored matrices: for a few rows straight from the packed words, for many through float32.
 
-Why it is faster: with one row, `(W * x).sum(-1)` fused over the packed words reads each word once and never writes a
-weight; torch's own matrix-vector product is at best as fast in float32 and cannot read packed words. With many rows
-the arithmetic dominates, so the words are expanded once, one matrix at a time, for torch's matrix product; the graph
-takes the same memory for one after the other.
+Why it is faster: a few rows are bound by reading the weights, so these are read once, as they are packed, and never
+written out; a vector holds 16 outputs, so an activation is one number that multiplies all of them, and no sum goes
+across a vector. What Inductor then compiles is one loop over blocks of 16 outputs with, for each row, one accumulator.
+With many rows the arithmetic dominates, so the weights are expanded once, one matrix at a time, for a matrix product.
 
-Shapes: R or T rows, N outputs, I inputs, J words a row, V vocabulary, M hidden.
+Which form, decided by storage and the number of rows alone, so that it is settled when a program is compiled:
+
+    float32, 1 row              the compiled loop over each output's own row, in sections side by side
+    float32, 2 rows and more    `product` on the weights as they lie
+    packed, 1 to 32 rows        the compiled loop over packed words, 1 or 4 rows at a time (`rows_together`)
+    packed, more rows           expanded to float32, then `product`
+
+`product` is oneDNN's matrix product where torch has it: on the weights as they lie, [N, I], it is as fast as its
+own packing of them from 64 rows on, and 1.5 to 3 times as fast as `F.linear` on CPUs for which MKL will not use its
+widest instructions. Elsewhere it is `F.linear`. Keeping weights transposed was never better than both.
+
+Shapes: R or T rows, N outputs, I inputs, B blocks of U = 16 outputs, J words, G groups, Q rows // P, P rows together.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..spec.config import Storage
-from .packing import LANES, lane_values, unpack
+from .packing import GROUP_WORDS, PLACES, ROWS, Packed, as_graph_input, place_values, rows_of, weights_of_rows
+
+FEW = 32
+"""As many rows are multiplied straight from packed words."""
+
+_TOGETHER = 4
 
 
 class Matrix(NamedTuple):
     """A stored matrix as a graph sees it: `Packed` with the words bit-cast to float32."""
 
-    word_NJ: Tensor
+    word: Tensor
     scale_N: Tensor | None
+    step_BGU: Tensor | None
+    centre_BGU: Tensor | None
     bias_N: Tensor | None
+    outputs: int
 
 
-def linear_few(x_RI: Tensor, matrix: Matrix, storage: Storage) -> Tensor:
-    """x @ weight.T + bias for a few rows, float32 [R, N], the weights read once and never expanded."""
+def matrix(packed: Packed) -> Matrix:
+    """The same memory, for graphs."""
+    return Matrix(
+        as_graph_input(packed), packed.scale_N, packed.step_BGU, packed.centre_BGU, packed.bias_N, packed.outputs
+    )
+
+
+def rows_together(rows: int) -> int:
+    """How many rows share a pass over the weights; callers pad to a multiple.
+
+    >>> [rows_together(rows) for rows in (1, 2, 4, 5, 32)]
+    [1, 4, 4, 4, 4]
+    """
+    return 1 if rows == 1 else _TOGETHER
+
+
+def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage, together: int = 1) -> Tensor:
+    """x @ weight.T + bias for a few rows, float32 [R, N], the weights read once and never expanded.
+
+    R is a multiple of `together`, the number of rows for which a packed word is unpacked once.
+    """
     x_RI = settled(x_RI)
-    if storage is Storage.FLOAT32 and x_RI.shape[0] > 1:
-        return functional.linear(x_RI, matrix.word_NJ, matrix.bias_N)
-    lanes, words = LANES[storage], matrix.word_NJ.shape[1]
-    x_RI = functional.pad(x_RI, (0, lanes * words - x_RI.shape[1])) if lanes * words > x_RI.shape[1] else x_RI
-    product_NRJ = None
-    for lane in range(lanes):
-        weight_NJ = lane_values(matrix.word_NJ, storage, lane)
-        term_NRJ = weight_NJ[:, None, :] * x_RI[None, :, lane * words : (lane + 1) * words]
-        product_NRJ = term_NRJ if product_NRJ is None else product_NRJ + term_NRJ
-    assert product_NRJ is not None
-    out_NR = product_NRJ.sum(-1)
-    if matrix.scale_N is not None:
-        out_NR = out_NR * matrix.scale_N[:, None]
-    if matrix.bias_N is not None:
-        out_NR = out_NR + matrix.bias_N[:, None]
-    return out_NR.t().contiguous()  # rows that are strided here would be summed one by one in the next norm and product
+    if storage is Storage.FLOAT32:
+        if x_RI.shape[0] > 1:
+            return product(x_RI, weights.word, weights.bias_N)
+        out_N = _dots(x_RI[0], weights.word)
+        return (out_N if weights.bias_N is None else out_N + weights.bias_N)[None]
+    x_QPI = x_RI.view(-1, together, x_RI.shape[1])
+    sums_BQU = _grouped_sums(x_QPI, weights) if storage is Storage.INT4 else _planar_sums(x_QPI, weights, storage)
+    scale_B1U, bias_B1U = (_in_blocks(each) for each in (weights.scale_N, weights.bias_N))
+    if scale_B1U is not None:
+        sums_BQU = [sum_BQU * scale_B1U for sum_BQU in sums_BQU]
+    if bias_B1U is not None:
+        sums_BQU = [sum_BQU + bias_B1U for sum_BQU in sums_BQU]
+    out_QPBU = torch.stack(sums_BQU, 2).permute(1, 2, 0, 3) if together > 1 else sums_BQU[0].transpose(0, 1)
+    return out_QPBU.reshape(x_RI.shape[0], -1)[:, : weights.outputs]
 
 
-def linear_many(x_TI: Tensor, matrix: Matrix, storage: Storage) -> Tensor:
+def _dots(x_I: Tensor, weight_NI: Tensor) -> Tensor:
+    """Each row's product with x, [N]: the sections of a row are read side by side, as memory likes it."""
+    sections = _sections(x_I.shape[0])
+    x_SJ, weight_NSJ = x_I.view(sections, -1), weight_NI.unflatten(1, (sections, -1))
+    x_SJ = _apart(x_SJ)
+    return _added([weight_NSJ[:, s] * x_SJ[s] for s in range(sections)]).sum(-1)
+
+
+def _planar_sums(x_QPI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor]:
+    """For each of P rows the sums over all words, [B, Q, U]; of int8 the codes' sums, not yet scaled."""
+    places, words = PLACES[storage], weights.word.shape[1]
+    x_QPCJ = functional.pad(x_QPI, (0, places * words - x_QPI.shape[2])).unflatten(2, (places, words))
+    x_QPCJ = _apart(x_QPCJ)
+    terms: list[list[Tensor]] = [[] for _ in range(x_QPI.shape[1])]
+    for section in _slices(words):
+        word_B1JU = weights.word[:, None, section]
+        for place in range(places):
+            value_B1JU = place_values(word_B1JU, storage, place)
+            for row, products in enumerate(terms):
+                products.append(value_B1JU * x_QPCJ[:, row, place, section, None])
+    return [_added(products).sum(2) for products in terms]
+
+
+def _grouped_sums(x_QPI: Tensor, weights: Matrix) -> list[Tensor]:
+    """As `_planar_sums`, of weights: a group's step multiplies the sum over its codes, its centre that of its x."""
+    assert weights.step_BGU is not None
+    assert weights.centre_BGU is not None
+    groups, places = weights.step_BGU.shape[1], PLACES[Storage.INT4]
+    short = groups * GROUP_WORDS * places - x_QPI.shape[2]
+    x_QPGCW = functional.pad(x_QPI, (0, short)).unflatten(2, (groups, places, GROUP_WORDS))
+    x_QPGCW = settled(x_QPGCW)
+    sum_QPGW = settled(x_QPGCW.sum(3))
+    word_BGWU = weights.word.unflatten(1, (groups, GROUP_WORDS))
+    terms: list[list[Tensor]] = [[] for _ in range(x_QPI.shape[1])]
+    for section in _slices(groups):
+        word_B1GWU = word_BGWU[:, None, section]
+        step_B1G1U, centre_B1G1U = (each[:, None, section, None] for each in (weights.step_BGU, weights.centre_BGU))
+        values = [place_values(word_B1GWU, Storage.INT4, place) for place in range(places)]
+        for row, products in enumerate(terms):
+            x_QGCWU, sum_QGWU = x_QPGCW[:, row, section, ..., None], sum_QPGW[:, row, section, :, None]
+            of_codes = _added([value * x_QGCWU[:, :, place] for place, value in enumerate(values)])
+            products.append(of_codes * step_B1G1U + sum_QGWU * centre_B1G1U)
+    return [_added(products).sum((2, 3)) for products in terms]
+
+
+def _in_blocks(of_outputs_N: Tensor | None) -> Tensor | None:
+    if of_outputs_N is None:
+        return None
+    return functional.pad(of_outputs_N, (0, -of_outputs_N.shape[0] % ROWS)).view(-1, 1, ROWS)
+
+
+def _sections(length: int) -> int:
+    """In how many equal sections a sum of this length is taken at once: it shortens the chain of additions, and a
+    core that reads several places of memory at once reads faster.
+
+    >>> [_sections(length) for length in (144, 9, 7)]
+    [4, 3, 1]
+    """
+    return next(sections for sections in (4, 3, 2, 1) if length % sections == 0)
+
+
+def _slices(length: int) -> list[slice]:
+    step = length // _sections(length)
+    return [slice(first, first + step) for first in range(0, length, step)]
+
+
+def _added(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _apart(x: Tensor) -> Tensor:
+    """The same values with 16 more between rows: rows whose distance is a power of two share few places of a cache."""
+    return settled(functional.pad(x, (0, 16)))[..., : x.shape[-1]]
+
+
+def linear_many(x_TI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     """x @ weight.T + bias for many rows, float32 [T, N]."""
-    weight_NI = unpack(matrix.word_NJ, matrix.scale_N, storage, x_TI.shape[1])
-    return functional.linear(x_TI, weight_NI, matrix.bias_N)
+    return product(x_TI, expanded(weights, storage, x_TI.shape[1]), weights.bias_N)
+
+
+def expanded(weights: Matrix, storage: Storage, inputs: int) -> Tensor:
+    """The matrix [N, I] in float32."""
+    if storage is Storage.FLOAT32:
+        return weights.word
+    step_NG, centre_NG = (None if each is None else rows_of(each) for each in (weights.step_BGU, weights.centre_BGU))
+    scale_B1U = _in_blocks(weights.scale_N)
+    scale_N = None if scale_B1U is None else scale_B1U.flatten()
+    return weights_of_rows(rows_of(weights.word), scale_N, step_NG, centre_NG, storage, inputs)[: weights.outputs]
 
 
 def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int) -> Tensor:
     """Rows of the stored token table, float32 [T, M]."""
+    if storage is Storage.FLOAT32:
+        return table.word[token_T]
+    block_T, row_T = token_T // ROWS, token_T % ROWS
     scale_T = None if table.scale_N is None else table.scale_N[token_T]
-    return unpack(table.word_NJ[token_T], scale_T, storage, hidden)
+    step_TG, centre_TG = (
+        None if each is None else each[block_T, :, row_T] for each in (table.step_BGU, table.centre_BGU)
+    )
+    return weights_of_rows(table.word[block_T, :, row_T], scale_T, step_TG, centre_TG, storage, hidden)
+
+
+_onednn: Callable[..., Tensor] | None = (
+    torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+)
+
+
+def product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x @ weight.T + bias by the fastest matrix product of torch, float32 [T, N]."""
+    if x_TI.device.type != "cpu" or _onednn is None:
+        return functional.linear(x_TI, weight_NI, bias_N)
+    out_TN: Tensor = torch.ops.twinfer.product(x_TI, weight_NI, bias_N)
+    return out_TN
+
+
+# An operator of its own: Inductor takes oneDNN's for weights that are constants of the graph, and refuses others.
+_library = torch.library.Library("twinfer", "FRAGMENT")
+_library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
+    assert _onednn is not None
+    return _onednn(x_TI, weight_NI, bias_N, "none", [], "")
+
+
+def _product_shape(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
+    return x_TI.new_empty(x_TI.shape[0], weight_NI.shape[0])
+
+
+_library.impl("product", _product, "CPU")
+_library._register_fake("product", _product_shape)
 
 
 def settled(x: Tensor) -> Tensor:

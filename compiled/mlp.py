@@ -24,7 +24,6 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-def gated(gate_up_TF: Tensor, kind: Activation) -> Tensor:
-    """activation(gate) * up, where the one product gave [T, 2 F]: gate first, then up."""
-    width = gate_up_TF.shape[-1] // 2
-    return activation(gate_up_TF[..., :width], kind) * gate_up_TF[..., width:]
+def gated(gate_TF: Tensor, up_TF: Tensor, kind: Activation) -> Tensor:
+    """activation(gate) * up."""
+    return activation(gate_TF, kind) * up_TF

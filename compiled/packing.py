@@ -5,23 +5,41 @@ fewer bytes a weight is more tokens a second. What it relies on: Inductor's CPU 
 integer vectors through a stack copy, so words are handed to a graph as float32 and bit-cast there (`as_graph_input`);
 outside they are int32, because as float32 some words are NaN and not equal to themselves.
 
-Packing is planar: with C codes to a word and J = ceil(I / C), lane c of word j holds column c * J + j, so that each
-lane multiplies one contiguous slice of the activation. Columns past I hold zeros.
+Words stand in blocks of 16 rows, the rows of a block side by side: [B, J, 16]. So a vector holds words of 16 outputs,
+one activation multiplies all of them, and no product ends with a sum across a vector. Float32 is not packed: its rows
+are what torch's own matrix product reads.
 
-Shapes: N rows (outputs), I columns (inputs), J words a row.
+Which column a word holds where:
+
+- bfloat16 (2 a word) and int8 (4 a word) are planar: with C a word and J = ceil(I / C), place c of word j is column
+  c * J + j.
+- int4 (8 a word) keeps a group of 64 columns in 8 words: place c of word 8 * g + j is column 64 * g + 8 * c + j.
+
+Columns past I and rows past N are zeros.
+
+Shapes: N rows (outputs), I columns (inputs), B = ceil(N / 16) blocks of U = 16 rows, J words a row, G groups a row.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..spec.config import Storage
+from ..spec.config import INT4_GROUP, Storage
 
-LANES = {Storage.FLOAT32: 1, Storage.BFLOAT16: 2, Storage.INT8: 4}
+PLACES = {Storage.BFLOAT16: 2, Storage.INT8: 4, Storage.INT4: 8}
 """How many weights one 32-bit word holds."""
 
-_BLOCK_ROWS = 512  # rows packed at a time, which bounds the scratch: the token table is larger than a layer
+ROWS = 16
+"""Rows of a block: the 32-bit words of one AVX-512 vector, or of two AVX2 ones."""
+
+GROUP_WORDS = INT4_GROUP // PLACES[Storage.INT4]
+"""Words that hold a group of int4."""
+
+_MIDDLE = 8  # int4 codes 0 .. 15 are kept as -8 .. 7: sums of them are smaller and round less
+
+_PIECE_ROWS = 512  # rows packed at a time, which bounds the scratch: the token table is larger than a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,53 +47,82 @@ class Packed:
     """A matrix [N, I] as stored."""
 
     storage: Storage
+    outputs: int
     inputs: int
-    word_NJ: Tensor
-    """int32; float32 where storage is float32, whose words are the weights."""
-    scale_N: Tensor | None
+    word: Tensor
+    """int32 [B, J, U]; where storage is float32, the weights themselves, [N, I]."""
+    scale_N: Tensor | None = None
     """float32, for int8 only: weight = code * scale."""
+    step_BGU: Tensor | None = None
+    """float32, for int4 only: weight = (code - 8) * step + centre, with code 0 .. 15 of the reference."""
+    centre_BGU: Tensor | None = None
+    """float32, for int4 only: the group's least weight + 8 steps."""
     bias_N: Tensor | None = None
     """float32."""
 
     def to(self, device: torch.device) -> "Packed":
-        moved = {name: getattr(self, name) for name in ("word_NJ", "scale_N", "bias_N")}
-        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()}
-        return Packed(storage=self.storage, inputs=self.inputs, **moved)
+        parts = {name: getattr(self, name) for name in ("word", "scale_N", "step_BGU", "centre_BGU", "bias_N")}
+        moved = {name: None if part is None else part.to(device) for name, part in parts.items()}
+        return Packed(storage=self.storage, outputs=self.outputs, inputs=self.inputs, **moved)
 
 
 def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> Packed:
     """Round a matrix of any float dtype to its storage and pack it; the result shares no memory with it.
 
-    >>> pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8).word_NJ.tolist()  # lanes (1,127,5,0), (2,4,0,0)
-    [[360193, 1026]]
+    >>> packed = pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8)  # J = 2: columns 0 2 4 -, 1 3 - -
+    >>> packed.word[0, :, 0].tolist()  # places (1, 127, 5, 0) and (2, 4, 0, 0)
+    [360193, 1026]
     """
-    rows, inputs = weight_NI.shape
-    words = -(-inputs // LANES[storage])
-    dtype = torch.float32 if storage is Storage.FLOAT32 else torch.int32
-    word_NJ = torch.empty(rows, words, dtype=dtype)
-    scale_N = torch.empty(rows) if storage is Storage.INT8 else None
-    for first in range(0, rows, _BLOCK_ROWS):
-        block = slice(first, first + _BLOCK_ROWS)
-        block_NI = weight_NI[block].to(torch.float32)
-        if storage is Storage.FLOAT32:
-            word_NJ[block] = block_NI
-        elif storage is Storage.BFLOAT16:
-            word_NJ[block] = pack_lanes(block_NI.to(torch.bfloat16).view(torch.int16), bits=16)
-        else:
-            code_NI, block_scale_N = quantise(block_NI)
-            word_NJ[block] = pack_lanes(code_NI, bits=8)
-            assert scale_N is not None
-            scale_N[block] = block_scale_N
+    outputs, inputs = weight_NI.shape
     bias_N = None if bias_N is None else bias_N.to(torch.float32, copy=True)
-    return Packed(storage=storage, inputs=inputs, word_NJ=word_NJ, scale_N=scale_N, bias_N=bias_N)
+    if storage is Storage.FLOAT32:
+        word = torch.empty(outputs, inputs)
+        word.copy_(weight_NI)
+        return Packed(storage=storage, outputs=outputs, inputs=inputs, word=word, bias_N=bias_N)
+    blocks, groups = -(-outputs // ROWS), -(-inputs // INT4_GROUP)
+    words = groups * GROUP_WORDS if storage is Storage.INT4 else -(-inputs // PLACES[storage])
+    word_BJU = torch.empty(blocks, words, ROWS, dtype=torch.int32)
+    scale_N = torch.empty(outputs) if storage is Storage.INT8 else None
+    step_BGU, centre_BGU = (
+        (torch.empty(blocks, groups, ROWS), torch.empty(blocks, groups, ROWS))
+        if storage is Storage.INT4
+        else (None, None)
+    )
+    for first in range(0, outputs, _PIECE_ROWS):
+        piece = slice(first, min(first + _PIECE_ROWS, outputs))
+        block = slice(first // ROWS, -(-piece.stop // ROWS))
+        piece_NI = weight_NI[piece].to(torch.float32)
+        if storage is Storage.BFLOAT16:
+            word_BJU[block] = in_blocks(pack_planar(piece_NI.to(torch.bfloat16).view(torch.int16), bits=16))
+        elif storage is Storage.INT8:
+            code_NI, piece_scale_N = quantise_rows(piece_NI)
+            word_BJU[block] = in_blocks(pack_planar(code_NI, bits=8))
+            assert scale_N is not None
+            scale_N[piece] = piece_scale_N
+        else:
+            code_NI, step_NG, low_NG = quantise_groups(piece_NI)
+            word_BJU[block] = in_blocks(pack_grouped(code_NI - _MIDDLE))
+            assert step_BGU is not None
+            assert centre_BGU is not None
+            step_BGU[block], centre_BGU[block] = in_blocks(step_NG), in_blocks(low_NG + _MIDDLE * step_NG)
+    return Packed(
+        storage=storage,
+        outputs=outputs,
+        inputs=inputs,
+        word=word_BJU,
+        scale_N=scale_N,
+        step_BGU=step_BGU,
+        centre_BGU=centre_BGU,
+        bias_N=bias_N,
+    )
 
 
-def quantise(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_rows(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 codes and one float32 scale a row: scale = max|row| / 127, code = row / scale, half to even.
 
     A row of zeros has scale 0 and codes 0, and so has a row so small that its scale underflows.
 
-    >>> quantise(torch.tensor([[254.0, -5.0, 3.0]]))[0].tolist()  # scale 2: 127, -2.5, 1.5
+    >>> quantise_rows(torch.tensor([[254.0, -5.0, 3.0]]))[0].tolist()  # scale 2: 127, -2.5, 1.5
     [[127, -2, 2]]
     """
     weight_NI = weight_NI.to(torch.float32)
@@ -85,51 +132,111 @@ def quantise(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
     return code_NI.to(torch.int8), scale_N
 
 
-def pack_lanes(code_NI: Tensor, bits: int) -> Tensor:
+def quantise_groups(weight_NI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Int4 codes 0 .. 15; each group's step = (max - low) / 15, low = min; code = (w - low) / step, half to even.
+
+    A group of equal weights has step 0 and codes 0. The last group of a row may be short.
+
+    >>> code_NI, step_NG, low_NG = quantise_groups(torch.tensor([[-1.0, 14.0, 0.5, 1.5]]))  # step 1: 0, 15, 1.5, 2.5
+    >>> code_NI[0, :4].tolist(), step_NG.tolist(), low_NG.tolist()
+    ([0, 15, 2, 2], [[1.0]], [[-1.0]])
+    """
+    inputs = weight_NI.shape[1]
+    whole = torch.arange(-(-inputs // INT4_GROUP) * INT4_GROUP, device=weight_NI.device)
+    filled_NI = weight_NI.to(torch.float32)[:, whole.clamp_max(inputs - 1)]  # the last again: no new least or largest
+    group_NGC = filled_NI.unflatten(1, (-1, INT4_GROUP))
+    low_NG, high_NG = group_NGC.aminmax(dim=2)
+    step_NG = (high_NG - low_NG) / 15
+    divisor_NG1 = torch.where(step_NG > 0, step_NG, torch.inf)[:, :, None]
+    code_NGC = ((group_NGC - low_NG[:, :, None]) / divisor_NG1).round().nan_to_num(0.0).clamp(0, 15)
+    return code_NGC.flatten(1)[:, :inputs].to(torch.int8), step_NG, low_NG
+
+
+def pack_planar(code_NI: Tensor, bits: int) -> Tensor:
     """Integers of 8 or 16 bits, [N, I], as int32 words [N, J], planar.
 
-    >>> [hex(word) for word in pack_lanes(torch.tensor([[0x11, 0x22, 0x33, 0x44, 0x55]]), bits=8)[0].tolist()]
+    >>> [hex(word) for word in pack_planar(torch.tensor([[0x11, 0x22, 0x33, 0x44, 0x55]]), bits=8)[0].tolist()]
     ['0x553311', '0x4422']
     """
-    lanes = 32 // bits
-    words = -(-code_NI.shape[1] // lanes)
-    padded_NI = torch.nn.functional.pad(code_NI.to(torch.int32), (0, words * lanes - code_NI.shape[1]))
-    word_NJ = torch.zeros(code_NI.shape[0], words, dtype=torch.int32)
-    for lane in range(lanes):
-        code_NJ = padded_NI[:, lane * words : (lane + 1) * words] & ((1 << bits) - 1)
-        word_NJ |= code_NJ << (lane * bits)
+    places = 32 // bits
+    words = -(-code_NI.shape[1] // places)
+    padded_NI = functional.pad(code_NI.to(torch.int32), (0, words * places - code_NI.shape[1]))
+    return _joined(padded_NI.unflatten(1, (places, words)).unbind(1), bits)
+
+
+def pack_grouped(code_NI: Tensor) -> Tensor:
+    """Integers of 4 bits, [N, I], as int32 words [N, 8 G]: those of a group of 64 columns in 8 words.
+
+    >>> words = pack_grouped((torch.arange(64) % 16)[None])[0]  # word 0: columns 0 8 16 .. 56
+    >>> hex(words[0].item() & 0xFFFFFFFF), hex(words[1].item() & 0xFFFFFFFF)
+    ('0x80808080', '0x91919191')
+    """
+    padded_NI = functional.pad(code_NI.to(torch.int32), (0, -code_NI.shape[1] % INT4_GROUP))
+    places_N8GW = padded_NI.view(len(code_NI), -1, PLACES[Storage.INT4], GROUP_WORDS).transpose(1, 2)
+    return _joined(places_N8GW.flatten(2).unbind(1), 4)
+
+
+def _joined(places: tuple[Tensor, ...], bits: int) -> Tensor:
+    word_NJ = torch.zeros_like(places[0])
+    for place, code_NJ in enumerate(places):
+        word_NJ |= (code_NJ & ((1 << bits) - 1)) << (place * bits)
     return word_NJ
 
 
-def lane_values(word_NJ: Tensor, storage: Storage, lane: int) -> Tensor:
-    """One lane of bit-cast words (`as_graph_input`), [N, J], as float32: for int8 the codes, otherwise the weights.
+def in_blocks(of_rows_NJ: Tensor) -> Tensor:
+    """[N, J] as [B, J, U], with rows of zeros at the end.
 
-    Lane c, word j is column c * J + j. The first shift puts the lane's sign at the top, the second brings it down.
+    >>> in_blocks(torch.arange(34).view(17, 2))[:, 1, :3].tolist()
+    [[1, 3, 5], [33, 0, 0]]
+    """
+    padded_NJ = functional.pad(of_rows_NJ, (0, 0, 0, -len(of_rows_NJ) % ROWS))
+    return padded_NJ.unflatten(0, (-1, ROWS)).transpose(1, 2)
+
+
+def place_values(word: Tensor, storage: Storage, place: int) -> Tensor:
+    """What stands at one place of bit-cast words (`as_graph_input`), as float32: codes, or bfloat16 weights.
+
+    The first shift puts the place's sign at the top of the word, the second brings it down.
 
     >>> words = as_graph_input(pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8))
-    >>> lane_values(words, Storage.INT8, 1).tolist()
-    [[127.0, 4.0]]
+    >>> place_values(words, Storage.INT8, 1)[0, :, 0].tolist()
+    [127.0, 4.0]
     """
-    if storage is Storage.FLOAT32:
-        return word_NJ
-    word_NJ = word_NJ.view(torch.int32)
+    word = word.view(torch.int32)
     if storage is Storage.BFLOAT16:  # a bfloat16 is the upper half of the float32 of equal value
-        return (word_NJ << 16 if lane == 0 else word_NJ & -65536).view(torch.float32)
-    lifted_NJ = word_NJ << (24 - 8 * lane) if lane < 3 else word_NJ
-    return (lifted_NJ >> 24).to(torch.float32)
+        return (word << 16 if place == 0 else word & -65536).view(torch.float32)
+    bits = 32 // PLACES[storage]
+    lifted = word << (32 - bits * (place + 1)) if place < PLACES[storage] - 1 else word
+    return (lifted >> (32 - bits)).to(torch.float32)
 
 
-def unpack(word_NJ: Tensor, scale_N: Tensor | None, storage: Storage, inputs: int) -> Tensor:
-    """The matrix [N, I] in float32 from bit-cast words; int8 codes times their scales."""
-    lanes = [lane_values(word_NJ, storage, lane) for lane in range(LANES[storage])]
-    if scale_N is not None:
-        lanes = [lane_NJ * scale_N[:, None] for lane_NJ in lanes]  # before joining: one pass in a graph, not two
-    return torch.cat(lanes, dim=1)[:, :inputs] if len(lanes) > 1 else lanes[0]
+def rows_of(blocks_BJU: Tensor) -> Tensor:
+    """[B, J, U] as [B * U, J]: what `in_blocks` did, undone."""
+    return blocks_BJU.transpose(1, 2).flatten(0, 1)
+
+
+def weights_of_rows(
+    word_TJ: Tensor,
+    scale_T: Tensor | None,
+    step_TG: Tensor | None,
+    centre_TG: Tensor | None,
+    storage: Storage,
+    inputs: int,
+) -> Tensor:
+    """The weights [T, I] in float32 of some rows, from their bit-cast words, scales, steps and centres."""
+    places = [place_values(word_TJ, storage, place) for place in range(PLACES[storage])]
+    if scale_T is not None:
+        places = [code_TJ * scale_T[:, None] for code_TJ in places]  # before joining: one pass in a graph, not two
+    if step_TG is None or centre_TG is None:
+        return torch.cat(places, dim=1)[:, :inputs]
+    step_TG1, centre_TG1 = step_TG[:, :, None], centre_TG[:, :, None]
+    grouped = [code_TJ.unflatten(1, (-1, GROUP_WORDS)) * step_TG1 + centre_TG1 for code_TJ in places]
+    return torch.stack(grouped, dim=2).flatten(1)[:, :inputs]
 
 
 def as_graph_input(matrix: Packed) -> Tensor:
     """The words bit-cast to float32, over the same memory."""
-    return own(matrix.word_NJ.view(torch.float32))
+    return own(matrix.word.view(torch.float32))
 
 
 def own(contiguous: Tensor) -> Tensor:

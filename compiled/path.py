@@ -11,6 +11,7 @@ Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, Literal, overload
 
@@ -22,13 +23,12 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
-from .artefacts import ready
 from .graph import CudaGraphs, InductorGraphs, bucket, chosen, decode_graphs, keep_in_place
 from .head import head_many, scale_and_cap
 from .machine import check_compiler, checked_device
-from .programs import as_is, dynamic, graph, pinned, region
+from .programs import Pieces, dynamic, pinned
 from .sequences import StaticSequences
-from .steps import decode_program, encode_program, prefill_program
+from .steps import Piece, as_is, decode_program, encode_program, prefill_program
 from .weights import prepare
 
 _PREFILL_TOKENS = 512
@@ -74,21 +74,19 @@ class CompiledPath:
         with pinned(self._threads):
             self._model = prepare(source, self._storage, self._device)
             self._slots = torch.arange(max(2, self._config.context), device=self._device)
-        wrap = as_is if _eager else region
-        makers: dict[str, Any] = {"encode": encode_program}
-        if self._config.extensible:
-            makers |= {"prefill": prefill_program, "decode": decode_program, "decode rows": decode_program}
-        self._programs: dict[str, Callable[..., Any]] = {
-            name: program(self._config, self._storage, wrap) for name, program in makers.items()
-        }
         self._graphs = decode_graphs(by_whom, self._model, self._device)
-        if not _eager:
-            self._programs = {
-                name: graph(each, keep_guards=_keep_guards, capturing=self._inductor_captures(name))
-                for name, each in self._programs.items()
-            }
+        self._eager, self._keep_guards = _eager, _keep_guards
+        makers: dict[str, Callable[[Piece], Callable[..., Any]]] = {
+            "encode": lambda piece: encode_program(self._config, self._storage, piece)
+        }
+        if self._config.extensible:
+            makers["prefill"] = lambda piece: prefill_program(self._config, self._storage, piece)
+            for name, together in _together(self._storage).items():
+                makers[name] = partial(
+                    decode_program, self._config, self._storage, together=together, varies=name == "decode rows"
+                )
+        self._programs = {name: make(self._pieces(name)) for name, make in makers.items()}
         self._uncompiled = set() if _eager else set(self._programs)
-        self._keep_guards = _keep_guards
 
     @property
     def config(self) -> ModelConfig:
@@ -117,9 +115,9 @@ class CompiledPath:
         first does.
         """
         begin = time.perf_counter()
-        decoding = ("prefill", "decode", "decode rows") if batches else ("prefill", "decode")
+        wanted = ["prefill", *_together(self._storage)] if batches else ["prefill", "decode"]
         with pinned(self._threads):
-            for name in decoding if self._config.extensible else ("encode",):
+            for name in wanted if self._config.extensible else ["encode"]:
                 self._ready(name)
         return time.perf_counter() - begin
 
@@ -193,13 +191,44 @@ class CompiledPath:
         hidden_TE = program(self._model, token_T, type_T if self._config.token_types else None, position_T, bound_N)
         return list(hidden_TE[: sum(lengths)].split(lengths))
 
+    def _pieces(self, name: str) -> Piece:
+        """What makes the pieces of the program of this name."""
+        if self._eager:
+            return as_is
+        told = False
+
+        def compiling(reason: str) -> None:
+            nonlocal told
+            if not told:
+                self._report(f"compiling {name} ({reason})")
+            told = True
+
+        described = f"{name} {self._storage} {self._config}"
+        return Pieces(described, compiling, keep_guards=self._keep_guards, capturing=self._inductor_captures(name))
+
     def _decode(self, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
-        """One token for each of these sequences; logits [R, V]."""
+        """One token for each of these sequences; logits [R, V].
+
+        The program for several rows of packed weights takes 4 at a time: the last row is given again to fill up, and
+        writes into the cache once more what it has written.
+        """
+        together = _together(self._storage)
+        if len(rows) == 1 or "decode few" not in together:
+            return self._decode_rows("decode" if len(rows) == 1 else "decode rows", sequences, rows, token_R)
+        most, logits = together["decode few"], []
+        for first in range(0, len(rows), most):
+            some, token_P = rows[first : first + most], token_R[first : first + most]
+            spare = most - len(some)
+            filled_P = torch.cat([token_P, token_P[-1:].expand(spare)])
+            logits_PV = self._decode_rows("decode few", sequences, some + some[-1:] * spare, filled_P)
+            logits.append(logits_PV[: len(some)])
+        return torch.cat(logits)
+
+    def _decode_rows(self, name: str, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
         positions = [sequences.lengths[row] for row in rows]
         position_R = torch.tensor(positions, device=self._device)
         start_R = torch.tensor([row * sequences.capacity for row in rows], device=self._device)
-        program = self._ready("decode" if len(rows) == 1 else "decode rows")
-        longest = max(positions) + 1
+        program, longest = self._ready(name), max(positions) + 1
         if self._graphs is not None:
             slot_S = self._slots[: bucket(longest, sequences.capacity)]
             return self._graphs.step(program, sequences.caches, token_R, position_R, start_R, slot_S)
@@ -231,26 +260,21 @@ class CompiledPath:
 
     def _ready(self, name: str) -> Callable[..., Any]:
         """The program of this name, compiled."""
+        program = self._programs[name]
         if name in self._uncompiled:
-            program, arguments = self._programs[name], self._example(name)
+            arguments = self._example(name)
             if self._inductor_captures(name):
                 keep_in_place(arguments[1])
-            if self._keep_guards or self._inductor_captures(name):  # whether a kept program keeps them is not known
-                program(*arguments)
-            else:
-                described = f"{name} {self._storage} {self._config}"
-                self._programs[name] = ready(
-                    program, arguments, described, lambda reason: self._report(f"compiling {name} ({reason})")
-                )
+            program(*arguments)
             self._uncompiled.discard(name)
-        return self._programs[name]
+        return program
 
     def _example(self, name: str) -> tuple[Any, ...]:
         """Arguments of the program, with sequences of their own; sizes that vary are marked and differ from each other.
 
         Loops over sizes that are small here would be compiled as serial ones.
         """
-        rows = 3 if name == "decode rows" else 1
+        rows = {"decode few": 4, "decode rows": 3}.get(name, 1)
         tokens, slots, capacity = 160, 224, 352
         token_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
         position_T = torch.arange(tokens, device=self._device) % self._config.context
@@ -269,9 +293,16 @@ class CompiledPath:
             return self._model, sequences.caches, token_T, position_T, start_R, slot_S
         token_R, position_R = (torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(2))
         dynamic(slot_S)
-        if rows > 1:
+        if name == "decode rows":
             dynamic(token_R, position_R, start_R)
         return self._model, sequences.caches, token_R, position_R, start_R, slot_S
+
+
+def _together(storage: Storage) -> dict[str, int]:
+    """The decode programs, and of how many rows each takes a multiple (`linear` says why)."""
+    if storage is Storage.FLOAT32:
+        return {"decode": 1, "decode rows": 1}
+    return {"decode": 1, "decode few": 4}
 
 
 def _runs(lengths: list[int], most: int) -> Iterator[slice]:

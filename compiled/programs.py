@@ -1,60 +1,89 @@
-"""The programs as compiled graphs: compiled once with every size dynamic, then called with none of torch's guards.
+"""Pieces of programs as compiled graphs: compiled once with every size dynamic, then called without torch's guards.
 
-Why it is faster: checking the properties of some hundreds of weights at each call costs about as much as a layer. The
-checks can go because `path` alone makes the arguments: weights never change, sizes that change are marked dynamic (the
-marking fails if the graph were special to one), and everything else that torch would check is pinned by `pinned`.
-Tests compile with the guards kept, and run every shape under `fail_on_recompile`.
+Why it is faster: checking the properties of all of a layer's weights at each call costs much of what a small layer
+costs. The checks can go because `path` alone makes the arguments: weights never change, sizes that change are marked
+dynamic (the marking fails if the graph were special to one), and everything else that torch would check is pinned by
+`pinned`. Tests compile with the guards kept, and run every shape under `fail_on_recompile`.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-OPTIONS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False}
-"""Inductor's run-time checks of what the path has checked already; given for these graphs, not set globally."""
+from .artefacts import KERNELS, ready
+from .steps import Varying
 
-
-_compile: Callable[..., Any] = torch.compile  # its type stub does not know isolate_recompiles
-
+OPTIONS: dict[str, Any] = {
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "assert_indirect_indexing": False,
+    **KERNELS,
+}
+"""Given for these graphs, not set globally; the first three are run-time checks of what the path has checked already."""
 
 CAPTURING: dict[str, Any] = {"triton.cudagraphs": True}
 """What `torch.compile(mode="reduce-overhead")` stands for; a mode cannot be given beside options."""
 
+_compile: Callable[..., Any] = torch.compile  # its type stub does not know isolate_recompiles
 
-def graph(program: Callable[..., Any], *, keep_guards: bool = False, capturing: bool = False) -> Callable[..., Any]:
-    """The program under torch.compile; nothing is compiled before its first call. `capturing`: with CUDA graphs."""
+
+def graph(function: Callable[..., Any], *, keep_guards: bool = False, capturing: bool = False) -> Callable[..., Any]:
+    """The function under torch.compile; nothing is compiled before its first call. `capturing`: with CUDA graphs."""
     options = OPTIONS | CAPTURING if capturing else dict(OPTIONS)
     if not keep_guards:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    # Programs of other paths share this one's code: without guards, only isolation keeps their graphs apart. And with
+    # Pieces of other paths share this one's code: without guards, only isolation keeps their graphs apart. And with
     # dynamic=None a float that another path's config has otherwise would be traced as a variable.
     compiled: Callable[..., Any] = _compile(
-        program, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
+        function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
     )
     return compiled
 
 
-def region(layer: Callable[..., Tensor], kind: int) -> Callable[..., Tensor]:
-    """A layer function that is compiled once for all its uses in a graph; `kind` tells a graph's regions apart.
+class Pieces:
+    """Makes the pieces of one program; each is compiled, or found in the cache, when it first meets arguments.
 
-    torch knows a region by its function's code. Layers of different configs are closures over the same code, and where
-    they differ in numbers alone (a window, a scale), torch 2.13 takes the first one's graph for all of them: so each
-    gets code of its own, equal but for its name.
+    `described` says what the arguments do not: which program, and config and storage. `compiling` is told, in a few
+    words, why a piece has to be compiled.
     """
-    assert isinstance(layer, FunctionType)
-    code = layer.__code__.replace(co_name=f"{layer.__name__}_{kind}")
-    own = FunctionType(code, layer.__globals__, code.co_name, layer.__defaults__, layer.__closure__)
-    compiled: Callable[..., Tensor] = torch.compiler.nested_compile_region(own)
-    return compiled
+
+    def __init__(
+        self, described: str, compiling: Callable[[str], None], *, keep_guards: bool = False, capturing: bool = False
+    ) -> None:
+        self._described = described
+        self._compiling = compiling
+        self._keep_guards = keep_guards
+        self._capturing = capturing
+        self._made = 0
+
+    def __call__(self, function: Callable[..., Any], varying: Varying) -> Callable[..., Any]:
+        program = graph(function, keep_guards=self._keep_guards, capturing=self._capturing)
+        described = f"{self._described} {self._made} {function.__name__}"
+        self._made += 1
+        compiled: Callable[..., Any] | None = None
+
+        def piece(*arguments: Any) -> Any:
+            nonlocal compiled
+            if compiled is None:
+                _mark(arguments, varying)
+                if self._keep_guards or self._capturing:  # whether a kept program keeps them is not known
+                    compiled = program
+                else:
+                    compiled = ready(program, arguments, described, self._compiling)
+            return compiled(*arguments)
+
+        return piece
 
 
-def as_is(layer: Callable[..., Tensor], kind: int) -> Callable[..., Tensor]:
-    """In place of `region`, for programs that are not compiled."""
-    return layer
+def _mark(arguments: tuple[Any, ...], varying: Varying) -> None:
+    for number in varying.first:
+        dynamic(*(each for each in pytree.tree_leaves(arguments[number]) if isinstance(each, Tensor)))
+    for number in varying.both:
+        torch._dynamo.mark_dynamic(arguments[number], (0, 1))
 
 
 def dynamic(*tensors: Tensor) -> None:

@@ -1,25 +1,29 @@
-"""The programs that are compiled: a decode step, a prefill and the encoding of texts, each over the whole model.
+"""The programs: a decode step, a prefill and the encoding of texts, each a few compiled pieces.
 
-Why it is faster: one graph call a step instead of hundreds of operator calls, norms, rotations, activations and
-additions fused into the products' neighbours, and the layer compiled once, as a region, for all layers of equal config.
-What it relies on: no step reads a tensor's value or allocates by one, so a CUDA graph can capture the decode step;
-caches are written in place and keep their addresses.
+A program is plain Python over three kinds of pieces: what stands before the layers, a layer, and what stands after
+them. Each piece is one graph without breaks, and a layer's is compiled once for all layers of equal config.
+
+Why it is faster: norms, rotations, activations and additions are fused into the products' neighbours, and a piece is
+one call. A whole model as one graph would call its layers one by one as well, and take many times as long to compile.
+What it relies on: no piece reads a tensor's value or allocates by one, so the decode step can be captured (`graph`,
+`tape`); caches are written in place and keep their addresses.
 
 Shapes: R sequences that gain one token, T prompt tokens of one sequence or tokens of N texts, S key positions, M
 hidden, E table width, H heads, K key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cache.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormPlacement, QkNormSpan, Residual, Storage
 from .attention import attend_decode, attend_prefill, attend_texts, mask, write
-from .embedding import Product, embed
+from .embedding import Embedding, Product, embed
 from .head import scale_and_cap
-from .linear import linear_few, linear_many
+from .linear import Matrix, linear_few, linear_many
 from .mlp import activation, gated
 from .norms import Norm, norm
 from .rotary import rotary_table, rotate
@@ -37,94 +41,174 @@ Table = tuple[Tensor, Tensor] | None
 """cos and sin, or None for a layer without rotary positions."""
 
 
-Region = Callable[[Callable[..., Tensor], int], Callable[..., Tensor]]
-"""`programs.region`, or `as_is`."""
+class Varying(NamedTuple):
+    """Which dimensions of a piece's arguments change from call to call: the first, or both of masks."""
+
+    first: tuple[int, ...] = ()
+    """Arguments by number; of a tuple, all its tensors."""
+    both: tuple[int, ...] = ()
 
 
-def decode_program(config: ModelConfig, storage: Storage, region: Region) -> Callable[..., Tensor]:
+Piece = Callable[[Callable[..., Any], Varying], Callable[..., Any]]
+"""What makes a piece of a function: `programs.Pieces`, or `as_is`."""
+
+
+def as_is(function: Callable[..., Any], varying: Varying) -> Callable[..., Any]:
+    """A piece that is not compiled."""
+    return function
+
+
+class Last(NamedTuple):
+    """What stands after the layers."""
+
+    norm: Norm | None
+    reduction: Matrix | None
+    head: Matrix
+
+
+def decode_program(
+    config: ModelConfig, storage: Storage, piece: Piece, *, together: int = 1, varies: bool = False
+) -> Callable[..., Tensor]:
     """A function (model, caches, token_R, position_R, start_R, slot_S) -> logits [R, V].
 
-    `region` wraps each kind of layer's function: `programs.region`, or `as_is`.
+    R is a multiple of `together`, and `varies` or is always that of the first call.
     """
-    layer_of = _regions(config, lambda layer: _decode_layer(layer, storage), region)
+    product = partial(linear_few, together=together)
+
+    def before(embedding: Embedding, rotations: Rotations, token_R: Tensor, position_R: Tensor) -> Any:
+        x_RM = embed(token_R, position_R, embedding, config, storage, product)
+        return x_RM, [rotary_table(position_R, *each) for each in rotations]
+
+    def after(x_RM: Tensor, last: Last) -> Tensor:
+        return _logits(_for_head(x_RM, last, config, storage, product), last, config, storage, product)
+
+    first = piece(before, Varying())
+    layer_of = _layers(
+        config, lambda layer: _decode_layer(layer, storage, product), piece, Varying((0, 3) if varies else ())
+    )
+    final = piece(after, Varying((0,) if varies else ()))
 
     def decode(
         model: Model, caches: tuple[Cache, ...], token_R: Tensor, position_R: Tensor, start_R: Tensor, slot_S: Tensor
     ) -> Tensor:
-        x_RM = embed(token_R, position_R, model.embedding, config, storage, linear_few)
-        tables = _tables(model, config, position_R)
-        for layer, weights, cache, table in zip(config.layers, model.layers, caches, tables, strict=True):
-            x_RM = layer_of[layer](x_RM, weights, cache, table, start_R, position_R, slot_S)
-        return _logits(_for_head(x_RM, model, config, storage, linear_few), model, config, storage)
+        rotations, which = _rotations(model, config)
+        x_RM, tables = first(model.embedding, rotations, token_R, position_R)
+        for layer, weights, cache, table in zip(config.layers, model.layers, caches, which, strict=True):
+            x_RM = layer_of[layer](x_RM, weights, cache, _table(tables, table), start_R, position_R, slot_S)
+        logits_RV: Tensor = final(x_RM, _last(model))
+        return logits_RV
 
     return decode
 
 
-def prefill_program(config: ModelConfig, storage: Storage, region: Region) -> Callable[..., tuple[Tensor, Tensor]]:
+def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function (model, caches, token_T, position_T, start, slot_S) -> logits [1, V], hidden [T, E].
 
     The logits follow the last token; the hidden vectors, of every token, are normed and ready for the head.
     """
-    layer_of = _regions(config, lambda layer: _prefill_layer(layer, storage), region)
+    windows = sorted({layer.attention.window for layer in config.layers}, key=lambda window: window or 0)
+
+    def before(
+        embedding: Embedding, rotations: Rotations, token_T: Tensor, position_T: Tensor, start_1: Tensor, slot_S: Tensor
+    ) -> Any:
+        x_TM = embed(token_T, position_T, embedding, config, storage, linear_many)
+        tables = [rotary_table(position_T, *each) for each in rotations]
+        masks = [mask(position_T, slot_S, window) for window in windows]
+        return x_TM, tables, masks, start_1 + position_T, start_1 + slot_S
+
+    def after(x_TM: Tensor, last: Last) -> tuple[Tensor, Tensor]:
+        hidden_TE = _for_head(x_TM, last, config, storage, linear_many)
+        return _logits(hidden_TE[-1:], last, config, storage, linear_few), hidden_TE
+
+    first = piece(before, Varying())
+    layer_of = _layers(config, lambda layer: _prefill_layer(layer, storage), piece, Varying((0, 3, 4, 5), (6,)))
+    final = piece(after, Varying((0,)))
 
     def prefill(
-        model: Model,
-        caches: tuple[Cache, ...],
-        token_T: Tensor,
-        position_T: Tensor,
-        start_1: Tensor,
-        slot_S: Tensor,
+        model: Model, caches: tuple[Cache, ...], token_T: Tensor, position_T: Tensor, start_1: Tensor, slot_S: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x_TM = embed(token_T, position_T, model.embedding, config, storage, linear_many)
-        tables = _tables(model, config, position_T)
-        masks = {
-            window: mask(position_T, slot_S, window) for window in {layer.attention.window for layer in config.layers}
-        }
-        write_T, read_S = start_1 + position_T, start_1 + slot_S
-        for layer, weights, cache, table in zip(config.layers, model.layers, caches, tables, strict=True):
-            mask_TS = masks[layer.attention.window]
-            x_TM = layer_of[layer](x_TM, weights, cache, table, write_T, read_S, mask_TS)
-        hidden_TE = _for_head(x_TM, model, config, storage, linear_many)
-        return _logits(hidden_TE[-1:], model, config, storage), hidden_TE
+        rotations, which = _rotations(model, config)
+        x_TM, tables, masks, write_T, read_S = first(model.embedding, rotations, token_T, position_T, start_1, slot_S)
+        for layer, weights, cache, table in zip(config.layers, model.layers, caches, which, strict=True):
+            mask_TS = masks[windows.index(layer.attention.window)]
+            x_TM = layer_of[layer](x_TM, weights, cache, _table(tables, table), write_T, read_S, mask_TS)
+        logits_1V, hidden_TE = final(x_TM, _last(model))
+        return logits_1V, hidden_TE
 
     return prefill
 
 
-def encode_program(config: ModelConfig, storage: Storage, region: Region) -> Callable[..., Tensor]:
+def encode_program(config: ModelConfig, storage: Storage, piece: Piece) -> Callable[..., Tensor]:
     """A function (model, token_T, type_T, position_T, bound_N) -> hidden vectors [T, E], normed, of every token.
 
     The tokens are those of texts one after the other, which `bound_N` parts as `attend_texts` says; positions begin
     anew with each. `type_T` is None for a model without token types.
     """
-    layer_of = _regions(config, lambda layer: _encode_layer(layer, storage), region)
+
+    def before(
+        embedding: Embedding, rotations: Rotations, token_T: Tensor, type_T: Tensor | None, position_T: Tensor
+    ) -> Any:
+        x_TM = embed(token_T, position_T, embedding, config, storage, linear_many, type_T)
+        return x_TM, [rotary_table(position_T, *each) for each in rotations]
+
+    def after(x_TM: Tensor, last: Last) -> Tensor:
+        return _for_head(x_TM, last, config, storage, linear_many)
+
+    first = piece(before, Varying())
+    layer_of = _layers(config, lambda layer: _encode_layer(layer, storage), piece, Varying((0, 2)))
+    final = piece(after, Varying((0,)))
 
     def encode(model: Model, token_T: Tensor, type_T: Tensor | None, position_T: Tensor, bound_N: Tensor) -> Tensor:
-        x_TM = embed(token_T, position_T, model.embedding, config, storage, linear_many, type_T)
-        tables = _tables(model, config, position_T)
-        for layer, weights, table in zip(config.layers, model.layers, tables, strict=True):
-            x_TM = layer_of[layer](x_TM, weights, table, bound_N)
-        return _for_head(x_TM, model, config, storage, linear_many)
+        rotations, which = _rotations(model, config)
+        x_TM, tables = first(model.embedding, rotations, token_T, type_T, position_T)
+        for layer, weights, table in zip(config.layers, model.layers, which, strict=True):
+            x_TM = layer_of[layer](x_TM, weights, _table(tables, table), bound_N)
+        hidden_TE: Tensor = final(x_TM, _last(model))
+        return hidden_TE
 
     return encode
 
 
-def _regions(
-    config: ModelConfig, make: Callable[[LayerConfig], Callable[..., Tensor]], region: Region
-) -> dict[LayerConfig, Callable[..., Tensor]]:
-    """One region for each different layer, in the order in which they first stand."""
-    made: dict[LayerConfig, Callable[..., Tensor]] = {}
-    for layer in config.layers:
-        if layer not in made:
-            made[layer] = region(make(layer), len(made))
-    return made
+def _layers(
+    config: ModelConfig, make: Callable[[LayerConfig], Callable[..., Tensor]], piece: Piece, varying: Varying
+) -> dict[LayerConfig, Callable[..., Any]]:
+    """One piece for each different layer."""
+    return {layer: piece(make(layer), varying) for layer in dict.fromkeys(config.layers)}
 
 
-def _decode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor]:
+def _last(model: Model) -> Last:
+    return Last(model.final_norm, model.reduction, model.head)
+
+
+Rotations = tuple[tuple[Tensor, float], ...]
+"""Frequencies, and by how much cos and sin are stretched."""
+
+
+def _rotations(model: Model, config: ModelConfig) -> tuple[Rotations, list[int | None]]:
+    """The different rotations, and which of them each layer has: equal frequencies are one tensor (`weights`)."""
+    found: dict[tuple[int, float], tuple[Tensor, float]] = {}
+    which: list[int | None] = []
+    for weights, layer in zip(model.layers, config.layers, strict=True):
+        rotary = layer.attention.rotary
+        if weights.frequency_J is None or rotary is None:
+            which.append(None)
+            continue
+        key = id(weights.frequency_J), rotary.magnitude
+        found.setdefault(key, (weights.frequency_J, rotary.magnitude))
+        which.append(list(found).index(key))
+    return tuple(found.values()), which
+
+
+def _table(tables: list[tuple[Tensor, Tensor]], which: int | None) -> Table:
+    return None if which is None else tables[which]
+
+
+def _decode_layer(config: LayerConfig, storage: Storage, product: Product) -> Callable[..., Tensor]:
     def layer(
         x_RM: Tensor, weights: Layer, cache: Cache, table: Table, start_R: Tensor, position_R: Tensor, slot_S: Tensor
     ) -> Tensor:
         def attend(normed_RM: Tensor) -> Tensor:
-            query, key, value = _heads(linear_few(normed_RM, weights.qkv, storage), weights, table, config)
+            query, key, value = _heads(product(normed_RM, weights.qkv, storage), weights, table, config)
             write(cache.key_CKD, start_R + position_R, key)
             write(cache.value_CKD, start_R + position_R, value)
             mixed_RHD = attend_decode(
@@ -139,9 +223,9 @@ def _decode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor
                 softcap=config.attention.softcap,
                 slope_H=weights.slope_H,
             )
-            return linear_few(mixed_RHD.flatten(1), weights.output, storage)
+            return product(mixed_RHD.flatten(1), weights.output, storage)
 
-        return _around(x_RM, weights, config, attend, _feeding(weights, config, storage, linear_few))
+        return _around(x_RM, weights, config, attend, _feeding(weights, config, storage, product))
 
     return layer
 
@@ -205,7 +289,11 @@ def _feeding(weights: Layer, config: LayerConfig, storage: Storage, product: Pro
     """The MLP, by products for a few rows or for many."""
 
     def feed(normed_TM: Tensor) -> Tensor:
-        return product(_activated(product(normed_TM, weights.up, storage), config), weights.down, storage)
+        up_TF = product(normed_TM, weights.up, storage)
+        if weights.gate is None:
+            return product(activation(up_TF, config.mlp.activation), weights.down, storage)
+        gate_TF = product(normed_TM, weights.gate, storage)
+        return product(gated(gate_TF, up_TF, config.mlp.activation), weights.down, storage)
 
     return feed
 
@@ -235,31 +323,15 @@ def _normed(x_TM: Tensor, weights: Norm | None, config: LayerConfig) -> Tensor:
     return x_TM if weights is None else norm(x_TM, weights.gain_M, weights.bias_M, config.norm)
 
 
-def _for_head(x_TM: Tensor, model: Model, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
+def _for_head(x_TM: Tensor, last: Last, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
     """What the head multiplies, [T, E]."""
-    if model.final_norm is not None and config.final_norm is not None:
-        x_TM = norm(x_TM, model.final_norm.gain_M, model.final_norm.bias_M, config.final_norm)
-    return x_TM if model.reduction is None else product(x_TM, model.reduction, storage)
+    if last.norm is not None and config.final_norm is not None:
+        x_TM = norm(x_TM, last.norm.gain_M, last.norm.bias_M, config.final_norm)
+    return x_TM if last.reduction is None else product(x_TM, last.reduction, storage)
 
 
-def _logits(hidden_RE: Tensor, model: Model, config: ModelConfig, storage: Storage) -> Tensor:
-    return scale_and_cap(linear_few(hidden_RE, model.head, storage), config.logit_scale, config.logit_softcap)
-
-
-def _tables(model: Model, config: ModelConfig, position_T: Tensor) -> list[Table]:
-    """Each layer's rotary table; layers that hold the same frequencies, and stretch them equally, share one."""
-    made: dict[tuple[int, float], Table] = {}
-    tables: list[Table] = []
-    for weights, layer in zip(model.layers, config.layers, strict=True):
-        rotary = layer.attention.rotary
-        if weights.frequency_J is None or rotary is None:
-            tables.append(None)
-            continue
-        key = id(weights.frequency_J), rotary.magnitude
-        if key not in made:
-            made[key] = rotary_table(position_T, weights.frequency_J, rotary.magnitude)
-        tables.append(made[key])
-    return tables
+def _logits(hidden_RE: Tensor, last: Last, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
+    return scale_and_cap(product(hidden_RE, last.head, storage), config.logit_scale, config.logit_softcap)
 
 
 def _heads(qkv_TN: Tensor, weights: Layer, table: Table, config: LayerConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,8 +357,3 @@ def _head_normed(x_THD: Tensor, weights: Norm, config: AttentionConfig) -> Tenso
     assert config.qk_norm is not None
     each = x_THD if config.qk_norm_span is QkNormSpan.HEAD else x_THD.flatten(1)
     return norm(each, weights.gain_M, weights.bias_M, config.qk_norm).view(x_THD.shape)
-
-
-def _activated(up_TF: Tensor, config: LayerConfig) -> Tensor:
-    kind = config.mlp.activation
-    return gated(up_TF, kind) if config.mlp.gated else activation(up_TF, kind)

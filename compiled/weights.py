@@ -1,7 +1,7 @@
 """Weights as the graphs take them, prepared one layer at a time from a `WeightSource`.
 
-Why it is faster: Q, K and V are one product and gate and up another, so a layer is four products instead of seven,
-each long enough to keep all cores reading. A float32 copy of more than one part never exists.
+Why it is faster: Q, K and V are one product, long enough to keep all cores reading. A float32 copy of more than one
+part never exists.
 """
 
 from typing import NamedTuple
@@ -21,10 +21,10 @@ from ..spec.weights import (
     validate_layer,
 )
 from .embedding import Embedding
-from .linear import Matrix
+from .linear import Matrix, matrix
 from .machine import return_freed_memory
 from .norms import Norm
-from .packing import as_graph_input, own, pack
+from .packing import own, pack
 
 
 class Layer(NamedTuple):
@@ -37,8 +37,10 @@ class Layer(NamedTuple):
     output: Matrix
     attention_output_norm: Norm | None
     mlp_norm: Norm | None
+    gate: Matrix | None
+    """[F, M] where gated. Not one matrix with `up`: so a pass over both ends with their product, F numbers a row."""
     up: Matrix
-    """[2 F, M] where gated, gate first; else [F, M]."""
+    """[F, M]."""
     down: Matrix
     mlp_output_norm: Norm | None
     frequency_J: Tensor | None
@@ -120,7 +122,8 @@ def _layer(
         output=_matrix([attention.output], storage, device),
         attention_output_norm=norm(weights.attention_output_norm),
         mlp_norm=norm(weights.mlp_norm),
-        up=_matrix([mlp.up] if mlp.gate is None else [mlp.gate, mlp.up], storage, device),
+        gate=None if mlp.gate is None else _matrix([mlp.gate], storage, device),
+        up=_matrix([mlp.up], storage, device),
         down=_matrix([mlp.down], storage, device),
         mlp_output_norm=norm(weights.mlp_output_norm),
         frequency_J=frequency_J,
@@ -134,9 +137,7 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
     """The parts below one another, packed. Rows are quantised alone, so merging changes no code."""
     weight_NI = parts[0].weight_NI if len(parts) == 1 else torch.cat([part.weight_NI for part in parts])
     biases = [part.bias_N for part in parts if part.bias_N is not None]
-    packed = pack(weight_NI.detach(), storage, torch.cat(biases).detach() if biases else None)
-    on_device = packed.to(device)
-    return Matrix(as_graph_input(on_device), on_device.scale_N, on_device.bias_N)
+    return matrix(pack(weight_NI.detach(), storage, torch.cat(biases).detach() if biases else None).to(device))
 
 
 def prepared_norm(weights: NormWeights | None, config: NormConfig | None, device: torch.device) -> Norm | None:

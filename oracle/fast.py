@@ -25,12 +25,11 @@ from .op import Fast, Function
 
 def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
     """The weights packed in the narrowest storage that holds them all exactly, so that packing rounds nothing."""
-    for storage in (Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
+    for storage in (Storage.INT4, Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
         packed = [packing.pack(part.weight_NI.float(), storage, part.bias_N) for part in parts]
-        matrices = [Matrix(packing.as_graph_input(each), each.scale_N, each.bias_N) for each in packed]
+        matrices = [linear.matrix(each) for each in packed]
         unpacked = [
-            packing.unpack(matrix.word_NJ, matrix.scale_N, storage, each.inputs)
-            for matrix, each in zip(matrices, packed, strict=True)
+            linear.expanded(matrix, storage, each.inputs) for matrix, each in zip(matrices, packed, strict=True)
         ]
         if all(torch.equal(each, part.weight_NI.float()) for each, part in zip(unpacked, parts, strict=True)):
             return matrices, storage
@@ -38,9 +37,14 @@ def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
 
 
 def _few(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
+    """As a decode step has them: as many rows together as it takes, the last one given again to fill up."""
     (matrix,), storage = matrices_of(weights)
-    out: Tensor = function(x.flatten(0, -2).float(), matrix, storage)
-    return out.reshape(*x.shape[:-1], -1)
+    x_RI = x.flatten(0, -2).float()
+    rows = len(x_RI)
+    together = 1 if storage is Storage.FLOAT32 else linear.rows_together(rows)
+    filled_RI = torch.cat([x_RI, x_RI[-1:].expand(-rows % together, -1)])
+    out: Tensor = function(filled_RI, matrix, storage, together)
+    return out[:rows].reshape(*x.shape[:-1], -1)
 
 
 def _many(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
@@ -305,20 +309,22 @@ def _quantise(function: Function, inputs: Inputs) -> RowQuantised:
     return RowQuantised(*function(inputs["weight_NI"]))
 
 
-def _unpack(function: Function, inputs: Inputs) -> Tensor:
+def _expand(function: Function, inputs: Inputs) -> Tensor:
     quantised: RowQuantised = inputs["quantised"]
-    words = packing.pack_lanes(quantised.code_NI, bits=8).view(torch.float32)
-    out: Tensor = function(words, quantised.scale_N, Storage.INT8, quantised.code_NI.shape[1])
+    rows, columns = quantised.code_NI.shape
+    of_codes = packing.pack(torch.ones(rows, columns), Storage.INT8)  # of its size; words and scales are replaced
+    of_codes.word.copy_(packing.in_blocks(packing.pack_planar(quantised.code_NI, bits=8)))
+    matrix = linear.matrix(of_codes)._replace(scale_N=quantised.scale_N)
+    out: Tensor = function(matrix, Storage.INT8, columns)
     dtype: torch.dtype = inputs["dtype"]
     return out.to(dtype)
 
 
 def _pack(function: Function, inputs: Inputs) -> Tensor:
     packed: Any = function(inputs["weight_NI"], inputs["storage"])
-    out = packing.unpack(packing.as_graph_input(packed), packed.scale_N, inputs["storage"], packed.inputs)
-    return out.to(inputs["dtype"])
+    return linear.expanded(linear.matrix(packed), inputs["storage"], packed.inputs).to(inputs["dtype"])
 
 
-QUANTISE_ROWS = (Fast(packing.quantise, _quantise),)
-DEQUANTISE_ROWS = (Fast(packing.unpack, _unpack),)
+QUANTISE_ROWS = (Fast(packing.quantise_rows, _quantise),)
+DEQUANTISE_ROWS = (Fast(linear.expanded, _expand),)
 STORED = (Fast(packing.pack, _pack),)

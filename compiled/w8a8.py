@@ -1,0 +1,76 @@
+"""A product of 8-bit integers: activations quantised on the fly, int8 products, scales applied at the end.
+
+Why it is faster: weights stay one byte, none is converted, and processors with VNNI instructions multiply four pairs of
+bytes and add them at once. What it relies on: `torch._int_mm`, which oneDNN computes. Without such instructions oneDNN
+adds pairs of products in 16 bits, which saturate: results are wrong, and nothing says so. So a trial product chooses
+the form (`form_here`), and the other form computes the same integers in float32: of codes in -127 .. 127, sums of 1040
+products stay below 2 ** 24 and are exact in any order.
+
+Shapes: R rows, N outputs, I inputs.
+"""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .linear import settled
+from .packing import quantise_rows
+
+PIECE = 2**24 // 127**2
+"""Inputs whose products float32 adds exactly."""
+
+
+class Form(StrEnum):
+    """How sums of products of int8 codes are computed; both are exact."""
+
+    INT8 = "int8"
+    FLOAT32 = "float32"
+    """In pieces of 1040 inputs; the codes are kept as float32."""
+
+
+class Codes(NamedTuple):
+    """A quantised matrix as a graph sees it."""
+
+    code_NI: Tensor
+    """int8, or the same integers in float32."""
+    scale_N: Tensor
+    bias_N: Tensor | None
+
+
+def form_here(device: torch.device) -> Form:
+    """INT8 on a CPU that multiplies int8 exactly, else FLOAT32.
+
+    On a GPU torch's int8 product takes more than 16 rows alone, and inputs and outputs in eights: FLOAT32 there.
+    """
+    if device.type != "cpu":
+        return Form.FLOAT32
+    extreme = torch.full((8, 8), 127, dtype=torch.int8)
+    return Form.INT8 if bool((torch._int_mm(extreme, extreme) == 8 * 127**2).all()) else Form.FLOAT32
+
+
+def prepare(weight_NI: Tensor, bias_N: Tensor | None, form: Form) -> Codes:
+    """Quantise a matrix of any float dtype, once; the result shares no memory with it."""
+    code_NI, scale_N = quantise_rows(weight_NI)
+    code_NI = code_NI if form is Form.INT8 else code_NI.to(torch.float32)
+    return Codes(code_NI, scale_N, None if bias_N is None else bias_N.to(torch.float32, copy=True))
+
+
+def integer_product(code_RI: Tensor, code_NI: Tensor, form: Form) -> Tensor:
+    """Sums of products of codes in -127 .. 127, as int32 [R, N], of at most 133144 inputs."""
+    if form is Form.INT8:
+        if code_RI.shape[1] == 1:  # of one input torch._int_mm makes nonsense (torch 2.13)
+            code_RI, code_NI = functional.pad(code_RI, (0, 1)), functional.pad(code_NI, (0, 1))
+        return torch._int_mm(code_RI, code_NI.t())
+    pieces = zip(code_RI.to(torch.float32).split(PIECE, 1), code_NI.split(PIECE, 1), strict=True)
+    sums = [functional.linear(piece_RI, piece_NI).to(torch.int32) for piece_RI, piece_NI in pieces]
+    return torch.stack(sums).sum(0, dtype=torch.int32) if len(sums) > 1 else sums[0]
+
+
+def linear_w8a8(x_RI: Tensor, codes: Codes, form: Form) -> Tensor:
+    """x @ weight.T + bias, float32 [R, N], x quantised row by row."""
+    code_RI, scale_R = quantise_rows(settled(x_RI))
+    out_RN = integer_product(code_RI, codes.code_NI, form) * scale_R[:, None] * codes.scale_N
+    return out_RN if codes.bias_N is None else out_RN + codes.bias_N
