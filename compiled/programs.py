@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {
     "assert_indirect_indexing": False,
     **KERNELS,
 }
-"""Given for these graphs, not set globally; the first three are run-time checks of what the path has checked already."""
+"""For these graphs, not set globally; the first three are checks at run time of what the path has checked already."""
 
 CAPTURING: dict[str, Any] = {"triton.cudagraphs": True}
 """What `torch.compile(mode="reduce-overhead")` stands for; a mode cannot be given beside options."""

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from twinfer.compiled.capture_checks import value_read, violations
-from twinfer.compiled.programs import as_is
 from twinfer.compiled.sequences import StaticSequences
-from twinfer.compiled.steps import decode_program
+from twinfer.compiled.steps import as_is, decode_program
 from twinfer.compiled.weights import prepare
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.compiled.head import head_many
-from twinfer.compiled.linear import Matrix, linear_few, linear_many, lookup
-from twinfer.compiled.packing import as_graph_input, lane_values, pack, unpack
+from twinfer.compiled.linear import Matrix, expanded, linear_few, linear_many, lookup, matrix, rows_together
+from twinfer.compiled.packing import as_graph_input, pack, place_values, rows_of
 from twinfer.spec.config import Storage
 
 seeds = st.integers(0, 2**31)
-sizes = st.integers(1, 19)
+sizes = st.integers(1, 19) | st.sampled_from([63, 64, 65, 130])
 storages = st.sampled_from(Storage)
 
 
@@ -31,9 +31,15 @@ def bits(tensor: Tensor) -> list[int]:
     return values
 
 
+def of_step_1(weight_NI: Tensor) -> Tensor:
+    """Integers that int4 holds exactly: groups from -7 to 8, and one of a single column, which is its least."""
+    weight_NI = weight_NI.clamp(-7, 8)
+    weight_NI[:, ::64], weight_NI[:, 1::64] = -7, 8
+    return weight_NI
+
+
 def matrix_of(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> Matrix:
-    packed = pack(weight_NI, storage, bias_N)
-    return Matrix(as_graph_input(packed), packed.scale_N, packed.bias_N)
+    return matrix(pack(weight_NI, storage, bias_N))
 
 
 def stored(weight_NI: Tensor, storage: Storage) -> Tensor:
@@ -41,6 +47,8 @@ def stored(weight_NI: Tensor, storage: Storage) -> Tensor:
     if storage is Storage.FLOAT32:
         return weight_NI.float()
     out = np.zeros(weight_NI.shape, np.float32)
+    if storage is Storage.INT4:
+        return torch.from_numpy(in_groups(weight_NI.float().numpy()))
     for row, values in enumerate(weight_NI.float().numpy()):
         scale = np.abs(values).max() / np.float32(127)
         for column, value in enumerate(values):
@@ -54,30 +62,43 @@ def stored(weight_NI: Tensor, storage: Storage) -> Tensor:
     return torch.from_numpy(out)
 
 
+def in_groups(weight_NI: np.ndarray) -> np.ndarray:
+    """Int4, group by group: (code - 8) * step + (least + 8 steps), each operation in float32, as a graph has it."""
+    out = np.zeros_like(weight_NI)
+    for row, first in np.ndindex(weight_NI.shape[0], -(-weight_NI.shape[1] // 64)):
+        group = weight_NI[row, 64 * first : 64 * first + 64]
+        step = (group.max() - group.min()) / np.float32(15)
+        codes = np.rint((group - group.min()) / step) if step > 0 else np.zeros_like(group)
+        centre = group.min() + np.float32(8) * step
+        out[row, 64 * first : 64 * first + 64] = (codes.clip(0, 15) - np.float32(8)) * step + centre
+    return out
+
+
 @given(seed=seeds, rows=sizes, inputs=sizes, storage=storages, spread=st.sampled_from([1e-30, 1.0, 1e30]))
 def test_unpacking_gives_what_is_stored(seed: int, rows: int, inputs: int, storage: Storage, spread: float) -> None:
     """Codes, scales and roundings by a brute-force reimplementation; a row of zeros among them."""
     weight_NI = normal(seed, rows, inputs) * spread
     weight_NI[0] *= 0
-    matrix = matrix_of(weight_NI, storage)
-    unpacked = unpack(matrix.word_NJ, matrix.scale_N, storage, inputs)
+    unpacked = expanded(matrix_of(weight_NI, storage), storage, inputs)
     assert bits(unpacked + 0.0) == bits(stored(weight_NI, storage) + 0.0)  # + 0.0: code 0 has no sign
 
 
 @given(seed=seeds, rows=sizes, inputs=sizes, storage=storages)
 def test_packing_again_changes_nothing(seed: int, rows: int, inputs: int, storage: Storage) -> None:
-    """Stored values are a fixed point; in int8 where code * scale is exact, for which the scale is 1/8 here."""
+    """Stored values are a fixed point; in int8 and int4 where the scale or step is exact, 1/8 here."""
     weight_NI = stored(normal(seed, rows, inputs), storage)
     if storage is Storage.INT8:
         weight_NI = torch.cat([integers(seed, rows, inputs), torch.full((rows, 1), 127.0)], 1) / 8
-    matrix = matrix_of(weight_NI, storage)
-    unpacked = unpack(matrix.word_NJ, matrix.scale_N, storage, weight_NI.shape[1])
+    if storage is Storage.INT4:
+        weight_NI = of_step_1(integers(seed, rows, inputs)) / 8
+    unpacked = expanded(matrix_of(weight_NI, storage), storage, weight_NI.shape[1])
     assert bits(unpacked + 0.0) == bits(weight_NI + 0.0)
 
 
 def test_halves_round_to_even() -> None:
     packed = pack(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]), Storage.INT8)
-    codes = torch.cat([lane_values(as_graph_input(packed), Storage.INT8, lane) for lane in range(4)], 1)
+    words_NJ = rows_of(as_graph_input(packed))
+    codes = torch.cat([place_values(words_NJ, Storage.INT8, place) for place in range(4)], 1)
     assert codes[0, :7].tolist() == [127, 0, 2, 2, 0, -2, -2]
 
 
@@ -85,11 +106,11 @@ def test_words_are_integers_and_equal_themselves() -> None:
     """As float32 this word would be NaN, unequal to itself; and packing shares no memory with its input."""
     weight_NI = torch.full((1, 4), -1.0)
     packed = pack(weight_NI, Storage.INT8)
-    assert packed.word_NJ.dtype is torch.int32
-    assert torch.equal(packed.word_NJ, packed.word_NJ.clone())
+    assert packed.word.dtype is torch.int32
+    assert torch.equal(packed.word, packed.word.clone())
     plain = pack(weight_NI, Storage.FLOAT32)
     weight_NI.zero_()
-    assert plain.word_NJ.tolist() == [[-1.0] * 4]
+    assert plain.word.tolist() == [[-1.0] * 4]
 
 
 @given(seed=seeds, rows=st.integers(1, 5), inputs=sizes, outputs=sizes, storage=storages, bias=st.booleans())
@@ -99,12 +120,16 @@ def test_products_read_the_stored_matrix(
     """On integers every form is exact: few rows, many, the head in blocks."""
     weight_NI = integers(seed, outputs, inputs)
     weight_NI[:, 0] = 127  # int8 scale 1
+    if storage is Storage.INT4:
+        weight_NI = of_step_1(weight_NI)
     x_RI, bias_N = integers(seed + 1, rows, inputs), integers(seed + 2, outputs) if bias else None
+    filled_RI = torch.cat([x_RI, x_RI[-1:].expand(-rows % rows_together(rows), -1)])
     right_RN = x_RI @ weight_NI.T + (0 if bias_N is None else bias_N)
-    matrix = matrix_of(weight_NI, storage, bias_N)
-    assert torch.equal(linear_few(x_RI, matrix, storage), right_RN)
-    assert torch.equal(linear_many(x_RI, matrix, storage), right_RN)
-    assert torch.equal(head_many(x_RI, matrix, storage, block_weights=3 * inputs), right_RN)
+    packed = matrix_of(weight_NI, storage, bias_N)
+    assert torch.equal(linear_few(x_RI, packed, storage), right_RN)
+    assert torch.equal(linear_few(filled_RI, packed, storage, rows_together(rows))[:rows], right_RN)
+    assert torch.equal(linear_many(x_RI, packed, storage), right_RN)
+    assert torch.equal(head_many(x_RI, packed, storage, block_weights=20 * inputs), right_RN)
 
 
 @given(seed=seeds, tokens=st.integers(1, 6), vocabulary=sizes, hidden=sizes, storage=storages)
@@ -119,7 +144,5 @@ def test_lookup_gives_stored_rows(seed: int, tokens: int, vocabulary: int, hidde
 def test_blocks_do_not_show(storage: Storage) -> None:
     """Matrices are packed in blocks of rows: one with a ragged last block equals its rows packed alone."""
     weight_NI = normal(0, 512 * 2 + 3, 5)
-    whole, tail = pack(weight_NI, storage), pack(weight_NI[1023:], storage)
-    assert bits(whole.word_NJ[1023:]) == bits(tail.word_NJ)
-    if whole.scale_N is not None and tail.scale_N is not None:
-        assert bits(whole.scale_N[1023:]) == bits(tail.scale_N)
+    whole, tail = matrix_of(weight_NI, storage), matrix_of(weight_NI[1008:], storage)
+    assert bits(expanded(whole, storage, 5)[1008:]) == bits(expanded(tail, storage, 5))

@@ -213,7 +213,7 @@ def test_a_tied_head_shares_the_tables_memory() -> None:
     for seed in range(8):
         config = _some_config(seed)
         model = eager(config, seed)._model
-        shared = model.head.word_NJ.data_ptr() == model.embedding.table.word_NJ.data_ptr()
+        shared = model.head.word.data_ptr() == model.embedding.table.word.data_ptr()
         assert shared == (config.head is Head.TIED)
 
 
