@@ -7,7 +7,7 @@ Shapes: N outputs, I inputs.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..compiled.linear import Matrix
-from ..compiled.packing import as_graph_input, pack
+from ..compiled.linear import Matrix, matrix
+from ..compiled.packing import pack
 from ..reference.quantise import (
     GroupQuantised,
     RowQuantised,
@@ -48,6 +48,10 @@ class Column:
     """The arguments that a model would find in memory, not in a cache: weights, keys, values."""
     as_reference: Callable[[Any], Any] = lambda result: result
     """The result in the form of the op's reference."""
+    varying: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Axes of arguments that the compiled program takes at any length, as the path's graphs do."""
+    example: Arguments | None = None
+    """What it is compiled on; the arguments themselves where None. Such as the path compiles on where lengths vary."""
     note: str | None = None
 
     def copies(self) -> list[Arguments]:
@@ -108,5 +112,4 @@ def unkept(parts: tuple[Tensor, ...], storage: Storage) -> Tensor:
 
 def matrix_of(weight_NI: Tensor, storage: Storage) -> Matrix:
     """The matrix as the compiled path's graphs take it."""
-    packed = pack(weight_NI, storage)
-    return Matrix(as_graph_input(packed), packed.scale_N, packed.bias_N)
+    return matrix(pack(weight_NI, storage))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from tempfile import TemporaryDirectory
 from types import FunctionType
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ from torch._dynamo import utils as dynamo
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
-from .columns import Arguments
+from .columns import Arguments, Column
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 """torch.compile with its options."""
@@ -48,23 +49,26 @@ def start_compiler(device: torch.device) -> None:
 
     On a CPU that is some seconds: its own imports, and a trial of the vector instructions.
     """
-    with fresh_cache():
+    with TemporaryDirectory() as folder, fresh_cache(dir=folder):
         torch.compile(lambda x: x + 1)(torch.ones(64, device=device))
 
 
-def compile_program(compile: Compile, program: Callable[..., Any], copies: list[Arguments]) -> Compiled:
+def compile_program(compile: Compile, column: Column, copies: list[Arguments]) -> Compiled:
     """Compile it with empty caches, then once more with those filled, and run all copies through the second.
 
     Each time it is a function of its own, which torch.compile has not seen: nothing compiled before is thrown away.
-    Call `start_compiler` once before.
+    Call `start_compiler` once before. `copies` are the column's, on the device.
     """
-    with fresh_cache():
+    program, example = column.program, copies[0] if column.example is None else column.example
+    for name, axes in column.varying.items():
+        torch._dynamo.mark_dynamic(example[name], axes)
+    with TemporaryDirectory() as folder, fresh_cache(dir=folder):
         graphs_before, breaks_before = _graphs(), len(dynamo.graph_break_reasons)
         with _generated_code() as code:
-            _, cold_s = _first_call(compile, program, copies[0])
+            _, cold_s = _first_call(compile, program, example)
         graphs = _graphs() - graphs_before
         breaks = tuple(map(_described, dynamo.graph_break_reasons[breaks_before:]))
-        call, warm_s = _first_call(compile, program, copies[0])
+        call, warm_s = _first_call(compile, program, example)
         graphs_before = _graphs()
         for arguments in copies:
             call(**arguments)

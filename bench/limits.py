@@ -8,11 +8,13 @@ Shapes: T rows, I inputs, N outputs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..compiled.linear import product
 from .machine import last_level_cache_bytes
 from .rows import Limits
 from .timing import interleave
@@ -82,7 +84,7 @@ def _products_by_row(buffer_NI: Tensor, vector_I: Tensor) -> Tensor:
 
 
 def _ways_to_multiply(device: torch.device | str, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Way]:
-    """Either operand first: which is faster depends on the shape."""
+    """By torch's plain product, either operand first, and by the library that the compiled path chose."""
     ways: dict[str, Way] = {}
     generator = torch.Generator().manual_seed(0)
     for rows, inputs, outputs in shapes:
@@ -90,6 +92,7 @@ def _ways_to_multiply(device: torch.device | str, shapes: Sequence[tuple[int, in
         weight_NI = torch.randn(outputs, inputs, generator=generator).to(device)
         x_IT = x_TI.t().contiguous()
         at, flops = f"T={rows},I={inputs},N={outputs}", 2 * rows * inputs * outputs
-        ways[f"x @ weight.t() {at}"] = (lambda x=x_TI, w=weight_NI: functional.linear(x, w), flops)
-        ways[f"weight @ x.t() {at}"] = (lambda x=x_IT, w=weight_NI: w @ x, flops)
+        ways[f"the compiled path's product {at}"] = (partial(product, x_TI, weight_NI, None), flops)
+        ways[f"x @ weight.t() {at}"] = (partial(functional.linear, x_TI, weight_NI), flops)
+        ways[f"weight @ x.t() {at}"] = (partial(torch.matmul, weight_NI, x_IT), flops)
     return ways

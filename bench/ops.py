@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -115,7 +115,9 @@ def _entry(
     column: Column, compile: Compile | None, setting: Setting, prepared: Prepared, truth: Function, run: Run
 ) -> _Entry:
     copies = [moved(arguments, run.device) for arguments in column.copies()]
-    compiled = None if compile is None else compile_program(compile, column.program, copies)
+    if column.example is not None:
+        column = replace(column, example=moved(column.example, run.device))
+    compiled = None if compile is None else compile_program(compile, column, copies)
     call = column.program if compiled is None else compiled.call
     result = column.as_reference(call(**copies[0]))
     return _Entry(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..compiled import attention, linear, mlp, norms, rotary
-from ..compiled.packing import LANES
 from ..oracle.case import Case, Inputs
 from ..oracle.op import Op
 from ..oracle.table import OPS
@@ -19,7 +18,7 @@ from ..reference.quantise import stored
 from ..spec.config import INT4_GROUP, Activation, Storage
 from ..spec.counts import Count
 from ..spec.weights import LinearWeights, MlpWeights
-from .columns import Column, kept, matrix_of, unkept
+from .columns import Arguments, Column, kept, matrix_of, unkept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +62,61 @@ def _plain(op: Op, inputs: Inputs, from_memory: tuple[str, ...] = ()) -> Column:
     return Column(program=reference, arguments=inputs, from_memory=from_memory)
 
 
-FEW = 32
-"""Rows up to which the decode graph's product is timed, and beyond which the prefill graph's."""
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """How the compiled path multiplies this many rows: by which function, filled up to which multiple."""
+
+    batch: int
+    tokens: int
+    storage: Storage
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def few(self) -> bool:
+        return self.rows <= linear.FEW
+
+    @property
+    def together(self) -> int:
+        """Rows for which a packed word is unpacked once."""
+        packed = self.few and self.storage is not Storage.FLOAT32
+        return linear.rows_together(self.rows) if packed else 1
+
+    @property
+    def varies(self) -> bool:
+        """Whether one graph serves any number of rows: there is one of its own for 1, and for 4 where packed."""
+        return self.rows > (1 if self.storage is Storage.FLOAT32 else 4)
+
+    def product(self, x_RI: Tensor, weights: linear.Matrix) -> Tensor:
+        if self.few:
+            return linear.linear_few(x_RI, weights, self.storage, self.together)
+        return linear.linear_many(x_RI, weights, self.storage)
+
+    @property
+    def name(self) -> str:
+        return "linear_few" if self.few else "linear_many"
+
+    def filled(self, x_RI: Tensor) -> Tensor:
+        """The last row again, up to the multiple."""
+        return torch.cat([x_RI, x_RI[-1:].expand(-self.rows % self.together, -1)])
+
+    def column(self, program: Callable[..., Any], x_RI: Tensor, matrices: Arguments, note: str) -> Column:
+        """A program (x_RI, **matrices) of these rows; compiled on 24, as the path's, where it takes any number."""
+        example = {"x_RI": x_RI[:1].expand(_EXAMPLE_ROWS, -1).contiguous(), **matrices} if self.varies else None
+        return Column(
+            program=program,
+            arguments={"x_RI": self.filled(x_RI), **matrices},
+            from_memory=tuple(matrices),
+            as_reference=lambda out: out[: self.rows].view(self.batch, self.tokens, -1),
+            varying={"x_RI": (0,)} if self.varies else {},
+            example=example,
+            note=note,
+        )
+
+
+_EXAMPLE_ROWS = 24  # no multiple of `together` is special to a graph but that itself
 
 
 def prepare_linear(case: Case, storage: Storage) -> Prepared:
@@ -72,13 +124,13 @@ def prepare_linear(case: Case, storage: Storage) -> Prepared:
     inputs = op.inputs(case)
     x: Tensor = inputs["x"]
     weights: LinearWeights = inputs["weights"]
-    function = linear.linear_few if case.n.B * case.n.T <= FEW else linear.linear_many
+    rows = _Rows(batch=case.n.B, tokens=case.n.T, storage=storage)
 
     def reference(x: Tensor, parts: tuple[Tensor, ...]) -> Any:
         return op.reference(x=x, weights=LinearWeights(weight_NI=unkept(parts, storage)))
 
     def arranged(x_RI: Tensor, matrix: linear.Matrix) -> Tensor:
-        return function(x_RI, matrix, storage)
+        return rows.product(x_RI, matrix)
 
     return Prepared(
         case=case,
@@ -91,14 +143,8 @@ def prepare_linear(case: Case, storage: Storage) -> Prepared:
             arguments={"x": x, "parts": kept(weights.weight_NI, storage)},
             from_memory=("parts",),
         ),
-        arranged=None
-        if storage not in LANES
-        else Column(
-            program=arranged,
-            arguments={"x_RI": x.flatten(0, 1), "matrix": matrix_of(weights.weight_NI, storage)},
-            from_memory=("matrix",),
-            as_reference=lambda out: out.view(*x.shape[:2], -1),
-            note=function.__name__,
+        arranged=rows.column(
+            arranged, x.flatten(0, 1), {"matrix": matrix_of(weights.weight_NI, storage)}, note=rows.name
         ),
         bytes=_bytes(op, case, [weights.weight_NI], storage),
     )
@@ -112,14 +158,15 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
     config = inputs["config"]
     assert weights.gate is not None
     three = [part.weight_NI for part in (weights.gate, weights.up, weights.down)]
-    product = linear.linear_few if case.n.B * case.n.T <= FEW else linear.linear_many
+    rows = _Rows(batch=case.n.B, tokens=case.n.T, storage=storage)
 
     def reference(x_BTM: Tensor, parts: tuple[tuple[Tensor, ...], ...]) -> Any:
         gate, up, down = (LinearWeights(weight_NI=unkept(part, storage)) for part in parts)
         return op.reference(x_BTM=x_BTM, weights=MlpWeights(gate=gate, up=up, down=down), config=config)
 
-    def arranged(x_RM: Tensor, gate_up: linear.Matrix, down: linear.Matrix) -> Tensor:
-        return product(mlp.gated(product(x_RM, gate_up, storage), config.activation), down, storage)
+    def arranged(x_RI: Tensor, gate: linear.Matrix, up: linear.Matrix, down: linear.Matrix) -> Tensor:
+        inner_RF = mlp.gated(rows.product(x_RI, gate), rows.product(x_RI, up), config.activation)
+        return rows.product(inner_RF, down)
 
     def changed(change: Callable[[Tensor], Tensor]) -> MlpWeights:
         assert weights.gate is not None
@@ -138,18 +185,11 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
             arguments={"x_BTM": x_BTM, "parts": tuple(kept(each, storage) for each in three)},
             from_memory=("parts",),
         ),
-        arranged=None
-        if storage not in LANES
-        else Column(
-            program=arranged,
-            arguments={
-                "x_RM": x_BTM.flatten(0, 1),
-                "gate_up": matrix_of(torch.cat(three[:2]), storage),
-                "down": matrix_of(three[2], storage),
-            },
-            from_memory=("gate_up", "down"),
-            as_reference=lambda out: out.view(x_BTM.shape),
-            note=f"{product.__name__}, gated, {product.__name__}",
+        arranged=rows.column(
+            arranged,
+            x_BTM.flatten(0, 1),
+            {name: matrix_of(each, storage) for name, each in zip(("gate", "up", "down"), three, strict=True)},
+            note=f"{rows.name} for gate and up, gated, {rows.name}",
         ),
         bytes=_bytes(op, case, three, storage),
     )
@@ -216,8 +256,16 @@ def prepare_attention(case: Case, storage: Storage) -> Prepared:
     def attend_decode(
         query: Tensor, key_CKD: Tensor, value_CKD: Tensor, slot_S: Tensor, start_R: Tensor, position_R: Tensor
     ) -> Tensor:
-        places = {"start_R": start_R, "position_R": position_R, "slot_S": slot_S}
-        return attention.attend_decode(query, key_CKD, value_CKD, **places, scale=scale, window=None)
+        return attention.attend_decode(
+            query,
+            key_CKD,
+            value_CKD,
+            start_R=start_R,
+            position_R=position_R,
+            slot_S=slot_S,
+            scale=scale,
+            window=None,
+        )
 
     def attend_prefill(query: Tensor, key_CKD: Tensor, value_CKD: Tensor, slot_S: Tensor, mask_TS: Tensor) -> Tensor:
         return attention.attend_prefill(
@@ -225,16 +273,20 @@ def prepare_attention(case: Case, storage: Storage) -> Prepared:
         )
 
     more: dict[str, Tensor]
+    varying: dict[str, tuple[int, ...]] = dict.fromkeys((*caches, "slot_S"), (0,))
     if n.T == 1:
         program: Callable[..., Tensor] = attend_decode
         more = {"start_R": torch.arange(n.B) * n.S, "position_R": torch.full((n.B,), n.S - 1)}
+        varying |= {name: (0,) for name in ("query", *more) if n.B > 1}
     else:
         program = attend_prefill
+        varying |= {"query": (0,), "mask_TS": (0, 1)}
         more = {"mask_TS": attention.mask(torch.arange(n.S - n.T, n.S), torch.arange(n.S), None)}
     column = Column(
         program=program,
         arguments={**common, **more},
         from_memory=("key_CKD", "value_CKD"),
+        varying=varying,
         as_reference=lambda out: out.view(query_BTHD.shape),
         note=program.__name__,
     )
