@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..spec.errors import MachineError, RequestError
-from .rows import Row
+from .rows import Row, highest_limits
 from .timing import geometric_mean
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def roofline(rows: Sequence[Row]) -> "Figure":
         own = [row for row in timed if row.implementation == implementation]
         intensities = [(row.flops or 0) / (row.bytes or 1) for row in own]
         axes.scatter(intensities, [row.gflop_per_s for row in own], s=18, alpha=0.8, label=implementation)
-    limits = next((row.limits for row in timed if row.limits is not None), None)
+    limits = highest_limits(timed)
     if limits is not None:
         ridge = limits.gemm_flops_per_s / limits.read_bytes_per_s
         least = min([(row.flops or 0) / (row.bytes or 1) for row in timed] + [ridge])

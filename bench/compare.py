@@ -1,19 +1,17 @@
 """Rows of two runs side by side: what became slower, beyond noise?
 
-Machines drift, so seconds of two runs prove nothing. Each run times the baseline in turn with every implementation,
-and what is compared is how many times faster than that baseline an implementation was: the ratio, and its spread over
-the rounds, each round's ratio from neighbouring moments. A row is
+Machines drift, so seconds of two runs prove nothing by themselves. Each run times, in turn with every implementation,
+the baseline and the machine's fastest ways to read and to multiply. A row is slower if all of these say so:
 
-    slower  if  new 80th percentile < old 20th percentile * (1 - MARGIN)
-    faster  if  new 20th percentile > old 80th percentile * (1 + MARGIN)
+    times the baseline   new 80th percentile < old 20th percentile * (1 - MARGIN); ratios of one round to its own
+    share of the limit   new, at its 20th percentile of seconds < old, at its 80th, * (1 - MARGIN)
+    seconds              new 20th percentile > old 80th; on the same machine only
 
-so the spreads must lie apart, and by more than what two runs of the same code differ beyond their spreads: where
-memory happens to lie changes from process to process, not from round to round.
-
-The baseline has its own moods: where its temporaries just fit a cache that is shared with other programs, it was seen
-to be 2.7 times as fast an hour later. So on the same machine the seconds must agree: no row is slower whose own
-seconds are not (new 20th percentile above the old 80th), and none is faster whose own are not. (A machine that became
-faster by as much as a row became slower hides that.) On another machine the ratio alone decides, and a warning says so.
+so the spreads must lie apart, and by more than what two runs of the same code differ beyond their spreads: where memory
+happens to lie changes from process to process, not from round to round. No ruler is right alone. Where the baseline's
+temporaries just fit a cache that other programs share, it was seen to be 2.7 times as fast an hour later; where memory
+became slow, what waits for it lost a quarter against a baseline that computes. Faster is the same, old for new. (What
+became slower by as much as the machine became faster stays unseen.) Of another machine a warning tells.
 
 Becoming wrong, or failing to run, is a regression too. What looks slower is measured once more, and the second time
 counts: another program's load passes, a regression stays.
@@ -24,6 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ..spec.errors import RequestError
+from .limits import share_of_limit
 from .rows import Accuracy, Row
 
 MARGIN = 0.1
@@ -94,18 +93,31 @@ def judge(old: Row, new: Row) -> Verdict:
         return Verdict.BROKEN
     if old.accuracy is Accuracy.PASSED and new.accuracy is Accuracy.FAILED:
         return Verdict.WRONG
-    if new.speed_up_p80 < old.speed_up_p20 * (1 - MARGIN) and _takes_longer(old, new):
+    if _slower(old, new):
         return Verdict.SLOWER
-    if new.speed_up_p20 > old.speed_up_p80 * (1 + MARGIN) and _takes_longer(new, old):
+    if _slower(new, old):
         return Verdict.FASTER
     return Verdict.SAME
 
 
-def _takes_longer(quick: Row, slow: Row) -> bool:
-    """Whether the seconds agree that one is slower, as far as they can be compared."""
-    if quick.machine != slow.machine or quick.p80_s is None or slow.p20_s is None:
-        return True
-    return slow.p20_s > quick.p80_s
+def _slower(before: Row, after: Row) -> bool:
+    """Whether every ruler that there is says that a row takes longer than it did."""
+    ratio = _fell(before.speed_up_p20, after.speed_up_p80)
+    share = _fell(_share(before, before.p80_s), _share(after, after.p20_s))
+    longer = None
+    if before.machine == after.machine and before.p80_s is not None and after.p20_s is not None:
+        longer = after.p20_s > before.p80_s
+    return ratio is True and share is not False and longer is not False
+
+
+def _fell(before: float | None, after: float | None) -> bool | None:
+    return None if before is None or after is None else after < before * (1 - MARGIN)
+
+
+def _share(row: Row, seconds: float | None) -> float | None:
+    if seconds is None or row.bytes is None or row.flops is None or row.limits is None:
+        return None
+    return share_of_limit(row.bytes, row.flops, seconds, row.limits)
 
 
 def _warnings(old: Iterable[Row], new: Iterable[Row]) -> Iterable[str]:

@@ -8,6 +8,7 @@ Shapes: T rows, I inputs, N outputs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional
 from ..compiled.linear import product
 from .machine import last_level_cache_bytes
 from .rows import Limits
-from .timing import interleave
+from .timing import Timing, interleave
 
 LEAST_BUFFER = 256 * 2**20
 _CACHES_IN_BUFFER = 8
@@ -28,22 +29,64 @@ Way = tuple[Callable[[], object], int]
 """What to call, and the bytes or the operations that one call stands for."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ruler:
+    """The way that was best."""
+
+    name: str
+    call: Callable[[], object]
+    amount: int
+    """Bytes or operations of a call."""
+    rate: float
+    """The most of them a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rulers:
+    """The best way to read and the best way to multiply, to be timed again in turn with what they measure."""
+
+    read: Ruler
+    gemm: Ruler
+
+    @property
+    def calls(self) -> dict[str, Callable[[], object]]:
+        return {f"read: {self.read.name}": self.read.call, f"multiply: {self.gemm.name}": self.gemm.call}
+
+    def limits(self, timings: Mapping[str, Timing] | None = None) -> Limits:
+        """The best samples when the ways were tried, or among timings of `calls`."""
+        rates = [self.read.rate, self.gemm.rate]
+        if timings is not None:
+            taken = [min(timings[name].seconds) for name in self.calls]
+            rates = [ruler.amount / seconds for ruler, seconds in zip((self.read, self.gemm), taken, strict=True)]
+        return Limits(
+            read_bytes_per_s=rates[0], read_by=self.read.name, gemm_flops_per_s=rates[1], gemm_by=self.gemm.name
+        )
+
+
 @torch.no_grad()
-def measure_limits(
+def find_rulers(
     device: torch.device | str = "cpu",
     *,
     shapes: Sequence[tuple[int, int, int]] = (),
     rounds: int = 7,
     compiled: bool = True,
-) -> Limits:
+) -> Rulers:
     """Try every way of reading and multiplying, and keep the best.
 
     `shapes` are further products (T, I, N) to try beside the square one, such as a model's own. `compiled` = False
     leaves out the way of reading that has to be compiled first, for a quick look: the limit may then be too low.
     """
-    read, read_by = _best(_ways_to_read(device, compiled), rounds, device)
-    gemm, gemm_by = _best(_ways_to_multiply(device, [(SQUARE, SQUARE, SQUARE), *shapes]), rounds, device)
-    return Limits(read_bytes_per_s=read, read_by=read_by, gemm_flops_per_s=gemm, gemm_by=gemm_by)
+    return Rulers(
+        read=_best(_ways_to_read(device, compiled), rounds, device),
+        gemm=_best(_ways_to_multiply(device, [(SQUARE, SQUARE, SQUARE), *shapes]), rounds, device),
+    )
+
+
+def measure_limits(
+    device: torch.device | str = "cpu", *, shapes: Sequence[tuple[int, int, int]] = (), rounds: int = 7
+) -> Limits:
+    """The most that any way of reading and of multiplying reached now."""
+    return find_rulers(device, shapes=shapes, rounds=rounds).limits()
 
 
 def share_of_limit(bytes: int, flops: int, seconds: float, limits: Limits) -> float:
@@ -56,12 +99,13 @@ def share_of_limit(bytes: int, flops: int, seconds: float, limits: Limits) -> fl
     return max(bytes / limits.read_bytes_per_s, flops / limits.gemm_flops_per_s) / seconds
 
 
-def _best(ways: Mapping[str, Way], rounds: int, device: torch.device | str) -> tuple[float, str]:
-    """The most a second that any sample of any way reached, and that way's name."""
+def _best(ways: Mapping[str, Way], rounds: int, device: torch.device | str) -> Ruler:
+    """The way of which any sample was the fastest of all ways'."""
     timings = interleave({name: call for name, (call, _) in ways.items()}, rounds, device)
     rates = {name: ways[name][1] / min(timing.seconds) for name, timing in timings.items()}
     best = max(rates, key=lambda name: rates[name])
-    return rates[best], best
+    call, amount = ways[best]
+    return Ruler(name=best, call=call, amount=amount, rate=rates[best])
 
 
 def _ways_to_read(device: torch.device | str, compiled: bool) -> dict[str, Way]:

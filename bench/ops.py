@@ -14,7 +14,7 @@ from ..oracle.trial import Status, Trial, Verdict, leaves
 from ..spec.config import Storage
 from .columns import Arguments, Column, in_turn, moved, nbytes
 from .compiling import Compile, Compiled, compile_program
-from .limits import share_of_limit
+from .limits import Rulers, share_of_limit
 from .machine import forget_peak, peak_resident_bytes, resident_bytes
 from .preparing import Prepared
 from .rows import Accuracy, Kind, Limits, Machine, Row, written
@@ -45,7 +45,7 @@ AFFORDABLE = 2**27
 class Run:
     """What all rows of one run share."""
 
-    limits: Limits
+    rulers: Rulers
     machine: Machine
     device: torch.device
     rounds: int
@@ -96,8 +96,11 @@ def measure_op(setting: Setting, shape: Shape, storage: Storage, run: Run) -> li
                 raise
             untimed.append(about.row(name, error=_in_one_line(error)))
     calls = {name: in_turn(entry.call, entry.copies) for name, entry in entries.items()}
-    timings = interleave(calls, run.rounds, run.device)
-    return [about.timed(name, entry, timings[name], timings[EAGER]) for name, entry in entries.items()] + untimed
+    # The rulers leave the caches full of theirs: whatever comes next is called once more than is counted.
+    timings = interleave({**run.rulers.calls, "": calls[EAGER], **calls}, run.rounds, run.device)
+    limits = run.rulers.limits(timings)
+    timed = [about.timed(name, entry, timings[name], timings[EAGER], limits) for name, entry in entries.items()]
+    return timed + untimed
 
 
 def _columns(prepared: Prepared, run: Run) -> dict[str, Column]:
@@ -189,17 +192,17 @@ class _About:
             bytes=self.prepared.bytes,
             flops=self.setting.op.flops(case.n),
             seed=run.seed,
-            limits=run.limits,
             machine=run.machine,
             repro=repro(self.setting.op.name, case.sizes, self.storage, implementation, run),
             **figures,
         )
 
-    def timed(self, name: str, entry: _Entry, timing: Timing, baseline: Timing) -> Row:
+    def timed(self, name: str, entry: _Entry, timing: Timing, baseline: Timing, limits: Limits) -> Row:
         """The row of what was timed, or of why it could not be."""
         judged, compiled = entry.verdict, entry.compiled
         figures: dict[str, Any] = {
             "note": entry.column.note,
+            "limits": limits,
             "copies": len(entry.copies),
             "copied_bytes": entry.copied_bytes,
             "peak_memory_bytes": entry.peak_bytes,
@@ -219,9 +222,9 @@ class _About:
             }
         if timing.error is not None:
             return self.row(name, error=timing.error, **figures)
-        return self.row(name, **figures, **self._speeds(timing, baseline))
+        return self.row(name, **figures, **self._speeds(timing, baseline, limits))
 
-    def _speeds(self, timing: Timing, baseline: Timing) -> dict[str, Any]:
+    def _speeds(self, timing: Timing, baseline: Timing, limits: Limits) -> dict[str, Any]:
         median = quantile(timing.seconds, 0.5)
         flops, ratios = self.setting.op.flops(self.prepared.case.n), paired_ratios(baseline, timing)
         return {
@@ -235,7 +238,7 @@ class _About:
             "speed_up_p80": quantile(ratios, 0.8),
             "gb_per_s": self.prepared.bytes / median / 1e9,
             "gflop_per_s": flops / median / 1e9,
-            "share_of_limit": share_of_limit(self.prepared.bytes, flops, median, self.run.limits),
+            "share_of_limit": share_of_limit(self.prepared.bytes, flops, median, limits),
         }
 
 

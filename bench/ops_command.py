@@ -40,12 +40,12 @@ The letters of --shape are those of `twinfer ops`; B is 1 unless it is given. We
 outgrow the processor's caches fourfold, and the copies taken in turn; activations stay where they are.
 
 times: medians over the rounds, each of which times every implementation once. Nothing may compile while it is timed:
-one that does is an error. Of limit: the least time that reading the bytes, or the operations, would take at the rates
-measured in this run, over the time taken.
+one that does is an error. Of limit: the least time that reading the bytes, or the operations, would take at the best
+rates of the same rounds, in which the machine's fastest reading and multiplying are timed too, over the time taken.
 
 --compare OLD.jsonl measures what OLD.jsonl holds (or what --op and the others choose of it) and compares each row's
-speed-up over eager, whose spread over the rounds is its noise; on the same machine its own seconds must agree. What
-looks slower is measured once more, and the second time counts.
+speed-up over eager, whose spread over the rounds is its noise; its share of the limit and, on the same machine, its
+seconds must agree. What looks slower is measured once more, and the second time counts.
 
 exit status: 0; 1 if an implementation failed to run, recompiled while it was timed, was judged wrong, or became slower
 beyond noise than --compare says it was
@@ -183,7 +183,7 @@ def prepare_run(args: argparse.Namespace) -> "Run":
     from ..compiled.machine import check_compiler, checked_device
     from ..oracle.check import load_implementation
     from .compiling import start_compiler
-    from .limits import measure_limits
+    from .limits import find_rulers
     from .machine import this_machine
     from .ops import Run
 
@@ -194,7 +194,7 @@ def prepare_run(args: argparse.Namespace) -> "Run":
     _say("starting the compiler, measuring this machine's limits")
     start_compiler(device)
     return Run(
-        limits=measure_limits(device, rounds=min(rounds, 7), compiled=not args.quick),
+        rulers=find_rulers(device, rounds=min(rounds, 7), compiled=not args.quick),
         machine=this_machine(device),
         device=device,
         rounds=rounds,

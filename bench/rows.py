@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The most that was seen on this machine in the same run, and which way of trying gave it."""
+    """The most that was seen on this machine while the row was timed, or in its run, and which way of trying gave it."""
 
     read_bytes_per_s: float
     read_by: str
@@ -154,6 +154,16 @@ class Row:
 def written(shape: Mapping[str, int]) -> str:
     """As the command line takes it: "T=1,N=4096"."""
     return ",".join(f"{axis}={size}" for axis, size in shape.items())
+
+
+def highest_limits(rows: Iterable[Row]) -> Limits | None:
+    """The most of each that any row's limits say; None where no row has any."""
+    limits = [row.limits for row in rows if row.limits is not None]
+    if not limits:
+        return None
+    reading = max(limits, key=lambda each: each.read_bytes_per_s)
+    multiplying = max(limits, key=lambda each: each.gemm_flops_per_s)
+    return replace(reading, gemm_flops_per_s=multiplying.gemm_flops_per_s, gemm_by=multiplying.gemm_by)
 
 
 def from_json(line: str) -> Row:

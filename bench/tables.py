@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from .compare import Comparison
-from .rows import Accuracy, Row, written
+from .rows import Accuracy, Row, highest_limits, written
 from .timing import geometric_mean
 
 _COLUMNS = (
@@ -29,11 +29,11 @@ _LEFT = 4
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """One line a row; what was not measured is a dash."""
-    limits = next((row.limits for row in rows if row.limits is not None), None)
+    limits = highest_limits(rows)
     title = None
     if limits is not None:
         title = (
-            f"this machine reads {limits.read_bytes_per_s / 1e9:.3g} GB/s ({limits.read_by}) and multiplies "
+            f"this machine reads up to {limits.read_bytes_per_s / 1e9:.3g} GB/s ({limits.read_by}) and multiplies "
             f"{limits.gemm_flops_per_s / 1e9:.4g} GFLOP/s ({limits.gemm_by})"
         )
     table = Table(title=title)

@@ -40,7 +40,6 @@ def test_verdicts(
     new=st.lists(st.floats(0.01, 100), min_size=3, max_size=3).map(sorted),
 )
 def test_slower_one_way_is_faster_the_other(old: list[float], new: list[float]) -> None:
-    """But for the margin, which is a little wider downwards: 1 / (1 - m) > 1 + m."""
     rows = [
         replace(
             ROW,
@@ -54,11 +53,9 @@ def test_slower_one_way_is_faster_the_other(old: list[float], new: list[float]) 
         for ratio in (old, new)
     ]
     there, back = judge(rows[0], rows[1]), judge(rows[1], rows[0])
-    if there is Verdict.SLOWER:
-        assert back is Verdict.FASTER
-        assert new[1] < old[1] * (1 - MARGIN) or new[2] < old[0]
-    if there is back:
-        assert there is Verdict.SAME
+    opposite = {Verdict.SLOWER: Verdict.FASTER, Verdict.FASTER: Verdict.SLOWER, Verdict.SAME: Verdict.SAME}
+    assert back is opposite[there]
+    assert (there is Verdict.SLOWER) == (new[2] < old[0] * (1 - MARGIN))
 
 
 def test_regressions_are_named(make_row: MakeRow) -> None:
@@ -94,6 +91,15 @@ def test_a_quicker_baseline_is_no_regression(make_row: MakeRow) -> None:
     assert judge(after, before) is Verdict.SAME
     elsewhere = replace(after, machine=replace(ROW.machine, processor="another CPU"))
     assert judge(before, elsewhere) is Verdict.SLOWER
+
+
+def test_slow_memory_is_no_regression(make_row: MakeRow) -> None:
+    """What waits for memory loses against a baseline that does not; its share of the limit stays."""
+    half = replace(ROW.limits, read_bytes_per_s=2e10) if ROW.limits is not None else None
+    before, after = make_row((2.8, 3.0, 3.1), bytes=10**7), make_row((1.3, 1.4, 1.5), bytes=10**7)
+    assert judge(before, after) is Verdict.SLOWER
+    assert judge(before, replace(after, limits=half)) is Verdict.SAME
+    assert judge(before, replace(after, limits=None)) is Verdict.SLOWER
 
 
 def test_another_machine_is_warned_of(make_row: MakeRow) -> None:

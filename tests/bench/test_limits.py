@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinfer.bench import limits, machine
-from twinfer.bench.limits import share_of_limit
+from twinfer.bench.limits import Ruler, Rulers, share_of_limit
 from twinfer.bench.rows import Limits
 from twinfer.bench.timing import Timing
 
@@ -46,9 +46,24 @@ def test_a_limit_is_the_best_sample_of_the_best_way(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(limits, "interleave", timed)
     ways = {"steady": (lambda: None, 100), "lucky once": (lambda: None, 100), "more bytes": (lambda: None, 600)}
-    assert limits._best(ways, 3, "cpu") == (150.0, "more bytes")
+    best = limits._best(ways, 3, "cpu")
+    assert (best.name, best.rate, best.amount) == ("more bytes", 150.0, 600)
     del ways["more bytes"]
-    assert limits._best(ways, 3, "cpu") == (100.0, "lucky once")
+    best = limits._best(ways, 3, "cpu")
+    assert (best.name, best.rate) == ("lucky once", 100.0)
+
+
+def test_limits_are_those_of_the_rounds() -> None:
+    """The machine when a row was timed counts, not when the ways were tried."""
+    read = Ruler(name="sum", call=lambda: None, amount=100, rate=50.0)
+    gemm = Ruler(name="square", call=lambda: None, amount=600, rate=200.0)
+    rulers = Rulers(read=read, gemm=gemm)
+    assert rulers.limits() == Limits(read_bytes_per_s=50.0, read_by="sum", gemm_flops_per_s=200.0, gemm_by="square")
+    seconds = [(4.0, 5.0), (6.0, 2.0)]
+    timings = {name: Timing(seconds=each, calls=1) for name, each in zip(rulers.calls, seconds, strict=True)}
+    assert rulers.limits(timings) == Limits(
+        read_bytes_per_s=25.0, read_by="sum", gemm_flops_per_s=300.0, gemm_by="square"
+    )
 
 
 def test_products_are_tried_on_given_shapes_in_every_way() -> None:

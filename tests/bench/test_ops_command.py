@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from twinfer.bench import compiling, limits, ops, ops_command
-from twinfer.bench.rows import Accuracy, Limits, Row, read_rows, write_rows
+from twinfer.bench.limits import Ruler, Rulers, share_of_limit
+from twinfer.bench.rows import Accuracy, Row, read_rows, write_rows
 from twinfer.cli import main
 
 TINY = ["bench", "ops", "--op", "activation", "--shape", "T=2,F=8", "--rounds", "3"]
@@ -42,9 +43,11 @@ def recompiling(*, x, kind):
 
 @pytest.fixture(autouse=True)
 def prepared_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits are measured in tests of their own."""
-    found = Limits(read_bytes_per_s=4e10, read_by="sum", gemm_flops_per_s=2e11, gemm_by="square")
-    monkeypatch.setattr(limits, "measure_limits", lambda *_, **__: found)
+    """Rulers are found in tests of their own; these are quick to call."""
+    values = torch.ones(1000)
+    read = Ruler(name="sum", call=lambda: values.sum(), amount=values.nbytes, rate=1.0)
+    gemm = Ruler(name="dot", call=lambda: values @ values, amount=2000, rate=1.0)
+    monkeypatch.setattr(limits, "find_rulers", lambda *_, **__: Rulers(read=read, gemm=gemm))
     monkeypatch.setattr(compiling, "start_compiler", lambda device: None)
 
 
@@ -87,7 +90,10 @@ def test_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert row.repeats == 3
         assert row.bytes == 4 * 2 * 16
         assert row.gb_per_s == row.bytes / row.p50_s / 1e9
-        assert row.share_of_limit == max(row.bytes / 4e10, (row.flops or 0) / 2e11) / row.p50_s
+        assert row.limits is not None
+        assert row.limits == eager.limits
+        assert row.limits.read_bytes_per_s > 1e6
+        assert row.share_of_limit == share_of_limit(row.bytes, row.flops or 0, row.p50_s, row.limits)
         assert row.seed == 7
         assert row.machine.torch == torch.__version__
     assert (arranged.graphs, arranged.graph_breaks, arranged.recompiles) == (1, (), 0)

@@ -10,7 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinfer.bench.rows import SCHEMA, Accuracy, Kind, Limits, Machine, Row, from_json, read_rows, write_rows, written
+from twinfer.bench.rows import (
+    SCHEMA,
+    Accuracy,
+    Kind,
+    Limits,
+    Machine,
+    Row,
+    from_json,
+    highest_limits,
+    read_rows,
+    write_rows,
+    written,
+)
 from twinfer.spec.errors import RequestError
 
 _text = st.text(max_size=8)
@@ -140,6 +152,14 @@ def test_rows_are_matched_by_what_they_measure(make_row: Callable[..., Row]) -> 
     assert reordered.identity == make_row().identity
     others = (make_row(shape={"T": 2}), make_row(storage="int4"), make_row(implementation="x"), make_row(name="y"))
     assert len({make_row().identity, *(row.identity for row in others)}) == 5
+
+
+def test_the_highest_limits_are_each_the_most(make_row: Callable[..., Row]) -> None:
+    one = Limits(read_bytes_per_s=5.0, read_by="a", gemm_flops_per_s=7.0, gemm_by="b")
+    other = Limits(read_bytes_per_s=4.0, read_by="c", gemm_flops_per_s=9.0, gemm_by="d")
+    rows = [make_row(limits=None), make_row(limits=one), make_row(limits=other)]
+    assert highest_limits(rows) == Limits(read_bytes_per_s=5.0, read_by="a", gemm_flops_per_s=9.0, gemm_by="d")
+    assert highest_limits(rows[:1]) is None
 
 
 def test_shapes_are_written_as_they_are_read() -> None:

@@ -42,7 +42,7 @@ def test_codes_and_peaks_quantise_to_themselves(rows: list[list[float]]) -> None
     assert same_bits(quantised(weight_NI)[0], quantised(again_NI)[0])
     assert same_bits(*(stored(each, Storage.INT8, torch.float64) for each in (weight_NI, again_NI)))
     one, other = (pack(each, Storage.INT8) for each in (weight_NI, again_NI))
-    assert same_bits(one.word_NJ, other.word_NJ)
+    assert same_bits(one.word, other.word)
     assert one.scale_N is not None
     assert other.scale_N is not None
     assert same_bits(one.scale_N, other.scale_N)
