@@ -197,7 +197,7 @@ def test_what_is_compiled_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         compiling("why")
         return program
 
-    monkeypatch.setattr("twinfer.compiled.path.ready", ready)
+    monkeypatch.setattr("twinfer.compiled.programs.ready", ready)
     told: list[str] = []
     path = CompiledPath(RandomSource(gpt2(), seed=1), report=told.append)
     path.compile(batches=False)
