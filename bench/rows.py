@@ -49,7 +49,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The most that was seen on this machine while the row was timed, or in its run, and which way of trying gave it."""
+    """The most that was seen on this machine while the row was timed, or in its run, and which way gave it."""
 
     read_bytes_per_s: float
     read_by: str

@@ -89,8 +89,15 @@ def test_a_quicker_baseline_is_no_regression(make_row: MakeRow) -> None:
     before, after = make_row((2.8, 3.0, 3.1)), make_row((1.8, 2.0, 2.1), p20_s=0.95e-4, p50_s=1e-4, p80_s=1.1e-4)
     assert judge(before, after) is Verdict.SAME
     assert judge(after, before) is Verdict.SAME
-    elsewhere = replace(after, machine=replace(ROW.machine, processor="another CPU"))
-    assert judge(before, elsewhere) is Verdict.SLOWER
+
+
+def test_seconds_count_on_the_same_machine_only(make_row: MakeRow) -> None:
+    """One of twice the limits that takes as long is slower; if it is the same one, the limits were a mistake."""
+    assert ROW.limits is not None
+    twice = replace(ROW.limits, read_bytes_per_s=8e10, gemm_flops_per_s=4e11)
+    before, after = make_row((2.8, 3.0, 3.1)), make_row((1.8, 2.0, 2.1), p20_s=0.95e-4, p80_s=1.1e-4, limits=twice)
+    assert judge(before, after) is Verdict.SAME
+    assert judge(before, replace(after, machine=replace(ROW.machine, processor="another CPU"))) is Verdict.SLOWER
 
 
 def test_slow_memory_is_no_regression(make_row: MakeRow) -> None:
