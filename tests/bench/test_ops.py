@@ -118,3 +118,26 @@ def test_the_reference_is_computed_once_for_each_dtype() -> None:
         assert trial.truth[0].dtype is torch.float64
         assert trial.eager[0].dtype is torch.float32
     assert calls == [torch.float64, torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("storage", "tokens", "given", "varies"),
+    [
+        (Storage.FLOAT32, 1, 1, False),
+        (Storage.FLOAT32, 3, 3, True),
+        (Storage.INT8, 1, 1, False),
+        (Storage.INT8, 3, 4, False),
+        (Storage.INT8, 5, 8, True),
+        (Storage.INT4, 32, 32, True),
+        (Storage.INT4, 33, 33, True),
+    ],
+)
+def test_rows_are_given_as_the_path_gives_them(storage: Storage, tokens: int, given: int, varies: bool) -> None:
+    """One row and, packed, up to four have graphs of their own; others share one, compiled on another number of rows."""
+    setting = SETTINGS["linear"]
+    shape = {"B": 1, "T": tokens, "I": 70, "N": 5}
+    arranged = setting.prepare(setting.case(shape, seed=0), storage).arranged
+    assert arranged is not None
+    assert arranged.arguments["x_RI"].shape == (given, 70)
+    assert arranged.varying == ({"x_RI": (0,)} if varies else {})
+    assert (None if arranged.example is None else len(arranged.example["x_RI"])) == (24 if varies else None)
