@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinfer.bench.compare import MARGIN, Verdict, compare, judge
+from twinfer.bench.compare import CALL_S, MARGIN, Verdict, compare, judge
 from twinfer.bench.rows import Accuracy, Row
 from twinfer.spec.errors import RequestError
 
@@ -46,7 +46,7 @@ def test_slower_one_way_is_faster_the_other(old: list[float], new: list[float]) 
             speed_up_p20=ratio[0],
             speed_up=ratio[1],
             speed_up_p80=ratio[2],
-            p20_s=1 / ratio[2],
+            p20_s=1 / ratio[2],  # of a baseline that takes a second
             p50_s=1 / ratio[1],
             p80_s=1 / ratio[0],
         )
@@ -55,7 +55,7 @@ def test_slower_one_way_is_faster_the_other(old: list[float], new: list[float]) 
     there, back = judge(rows[0], rows[1]), judge(rows[1], rows[0])
     opposite = {Verdict.SLOWER: Verdict.FASTER, Verdict.FASTER: Verdict.SLOWER, Verdict.SAME: Verdict.SAME}
     assert back is opposite[there]
-    assert (there is Verdict.SLOWER) == (new[2] < old[0] * (1 - MARGIN))
+    assert (there is Verdict.SLOWER) == (new[2] < old[0] * (1 - MARGIN) and 1 / new[2] > 1 / old[0] + CALL_S)
 
 
 def test_regressions_are_named(make_row: MakeRow) -> None:
@@ -98,6 +98,16 @@ def test_seconds_count_on_the_same_machine_only(make_row: MakeRow) -> None:
     before, after = make_row((2.8, 3.0, 3.1)), make_row((1.8, 2.0, 2.1), p20_s=0.95e-4, p80_s=1.1e-4, limits=twice)
     assert judge(before, after) is Verdict.SAME
     assert judge(before, replace(after, machine=replace(ROW.machine, processor="another CPU"))) is Verdict.SLOWER
+
+
+def test_microseconds_of_a_call_are_no_regression(make_row: MakeRow) -> None:
+    """But where a call takes longer, as many per cent are."""
+
+    def row(ratio: float, seconds: float) -> Row:
+        return make_row((ratio, ratio, ratio), p20_s=seconds, p50_s=seconds, p80_s=seconds)
+
+    assert judge(row(1.0, 10e-6), row(0.8, 12.5e-6)) is Verdict.SAME
+    assert judge(row(1.0, 100e-6), row(0.8, 125e-6)) is Verdict.SLOWER
 
 
 def test_slow_memory_is_no_regression(make_row: MakeRow) -> None:
