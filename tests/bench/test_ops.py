@@ -133,7 +133,7 @@ def test_the_reference_is_computed_once_for_each_dtype() -> None:
     ],
 )
 def test_rows_are_given_as_the_path_gives_them(storage: Storage, tokens: int, given: int, varies: bool) -> None:
-    """One row, and packed up to four, have graphs of their own; others share one, compiled on another number of rows."""
+    """One row, and packed up to four, have graphs of their own; others share one, compiled on 24 rows."""
     setting = SETTINGS["linear"]
     shape = {"B": 1, "T": tokens, "I": 70, "N": 5}
     arranged = setting.prepare(setting.case(shape, seed=0), storage).arranged
