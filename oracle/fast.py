@@ -16,7 +16,6 @@ from ..compiled.linear import Matrix
 from ..compiled.weights import prepared_norm
 from ..reference.attention import visible
 from ..reference.cache import KVCache
-from ..reference.quantise import RowQuantised
 from ..spec.config import Storage
 from ..spec.weights import EmbeddingWeights, LinearWeights, NormWeights
 from .case import Inputs
@@ -303,28 +302,3 @@ def _write(function: Function, inputs: Inputs) -> KVCache:
 
 
 APPEND = (Fast(attention.write, _write),)
-
-
-def _quantise(function: Function, inputs: Inputs) -> RowQuantised:
-    return RowQuantised(*function(inputs["weight_NI"]))
-
-
-def _expand(function: Function, inputs: Inputs) -> Tensor:
-    quantised: RowQuantised = inputs["quantised"]
-    rows, columns = quantised.code_NI.shape
-    of_codes = packing.pack(torch.ones(rows, columns), Storage.INT8)  # of its size; words and scales are replaced
-    of_codes.word.copy_(packing.in_blocks(packing.pack_planar(quantised.code_NI, bits=8)))
-    matrix = linear.matrix(of_codes)._replace(scale_N=quantised.scale_N)
-    out: Tensor = function(matrix, Storage.INT8, columns)
-    dtype: torch.dtype = inputs["dtype"]
-    return out.to(dtype)
-
-
-def _pack(function: Function, inputs: Inputs) -> Tensor:
-    packed: Any = function(inputs["weight_NI"], inputs["storage"])
-    return linear.expanded(linear.matrix(packed), inputs["storage"], packed.inputs).to(inputs["dtype"])
-
-
-QUANTISE_ROWS = (Fast(packing.quantise_rows, _quantise),)
-DEQUANTISE_ROWS = (Fast(linear.expanded, _expand),)
-STORED = (Fast(packing.pack, _pack),)

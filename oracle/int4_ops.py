@@ -1,4 +1,4 @@
-"""Records of int4 storage: quantise_groups, dequantise_groups.
+"""Records of int4 storage: quantise_groups, dequantise_groups, stored_groups.
 
 Shapes: N rows (outputs), I inputs, G groups of a row.
 """
@@ -10,13 +10,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..reference.quantise import GroupQuantised, dequantise_groups, quantise_groups
-from ..spec.config import INT4_GROUP
+from ..reference.quantise import GroupQuantised, dequantise_groups, quantise_groups, stored
+from ..spec.config import INT4_GROUP, Storage
+from ..spec.decoder import Path
+from . import fast_quantise as fast
 from .budget import Budget
 from .case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from .guarantees import Discrete
 from .laws import repeats_itself
 from .op import Function, Op
+from .quantise_ops import numpy_stored
 from .variants import changed, one_row_3_percent_off, then
 
 
@@ -177,7 +180,7 @@ QUANTISE_GROUPS = Op(
     },
     flops=lambda n: 4 * n.N * n.I,
     bytes=lambda n: n.N * (4 * n.I + -(-n.I // 2) + 8 * -(-n.I // INT4_GROUP)),
-    no_fast="the compiled path does not keep int4 yet",
+    fast={Path.COMPILED: fast.QUANTISE_GROUPS},
 )
 
 
@@ -242,5 +245,56 @@ DEQUANTISE_GROUPS = Op(
     },
     flops=lambda n: 2 * n.N * n.I,
     bytes=lambda n: n.N * (4 * n.I + -(-n.I // 2) + 8 * -(-n.I // INT4_GROUP)),
-    no_fast="the compiled path does not keep int4 yet",
+    fast={Path.COMPILED: fast.DEQUANTISE_GROUPS},
+)
+
+
+def stored_inputs(case: Case) -> Inputs:
+    return {"weight_NI": weight(case), "storage": Storage.INT4, "dtype": torch.float32}
+
+
+def _terms_of_stored(exact: Inputs, truth: list[Tensor]) -> list[Tensor]:
+    return _terms({"quantised": quantise_groups(exact["weight_NI"])}, truth)
+
+
+def _about_the_middle(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
+    """Codes from -8 to 7 and low + 8 * step in place of low, as a path may hold them: one rounding more."""
+    kept = quantise_groups(weight_NI)
+    step_NI, centre_NI = (_spread(each, weight_NI.shape[1]) for each in (kept.step_NG, kept.low_NG + 8 * kept.step_NG))
+    return ((kept.code_NI.float() - 8) * step_NI + centre_NI).to(dtype)
+
+
+def _symmetric(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
+    """Codes about zero, as int8 has them."""
+    scale_N1 = weight_NI.float().abs().amax(-1, keepdim=True) / 7
+    return ((weight_NI.float() / scale_N1.where(scale_N1 > 0, 1.0)).round() * scale_N1).to(dtype)
+
+
+def _stored_by(quantise: Function) -> Function:
+    def call(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
+        return dequantise_groups(quantise(weight_NI=weight_NI), dtype)
+
+    return call
+
+
+STORED_GROUPS = Op(
+    name="stored_groups",
+    paper="III-D (fewer bits)",
+    axes="N I",
+    reference=stored,
+    outputs=("N I",),
+    cases=partial(group_cases, op="stored_groups"),
+    inputs=stored_inputs,
+    guarantee=Budget(rows="N", scale=_terms_of_stored),
+    properties=(repeats_itself,),
+    right={"numpy": numpy_stored, "about_the_middle": _about_the_middle},
+    wrong={
+        "symmetric": _symmetric,
+        "groups_across_rows": _stored_by(_groups_across_rows),
+        "low_dropped": _stored_by(_low_dropped),
+        "storage_ignored": changed(stored, lambda inputs: {"storage": Storage.FLOAT32}),
+    },
+    flops=lambda n: 6 * n.N * n.I,
+    bytes=lambda n: 4 * 2 * n.N * n.I,
+    fast={Path.COMPILED: fast.STORED_GROUPS},
 )

@@ -52,6 +52,7 @@ _ALL = (
     int4_ops.QUANTISE_GROUPS,
     int4_ops.DEQUANTISE_GROUPS,
     quantise_ops.STORED,
+    int4_ops.STORED_GROUPS,
     w8a8_ops.INTEGER_PRODUCT,
     w8a8_ops.LINEAR_W8A8,
     logit_ops.PENALISE_REPETITION,

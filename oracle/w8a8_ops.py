@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..reference.quantise import RowQuantised, dequantise_rows, quantise_rows
 from ..reference.w8a8 import integer_product, linear_w8a8
+from ..spec.decoder import Path
+from . import fast_quantise as fast
 from .budget import Budget
 from .case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from .guarantees import Bitwise
 from .laws import call, repeats_itself
 from .op import Function, Op
 from .variants import changed, one_row_3_percent_off, permutation, then
-
-NOT_YET = "the compiled path does not quantise activations yet"
 
 
 def _sizes(pick: Picker) -> dict[str, int]:
@@ -97,7 +97,7 @@ INTEGER_PRODUCT = Op(
     },
     flops=lambda n: 2 * n.B * n.I * n.N,
     bytes=lambda n: (n.B + n.N) * n.I + 4 * n.B * n.N,
-    no_fast=NOT_YET,
+    fast={Path.COMPILED: fast.INTEGER_PRODUCT},
 )
 
 
@@ -148,7 +148,7 @@ def _both_halves(*, x: Tensor, weights: RowQuantised, bias_N: Tensor | None) -> 
         integer_product(row.code_NI[:, part], weights.code_NI[:, part]) for part in (slice(half), slice(half, None))
     ]
     scale_BN = row.scale_N.double()[:, None] * weights.scale_N.double()
-    return _with_bias(sum(each * scale_BN for each in sums).float(), bias_N, x.dtype)
+    return _with_bias((sums[0] * scale_BN + sums[1] * scale_BN).float(), bias_N, x.dtype)
 
 
 def _one_scale_for_all_rows(*, x: Tensor, weights: RowQuantised, bias_N: Tensor | None) -> Tensor:
@@ -214,5 +214,5 @@ LINEAR_W8A8 = Op(
     },
     flops=lambda n: 2 * n.B * n.I * n.N + 3 * n.B * (n.I + n.N),
     bytes=lambda n: 4 * n.B * (n.I + n.N) + n.N * (n.I + 8),
-    no_fast=NOT_YET,
+    fast={Path.COMPILED: fast.LINEAR_W8A8},
 )

@@ -32,6 +32,9 @@ faults = pytest.mark.parametrize(
     ("op", "fault"), [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS.values() for name in op.wrong]
 )
 
+AT_LOADING = packing.pack, packing.quantise_rows, packing.quantise_groups
+"""Run once, and never in a graph."""
+
 twins = pytest.mark.parametrize(
     ("op", "twin"),
     [
@@ -157,7 +160,12 @@ def test_fast_twins_obey_the_laws(op: Op, twin: Fast) -> None:
         for op in (OPS.values() if EXHAUSTIVE else [OPS["rms_norm"]])
         for fast in op.fast.values()
         for twin in fast
-        if twin.function not in (packing.pack, packing.quantise_rows)  # run once, at loading, and never in a graph
+        if twin.function
+        not in (
+            packing.pack,
+            packing.quantise_rows,
+            packing.quantise_groups,
+        )  # run once, at loading, and never in a graph
     ],
 )
 def test_fast_twins_keep_the_guarantee_compiled(op: Op, twin: Fast) -> None:
