@@ -65,7 +65,7 @@ def _in_groups(each_NI: Tensor) -> Tensor:
     inputs = each_NI.shape[1]
     lacking = -inputs % INT4_GROUP
     filled_NI = torch.cat((each_NI, each_NI[:, -1:].expand(-1, lacking)), 1)
-    return filled_NI.unflatten(1, (-1, INT4_GROUP))
+    return filled_NI.view(len(filled_NI), -1, INT4_GROUP)
 
 
 def _two_to_a_byte(code_NI: Tensor) -> Tensor:

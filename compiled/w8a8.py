@@ -64,7 +64,7 @@ def integer_product(code_RI: Tensor, code_NI: Tensor, form: Form) -> Tensor:
         if code_RI.shape[1] == 1:  # of one input torch._int_mm makes nonsense (torch 2.13)
             code_RI, code_NI = functional.pad(code_RI, (0, 1)), functional.pad(code_NI, (0, 1))
         return torch._int_mm(code_RI, code_NI.t())
-    pieces = zip(code_RI.to(torch.float32).split(PIECE, 1), code_NI.split(PIECE, 1), strict=True)
+    pieces = zip(*(torch.split(code.to(torch.float32), PIECE, 1) for code in (code_RI, code_NI)), strict=True)
     sums = [functional.linear(piece_RI, piece_NI).to(torch.int32) for piece_RI, piece_NI in pieces]
     return torch.stack(sums).sum(0, dtype=torch.int32) if len(sums) > 1 else sums[0]
 

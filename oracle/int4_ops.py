@@ -58,7 +58,7 @@ def _spread(each_NG: Tensor, inputs: int, group: int = INT4_GROUP) -> Tensor:
 
 def _bounds(weight_NI: Tensor, group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
     """The least and largest weight of each group, [N, G], group after group."""
-    pieces = weight_NI.split(group, -1)
+    pieces = torch.split(weight_NI, group, -1)
     return torch.stack([each.amin(-1) for each in pieces], -1), torch.stack([each.amax(-1) for each in pieces], -1)
 
 
@@ -201,7 +201,7 @@ def _summed_wide(*, quantised: GroupQuantised, dtype: torch.dtype) -> Tensor:
 
 
 def _by_group(*, quantised: GroupQuantised, dtype: torch.dtype) -> Tensor:
-    pieces = quantised.code_NI.split(INT4_GROUP, -1)
+    pieces = torch.split(quantised.code_NI, INT4_GROUP, -1)
     terms = zip(pieces, quantised.step_NG.unbind(-1), quantised.low_NG.unbind(-1), strict=True)
     return torch.cat([low[:, None] + step[:, None] * piece.float() for piece, step, low in terms], -1).to(dtype)
 
@@ -214,7 +214,7 @@ def _nibbles_swapped(quantised: GroupQuantised) -> GroupQuantised:
     """Bytes read low four bits first: each pair of columns trades places."""
     code_NI = quantised.code_NI.clone()
     pairs = code_NI.shape[1] // 2 * 2
-    code_NI[:, :pairs] = quantised.code_NI[:, :pairs].unflatten(1, (-1, 2)).flip(-1).flatten(1)
+    code_NI[:, :pairs] = quantised.code_NI[:, :pairs].reshape(len(code_NI), -1, 2).flip(-1).flatten(1)
     return replace(quantised, code_NI=code_NI)
 
 

@@ -60,7 +60,8 @@ def _pairs_saturate(*, code_BI: Tensor, code_NI: Tensor) -> Tensor:
     """Activations as unsigned bytes, pairs of products added in 16 bits: processors without VNNI instructions."""
     shifted_BI = code_BI.int() + 128
     product_BNI = shifted_BI[:, None] * code_NI.int()[None]
-    pair_BNP = torch.nn.functional.pad(product_BNI, (0, code_BI.shape[1] % 2)).unflatten(-1, (-1, 2)).sum(-1)
+    product_BNI = torch.nn.functional.pad(product_BNI, (0, code_BI.shape[1] % 2))
+    pair_BNP = product_BNI[..., 0::2] + product_BNI[..., 1::2]
     sum_BN = pair_BNP.clamp(-(2**15), 2**15 - 1).sum(-1) - 128 * code_NI.int().sum(-1)
     return sum_BN.to(torch.int32)
 

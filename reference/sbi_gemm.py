@@ -95,7 +95,7 @@ def sbi_gemm(x_BK: Tensor, weight_KN: Tensor, *, blocks: int) -> Tensor:
     sections = zip(x_BLM.tensor_split(divided.sections, 1), weight_LNM.tensor_split(divided.sections), strict=True)
     partial_SBN = torch.stack(
         [
-            torch.cat([_block(part_BLM, tile_LNM) for tile_LNM in part_LNM.split(divided.tile, 1)], 1)
+            torch.cat([_block(part_BLM, tile_LNM) for tile_LNM in torch.split(part_LNM, divided.tile, 1)], 1)
             for part_BLM, part_LNM in sections
         ]
     )

@@ -3,12 +3,20 @@
 import struct
 from fractions import Fraction
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from twinfer.reference.quantise import dequantise_rows, quantise_rows, stored
-from twinfer.spec.config import Storage
+from twinfer.reference.quantise import (
+    dequantise_groups,
+    dequantise_rows,
+    quantise_groups,
+    quantise_rows,
+    stored,
+)
+from twinfer.spec.config import INT4_GROUP, Storage
 
 float32s = st.floats(-(2.0**60), 2.0**60, width=32)
 rows = st.integers(1, 8).flatmap(
@@ -44,6 +52,66 @@ def test_dequantising_is_exact_in_float64(weight: list[list[float]]) -> None:
     wide = dequantise_rows(quantised, torch.float64)
     for codes, scale, values in zip(quantised.code_NI.tolist(), quantised.scale_N.tolist(), wide.tolist(), strict=True):
         assert [Fraction(value) for value in values] == [code * Fraction(scale) for code in codes]
+
+
+tying_groups = st.lists(st.integers(0, 30).map(lambda twice: [0.0, 15.0, twice / 2]), min_size=1, max_size=4)
+"""Rows whose step is exactly 1, so that half-integers are ties."""
+
+
+def spread_over_groups(weight: list[list[float]]) -> Tensor:
+    """Each row three times, among other numbers: at the start, across the end of a group, and as the last, short group.
+
+    The others differ from group to group, so that each group has a step and a least weight of its own.
+    """
+    inputs = len(weight[0])
+    weight_NI = torch.arange(-100.0, 28.0 + inputs).repeat(len(weight), 1)
+    for first in (0, INT4_GROUP - 1, 2 * INT4_GROUP):
+        weight_NI[:, first : first + inputs] = torch.tensor(weight, dtype=torch.float32)
+    return weight_NI
+
+
+@given(weight=rows | tying_groups)
+def test_int4_codes_are_the_rounded_quotients(weight: list[list[float]]) -> None:
+    """Of each group of 64 by itself; the range, the step, the distance and the quotient are rounded to float32."""
+    weight_NI = spread_over_groups(weight)
+    quantised = quantise_groups(weight_NI)
+    for n, row in enumerate(weight_NI.tolist()):
+        for g, first in enumerate(range(0, len(row), INT4_GROUP)):
+            group = [Fraction(value) for value in row[first : first + INT4_GROUP]]
+            low, step = min(group), float32(float32(max(group) - min(group)) / 15)
+            assert Fraction(float(quantised.low_NG[n, g])) == low
+            assert Fraction(float(quantised.step_NG[n, g])) == step
+            for value, code in zip(group, quantised.code_NI[n, first:].tolist(), strict=False):
+                quotient = float32(float32(value - low) / step) if step else Fraction(0)
+                assert code == min(15, round(quotient))
+
+
+@given(weight=rows)
+def test_dequantising_int4_rounds_once_in_float64(weight: list[list[float]]) -> None:
+    quantised = quantise_groups(spread_over_groups(weight))
+    for n, values in enumerate(dequantise_groups(quantised, torch.float64).tolist()):
+        for i, value in enumerate(values):
+            step, low = (Fraction(float(each[n, i // INT4_GROUP])) for each in (quantised.step_NG, quantised.low_NG))
+            assert value == float(int(quantised.code_NI[n, i]) * step + low)
+
+
+@given(value=float32s, inputs=st.integers(1, 130))
+def test_a_group_of_equal_weights_stays_as_it_is(value: float, inputs: int) -> None:
+    weight_NI = torch.full((1, inputs), value)
+    quantised = quantise_groups(weight_NI)
+    assert not quantised.code_NI.any()
+    assert not quantised.step_NG.any()
+    assert torch.equal(dequantise_groups(quantised, torch.float32), weight_NI)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, -3e38])
+def test_a_group_whose_range_is_not_finite_is_nan_and_its_neighbours_are_not(value: float) -> None:
+    weight_NI = torch.ones(2, 2 * INT4_GROUP)
+    weight_NI[0, 3:5] = torch.tensor([value, 3e38])
+    out = stored(weight_NI, Storage.INT4, torch.float32)
+    assert out[0, :INT4_GROUP].isnan().all()
+    assert torch.equal(out[0, INT4_GROUP:], weight_NI[0, INT4_GROUP:])
+    assert torch.equal(out[1], weight_NI[1])
 
 
 @given(value=st.floats(width=32, allow_nan=False))
