@@ -52,6 +52,8 @@ class Column:
     """Axes of arguments that the compiled program takes at any length, as the path's graphs do."""
     example: Arguments | None = None
     """What it is compiled on; the arguments themselves where None. Such as the path compiles on where lengths vary."""
+    passes: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda call: call
+    """How the compiled program is called: at once, or for some rows at a time."""
     note: str | None = None
 
     def copies(self) -> list[Arguments]:

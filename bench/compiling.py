@@ -68,7 +68,8 @@ def compile_program(compile: Compile, column: Column, copies: list[Arguments]) -
             _, cold_s = _first_call(compile, program, example)
         graphs = _graphs() - graphs_before
         breaks = tuple(map(_described, dynamo.graph_break_reasons[breaks_before:]))
-        call, warm_s = _first_call(compile, program, example)
+        compiled, warm_s = _first_call(compile, program, example)
+        call = column.passes(compiled)
         graphs_before = _graphs()
         for arguments in copies:
             call(**arguments)

@@ -76,47 +76,52 @@ class _Rows:
 
     @property
     def few(self) -> bool:
-        return self.rows <= linear.FEW
+        """As in a decode step; more are a prompt."""
+        return self.rows <= _DECODED_ROWS
 
     @property
-    def together(self) -> int:
-        """Rows for which a packed word is unpacked once."""
-        packed = self.few and self.storage is not Storage.FLOAT32
-        return linear.rows_together(self.rows) if packed else 1
+    def in_passes(self) -> bool:
+        return self.few and self.rows > 1 and self.storage is not Storage.FLOAT32
 
     @property
     def varies(self) -> bool:
-        """Whether one graph serves any number of rows: there is one of its own for 1, and for 4 where packed."""
-        return self.rows > (1 if self.storage is Storage.FLOAT32 else 4)
+        """Whether one graph serves any number of rows."""
+        return self.rows > 1 and not self.in_passes
 
     def product(self, x_RI: Tensor, weights: linear.Matrix) -> Tensor:
-        if self.few:
-            return linear.linear_few(x_RI, weights, self.storage, self.together)
-        return linear.linear_many(x_RI, weights, self.storage)
+        return (linear.linear_few if self.few else linear.linear_many)(x_RI, weights, self.storage)
 
     @property
     def name(self) -> str:
         return "linear_few" if self.few else "linear_many"
 
-    def filled(self, x_RI: Tensor) -> Tensor:
-        """The last row again, up to the multiple."""
-        return torch.cat([x_RI, x_RI[-1:].expand(-self.rows % self.together, -1)])
+    def through(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """All rows by a call that takes those of one pass."""
+        given = linear.passes(self.rows)
+
+        def all_rows(x_RI: Tensor, **matrices: Any) -> Tensor:
+            return torch.cat([call(x_RI=x_RI[rows], **matrices) for rows in given])[: self.rows]
+
+        return all_rows if self.in_passes else call
 
     def column(self, program: Callable[..., Any], x_RI: Tensor, matrices: Arguments, note: str) -> Column:
-        """A program (x_RI, **matrices) of these rows; compiled on 24, as the path's, where it takes any number."""
-        example = {"x_RI": x_RI[:1].expand(_EXAMPLE_ROWS, -1).contiguous(), **matrices} if self.varies else None
+        """A program (x_RI, **matrices) of these rows, compiled and called as the path does."""
+        example_rows = linear.PASS_ROWS if self.in_passes else _EXAMPLE_ROWS
+        example = {"x_RI": x_RI[:1].expand(example_rows, -1).contiguous(), **matrices} if self.rows > 1 else None
         return Column(
             program=program,
-            arguments={"x_RI": self.filled(x_RI), **matrices},
+            arguments={"x_RI": x_RI, **matrices},
             from_memory=tuple(matrices),
-            as_reference=lambda out: out[: self.rows].view(self.batch, self.tokens, -1),
+            as_reference=lambda out: out.view(self.batch, self.tokens, -1),
             varying={"x_RI": (0,)} if self.varies else {},
             example=example,
+            passes=self.through,
             note=note,
         )
 
 
-_EXAMPLE_ROWS = 24  # no multiple of `together` is special to a graph but that itself
+_DECODED_ROWS = 32
+_EXAMPLE_ROWS = 24  # not special to any size that is timed
 
 
 def prepare_linear(case: Case, storage: Storage) -> Prepared:

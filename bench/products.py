@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..compiled.linear import Matrix, linear_few, linear_many, matrix, product, rows_together
+from ..compiled.linear import Matrix, linear_few, linear_many, matrix, product
 from ..compiled.packing import pack
 from ..compiled.programs import graph, pinned
 from ..compiled.weights import Layer, Model
@@ -117,8 +117,8 @@ def small_products(storage: Storage, size: int) -> Iterator[tuple[Key, Sample]]:
     weight = matrix(pack(torch.randn(size, size, generator=torch.Generator().manual_seed(0)), storage))
     for rows in (1, 4):
 
-        def program(x_RI: Tensor, weight: Matrix, together: int = rows_together(rows)) -> Tensor:
-            return linear_few(x_RI, weight, storage, together)
+        def program(x_RI: Tensor, weight: Matrix) -> Tensor:
+            return linear_few(x_RI, weight, storage)
 
         x_RI = torch.randn(rows, size, generator=torch.Generator().manual_seed(1))
         column = Column(program=program, arguments={"x_RI": x_RI, "weight": weight}, from_memory=("weight",))

@@ -5,22 +5,22 @@ written out; a vector holds 16 outputs, so an activation is one number that mult
 across a vector. What Inductor then compiles is one loop over blocks of 16 outputs with, for each row, one accumulator.
 With many rows the arithmetic dominates, so the weights are expanded once, one matrix at a time, for a matrix product.
 
-Which form, decided by storage and the number of rows alone, so that it is settled when a program is compiled:
+Which form, decided by storage and program alone, so that it is settled when a program is compiled:
 
-    float32, 1 row              the compiled loop over each output's own row, in sections side by side
-    float32, 2 rows and more    `product` on the weights as they lie
-    packed, 1 to 32 rows        the compiled loop over packed words, 1 or 4 rows at a time (`rows_together`)
-    packed, more rows           expanded to float32, then `product`
+    a row of float32            the compiled loop over each output's own row, in sections side by side
+    several rows of float32     `product` on the weights as they lie
+    a decode step, packed       the compiled loop over packed words, for 1 or 4 rows at a time (`passes`)
+    a prefill, packed           expanded to float32, then `product`
 
-`product` is oneDNN's matrix product where torch has it: on the weights as they lie, [N, I], it is as fast as its
-own packing of them from 64 rows on, and 1.5 to 3 times as fast as `F.linear` on CPUs for which MKL will not use its
-widest instructions. Elsewhere it is `F.linear`. Keeping weights transposed was never better than both.
+`product` is oneDNN's matrix product where torch has it, on the weights as they lie. On the one kind of CPU where it was
+measured (AVX-512, and MKL not using it) it was more than twice as fast as `F.linear` at 512 rows, and within a tenth of
+oneDNN on weights in its own packing. Elsewhere it is `F.linear`.
 
-Shapes: R or T rows, N outputs, I inputs, B blocks of U = 16 outputs, J words, G groups, Q rows // P, P rows together.
+Shapes: R or T rows, N outputs, I inputs, B blocks of U = 16 outputs, J words in C places, G groups of W words.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +29,8 @@ from torch.nn import functional
 from ..spec.config import Storage
 from .packing import GROUP_WORDS, PLACES, ROWS, Packed, as_graph_input, place_values, rows_of, weights_of_rows
 
-FEW = 32
-"""As many rows are multiplied straight from packed words."""
-
-_TOGETHER = 4
+PASS_ROWS = 4
+"""As many rows share a pass over packed weights; a product for 8 takes three times as long to compile."""
 
 
 class Matrix(NamedTuple):
@@ -53,19 +51,21 @@ def matrix(packed: Packed) -> Matrix:
     )
 
 
-def rows_together(rows: int) -> int:
-    """How many rows share a pass over the weights; callers pad to a multiple.
+def passes(rows: int) -> list[list[int]]:
+    """The rows of each pass over packed weights: one alone, or 4; where they run out the last is taken again.
 
-    >>> [rows_together(rows) for rows in (1, 2, 4, 5, 32)]
-    [1, 4, 4, 4, 4]
+    >>> passes(1), passes(6)
+    ([[0]], [[0, 1, 2, 3], [4, 5, 5, 5]])
     """
-    return 1 if rows == 1 else _TOGETHER
+    if rows == 1:
+        return [[0]]
+    return [[min(first + each, rows - 1) for each in range(PASS_ROWS)] for first in range(0, rows, PASS_ROWS)]
 
 
-def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage, together: int = 1) -> Tensor:
+def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     """x @ weight.T + bias for a few rows, float32 [R, N], the weights read once and never expanded.
 
-    R is a multiple of `together`, the number of rows for which a packed word is unpacked once.
+    Of packed weights R is small and fixed in a graph (`passes`): every row's sums are written out in it.
     """
     x_RI = settled(x_RI)
     if storage is Storage.FLOAT32:
@@ -73,66 +73,60 @@ def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage, together: int = 
             return product(x_RI, weights.word, weights.bias_N)
         out_N = _dots(x_RI[0], weights.word)
         return (out_N if weights.bias_N is None else out_N + weights.bias_N)[None]
-    x_QPI = x_RI.view(-1, together, x_RI.shape[1])
-    sums_BQU = _grouped_sums(x_QPI, weights) if storage is Storage.INT4 else _planar_sums(x_QPI, weights, storage)
-    scale_B1U, bias_B1U = (_in_blocks(each) for each in (weights.scale_N, weights.bias_N))
-    if scale_B1U is not None:
-        sums_BQU = [sum_BQU * scale_B1U for sum_BQU in sums_BQU]
-    if bias_B1U is not None:
-        sums_BQU = [sum_BQU + bias_B1U for sum_BQU in sums_BQU]
-    out_QPBU = torch.stack(sums_BQU, 2).permute(1, 2, 0, 3) if together > 1 else sums_BQU[0].transpose(0, 1)
-    return out_QPBU.reshape(x_RI.shape[0], -1)[:, : weights.outputs]
+    sums = _grouped_sums(x_RI, weights) if storage is Storage.INT4 else _planar_sums(x_RI, weights, storage)
+    for part_BU, apply in ((_in_blocks(weights.scale_N), torch.mul), (_in_blocks(weights.bias_N), torch.add)):
+        if part_BU is not None:
+            sums = [apply(sum_BU, part_BU) for sum_BU in sums]
+    return torch.stack(sums).flatten(1)[:, : weights.outputs]
 
 
 def _dots(x_I: Tensor, weight_NI: Tensor) -> Tensor:
     """Each row's product with x, [N]: the sections of a row are read side by side, as memory likes it."""
     sections = _sections(x_I.shape[0])
-    x_SJ, weight_NSJ = x_I.view(sections, -1), weight_NI.unflatten(1, (sections, -1))
-    x_SJ = _apart(x_SJ)
+    x_SJ = _apart(x_I.view(sections, -1))
+    weight_NSJ = weight_NI.view(weight_NI.shape[0], sections, -1)
     return _added([weight_NSJ[:, s] * x_SJ[s] for s in range(sections)]).sum(-1)
 
 
-def _planar_sums(x_QPI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor]:
-    """For each of P rows the sums over all words, [B, Q, U]; of int8 the codes' sums, not yet scaled."""
+def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor]:
+    """For each row the sums over all words, [B, U]; of int8 the codes' sums, not yet scaled."""
     places, words = PLACES[storage], weights.word.shape[1]
-    x_QPCJ = functional.pad(x_QPI, (0, places * words - x_QPI.shape[2])).unflatten(2, (places, words))
-    x_QPCJ = _apart(x_QPCJ)
-    terms: list[list[Tensor]] = [[] for _ in range(x_QPI.shape[1])]
+    x_RI = functional.pad(x_RI, (0, places * words - x_RI.shape[1]))
+    x_RCJ = _apart(x_RI.view(-1, places, words))
+    terms: list[list[Tensor]] = [[] for _ in range(x_RI.shape[0])]
     for section in _slices(words):
-        word_B1JU = weights.word[:, None, section]
         for place in range(places):
-            value_B1JU = place_values(word_B1JU, storage, place)
+            value_BJU = place_values(weights.word[:, section], storage, place)
             for row, products in enumerate(terms):
-                products.append(value_B1JU * x_QPCJ[:, row, place, section, None])
-    return [_added(products).sum(2) for products in terms]
+                products.append(value_BJU * x_RCJ[row, place, section, None])
+    return [_added(products).sum(1) for products in terms]
 
 
-def _grouped_sums(x_QPI: Tensor, weights: Matrix) -> list[Tensor]:
+def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:
     """As `_planar_sums`, of weights: a group's step multiplies the sum over its codes, its centre that of its x."""
     assert weights.step_BGU is not None
     assert weights.centre_BGU is not None
-    groups, places = weights.step_BGU.shape[1], PLACES[Storage.INT4]
-    short = groups * GROUP_WORDS * places - x_QPI.shape[2]
-    x_QPGCW = functional.pad(x_QPI, (0, short)).unflatten(2, (groups, places, GROUP_WORDS))
-    x_QPGCW = settled(x_QPGCW)
-    sum_QPGW = settled(x_QPGCW.sum(3))
-    word_BGWU = weights.word.unflatten(1, (groups, GROUP_WORDS))
-    terms: list[list[Tensor]] = [[] for _ in range(x_QPI.shape[1])]
+    blocks, groups, _ = weights.step_BGU.shape
+    places = PLACES[Storage.INT4]
+    x_RI = functional.pad(x_RI, (0, groups * places * GROUP_WORDS - x_RI.shape[1]))
+    x_RGCW = settled(x_RI.view(-1, groups, places, GROUP_WORDS))
+    sum_RGW = settled(x_RGCW.sum(2))
+    word_BGWU = weights.word.view(blocks, groups, GROUP_WORDS, ROWS)
+    terms: list[list[Tensor]] = [[] for _ in range(x_RI.shape[0])]
     for section in _slices(groups):
-        word_B1GWU = word_BGWU[:, None, section]
-        step_B1G1U, centre_B1G1U = (each[:, None, section, None] for each in (weights.step_BGU, weights.centre_BGU))
-        values = [place_values(word_B1GWU, Storage.INT4, place) for place in range(places)]
+        step_BG1U, centre_BG1U = (each[:, section, None] for each in (weights.step_BGU, weights.centre_BGU))
+        values = [place_values(word_BGWU[:, section], Storage.INT4, place) for place in range(places)]
         for row, products in enumerate(terms):
-            x_QGCWU, sum_QGWU = x_QPGCW[:, row, section, ..., None], sum_QPGW[:, row, section, :, None]
-            of_codes = _added([value * x_QGCWU[:, :, place] for place, value in enumerate(values)])
-            products.append(of_codes * step_B1G1U + sum_QGWU * centre_B1G1U)
-    return [_added(products).sum((2, 3)) for products in terms]
+            x_GCWU, sum_GWU = x_RGCW[row, section, ..., None], sum_RGW[row, section, :, None]
+            of_codes = _added([value * x_GCWU[:, place] for place, value in enumerate(values)])
+            products.append(of_codes * step_BG1U + sum_GWU * centre_BG1U)
+    return [_added(products).sum((1, 2)) for products in terms]
 
 
 def _in_blocks(of_outputs_N: Tensor | None) -> Tensor | None:
     if of_outputs_N is None:
         return None
-    return functional.pad(of_outputs_N, (0, -of_outputs_N.shape[0] % ROWS)).view(-1, 1, ROWS)
+    return functional.pad(of_outputs_N, (0, -of_outputs_N.shape[0] % ROWS)).view(-1, ROWS)
 
 
 def _sections(length: int) -> int:
@@ -172,8 +166,8 @@ def expanded(weights: Matrix, storage: Storage, inputs: int) -> Tensor:
     if storage is Storage.FLOAT32:
         return weights.word
     step_NG, centre_NG = (None if each is None else rows_of(each) for each in (weights.step_BGU, weights.centre_BGU))
-    scale_B1U = _in_blocks(weights.scale_N)
-    scale_N = None if scale_B1U is None else scale_B1U.flatten()
+    scale_BU = _in_blocks(weights.scale_N)
+    scale_N = None if scale_BU is None else scale_BU.flatten()
     return weights_of_rows(rows_of(weights.word), scale_N, step_NG, centre_NG, storage, inputs)[: weights.outputs]
 
 
@@ -189,9 +183,9 @@ def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int) -> Ten
     return weights_of_rows(table.word[block_T, :, row_T], scale_T, step_TG, centre_TG, storage, hidden)
 
 
-_onednn: Callable[..., Tensor] | None = (
-    torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
-)
+_has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # untyped in torch, as is the next but one
+_onednn: Callable[..., Tensor] | None = torch.ops.mkldnn._linear_pointwise.default if _has_onednn() else None
+_Library: Callable[..., Any] = torch.library.Library
 
 
 def product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -203,7 +197,7 @@ def product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
 
 
 # An operator of its own: Inductor takes oneDNN's for weights that are constants of the graph, and refuses others.
-_library = torch.library.Library("twinfer", "FRAGMENT")
+_library = _Library("twinfer", "FRAGMENT")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 

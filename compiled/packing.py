@@ -20,7 +20,7 @@ Columns past I and rows past N are zeros.
 Shapes: N rows (outputs), I columns (inputs), B = ceil(N / 16) blocks of U = 16 rows, J words a row, G groups a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,9 +61,17 @@ class Packed:
     """float32."""
 
     def to(self, device: torch.device) -> "Packed":
-        parts = {name: getattr(self, name) for name in ("word", "scale_N", "step_BGU", "centre_BGU", "bias_N")}
-        moved = {name: None if part is None else part.to(device) for name, part in parts.items()}
-        return Packed(storage=self.storage, outputs=self.outputs, inputs=self.inputs, **moved)
+        def moved(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.to(device)
+
+        return replace(
+            self,
+            word=self.word.to(device),
+            scale_N=moved(self.scale_N),
+            step_BGU=moved(self.step_BGU),
+            centre_BGU=moved(self.centre_BGU),
+            bias_N=moved(self.bias_N),
+        )
 
 
 def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> Packed:
@@ -144,7 +152,7 @@ def quantise_groups(weight_NI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inputs = weight_NI.shape[1]
     whole = torch.arange(-(-inputs // INT4_GROUP) * INT4_GROUP, device=weight_NI.device)
     filled_NI = weight_NI.to(torch.float32)[:, whole.clamp_max(inputs - 1)]  # the last again: no new least or largest
-    group_NGC = filled_NI.unflatten(1, (-1, INT4_GROUP))
+    group_NGC = filled_NI.view(len(filled_NI), -1, INT4_GROUP)
     low_NG, high_NG = group_NGC.aminmax(dim=2)
     step_NG = (high_NG - low_NG) / 15
     divisor_NG1 = torch.where(step_NG > 0, step_NG, torch.inf)[:, :, None]
@@ -161,7 +169,7 @@ def pack_planar(code_NI: Tensor, bits: int) -> Tensor:
     places = 32 // bits
     words = -(-code_NI.shape[1] // places)
     padded_NI = functional.pad(code_NI.to(torch.int32), (0, words * places - code_NI.shape[1]))
-    return _joined(padded_NI.unflatten(1, (places, words)).unbind(1), bits)
+    return _joined(padded_NI.view(-1, places, words).unbind(1), bits)
 
 
 def pack_grouped(code_NI: Tensor) -> Tensor:
@@ -190,7 +198,7 @@ def in_blocks(of_rows_NJ: Tensor) -> Tensor:
     [[1, 3, 5], [33, 0, 0]]
     """
     padded_NJ = functional.pad(of_rows_NJ, (0, 0, 0, -len(of_rows_NJ) % ROWS))
-    return padded_NJ.unflatten(0, (-1, ROWS)).transpose(1, 2)
+    return padded_NJ.reshape(-1, ROWS, padded_NJ.shape[1]).transpose(1, 2)
 
 
 def place_values(word: Tensor, storage: Storage, place: int) -> Tensor:
@@ -230,7 +238,7 @@ def weights_of_rows(
     if step_TG is None or centre_TG is None:
         return torch.cat(places, dim=1)[:, :inputs]
     step_TG1, centre_TG1 = step_TG[:, :, None], centre_TG[:, :, None]
-    grouped = [code_TJ.unflatten(1, (-1, GROUP_WORDS)) * step_TG1 + centre_TG1 for code_TJ in places]
+    grouped = [code_TJ.reshape(len(code_TJ), -1, GROUP_WORDS) * step_TG1 + centre_TG1 for code_TJ in places]
     return torch.stack(grouped, dim=2).flatten(1)[:, :inputs]
 
 
@@ -240,6 +248,6 @@ def as_graph_input(matrix: Packed) -> Tensor:
 
 
 def own(contiguous: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: what enters a compiled region may not be a view."""
+    """The same memory as a tensor of its own: what enters a graph as a view drags its base along."""
     bare = torch.empty(0, dtype=contiguous.dtype, device=contiguous.device)
     return bare.set_(contiguous.untyped_storage(), 0, contiguous.shape, contiguous.stride())

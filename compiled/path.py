@@ -11,7 +11,6 @@ Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import accumulate
 from typing import Any, Literal, overload
 
@@ -25,6 +24,7 @@ from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
 from .graph import CudaGraphs, InductorGraphs, bucket, chosen, decode_graphs, keep_in_place
 from .head import head_many, scale_and_cap
+from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
 from .programs import Pieces, dynamic, pinned
 from .sequences import StaticSequences
@@ -81,10 +81,9 @@ class CompiledPath:
         }
         if self._config.extensible:
             makers["prefill"] = lambda piece: prefill_program(self._config, self._storage, piece)
-            for name, together in _together(self._storage).items():
-                makers[name] = partial(
-                    decode_program, self._config, self._storage, together=together, varies=name == "decode rows"
-                )
+            varies = self._storage is Storage.FLOAT32  # `linear` says why
+            makers["decode"] = lambda piece: decode_program(self._config, self._storage, piece)
+            makers["decode rows"] = lambda piece: decode_program(self._config, self._storage, piece, varies=varies)
         self._programs = {name: make(self._pieces(name)) for name, make in makers.items()}
         self._uncompiled = set() if _eager else set(self._programs)
 
@@ -115,7 +114,7 @@ class CompiledPath:
         first does.
         """
         begin = time.perf_counter()
-        wanted = ["prefill", *_together(self._storage)] if batches else ["prefill", "decode"]
+        wanted = ["prefill", "decode", "decode rows"] if batches else ["prefill", "decode"]
         with pinned(self._threads):
             for name in wanted if self._config.extensible else ["encode"]:
                 self._ready(name)
@@ -209,26 +208,21 @@ class CompiledPath:
     def _decode(self, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
         """One token for each of these sequences; logits [R, V].
 
-        The program for several rows of packed weights takes 4 at a time: the last row is given again to fill up, and
-        writes into the cache once more what it has written.
+        Several rows of packed weights go through their program in passes; a row that only fills one up is computed
+        again, and writes into the cache once more what it has written.
         """
-        together = _together(self._storage)
-        if len(rows) == 1 or "decode few" not in together:
-            return self._decode_rows("decode" if len(rows) == 1 else "decode rows", sequences, rows, token_R)
-        most, logits = together["decode few"], []
-        for first in range(0, len(rows), most):
-            some, token_P = rows[first : first + most], token_R[first : first + most]
-            spare = most - len(some)
-            filled_P = torch.cat([token_P, token_P[-1:].expand(spare)])
-            logits_PV = self._decode_rows("decode few", sequences, some + some[-1:] * spare, filled_P)
-            logits.append(logits_PV[: len(some)])
-        return torch.cat(logits)
+        packed = self._storage is not Storage.FLOAT32
+        logits = [
+            self._decode_rows(sequences, [rows[each] for each in given], token_R[given])
+            for given in (passes(len(rows)) if packed else [list(range(len(rows)))])
+        ]
+        return torch.cat(logits)[: len(rows)] if len(logits) > 1 else logits[0][: len(rows)]
 
-    def _decode_rows(self, name: str, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
+    def _decode_rows(self, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
         positions = [sequences.lengths[row] for row in rows]
         position_R = torch.tensor(positions, device=self._device)
         start_R = torch.tensor([row * sequences.capacity for row in rows], device=self._device)
-        program, longest = self._ready(name), max(positions) + 1
+        program, longest = self._ready("decode" if len(rows) == 1 else "decode rows"), max(positions) + 1
         if self._graphs is not None:
             slot_S = self._slots[: bucket(longest, sequences.capacity)]
             return self._graphs.step(program, sequences.caches, token_R, position_R, start_R, slot_S)
@@ -274,7 +268,7 @@ class CompiledPath:
 
         Loops over sizes that are small here would be compiled as serial ones.
         """
-        rows = {"decode few": 4, "decode rows": 3}.get(name, 1)
+        rows = PASS_ROWS if name == "decode rows" else 1
         tokens, slots, capacity = 160, 224, 352
         token_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
         position_T = torch.arange(tokens, device=self._device) % self._config.context
@@ -293,16 +287,9 @@ class CompiledPath:
             return self._model, sequences.caches, token_T, position_T, start_R, slot_S
         token_R, position_R = (torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(2))
         dynamic(slot_S)
-        if name == "decode rows":
+        if rows > 1 and self._storage is Storage.FLOAT32:
             dynamic(token_R, position_R, start_R)
         return self._model, sequences.caches, token_R, position_R, start_R, slot_S
-
-
-def _together(storage: Storage) -> dict[str, int]:
-    """The decode programs, and of how many rows each takes a multiple (`linear` says why)."""
-    if storage is Storage.FLOAT32:
-        return {"decode": 1, "decode rows": 1}
-    return {"decode": 1, "decode few": 4}
 
 
 def _runs(lengths: list[int], most: int) -> Iterator[slice]:

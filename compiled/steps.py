@@ -13,7 +13,6 @@ hidden, E table width, H heads, K key/value heads, D head size, J rotating pairs
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,24 +66,23 @@ class Last(NamedTuple):
 
 
 def decode_program(
-    config: ModelConfig, storage: Storage, piece: Piece, *, together: int = 1, varies: bool = False
+    config: ModelConfig, storage: Storage, piece: Piece, *, varies: bool = False
 ) -> Callable[..., Tensor]:
     """A function (model, caches, token_R, position_R, start_R, slot_S) -> logits [R, V].
 
-    R is a multiple of `together`, and `varies` or is always that of the first call.
+    R is always that of the first call, unless it `varies`.
     """
-    product = partial(linear_few, together=together)
 
     def before(embedding: Embedding, rotations: Rotations, token_R: Tensor, position_R: Tensor) -> Any:
-        x_RM = embed(token_R, position_R, embedding, config, storage, product)
+        x_RM = embed(token_R, position_R, embedding, config, storage, linear_few)
         return x_RM, [rotary_table(position_R, *each) for each in rotations]
 
     def after(x_RM: Tensor, last: Last) -> Tensor:
-        return _logits(_for_head(x_RM, last, config, storage, product), last, config, storage, product)
+        return _logits(_for_head(x_RM, last, config, storage, linear_few), last, config, storage, linear_few)
 
     first = piece(before, Varying())
     layer_of = _layers(
-        config, lambda layer: _decode_layer(layer, storage, product), piece, Varying((0, 3) if varies else ())
+        config, lambda layer: _decode_layer(layer, storage, linear_few), piece, Varying((0, 3) if varies else ())
     )
     final = piece(after, Varying((0,) if varies else ()))
 

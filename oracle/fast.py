@@ -36,14 +36,12 @@ def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
 
 
 def _few(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
-    """As a decode step has them: as many rows together as it takes, the last one given again to fill up."""
+    """As a decode step has them: packed weights in passes of a few rows."""
     (matrix,), storage = matrices_of(weights)
     x_RI = x.flatten(0, -2).float()
-    rows = len(x_RI)
-    together = 1 if storage is Storage.FLOAT32 else linear.rows_together(rows)
-    filled_RI = torch.cat([x_RI, x_RI[-1:].expand(-rows % together, -1)])
-    out: Tensor = function(filled_RI, matrix, storage, together)
-    return out[:rows].reshape(*x.shape[:-1], -1)
+    given = [list(range(len(x_RI)))] if storage is Storage.FLOAT32 else linear.passes(len(x_RI))
+    out_RN = torch.cat([function(x_RI[rows], matrix, storage) for rows in given])[: len(x_RI)]
+    return out_RN.reshape(*x.shape[:-1], -1)
 
 
 def _many(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:

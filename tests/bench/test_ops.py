@@ -121,23 +121,33 @@ def test_the_reference_is_computed_once_for_each_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("storage", "tokens", "given", "varies"),
+    ("storage", "tokens", "example", "passes"),
     [
-        (Storage.FLOAT32, 1, 1, False),
-        (Storage.FLOAT32, 3, 3, True),
-        (Storage.INT8, 1, 1, False),
-        (Storage.INT8, 3, 4, False),
-        (Storage.INT8, 5, 8, True),
-        (Storage.INT4, 32, 32, True),
-        (Storage.INT4, 33, 33, True),
+        (Storage.FLOAT32, 1, None, [1]),
+        (Storage.FLOAT32, 3, 24, [3]),
+        (Storage.INT8, 1, None, [1]),
+        (Storage.INT8, 3, 4, [4]),
+        (Storage.INT4, 6, 4, [4, 4]),
+        (Storage.INT4, 32, 4, [4] * 8),
+        (Storage.INT4, 33, 24, [33]),
     ],
 )
-def test_rows_are_given_as_the_path_gives_them(storage: Storage, tokens: int, given: int, varies: bool) -> None:
-    """One row, and packed up to four, have graphs of their own; others share one, compiled on 24 rows."""
+def test_rows_are_given_as_the_path_gives_them(
+    storage: Storage, tokens: int, example: int | None, passes: list[int]
+) -> None:
+    """Packed rows of a decode step in passes of four; others by a graph for any number, compiled on 24 rows."""
     setting = SETTINGS["linear"]
     shape = {"B": 1, "T": tokens, "I": 70, "N": 5}
     arranged = setting.prepare(setting.case(shape, seed=0), storage).arranged
     assert arranged is not None
-    assert arranged.arguments["x_RI"].shape == (given, 70)
-    assert arranged.varying == ({"x_RI": (0,)} if varies else {})
-    assert (None if arranged.example is None else len(arranged.example["x_RI"])) == (24 if varies else None)
+    assert arranged.varying == ({"x_RI": (0,)} if example == 24 else {})
+    assert (None if arranged.example is None else len(arranged.example["x_RI"])) == example
+    seen: list[int] = []
+
+    def call(x_RI: Tensor, matrix: Any) -> Tensor:
+        seen.append(len(x_RI))
+        return arranged.program(x_RI=x_RI, matrix=matrix)
+
+    result = arranged.passes(call)(**arranged.arguments)
+    assert seen == passes
+    assert torch.equal(result, arranged.program(**arranged.arguments))

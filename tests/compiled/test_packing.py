@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.compiled.head import head_many
-from twinfer.compiled.linear import Matrix, expanded, linear_few, linear_many, lookup, matrix, rows_together
+from twinfer.compiled.linear import Matrix, expanded, linear_few, linear_many, lookup, matrix, passes
 from twinfer.compiled.packing import as_graph_input, pack, place_values, rows_of
 from twinfer.spec.config import Storage
 
@@ -113,7 +113,7 @@ def test_words_are_integers_and_equal_themselves() -> None:
     assert plain.word.tolist() == [[-1.0] * 4]
 
 
-@given(seed=seeds, rows=st.integers(1, 5), inputs=sizes, outputs=sizes, storage=storages, bias=st.booleans())
+@given(seed=seeds, rows=st.integers(1, 6), inputs=sizes, outputs=sizes, storage=storages, bias=st.booleans())
 def test_products_read_the_stored_matrix(
     seed: int, rows: int, inputs: int, outputs: int, storage: Storage, bias: bool
 ) -> None:
@@ -123,11 +123,11 @@ def test_products_read_the_stored_matrix(
     if storage is Storage.INT4:
         weight_NI = of_step_1(weight_NI)
     x_RI, bias_N = integers(seed + 1, rows, inputs), integers(seed + 2, outputs) if bias else None
-    filled_RI = torch.cat([x_RI, x_RI[-1:].expand(-rows % rows_together(rows), -1)])
     right_RN = x_RI @ weight_NI.T + (0 if bias_N is None else bias_N)
     packed = matrix_of(weight_NI, storage, bias_N)
     assert torch.equal(linear_few(x_RI, packed, storage), right_RN)
-    assert torch.equal(linear_few(filled_RI, packed, storage, rows_together(rows))[:rows], right_RN)
+    in_passes = torch.cat([linear_few(x_RI[given], packed, storage) for given in passes(rows)])
+    assert torch.equal(in_passes[:rows], right_RN)
     assert torch.equal(linear_many(x_RI, packed, storage), right_RN)
     assert torch.equal(head_many(x_RI, packed, storage, block_weights=20 * inputs), right_RN)
 
