@@ -154,9 +154,11 @@ class CTranslate2Candidate:
         library: Any = import_module("ctranslate2")
         converter: Any = import_module("ctranslate2.converters").TransformersConverter(str(folder))
         converter.convert(str(converted), quantization=quantisation)
+        threads_before = torch.get_num_threads()
         self._generator = library.Generator(
             str(converted), device="cpu", compute_type=quantisation, intra_threads=threads
         )
+        torch.set_num_threads(threads_before)  # it shares OpenMP with torch, and sets the caller's number too
 
     def answer(self, prompt_T: Tensor, new: int, batch: int = 1) -> Iterator[Sequence[int]]:
         assert batch == 1, "it streams one sequence"

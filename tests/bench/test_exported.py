@@ -125,9 +125,12 @@ def test_llama_cpp_reads_long_prompts_in_pieces(tmp_path: Path, monkeypatch: pyt
 
 def test_ctranslate2_decodes_the_same_tokens(tmp_path: Path) -> None:
     pytest.importorskip("ctranslate2")
+    threads = torch.get_num_threads()
     given = exports(tmp_path, RandomSource(llama(layers=1, hidden=64), seed=3))  # it wants heads as wide as that
     candidate = CTranslate2Candidate(given.transformers_folder, tmp_path / "converted", "float32", 1)
+    assert torch.get_num_threads() == threads
     assert agrees(candidate, given.source)
+    assert torch.get_num_threads() == threads
 
 
 def test_deepspeed_decodes_the_same_tokens(tmp_path: Path) -> None:

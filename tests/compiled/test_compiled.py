@@ -61,7 +61,7 @@ def gpt2() -> ModelConfig:
 
 
 def others() -> ModelConfig:
-    """Layers of two kinds, so two regions, with conventions that GPT-2 has not; sizes that no packing divides."""
+    """Layers of two kinds, so two pieces, with conventions that GPT-2 has not; sizes that no packing divides."""
     norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-5, bias=False, gain_from_one=True)
     head_norm = NormConfig(kind=NormKind.RMS, epsilon=1e-6)
     interleaved = RotaryConfig(layout=RotaryLayout.INTERLEAVED, size=4, magnitude=1.25)
