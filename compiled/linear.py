@@ -92,14 +92,12 @@ def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor
     """For each row the sums over all words, [B, U]; of int8 the codes' sums, not yet scaled."""
     places, words = PLACES[storage], weights.word.shape[1]
     x_RI = functional.pad(x_RI, (0, places * words - x_RI.shape[1]))
-    x_RCJ = _apart(x_RI.view(-1, places, words))
-    terms: list[list[Tensor]] = [[] for _ in range(x_RI.shape[0])]
-    for section in _slices(words):
-        for place in range(places):
-            value_BJU = place_values(weights.word[:, section], storage, place)
-            for row, products in enumerate(terms):
-                products.append(value_BJU * x_RCJ[row, place, section, None])
-    return [_added(products).sum(1) for products in terms]
+    x_JRC = settled(x_RI.view(-1, places, words).permute(2, 0, 1).contiguous())
+    values = [place_values(weights.word, storage, place) for place in range(places)]
+    return [
+        _added([value_BJU * x_JRC[:, row, place, None] for place, value_BJU in enumerate(values)]).sum(1)
+        for row in range(x_RI.shape[0])
+    ]
 
 
 def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:
@@ -109,18 +107,17 @@ def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:
     blocks, groups, _ = weights.step_BGU.shape
     places = PLACES[Storage.INT4]
     x_RI = functional.pad(x_RI, (0, groups * places * GROUP_WORDS - x_RI.shape[1]))
-    x_RGCW = settled(x_RI.view(-1, groups, places, GROUP_WORDS))
-    sum_RGW = settled(x_RGCW.sum(2))
+    x_RGCW = x_RI.view(-1, groups, places, GROUP_WORDS)
+    sum_GWR = settled(_added(list(x_RGCW.unbind(2))).permute(1, 2, 0).contiguous())
+    x_GWRC = settled(x_RGCW.permute(1, 3, 0, 2).contiguous())
     word_BGWU = weights.word.view(blocks, groups, GROUP_WORDS, ROWS)
-    terms: list[list[Tensor]] = [[] for _ in range(x_RI.shape[0])]
-    for section in _slices(groups):
-        step_BG1U, centre_BG1U = (each[:, section, None] for each in (weights.step_BGU, weights.centre_BGU))
-        values = [place_values(word_BGWU[:, section], Storage.INT4, place) for place in range(places)]
-        for row, products in enumerate(terms):
-            x_GCWU, sum_GWU = x_RGCW[row, section, ..., None], sum_RGW[row, section, :, None]
-            of_codes = _added([value * x_GCWU[:, place] for place, value in enumerate(values)])
-            products.append(of_codes * step_BG1U + sum_GWU * centre_BG1U)
-    return [_added(products).sum((1, 2)) for products in terms]
+    values = [place_values(word_BGWU, Storage.INT4, place) for place in range(places)]
+    sums = []
+    for row in range(x_RI.shape[0]):
+        of_codes = _added([value * x_GWRC[:, :, row, place, None] for place, value in enumerate(values)])
+        terms = of_codes * weights.step_BGU[:, :, None] + sum_GWR[:, :, row, None] * weights.centre_BGU[:, :, None]
+        sums.append(terms.sum((1, 2)))
+    return sums
 
 
 def _in_blocks(of_outputs_N: Tensor | None) -> Tensor | None:
@@ -137,11 +134,6 @@ def _sections(length: int) -> int:
     [4, 3, 1]
     """
     return next(sections for sections in (4, 3, 2, 1) if length % sections == 0)
-
-
-def _slices(length: int) -> list[slice]:
-    step = length // _sections(length)
-    return [slice(first, first + step) for first in range(0, length, step)]
 
 
 def _added(terms: list[Tensor]) -> Tensor:
