@@ -76,12 +76,12 @@ class _Rows:
 
     @property
     def few(self) -> bool:
-        """As in a decode step; more are a prompt."""
-        return self.rows <= _DECODED_ROWS
+        """As in a decode step; more are a prompt, or of float32 a decode step of many."""
+        return self.rows <= (linear.PASS_ROWS if self.storage is Storage.FLOAT32 else _DECODED_ROWS)
 
     @property
     def in_passes(self) -> bool:
-        return self.few and self.rows > 1 and self.storage is not Storage.FLOAT32
+        return self.few and self.rows > 1
 
     @property
     def varies(self) -> bool:
@@ -97,7 +97,7 @@ class _Rows:
 
     def through(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """All rows by a call that takes those of one pass."""
-        given = linear.passes(self.rows)
+        given = linear.passes(self.rows, self.storage)
 
         def all_rows(x_RI: Tensor, **matrices: Any) -> Tensor:
             return torch.cat([call(x_RI=x_RI[rows], **matrices) for rows in given])[: self.rows]
@@ -169,9 +169,8 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
         gate, up, down = (LinearWeights(weight_NI=unkept(part, storage)) for part in parts)
         return op.reference(x_BTM=x_BTM, weights=MlpWeights(gate=gate, up=up, down=down), config=config)
 
-    def arranged(x_RI: Tensor, gate: linear.Matrix, up: linear.Matrix, down: linear.Matrix) -> Tensor:
-        inner_RF = mlp.gated(rows.product(x_RI, gate), rows.product(x_RI, up), config.activation)
-        return rows.product(inner_RF, down)
+    def arranged(x_RI: Tensor, gate_up: linear.Matrix, down: linear.Matrix) -> Tensor:
+        return rows.product(mlp.gated(rows.product(x_RI, gate_up), config.activation), down)
 
     def changed(change: Callable[[Tensor], Tensor]) -> MlpWeights:
         assert weights.gate is not None
@@ -193,8 +192,8 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
         arranged=rows.column(
             arranged,
             x_BTM.flatten(0, 1),
-            {name: matrix_of(each, storage) for name, each in zip(("gate", "up", "down"), three, strict=True)},
-            note=f"{rows.name} for gate and up, gated, {rows.name}",
+            {"gate_up": matrix_of(torch.cat(three[:2]), storage), "down": matrix_of(three[2], storage)},
+            note=f"{rows.name} for gate and up as one, gated, {rows.name}",
         ),
         bytes=_bytes(op, case, three, storage),
     )
@@ -265,11 +264,10 @@ def prepare_attention(case: Case, storage: Storage) -> Prepared:
             query,
             key_CKD,
             value_CKD,
-            start_R=start_R,
+            seen=attention.seen(start_R, position_R, slot_S, None),
             position_R=position_R,
             slot_S=slot_S,
             scale=scale,
-            window=None,
         )
 
     def attend_prefill(query: Tensor, key_CKD: Tensor, value_CKD: Tensor, slot_S: Tensor, mask_TS: Tensor) -> Tensor:

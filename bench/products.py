@@ -29,14 +29,14 @@ Shape = tuple[int, int]
 
 
 def layer_shapes(config: ModelConfig) -> "Counter[Shape]":
-    """Of every weight product in the layers, how often a step does it; Q, K and V are one."""
+    """Of every weight product in the layers, how often a step does it; Q, K and V are one, and so are gate and up."""
     counts: Counter[Shape] = Counter()
     for layer in config.layers:
         attention, mlp, hidden = layer.attention, layer.mlp, config.hidden
         mixed = attention.heads * attention.head_size
         counts[mixed + 2 * attention.kv_heads * attention.head_size, hidden] += 1
         counts[hidden, mixed] += 1
-        counts[mlp.width, hidden] += 2 if mlp.gated else 1
+        counts[mlp.width * (2 if mlp.gated else 1), hidden] += 1
         counts[hidden, mlp.width] += 1
     return counts
 
@@ -108,8 +108,7 @@ def _layer_products(xs: Sequence[Tensor], matrices: Sequence[Matrix]) -> list[Te
 
 
 def _matrices(layer: Layer) -> list[Matrix]:
-    wanted = (layer.qkv, layer.output, layer.gate, layer.up, layer.down)
-    return [each for each in wanted if each is not None]
+    return [layer.qkv, layer.output, layer.up, layer.down]
 
 
 def small_products(storage: Storage, size: int) -> Iterator[tuple[Key, Sample]]:

@@ -16,8 +16,8 @@ score is computed that counts for nothing. Text n of N is rows bound[n] .. bound
 
     texts of 3, 1 and 4 tokens: bound 0 3 4 8
 
-Slots past a sequence's length are never read into a result, whatever they hold: decoding masks the score and the value
-alike (0 * NaN would be NaN), prefill reads exactly the slots that are written.
+Slots past a sequence's length are never read, whatever they hold (0 * NaN would be NaN): decoding reads the new token's
+own slot in place of one that it may not see, and masks the score; prefill reads exactly the slots that are written.
 
 Shapes: R sequences that gain one token, T query tokens of one sequence (or of all texts), S key positions (0 .. S - 1),
 H heads, K key/value heads, G = H / K, D head size, C capacity, N texts.
@@ -25,6 +25,7 @@ H heads, K key/value heads, G = H / K, D head size, C capacity, N texts.
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ from .linear import settled
 
 _BLOCK = 128
 """Queries that prefill, or a text, attends at once. 96 to 192 are equally fast; 512 at once takes 1.5 times as long."""
+
+_WRITTEN_OUT = 8
+"""As many query heads of one key head are written out: a graph grows with them."""
+
+_ACCUMULATORS = 16
+"""As many sums a loop keeps in registers and still has room for the rest."""
+
+_VECTOR = 16
 
 
 def write(cache_SKD: Tensor, slot_R: Tensor, new_RKD: Tensor) -> None:
@@ -47,40 +56,75 @@ def write(cache_SKD: Tensor, slot_R: Tensor, new_RKD: Tensor) -> None:
     cache_SKD.index_put_((slot_R,), new_RKD)
 
 
+class Seen(NamedTuple):
+    """What sequences that gain one token read; the same for all layers of one window."""
+
+    read_RS: Tensor
+    """Slots of the cache, int64."""
+    added_RS: Tensor
+    """Added to the scores: 0, or -inf where a slot stands in for one that is not seen."""
+
+
+def seen(start_R: Tensor, position_R: Tensor, slot_S: Tensor, window: int | None) -> Seen:
+    """Of sequences whose new tokens are at `position_R`; `slot_S` is 0 .. S - 1 with S above every position.
+
+    >>> seen(torch.tensor([16]), torch.tensor([2]), torch.arange(4), window=2)
+    Seen(read_RS=tensor([[18, 17, 18, 18]]), added_RS=tensor([[-inf, 0., 0., -inf]]))
+    """
+    seen_RS = _seen(position_R, slot_S, window)
+    read_RS = start_R[:, None] + torch.where(seen_RS, slot_S[None, :], position_R[:, None])
+    return Seen(read_RS, torch.where(seen_RS, 0.0, -torch.inf))
+
+
 def attend_decode(
     query_RHD: Tensor,
     key_CKD: Tensor,
     value_CKD: Tensor,
     *,
-    start_R: Tensor,
+    seen: Seen,
     position_R: Tensor,
     slot_S: Tensor,
     scale: float,
-    window: int | None,
     softcap: float | None = None,
     slope_H: Tensor | None = None,
 ) -> Tensor:
-    """One query for each of R sequences, at `position_R`, over its slots start .. start + position; [R, H, D].
+    """One query for each of R sequences, at `position_R`, over what it sees; [R, H, D].
 
-    `slot_S` is 0 .. S - 1 with S above every position; unseen slots among them change nothing.
+    The few query heads that share a key head are written out one by one, and of values so are parts of a vector's
+    length: each key is read once for all heads, each value once and whole.
     """
     kv_heads = key_CKD.shape[1]
-    query_RKGD = (query_RHD * scale).view(query_RHD.shape[0], kv_heads, -1, query_RHD.shape[2])
-    slot_RS = start_R[:, None] + slot_S[None, :]
-    seen_RS = _seen(position_R, slot_S, window)
-    key_RSKD, value_RSKD = key_CKD[slot_RS], value_CKD[slot_RS]
-
-    score_RSKG = (query_RKGD[:, None] * key_RSKD[:, :, :, None, :]).sum(-1)
+    query_RKGD = settled((query_RHD * scale).view(query_RHD.shape[0], kv_heads, -1, query_RHD.shape[2]))
+    key_RSKD, value_RSKD = (cache_CKD[seen.read_RS] for cache_CKD in (key_CKD, value_CKD))
+    written_out = query_RKGD.shape[2] <= _WRITTEN_OUT
+    if written_out:
+        score_RSKG = torch.stack([(query_RKD[:, None] * key_RSKD).sum(-1) for query_RKD in query_RKGD.unbind(2)], 3)
+    else:
+        score_RSKG = (query_RKGD[:, None] * key_RSKD[:, :, :, None]).sum(-1)
     if softcap is not None:
         score_RSKG = softcap * torch.tanh(score_RSKG / softcap)
     if slope_H is not None:
         score_RSKG = score_RSKG + alibi(position_R, slot_S, slope_H).view(score_RSKG.shape)
-    score_RSKG = torch.where(seen_RS[:, :, None, None], score_RSKG, -torch.inf)
-    weight_RSKG = torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True))
-    weight_RSKG = weight_RSKG / weight_RSKG.sum(1, keepdim=True)
-    value_RSKD = torch.where(seen_RS[:, :, None, None], value_RSKD, 0.0)
-    out_RKGD = (weight_RSKG[..., None] * value_RSKD[:, :, :, None, :]).sum(1)
-    return out_RKGD.reshape(query_RHD.shape)
+    score_RSKG = score_RSKG + seen.added_RS[:, :, None, None]
+    # heads last, or Inductor's vectors would run over the slots, whose values are nowhere side by side
+    weight_RSKG = settled(torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True)))
+    if written_out:
+        parts = value_RSKD.unflatten(3, (_parts(*query_RKGD.shape[2:]), -1)).unbind(3)
+        sums = [(weight_RSK[..., None] * part).sum(1) for weight_RSK in weight_RSKG.unbind(3) for part in parts]
+        out_RKGD = torch.cat(sums, -1).view(query_RKGD.shape)
+    else:
+        out_RKGD = (weight_RSKG[..., None] * value_RSKD[:, :, :, None]).sum(1)
+    return (out_RKGD / weight_RSKG.sum(1)[..., None]).reshape(query_RHD.shape)
+
+
+def _parts(group: int, head_size: int) -> int:
+    """In how many equal parts of whole vectors a value is written out, beside `group` query heads.
+
+    >>> [_parts(group, head_size) for group, head_size in ((3, 64), (8, 128), (1, 80), (1, 12))]
+    [4, 2, 5, 1]
+    """
+    vectors = head_size // _VECTOR if head_size % _VECTOR == 0 else 1
+    return max(parts for parts in range(1, vectors + 1) if vectors % parts == 0 and (parts * group <= _ACCUMULATORS or parts == 1))
 
 
 def attend_prefill(
@@ -229,7 +273,7 @@ def alibi(position_R: Tensor, slot_S: Tensor, slope_H: Tensor) -> Tensor:
 
 
 def mask(position_T: Tensor, slot_S: Tensor, window: int | None, *, causal: bool = True) -> Tensor:
-    """What is added to the scores of many queries: 0 where seen, -inf elsewhere, float32 [T, S]."""
+    """What is added to the scores of many queries of one sequence: 0 where seen, -inf elsewhere, float32 [T, S]."""
     return torch.where(_seen(position_T, slot_S, window, causal), 0.0, -torch.inf)
 
 

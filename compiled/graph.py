@@ -1,23 +1,23 @@
-"""Decode steps as CUDA graphs: captured once for each bucket of sizes, then replayed.
+"""Decode steps as graphs: captured once for each bucket of sizes, then replayed; CUDA graphs, or tapes on a CPU.
 
-Why it is faster: a small model at a small batch waits for its kernels to be launched, some hundreds a step; a replay
-launches them all at once (the paper's section III-D). What it relies on: a decode step reads no value on the host and
-writes its caches in place (`capture_checks` looks for both without a GPU), and everything that it reads or writes lies
-where it lay at capture. So a graph belongs to one tuple of caches and to one bucket of sizes, rows R and slots S:
+Why it is faster: a small model at a small batch waits for its kernels to be launched; a replay launches them all at
+once (the paper's section III-D). What it relies on: a decode step reads no value on the host and writes its caches in
+place (`capture_checks` looks for both), and everything that it reads or writes lies where it lay at capture. So a graph
+belongs to one tuple of caches and to one bucket of sizes, rows R and slots S:
 
 - R is how many rows the step has.
-- S is a power of two (`bucket`), so that a few graphs serve every length. Slots that a sequence has not reached are
+- S is rounded up (`Device.slots`), so that a few graphs serve every length. Slots that a sequence has not reached are
   masked: they change no value, though a sum over more of them may round otherwise.
 
 A graph is never replayed over caches that are gone, whether closed or grown: it knows them by weak references, which
 keep no memory. Inputs are copied into tensors of the graph's own, logits out of it, so what a caller holds never
 changes. Warm-up does write into the caches: the slots that it writes, which are the step's own, are put back.
 
-All graphs share one memory pool, which grows to what the largest bucket needs at once, and the logits of each graph.
+All CUDA graphs share one memory pool, which grows to what the largest bucket needs at once, and the logits of each.
 They use it in turn: a path runs one step at a time, on one stream.
 
-There was no GPU to try this on. The rules above are tested on a stand-in for `Device`; `CudaDevice`, and all of
-`InductorGraphs`, are untried.
+There was no GPU to try this on. The rules above are tested on a stand-in for `Device` and on tapes; `CudaDevice`, and
+all of `InductorGraphs`, are untried.
 
 Shapes: R sequences that gain one token, S slots read, C slots of a cache, K key/value heads, D head size, V vocabulary.
 """
@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 
 from ..spec.errors import RequestError
 from .steps import Cache
+from .tape import Tapes
 from .weights import Model
 
 _LEAST_SLOTS = 128
@@ -45,33 +46,28 @@ _WARM_UPS = 3
 """Runs before a capture, as torch's examples and DeepSpeed do: the first ones load kernels and choose among them."""
 
 
-class CudaGraphs(StrEnum):
-    """Who captures the decode step on a CUDA device."""
+class Graphs(StrEnum):
+    """Who captures the decode step."""
 
     OWN = "own"
     """This module."""
     INDUCTOR = "inductor"
-    """Inductor's own graphs, as `torch.compile(mode="reduce-overhead")` has them; to compare with."""
+    """Inductor's own CUDA graphs, as `torch.compile(mode="reduce-overhead")` has them; to compare with."""
     OFF = "off"
     """Nobody: kernels are launched one by one."""
 
 
-def chosen(wanted: CudaGraphs | str | None, device: torch.device) -> CudaGraphs:
-    """Who captures on this device: if nothing is asked for, this module on CUDA and nobody elsewhere.
-
-    Raises `RequestError` for an unknown choice, and where graphs are asked for and there can be none.
-    """
-    if wanted is None:
-        return CudaGraphs.OWN if device.type == "cuda" else CudaGraphs.OFF
-    if wanted not in list(CudaGraphs):
-        raise RequestError(f"cuda_graphs is {wanted!r}; it must be one of {', '.join(CudaGraphs)}")
-    if wanted != CudaGraphs.OFF and device.type != "cuda":
-        raise RequestError(f'cuda_graphs is "{wanted}" and the device {device}; use a CUDA device, or "off"')
-    return CudaGraphs(wanted)
+def chosen(wanted: Graphs | str, device: torch.device) -> Graphs:
+    """Who captures on this device. Raises `RequestError` for an unknown choice, and for one that it cannot have."""
+    if wanted not in list(Graphs):
+        raise RequestError(f"graphs is {wanted!r}; it must be one of {', '.join(Graphs)}")
+    if wanted == Graphs.INDUCTOR and device.type != "cuda":
+        raise RequestError(f'graphs is "inductor" and the device {device}; use a CUDA device, or "own" or "off"')
+    return Graphs(wanted)
 
 
 def bucket(longest: int, capacity: int) -> int:
-    """How many slots a graph reads for sequences of at most `longest` tokens, the new one included.
+    """How many slots a CUDA graph reads for sequences of at most `longest` tokens, the new one included.
 
     >>> [bucket(longest, capacity=700) for longest in (1, 128, 129, 512, 513)]
     [128, 128, 256, 512, 700]
@@ -95,8 +91,14 @@ class Device(Protocol):
     def pool(self) -> Any:
         """A new, empty memory pool for graphs."""
 
+    def slots(self, longest: int, capacity: int) -> int:
+        """How many slots a CUDA graph reads for sequences of at most `longest` tokens; no more than the capacity."""
+
+    def borrowed(self, tensor: Tensor) -> Tensor:
+        """The same memory, as a tensor by which no graph keeps it alive."""
+
     def capture(self, call: Callable[[], Tensor], pool: Any) -> tuple[Captured, Tensor]:
-        """Run the call to warm up, then record it without running it; and the tensor where a replay puts its result.
+        """Record the call, which it may run any number of times; and the tensor where a replay puts its result.
 
         What it allocates while it is recorded comes from the pool, where other graphs may use the same memory.
         """
@@ -115,6 +117,12 @@ class CudaDevice:
 
     def pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
+
+    def slots(self, longest: int, capacity: int) -> int:
+        return bucket(longest, capacity)
+
+    def borrowed(self, tensor: Tensor) -> Tensor:
+        return tensor  # a CUDA graph has addresses alone
 
     def capture(self, call: Callable[[], Tensor], pool: Any) -> tuple[Captured, Tensor]:
         """On one side stream, warm-up included: what cuBLAS sets up for a stream is then there before, not captured."""
@@ -157,6 +165,10 @@ class DecodeGraphs:
         self._graphs: dict[Hashable, _Graph] = {}
         """Least recently used first."""
 
+    def slots(self, longest: int, capacity: int) -> int:
+        """S of a step whose sequences hold at most `longest` tokens, the new one included."""
+        return self._device.slots(longest, capacity)
+
     def step(
         self,
         program: Callable[..., Tensor],
@@ -195,9 +207,10 @@ class DecodeGraphs:
         token_R, position_R, start_R = inputs
         written_R = start_R + position_R
         before = [each_CKD[written_R] for each_CKD in _tensors(caches)]
+        borrowed = tuple(Cache(*map(self._device.borrowed, cache)) for cache in caches)
         try:
             captured, logits_RV = self._device.capture(
-                lambda: program(self._model, caches, token_R, position_R, start_R, slot_S), self._pool
+                lambda: program(self._model, borrowed, token_R, position_R, start_R, slot_S), self._pool
             )
         finally:
             self._put_back(caches, written_R, before)
@@ -231,6 +244,10 @@ class InductorGraphs:
         self._model = model
         keep_in_place(model)
 
+    def slots(self, longest: int, capacity: int) -> int:
+        """As `DecodeGraphs.slots`."""
+        return bucket(longest, capacity)
+
     def step(
         self,
         program: Callable[..., Tensor],
@@ -246,14 +263,14 @@ class InductorGraphs:
         return program(self._model, caches, token_R, position_R, start_R, slot_S).clone()
 
 
-def decode_graphs(by_whom: CudaGraphs, model: Model, device: torch.device) -> DecodeGraphs | InductorGraphs | None:
+def decode_graphs(by_whom: Graphs, model: Model, device: torch.device) -> DecodeGraphs | InductorGraphs | None:
     """What runs the decode step of this model, or None where its program is simply called."""
     match by_whom:
-        case CudaGraphs.OWN:
-            return DecodeGraphs(model, CudaDevice(device))
-        case CudaGraphs.INDUCTOR:
+        case Graphs.OWN:
+            return DecodeGraphs(model, CudaDevice(device) if device.type == "cuda" else Tapes())
+        case Graphs.INDUCTOR:
             return InductorGraphs(model)
-        case CudaGraphs.OFF:
+        case Graphs.OFF:
             return None
 
 

@@ -7,9 +7,10 @@ With many rows the arithmetic dominates, so the weights are expanded once, one m
 
 Which form, decided by storage and program alone, so that it is settled when a program is compiled:
 
-    a row of float32            the compiled loop over each output's own row, in sections side by side
-    several rows of float32     `product` on the weights as they lie
+    a row of float32            the compiled loop over each output's own row
+    2 to 4 rows of float32      the same loop for all rows at once; `product` if their inputs do not fit the first cache
     a decode step, packed       the compiled loop over packed words, for 1 or 4 rows at a time (`passes`)
+    more rows of float32        `product` on the weights as they lie
     a prefill, packed           expanded to float32, then `product`
 
 `product` is oneDNN's matrix product where torch has it, on the weights as they lie. On the one kind of CPU where it was
@@ -30,7 +31,10 @@ from ..spec.config import Storage
 from .packing import GROUP_WORDS, PLACES, ROWS, Packed, as_graph_input, place_values, rows_of, weights_of_rows
 
 PASS_ROWS = 4
-"""As many rows share a pass over packed weights; a product for 8 takes three times as long to compile."""
+"""As many rows share a pass over the weights: with them it computes about as long as it reads."""
+
+_MOST_AT_HAND = 8192
+"""Numbers of several rows that are read for each output: 32 KiB, of a first cache of 32 to 48."""
 
 
 class Matrix(NamedTuple):
@@ -51,41 +55,35 @@ def matrix(packed: Packed) -> Matrix:
     )
 
 
-def passes(rows: int) -> list[list[int]]:
-    """The rows of each pass over packed weights: one alone, or 4; where they run out the last is taken again.
+def passes(rows: int, storage: Storage) -> list[list[int]]:
+    """The rows of each pass over the weights: one alone, or 4; where they run out the last is taken again.
 
-    >>> passes(1), passes(6)
-    ([[0]], [[0, 1, 2, 3], [4, 5, 5, 5]])
+    Of float32 more than 4 are one pass, which is `linear_many`'s.
+
+    >>> passes(1, Storage.INT8), passes(6, Storage.INT8), passes(6, Storage.FLOAT32)
+    ([[0]], [[0, 1, 2, 3], [4, 5, 5, 5]], [[0, 1, 2, 3, 4, 5]])
     """
-    if rows == 1:
-        return [[0]]
+    if rows == 1 or (storage is Storage.FLOAT32 and rows > PASS_ROWS):
+        return [list(range(rows))]
     return [[min(first + each, rows - 1) for each in range(PASS_ROWS)] for first in range(0, rows, PASS_ROWS)]
 
 
 def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     """x @ weight.T + bias for a few rows, float32 [R, N], the weights read once and never expanded.
 
-    Of packed weights R is small and fixed in a graph (`passes`): every row's sums are written out in it.
+    R is small and fixed in a graph (`passes`): every row's sums are written out in it.
     """
     x_RI = settled(x_RI)
     if storage is Storage.FLOAT32:
-        if x_RI.shape[0] > 1:
+        if 1 < x_RI.shape[0] and _MOST_AT_HAND < x_RI.numel():
             return product(x_RI, weights.word, weights.bias_N)
-        out_N = _dots(x_RI[0], weights.word)
-        return (out_N if weights.bias_N is None else out_N + weights.bias_N)[None]
+        dots_RN = torch.stack([(weights.word * x_I).sum(-1) for x_I in x_RI.unbind(0)])
+        return dots_RN if weights.bias_N is None else dots_RN + weights.bias_N
     sums = _grouped_sums(x_RI, weights) if storage is Storage.INT4 else _planar_sums(x_RI, weights, storage)
     for part_BU, apply in ((_in_blocks(weights.scale_N), torch.mul), (_in_blocks(weights.bias_N), torch.add)):
         if part_BU is not None:
             sums = [apply(sum_BU, part_BU) for sum_BU in sums]
     return torch.stack(sums).flatten(1)[:, : weights.outputs]
-
-
-def _dots(x_I: Tensor, weight_NI: Tensor) -> Tensor:
-    """Each row's product with x, [N]: the sections of a row are read side by side, as memory likes it."""
-    sections = _sections(x_I.shape[0])
-    x_SJ = _apart(x_I.view(sections, -1))
-    weight_NSJ = weight_NI.view(weight_NI.shape[0], sections, -1)
-    return _added([weight_NSJ[:, s] * x_SJ[s] for s in range(sections)]).sum(-1)
 
 
 def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor]:
@@ -126,26 +124,11 @@ def _in_blocks(of_outputs_N: Tensor | None) -> Tensor | None:
     return functional.pad(of_outputs_N, (0, -of_outputs_N.shape[0] % ROWS)).view(-1, ROWS)
 
 
-def _sections(length: int) -> int:
-    """In how many equal sections a sum of this length is taken at once: it shortens the chain of additions, and a
-    core that reads several places of memory at once reads faster.
-
-    >>> [_sections(length) for length in (144, 9, 7)]
-    [4, 3, 1]
-    """
-    return next(sections for sections in (4, 3, 2, 1) if length % sections == 0)
-
-
 def _added(terms: list[Tensor]) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
         total = total + term
     return total
-
-
-def _apart(x: Tensor) -> Tensor:
-    """The same values with 16 more between rows: rows whose distance is a power of two share few places of a cache."""
-    return settled(functional.pad(x, (0, 16)))[..., : x.shape[-1]]
 
 
 def linear_many(x_TI: Tensor, weights: Matrix, storage: Storage) -> Tensor:

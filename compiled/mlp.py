@@ -24,6 +24,7 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-def gated(gate_TF: Tensor, up_TF: Tensor, kind: Activation) -> Tensor:
-    """activation(gate) * up."""
+def gated(both: Tensor, kind: Activation) -> Tensor:
+    """activation(gate) * up [T, F] of [T, 2 F], the gate first."""
+    gate_TF, up_TF = both.chunk(2, dim=1)
     return activation(gate_TF, kind) * up_TF

@@ -22,14 +22,14 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
-from .graph import CudaGraphs, InductorGraphs, bucket, chosen, decode_graphs, keep_in_place
+from .graph import Graphs, InductorGraphs, chosen, decode_graphs, keep_in_place
 from .head import head_many, scale_and_cap
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
 from .programs import Pieces, dynamic, pinned
 from .sequences import StaticSequences
-from .steps import Piece, as_is, decode_program, encode_program, prefill_program
-from .weights import prepare
+from .steps import Cache, Piece, as_is, decode_program, encode_program, prefill_program
+from .weights import Model, prepare
 
 _PREFILL_TOKENS = 512
 """The longest piece of a prompt that is prefilled at once."""
@@ -42,9 +42,9 @@ class CompiledPath:
     """Implements `twinfer.spec.decoder.Decoder` and `Encoder`.
 
     Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage or
-    compute dtype, for an unknown `cuda_graphs` or one that the device cannot have, and what the source raises; all
-    before the weights are read, the last excepted. `report` is told, in a line of text, what takes long. `cuda_graphs`
-    says who captures the decode step on a CUDA device: if nothing is said, `graph` does.
+    compute dtype, for an unknown `graphs` or one that the device cannot have, and what the source raises; all before the
+    weights are read, the last excepted. `report` is told, in a line of text, what takes long. `graphs` says who
+    captures the decode step: if nothing is said, `graph` does.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CompiledPath:
         storage: Storage = Storage.FLOAT32,
         compute: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        cuda_graphs: CudaGraphs | str | None = None,
+        graphs: Graphs | str = Graphs.OWN,
         report: Callable[[str], None] | None = None,
         _eager: bool = False,
         _keep_guards: bool = False,
@@ -64,7 +64,7 @@ class CompiledPath:
         if compute is not torch.float32:
             raise RequestError(f"compute is {compute}; the compiled path offers torch.float32 alone")
         self._device = checked_device(device)
-        by_whom = chosen(cuda_graphs, self._device)
+        by_whom = chosen(graphs, self._device)
         if not _eager:
             check_compiler(self._device)
         self._config = source.config
@@ -74,16 +74,17 @@ class CompiledPath:
         with pinned(self._threads):
             self._model = prepare(source, self._storage, self._device)
             self._slots = torch.arange(max(2, self._config.context), device=self._device)
-        self._graphs = decode_graphs(by_whom, self._model, self._device)
+        self._graphs = decode_graphs(Graphs.OFF if _eager else by_whom, self._model, self._device)
         self._eager, self._keep_guards = _eager, _keep_guards
         makers: dict[str, Callable[[Piece], Callable[..., Any]]] = {
             "encode": lambda piece: encode_program(self._config, self._storage, piece)
         }
         if self._config.extensible:
             makers["prefill"] = lambda piece: prefill_program(self._config, self._storage, piece)
-            varies = self._storage is Storage.FLOAT32  # `linear` says why
             makers["decode"] = lambda piece: decode_program(self._config, self._storage, piece)
-            makers["decode rows"] = lambda piece: decode_program(self._config, self._storage, piece, varies=varies)
+            makers["decode rows"] = lambda piece: decode_program(self._config, self._storage, piece)
+            if self._storage is Storage.FLOAT32:  # `linear` says why
+                makers["decode many"] = lambda piece: decode_program(self._config, self._storage, piece, many=True)
         self._programs = {name: make(self._pieces(name)) for name, make in makers.items()}
         self._uncompiled = set() if _eager else set(self._programs)
 
@@ -114,10 +115,11 @@ class CompiledPath:
         first does.
         """
         begin = time.perf_counter()
-        wanted = ["prefill", "decode", "decode rows"] if batches else ["prefill", "decode"]
         with pinned(self._threads):
-            for name in wanted if self._config.extensible else ["encode"]:
-                self._ready(name)
+            for name in self._programs:
+                if name == "encode" if not self._config.extensible else name.startswith(("prefill", "decode")):
+                    if batches or name not in ("decode rows", "decode many"):
+                        self._ready(name)
         return time.perf_counter() - begin
 
     def open(self, batch: int, reserve: int) -> StaticSequences:
@@ -208,13 +210,12 @@ class CompiledPath:
     def _decode(self, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
         """One token for each of these sequences; logits [R, V].
 
-        Several rows of packed weights go through their program in passes; a row that only fills one up is computed
-        again, and writes into the cache once more what it has written.
+        Rows go through their program in passes; a row that only fills one up is computed again, and writes into the
+        cache once more what it has written.
         """
-        packed = self._storage is not Storage.FLOAT32
         logits = [
             self._decode_rows(sequences, [rows[each] for each in given], token_R[given])
-            for given in (passes(len(rows)) if packed else [list(range(len(rows)))])
+            for given in passes(len(rows), self._storage)
         ]
         return torch.cat(logits)[: len(rows)] if len(logits) > 1 else logits[0][: len(rows)]
 
@@ -222,9 +223,10 @@ class CompiledPath:
         positions = [sequences.lengths[row] for row in rows]
         position_R = torch.tensor(positions, device=self._device)
         start_R = torch.tensor([row * sequences.capacity for row in rows], device=self._device)
-        program, longest = self._ready("decode" if len(rows) == 1 else "decode rows"), max(positions) + 1
+        name = {1: "decode", PASS_ROWS: "decode rows"}.get(len(rows), "decode many")
+        program, longest = self._ready(name), max(positions) + 1
         if self._graphs is not None:
-            slot_S = self._slots[: bucket(longest, sequences.capacity)]
+            slot_S = self._slots[: self._graphs.slots(longest, sequences.capacity)]
             return self._graphs.step(program, sequences.caches, token_R, position_R, start_R, slot_S)
         slot_S = self._slots[: max(2, longest)]
         logits_RV: Tensor = program(self._model, sequences.caches, token_R, position_R, start_R, slot_S)
@@ -261,14 +263,30 @@ class CompiledPath:
                 keep_in_place(arguments[1])
             program(*arguments)
             self._uncompiled.discard(name)
+            if self._graphs is not None and name.startswith("decode"):
+                self._check_graphs(program, *arguments)
         return program
+
+    def _check_graphs(
+        self, program: Callable[..., Tensor], model: Model, caches: tuple[Cache, ...], *step: Tensor
+    ) -> None:
+        """Do without graphs if a replay, on another step than the captured one, is not the plain call to the bit."""
+        assert self._graphs is not None
+        token_R, position_R, start_R, slot_S = step
+        self._graphs.step(program, caches, token_R, position_R, start_R, slot_S)
+        later = (token_R + 1) % self._config.vocabulary, (position_R + 1) % self._config.context, start_R, slot_S
+        plain_RV = program(model, caches, *later)
+        replayed_RV = self._graphs.step(program, caches, *later)
+        if not torch.equal(plain_RV.view(torch.int32), replayed_RV.view(torch.int32)):
+            self._report("decoding without graphs: a replay differs from the plain call; is this torch supported?")
+            self._graphs = None
 
     def _example(self, name: str) -> tuple[Any, ...]:
         """Arguments of the program, with sequences of their own; sizes that vary are marked and differ from each other.
 
         Loops over sizes that are small here would be compiled as serial ones.
         """
-        rows = PASS_ROWS if name == "decode rows" else 1
+        rows = {"decode rows": PASS_ROWS, "decode many": PASS_ROWS + 2}.get(name, 1)
         tokens, slots, capacity = 160, 224, 352
         token_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
         position_T = torch.arange(tokens, device=self._device) % self._config.context
@@ -287,7 +305,7 @@ class CompiledPath:
             return self._model, sequences.caches, token_T, position_T, start_R, slot_S
         token_R, position_R = (torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(2))
         dynamic(slot_S)
-        if rows > 1 and self._storage is Storage.FLOAT32:
+        if name == "decode many":
             dynamic(token_R, position_R, start_R)
         return self._model, sequences.caches, token_R, position_R, start_R, slot_S
 

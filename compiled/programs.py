@@ -80,10 +80,10 @@ class Pieces:
 
 
 def _mark(arguments: tuple[Any, ...], varying: Varying) -> None:
-    for number in varying.first:
-        dynamic(*(each for each in pytree.tree_leaves(arguments[number]) if isinstance(each, Tensor)))
-    for number in varying.both:
-        torch._dynamo.mark_dynamic(arguments[number], (0, 1))
+    for axis, numbers in enumerate(varying):
+        for each in pytree.tree_leaves([arguments[number] for number in numbers]):
+            if isinstance(each, Tensor):
+                torch._dynamo.mark_dynamic(each, axis)
 
 
 def dynamic(*tensors: Tensor) -> None:

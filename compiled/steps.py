@@ -12,6 +12,7 @@ Shapes: R sequences that gain one token, T prompt tokens of one sequence or toke
 hidden, E table width, H heads, K key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cache.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormPlacement, QkNormSpan, Residual, Storage
-from .attention import attend_decode, attend_prefill, attend_texts, mask, write
+from .attention import Seen, attend_decode, attend_prefill, attend_texts, mask, seen, write
 from .embedding import Embedding, Product, embed
 from .head import scale_and_cap
 from .linear import Matrix, linear_few, linear_many
@@ -41,11 +42,13 @@ Table = tuple[Tensor, Tensor] | None
 
 
 class Varying(NamedTuple):
-    """Which dimensions of a piece's arguments change from call to call: the first, or both of masks."""
+    """Which dimensions of a piece's arguments change from call to call.
+
+    Arguments by number; of a tuple, all its tensors.
+    """
 
     first: tuple[int, ...] = ()
-    """Arguments by number; of a tuple, all its tensors."""
-    both: tuple[int, ...] = ()
+    second: tuple[int, ...] = ()
 
 
 Piece = Callable[[Callable[..., Any], Varying], Callable[..., Any]]
@@ -65,34 +68,37 @@ class Last(NamedTuple):
     head: Matrix
 
 
-def decode_program(
-    config: ModelConfig, storage: Storage, piece: Piece, *, varies: bool = False
-) -> Callable[..., Tensor]:
+def decode_program(config: ModelConfig, storage: Storage, piece: Piece, *, many: bool = False) -> Callable[..., Tensor]:
     """A function (model, caches, token_R, position_R, start_R, slot_S) -> logits [R, V].
 
-    R is always that of the first call, unless it `varies`.
+    R is always that of the first call; with `many` it varies, and the products are those for many rows.
     """
+    product = linear_many if many else linear_few
+    windows = _windows(config)
 
-    def before(embedding: Embedding, rotations: Rotations, token_R: Tensor, position_R: Tensor) -> Any:
-        x_RM = embed(token_R, position_R, embedding, config, storage, linear_few)
-        return x_RM, [rotary_table(position_R, *each) for each in rotations]
+    def before(
+        embedding: Embedding, rotations: Rotations, token_R: Tensor, position_R: Tensor, start_R: Tensor, slot_S: Tensor
+    ) -> Any:
+        x_RM = embed(token_R, position_R, embedding, config, storage, product)
+        tables = [rotary_table(position_R, *each) for each in rotations]
+        return x_RM, tables, [seen(start_R, position_R, slot_S, each) for each in windows], start_R + position_R
 
     def after(x_RM: Tensor, last: Last) -> Tensor:
-        return _logits(_for_head(x_RM, last, config, storage, linear_few), last, config, storage, linear_few)
+        return _logits(_for_head(x_RM, last, config, storage, product), last, config, storage, product)
 
     first = piece(before, Varying())
-    layer_of = _layers(
-        config, lambda layer: _decode_layer(layer, storage, linear_few), piece, Varying((0, 3) if varies else ())
-    )
-    final = piece(after, Varying((0,) if varies else ()))
+    make = functools.partial(_decode_layer, storage=storage, product=product)
+    layer_of = _layers(config, make, piece, Varying((0, 3, 4, 7) if many else (), (7,)))
+    final = piece(after, Varying((0,) if many else ()))
 
     def decode(
         model: Model, caches: tuple[Cache, ...], token_R: Tensor, position_R: Tensor, start_R: Tensor, slot_S: Tensor
     ) -> Tensor:
         rotations, which = _rotations(model, config)
-        x_RM, tables = first(model.embedding, rotations, token_R, position_R)
+        x_RM, tables, seen_of, write_R = first(model.embedding, rotations, token_R, position_R, start_R, slot_S)
         for layer, weights, cache, table in zip(config.layers, model.layers, caches, which, strict=True):
-            x_RM = layer_of[layer](x_RM, weights, cache, _table(tables, table), start_R, position_R, slot_S)
+            where = write_R, position_R, slot_S, seen_of[windows.index(layer.attention.window)]
+            x_RM = layer_of[layer](x_RM, weights, cache, _table(tables, table), *where)
         logits_RV: Tensor = final(x_RM, _last(model))
         return logits_RV
 
@@ -104,7 +110,7 @@ def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Call
 
     The logits follow the last token; the hidden vectors, of every token, are normed and ready for the head.
     """
-    windows = sorted({layer.attention.window for layer in config.layers}, key=lambda window: window or 0)
+    windows = _windows(config)
 
     def before(
         embedding: Embedding, rotations: Rotations, token_T: Tensor, position_T: Tensor, start_1: Tensor, slot_S: Tensor
@@ -119,7 +125,7 @@ def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Call
         return _logits(hidden_TE[-1:], last, config, storage, linear_few), hidden_TE
 
     first = piece(before, Varying())
-    layer_of = _layers(config, lambda layer: _prefill_layer(layer, storage), piece, Varying((0, 3, 4, 5), (6,)))
+    layer_of = _layers(config, lambda layer: _prefill_layer(layer, storage), piece, Varying((0, 3, 4, 5, 6), (6,)))
     final = piece(after, Varying((0,)))
 
     def prefill(
@@ -174,6 +180,11 @@ def _layers(
     return {layer: piece(make(layer), varying) for layer in dict.fromkeys(config.layers)}
 
 
+def _windows(config: ModelConfig) -> list[int | None]:
+    """The different ones."""
+    return list(dict.fromkeys(layer.attention.window for layer in config.layers))
+
+
 def _last(model: Model) -> Last:
     return Last(model.final_norm, model.reduction, model.head)
 
@@ -203,21 +214,27 @@ def _table(tables: list[tuple[Tensor, Tensor]], which: int | None) -> Table:
 
 def _decode_layer(config: LayerConfig, storage: Storage, product: Product) -> Callable[..., Tensor]:
     def layer(
-        x_RM: Tensor, weights: Layer, cache: Cache, table: Table, start_R: Tensor, position_R: Tensor, slot_S: Tensor
+        x_RM: Tensor,
+        weights: Layer,
+        cache: Cache,
+        table: Table,
+        write_R: Tensor,
+        position_R: Tensor,
+        slot_S: Tensor,
+        seen: Seen,
     ) -> Tensor:
         def attend(normed_RM: Tensor) -> Tensor:
             query, key, value = _heads(product(normed_RM, weights.qkv, storage), weights, table, config)
-            write(cache.key_CKD, start_R + position_R, key)
-            write(cache.value_CKD, start_R + position_R, value)
+            write(cache.key_CKD, write_R, key)
+            write(cache.value_CKD, write_R, value)
             mixed_RHD = attend_decode(
                 query,
                 cache.key_CKD,
                 cache.value_CKD,
-                start_R=start_R,
+                seen=seen,
                 position_R=position_R,
                 slot_S=slot_S,
                 scale=config.attention.scale,
-                window=config.attention.window,
                 softcap=config.attention.softcap,
                 slope_H=weights.slope_H,
             )
@@ -287,11 +304,9 @@ def _feeding(weights: Layer, config: LayerConfig, storage: Storage, product: Pro
     """The MLP, by products for a few rows or for many."""
 
     def feed(normed_TM: Tensor) -> Tensor:
-        up_TF = product(normed_TM, weights.up, storage)
-        if weights.gate is None:
-            return product(activation(up_TF, config.mlp.activation), weights.down, storage)
-        gate_TF = product(normed_TM, weights.gate, storage)
-        return product(gated(gate_TF, up_TF, config.mlp.activation), weights.down, storage)
+        up = product(normed_TM, weights.up, storage)
+        inner_TF = gated(up, config.mlp.activation) if config.mlp.gated else activation(up, config.mlp.activation)
+        return product(inner_TF, weights.down, storage)
 
     return feed
 

@@ -39,7 +39,7 @@ def _few(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
     """As a decode step has them: packed weights in passes of a few rows."""
     (matrix,), storage = matrices_of(weights)
     x_RI = x.flatten(0, -2).float()
-    given = [list(range(len(x_RI)))] if storage is Storage.FLOAT32 else linear.passes(len(x_RI))
+    given = linear.passes(len(x_RI), storage)
     out_RN = torch.cat([function(x_RI[rows], matrix, storage) for rows in given])[: len(x_RI)]
     return out_RN.reshape(*x.shape[:-1], -1)
 
@@ -181,16 +181,16 @@ def _decode(function: Function, inputs: Inputs) -> Tensor:
     slot_S = torch.arange(inputs["key_BSKD"].shape[1])
     columns = []
     for t, seen_S in enumerate(inputs["visible_TS"]):
-        seen = seen_S.nonzero()[:, 0]
+        run = seen_S.nonzero()[:, 0]
+        position_R = run[-1].expand(len(query_BTHD))
         columns.append(
             function(
                 query_BTHD[:, t].float(),
                 *slots,
-                start_R=start_B,
-                position_R=seen[-1].expand(len(query_BTHD)),
+                seen=attention.seen(start_B, position_R, slot_S, len(run)),
+                position_R=position_R,
                 slot_S=slot_S,
                 scale=inputs["scale"],
-                window=len(seen),
                 **_shaping(inputs),
             )
         )

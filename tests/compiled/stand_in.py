@@ -19,6 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from twinfer.compiled.graph import bucket
+
 _POOL_BYTES = 1 << 20
 _ALIGNMENT = 64
 _READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::bincount"}
@@ -154,6 +156,12 @@ class StandIn:
     def pool(self) -> Pool:
         self.pools.append(Pool())
         return self.pools[-1]
+
+    def slots(self, longest: int, capacity: int) -> int:
+        return bucket(longest, capacity)
+
+    def borrowed(self, tensor: Tensor) -> Tensor:
+        return tensor  # a `Place` keeps nothing alive
 
     def capture(self, call: Callable[[], Tensor], pool: Pool) -> tuple[Graph, Tensor]:
         if pool.graphs == 0 and pool.peak > 0:

@@ -10,7 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
 
 from twinfer.compiled import graph
-from twinfer.compiled.graph import CudaGraphs, DecodeGraphs, bucket, chosen, keep_in_place
+from twinfer.compiled.graph import DecodeGraphs, Graphs, bucket, chosen, keep_in_place
 from twinfer.compiled.path import CompiledPath
 from twinfer.compiled.programs import CAPTURING
 from twinfer.compiled.sequences import StaticSequences
@@ -231,17 +231,16 @@ def test_a_bucket_holds_its_sequences_and_wastes_less_than_half(longest: int, ro
 @pytest.mark.parametrize(
     ("wanted", "cpu", "cuda"),
     [
-        (None, CudaGraphs.OFF, CudaGraphs.OWN),
-        ("off", CudaGraphs.OFF, CudaGraphs.OFF),
-        ("own", None, CudaGraphs.OWN),
-        (CudaGraphs.INDUCTOR, None, CudaGraphs.INDUCTOR),
+        ("off", Graphs.OFF, Graphs.OFF),
+        ("own", Graphs.OWN, Graphs.OWN),
+        (Graphs.INDUCTOR, None, Graphs.INDUCTOR),
     ],
 )
-def test_who_captures(wanted: str | None, cpu: CudaGraphs | None, cuda: CudaGraphs) -> None:
+def test_who_captures(wanted: str, cpu: Graphs | None, cuda: Graphs) -> None:
     """Asking for graphs where there can be none is an error, not nothing."""
     assert chosen(wanted, torch.device("cuda", 0)) is cuda
     if cpu is None:
-        with pytest.raises(RequestError, match=f'cuda_graphs is "{wanted}" and the device cpu; .* or "off"'):
+        with pytest.raises(RequestError, match='graphs is "inductor" and the device cpu; .* or "off"'):
             chosen(wanted, CPU)
     else:
         assert chosen(wanted, CPU) is cpu
@@ -251,8 +250,8 @@ def test_an_unknown_choice_is_refused_before_the_weights_are_read() -> None:
     config = draw_model_config(RandomPicker(0))
     source = RandomSource(config, 0)
     source.layer = None  # type: ignore[method-assign, assignment]
-    with pytest.raises(RequestError, match="cuda_graphs is 'inductr'; it must be one of own, inductor, off"):
-        CompiledPath(source, cuda_graphs="inductr", _eager=True)
+    with pytest.raises(RequestError, match="graphs is 'inductr'; it must be one of own, inductor, off"):
+        CompiledPath(source, graphs="inductr", _eager=True)
 
 
 def test_inductor_captures_as_reduce_overhead_does() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.compiled.graph import CudaDevice, CudaGraphs, DecodeGraphs, bucket
+from twinfer.compiled.graph import CudaDevice, DecodeGraphs, Graphs, bucket
 from twinfer.compiled.path import CompiledPath
 from twinfer.compiled.steps import Cache
 from twinfer.oracle.case import RandomPicker
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 CONTEXT = 600
 
 
-def path_of(storage: Storage = Storage.FLOAT32, cuda_graphs: CudaGraphs = CudaGraphs.OWN) -> CompiledPath:
+def path_of(storage: Storage = Storage.FLOAT32, graphs: Graphs = Graphs.OWN) -> CompiledPath:
     config = draw_model_config(RandomPicker(3), context=CONTEXT)
-    return CompiledPath(RandomSource(config, 3), storage=storage, device="cuda", cuda_graphs=cuda_graphs)
+    return CompiledPath(RandomSource(config, 3), storage=storage, device="cuda", graphs=graphs)
 
 
 def given(path: CompiledPath, rows: int, capacity: int, position: int) -> tuple[Tensor, ...]:
@@ -133,11 +133,11 @@ def test_closed_sequences_keep_no_memory() -> None:
     assert all(each() is None for each in caches)
 
 
-@pytest.mark.parametrize("cuda_graphs", list(CudaGraphs))
+@pytest.mark.parametrize("graphs", list(Graphs))
 @pytest.mark.parametrize("seed", [0, 1])
-def test_any_schedule_gives_what_the_reference_gives(cuda_graphs: CudaGraphs, seed: int) -> None:
+def test_any_schedule_gives_what_the_reference_gives(graphs: Graphs, seed: int) -> None:
     """Whoever captures: open, extend, growth and closing, judged by the budget."""
-    path = path_of(cuda_graphs=cuda_graphs)
+    path = path_of(graphs=graphs)
     config = path.config
     schedule = draw_schedule(RandomPicker(seed), config)
     assert_paths_agree(Yardstick.of(RandomSource(config, 3), storage=Storage.FLOAT32), path, schedule)

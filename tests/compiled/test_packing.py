@@ -126,7 +126,7 @@ def test_products_read_the_stored_matrix(
     right_RN = x_RI @ weight_NI.T + (0 if bias_N is None else bias_N)
     packed = matrix_of(weight_NI, storage, bias_N)
     assert torch.equal(linear_few(x_RI, packed, storage), right_RN)
-    in_passes = torch.cat([linear_few(x_RI[given], packed, storage) for given in passes(rows)])
+    in_passes = torch.cat([linear_few(x_RI[given], packed, storage) for given in passes(rows, storage)])
     assert torch.equal(in_passes[:rows], right_RN)
     assert torch.equal(linear_many(x_RI, packed, storage), right_RN)
     assert torch.equal(head_many(x_RI, packed, storage, block_weights=20 * inputs), right_RN)

@@ -1,0 +1,135 @@
+"""Decode steps on a CPU as tapes: the kernels of one step with their arguments, called again on the same memory.
+
+Why it is faster: around each of its kernels a compiled program's Python looks up weights, allocates what the kernel
+writes and takes the results apart, which for a small model takes a quarter of a step; a replay is one call a kernel,
+and little more than a layer is one kernel. It is to a CPU what a CUDA graph is to a GPU, and `graph.DecodeGraphs` uses
+either by the same rules.
+
+What it relies on: Inductor's kernels are functions in the modules that it writes, named `cpp_fused...` and called with
+tensors and sizes alone; all else that computes goes through torch's dispatcher. `path` compares a replay with the plain
+call before it trusts tapes of a program, and does without them where the two differ.
+
+A tape keeps alive what was allocated while it was recorded, and no caches: it is recorded on tensors that only point
+to them (`borrowed`).
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.codecache import PyCodeCache
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .packing import own
+
+_KERNEL = "cpp_fused"
+
+_STEP_SLOTS = 64
+"""Tapes are for a multiple of so many slots: recording anew costs two steps, reading a slot in vain very little."""
+
+
+class Tape:
+    """`graph.Captured`: calls in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+
+    def replay(self) -> None:
+        for function, arguments in self.calls:
+            function(*arguments)
+
+    def reset(self) -> None:
+        self.calls.clear()
+
+
+class Tapes:
+    """`graph.Device` by tapes."""
+
+    def pool(self) -> None:
+        return None  # a tape's memory is its own: small beside the weights
+
+    def slots(self, longest: int, capacity: int) -> int:
+        """How many slots a tape reads for sequences of at most `longest` tokens, the new one included.
+
+        >>> [Tapes().slots(longest, capacity=700) for longest in (1, 64, 65, 700)]
+        [64, 64, 128, 700]
+        """
+        return min(-(-longest // _STEP_SLOTS) * _STEP_SLOTS, capacity)
+
+    def borrowed(self, tensor: Tensor) -> Tensor:
+        """The same memory, which the result does not keep alive."""
+        pointed_to = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        return own(torch.frombuffer(pointed_to, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride()))
+
+    def capture(self, call: Callable[[], Tensor], pool: None) -> tuple[Tape, Tensor]:
+        """Run the call and record it."""
+        tape = Tape()
+        with _kernels_recorded(tape), _Operators(tape):
+            result = call()
+        return tape, result
+
+
+@contextmanager
+def _kernels_recorded(tape: Tape) -> Iterator[None]:
+    """Put in each kernel's place, in its module, what calls and records it; for calls of this thread."""
+    thread = threading.get_ident()
+
+    def recorder(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*arguments: Any) -> Any:
+            if threading.get_ident() == thread:
+                tape.calls.append((kernel, arguments))
+            return kernel(*arguments)
+
+        return recorded
+
+    places = [(vars(module), name) for module in PyCodeCache.modules for name in vars(module)]
+    kernels = [(names, name, names[name]) for names, name in places if name.startswith(_KERNEL)]
+    try:
+        for names, name, kernel in kernels:
+            names[name] = recorder(kernel)
+        yield
+    finally:
+        for names, name, kernel in kernels:
+            names[name] = kernel
+
+
+class _Operators(TorchDispatchMode):
+    """Records what a call computes outside of kernels."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """A compiled program still runs compiled."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = _tensors(result)
+        given = {each.untyped_storage().data_ptr() for each in _tensors((args, kwargs))}
+        if func._schema.is_mutable:
+            self._tape.calls.append((_again, (func, args, kwargs)))
+        elif any(each.untyped_storage().data_ptr() not in given for each in made):  # not a view
+            self._tape.calls.append((_again_into, (func, args, kwargs, made)))
+        return result
+
+
+def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    func(*args, **kwargs)
+
+
+def _again_into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: list[Tensor]) -> None:
+    for target, each in zip(made, _tensors(func(*args, **kwargs)), strict=True):
+        target.copy_(each)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [each for each in pytree.tree_leaves(tree) if isinstance(each, Tensor)]
