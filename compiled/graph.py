@@ -22,6 +22,7 @@ all of `InductorGraphs`, are untried.
 Shapes: R sequences that gain one token, S slots read, C slots of a cache, K key/value heads, D head size, V vocabulary.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from enum import StrEnum
@@ -151,7 +152,7 @@ class _Graph(NamedTuple):
     caches: tuple[weakref.ref[Tensor], ...]
 
     def can_replay(self) -> bool:
-        return all(each() is not None for each in self.caches)
+        return not [each for each in self.caches if each() is None]  # in a list, for this is asked at every step
 
 
 class DecodeGraphs:
@@ -197,7 +198,7 @@ class DecodeGraphs:
         return self._handed_out(graph.logits_RV)
 
     def _key(self, caches: tuple[Cache, ...], rows: int, slots: int) -> Hashable:
-        return rows, slots, tuple(id(each) for each in _tensors(caches))
+        return rows, slots, tuple(map(id, _tensors(caches)))
 
     def _capture(
         self, program: Callable[..., Tensor], caches: tuple[Cache, ...], given: tuple[Tensor, ...], slot_S: Tensor
@@ -282,4 +283,4 @@ def keep_in_place(tree: Any) -> None:
 
 
 def _tensors(caches: tuple[Cache, ...]) -> Iterable[Tensor]:
-    return (each for cache in caches for each in cache)
+    return itertools.chain.from_iterable(caches)

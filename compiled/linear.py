@@ -93,8 +93,8 @@ def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor
     x_JRC = settled(x_RI.view(-1, places, words).permute(2, 0, 1).contiguous())
     values = [place_values(weights.word, storage, place) for place in range(places)]
     return [
-        _added([value_BJU * x_JRC[:, row, place, None] for place, value_BJU in enumerate(values)]).sum(1)
-        for row in range(x_RI.shape[0])
+        _added([value * x_J1 for value, x_J1 in zip(values, x_JC1.unbind(1), strict=True)]).sum(1)
+        for x_JC1 in x_JRC[..., None].unbind(1)
     ]
 
 
@@ -102,20 +102,23 @@ def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:
     """As `_planar_sums`, of weights: a group's step multiplies the sum over its codes, its centre that of its x."""
     assert weights.step_BGU is not None
     assert weights.centre_BGU is not None
-    blocks, groups, _ = weights.step_BGU.shape
-    places = PLACES[Storage.INT4]
-    x_RI = functional.pad(x_RI, (0, groups * places * GROUP_WORDS - x_RI.shape[1]))
-    x_RGCW = x_RI.view(-1, groups, places, GROUP_WORDS)
-    sum_GWR = settled(_added(list(x_RGCW.unbind(2))).permute(1, 2, 0).contiguous())
-    x_GWRC = settled(x_RGCW.permute(1, 3, 0, 2).contiguous())
-    word_BGWU = weights.word.view(blocks, groups, GROUP_WORDS, ROWS)
-    values = [place_values(word_BGWU, Storage.INT4, place) for place in range(places)]
+    words, places = weights.word.shape[1], PLACES[Storage.INT4]
+    x_RI = functional.pad(x_RI, (0, places * words - x_RI.shape[1]))
+    x_RGCW = x_RI.view(-1, words // GROUP_WORDS, places, GROUP_WORDS)
+    sum_JR = settled(_added(list(x_RGCW.unbind(2))).flatten(1).t().contiguous())
+    x_JRC = settled(x_RGCW.permute(1, 3, 0, 2).flatten(0, 1).contiguous())
+    step_BJU, centre_BJU = (_of_words(each) for each in (weights.step_BGU, weights.centre_BGU))
+    values = [place_values(weights.word, Storage.INT4, place) for place in range(places)]
     sums = []
-    for row in range(x_RI.shape[0]):
-        of_codes = _added([value * x_GWRC[:, :, row, place, None] for place, value in enumerate(values)])
-        terms = of_codes * weights.step_BGU[:, :, None] + sum_GWR[:, :, row, None] * weights.centre_BGU[:, :, None]
-        sums.append(terms.sum((1, 2)))
+    for sum_J1, x_JC1 in zip(sum_JR[..., None].unbind(1), x_JRC[..., None].unbind(1), strict=True):
+        of_codes = _added([value * x_J1 for value, x_J1 in zip(values, x_JC1.unbind(1), strict=True)])
+        sums.append((of_codes * step_BJU + sum_J1 * centre_BJU).sum(1))
     return sums
+
+
+def _of_words(of_groups_BGU: Tensor) -> Tensor:
+    """For each word what its group has, [B, J, U]."""
+    return of_groups_BGU[:, :, None].expand(-1, -1, GROUP_WORDS, -1).flatten(1, 2)
 
 
 def _in_blocks(of_outputs_N: Tensor | None) -> Tensor | None:

@@ -153,15 +153,17 @@ class CompiledPath:
             gained = [len(tokens) for tokens in new_tokens]
             sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
             tokens = [each.detach().to(self._device, torch.int64) for each in new_tokens]
-            last_BV = sequences.last_BV.clone()
-            every: list[Tensor] = [last_BV.new_empty(0, self._config.vocabulary)] * len(gained)
             single = [index for index, more in enumerate(gained) if more == 1]
+            logits_RV = sequences.last_BV[:0]
             if single:
                 logits_RV = self._decode(sequences, single, torch.cat([tokens[index] for index in single]))
-                last_BV[single] = logits_RV
-                every = [
-                    last_BV[index : index + 1].clone() if index in single else none for index, none in enumerate(every)
-                ]
+            if len(single) == len(gained):
+                sequences.advance(gained, logits_RV)
+                last_BV = logits_RV.clone()
+                return list(last_BV.split(1)) if every_position else last_BV
+            last_BV = sequences.last_BV.clone()
+            last_BV[single] = logits_RV
+            every = [last_BV[index : index + (more == 1)].clone() for index, more in enumerate(gained)]
             for index in (index for index, more in enumerate(gained) if more > 1):
                 last_BV[index], every[index] = self._prefill(sequences, index, tokens[index], every_position)
             sequences.advance(gained, last_BV)

@@ -7,7 +7,7 @@ dynamic (the marking fails if the graph were special to one), and everything els
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,17 +92,34 @@ def dynamic(*tensors: Tensor) -> None:
         torch._dynamo.mark_dynamic(tensor, 0)
 
 
-@contextlib.contextmanager
-def pinned(threads: int) -> Iterator[None]:
-    """Run with this many threads, float32 as default dtype, no autograd, inference mode or autocast; then as before."""
-    threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        try:
-            if threads_before != threads:
-                torch.set_num_threads(threads)
-            torch.set_default_dtype(torch.float32)
-            yield
-        finally:
-            torch.set_default_dtype(dtype_before)
-            if threads_before != threads:
-                torch.set_num_threads(threads_before)
+class pinned:
+    """Run with this many threads, float32 as default dtype, no autograd, inference mode or autocast; then as before.
+
+    What is so already is not set again, for that takes a while at every step.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._before: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> None:
+        threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+        others = torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu")
+        if not grad and not others and threads == self._threads and dtype is torch.float32:
+            return
+        with contextlib.ExitStack() as stack:
+            if others:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.autocast("cpu", enabled=False))
+            stack.enter_context(torch.no_grad())
+            if threads != self._threads:
+                stack.callback(torch.set_num_threads, threads)
+                torch.set_num_threads(self._threads)
+            if dtype is not torch.float32:
+                stack.callback(torch.set_default_dtype, dtype)
+                torch.set_default_dtype(torch.float32)
+            self._before = stack.pop_all()
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            self._before.close()

@@ -29,8 +29,9 @@ from .packing import own
 
 _KERNEL = "cpp_fused"
 
-_STEP_SLOTS = 64
-"""Tapes are for a multiple of so many slots: recording anew costs two steps, reading a slot in vain very little."""
+_LEAST_STEP = 64
+"""Tapes are for a multiple of so many slots, or of an eighth to a quarter of long sequences: recording anew costs two
+steps, reading some slots in vain very little of each."""
 
 
 class Tape:
@@ -56,10 +57,11 @@ class Tapes:
     def slots(self, longest: int, capacity: int) -> int:
         """How many slots a tape reads for sequences of at most `longest` tokens, the new one included.
 
-        >>> [Tapes().slots(longest, capacity=700) for longest in (1, 64, 65, 700)]
-        [64, 64, 128, 700]
+        >>> [Tapes().slots(longest, capacity=1300) for longest in (1, 64, 65, 1100, 1290)]
+        [64, 64, 128, 1280, 1300]
         """
-        return min(-(-longest // _STEP_SLOTS) * _STEP_SLOTS, capacity)
+        step = max(_LEAST_STEP, (1 << longest.bit_length()) // 8)
+        return min(-(-longest // step) * step, capacity)
 
     def borrowed(self, tensor: Tensor) -> Tensor:
         """The same memory, which the result does not keep alive."""

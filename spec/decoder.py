@@ -144,8 +144,8 @@ def check_extension(config: ModelConfig, lengths: Sequence[int], new_tokens: Seq
             raise RequestError(
                 f"sequence {index} would hold {length} + {len(tokens)} tokens; the model's context is {config.context}"
             )
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocabulary:
-            wrong = next(int(token) for token in tokens if not 0 <= token < config.vocabulary)
+        wrong = next((token for token in tokens.tolist() if not 0 <= token < config.vocabulary), None)
+        if wrong is not None:
             raise RequestError(
                 f"sequence {index} is given token id {wrong}; ids run from 0 to {config.vocabulary - 1} in this model"
             )
