@@ -1,6 +1,8 @@
-"""The compiled path and its peers on one model, in one process, and everything that the promised ratios need."""
+"""The compiled path and its peers on one model, each peer in a process of its own, and all that the ratios need."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,20 +14,23 @@ from ..compiled.weights import prepare
 from ..reference.path import ReferencePath
 from ..spec.config import Storage
 from .candidates import Candidate, PathCandidate
-from .exported import Exports
 from .limits import measure_limits
+from .llama_like import check_llama_like
 from .machine import this_machine
 from .must_reach import EAGER, own, products_of
 from .peers import PEERS, Room, ready_peers
 from .perplexity import PARAGRAPH
 from .plan import About, Plan, own_candidates, row, samples_of
 from .products import layer_shapes, matrix_products, memory_limit, prefill_products, small_products, step_shapes
+from .remote import Remote
 from .rows import Row
 from .side_by_side import Key, Measured, Sample, Workload, greedy, interleave, prompt, reason
 
 AGREEMENT = 16
 """Greedy tokens of everyone that are compared with the reference's."""
 Report = Callable[[str], None]
+
+start_peer: Callable[[str, str, Path, Room], AbstractContextManager[Candidate]] = Remote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,19 +81,46 @@ class Found:
 
 
 def measure(
-    checkpoint: Checkpoint, plan: Plan, names: Sequence[str], squares: Sequence[int], folder: Path, report: Report
+    model: str,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    names: Sequence[str],
+    squares: Sequence[int],
+    folder: Path,
+    report: Report,
 ) -> Found:
     """Prepare everyone, then time all in turn. Raises `RequestError` where the model is no plain LLaMA.
 
-    `names` are the peers that are wanted; what they read is written to `folder`, the caller's.
+    `model` is what the command line named, and `checkpoint` what was opened by it; `names` are the peers that are
+    wanted; what they read is written to `folder`, the caller's.
     """
-    exports = Exports(checkpoint.source, folder)
+    check_llama_like(checkpoint.config)
+    room = _room(plan)
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str) -> Candidate:
+            return stack.enter_context(start_peer(name, model, folder, room))
+
+        return _measure(checkpoint, plan, names, squares, start, report)
+
+
+def _room(plan: Plan) -> Room:
+    longest = plan.prompt + max(plan.steps + 1, AGREEMENT)
+    return Room(decode_tokens=longest, most_tokens=max(longest, *plan.prefills), threads=torch.get_num_threads())
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    names: Sequence[str],
+    squares: Sequence[int],
+    start: Callable[[str], Candidate],
+    report: Report,
+) -> Found:
     report("measuring this machine's limits")
     limits = measure_limits()
     paths, _ = own_candidates(checkpoint, plan, report)
-    longest = plan.prompt + max(plan.steps + 1, AGREEMENT)
-    room = Room(decode_tokens=longest, most_tokens=max(longest, *plan.prefills), threads=torch.get_num_threads())
-    peers, absent = ready_peers(names, exports, room, report)
+    peers, absent = ready_peers(names, start, report)
     report("comparing first tokens")
     agreements = dict(_agreements({**paths, **peers}, set(peers), absent, checkpoint, plan))
     candidates = {name: each for name, each in {**paths, **peers}.items() if name in agreements}

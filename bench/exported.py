@@ -73,19 +73,25 @@ class Exports:
         if rotary_base(_frequencies(self.source)) is None:
             raise RequestError("the model's rotary frequencies are scaled; a folder is written of plain ones alone")
         folder = self.folder / "transformers"
-        self.transformers.save_pretrained(folder)
+        if folder.exists():  # another process has written it
+            return folder
+        unfinished = folder.with_suffix(".unfinished")
+        self.transformers.save_pretrained(unfinished)
         vocabulary = {f"<{token}>": token for token in range(self.source.config.vocabulary)}
         made_up = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<0>"))
         library: Any = import_module("transformers")
         names = {"unk_token": "<0>", "bos_token": "<0>", "eos_token": "<0>"}
-        library.PreTrainedTokenizerFast(tokenizer_object=made_up, **names).save_pretrained(folder)
-        return folder
+        library.PreTrainedTokenizerFast(tokenizer_object=made_up, **names).save_pretrained(unfinished)
+        return unfinished.rename(folder)
 
     @cached_property
     def gguf_float32(self) -> Path:
         """A GGUF file of float32 tensors, without a tokenizer."""
         path = self.folder / "F32.gguf"
-        write_gguf(self.source, path)
+        if not path.exists():  # else another process has written it
+            unfinished = path.with_suffix(".unfinished")
+            write_gguf(self.source, unfinished)
+            unfinished.rename(path)
         return path
 
     def gguf(self, kind: str) -> Path:

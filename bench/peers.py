@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TypeVar
 
 from .candidates import (
     Candidate,
@@ -95,11 +96,14 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
+C = TypeVar("C", bound=Candidate)
+
+
 def ready_peers(
-    names: Collection[str], exports: Exports, room: Room, report: Callable[[str], None]
-) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """The peers of these names that run here, and why each of the others does not, in a line."""
-    candidates: dict[str, Candidate] = {}
+    names: Collection[str], make: Callable[[str], C], report: Callable[[str], None]
+) -> tuple[dict[str, C], dict[str, str]]:
+    """The peers of these names that run here, each made by its name; and why each of the others does not, in a line."""
+    candidates: dict[str, C] = {}
     absent: dict[str, str] = {}
     for name in names:
         peer = PEERS[name]
@@ -108,7 +112,7 @@ def ready_peers(
             continue
         report(f"preparing {name}")
         try:
-            candidates[name] = peer.make(exports, room)
+            candidates[name] = make(name)
         except Exception as error:  # whatever another library raises is its own affair, and the rest is still measured
             absent[name] = reason(error)
     return candidates, absent

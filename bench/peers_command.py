@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 HELP = "time a model beside transformers, llama.cpp, CTranslate2 and DeepSpeed"
 DESCRIPTION = """\
-Time the compiled path beside other libraries running the same weights, prompt and precision class, in one process,
-round by round; then hold the ratios against what this project promises."""
+Time the compiled path beside other libraries running the same weights, prompt and precision class, each library in a
+process of its own, all in turn round by round; then hold the ratios against what this project promises."""
 EPILOG = """\
 peers, each used if it is installed:
   transformers eager          float32, default cache and attention
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_model(args.model, report=model_options.say)
     plan.check(checkpoint.config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        found = measure(checkpoint, plan, names, squares, Path(folder), model_options.say)
+        found = measure(args.model, checkpoint, plan, names, squares, Path(folder), model_options.say)
     wanted = promised(plan.storages, plan.prefills, plan.batches, squares)
     ratios = [ratio(each, found.measured, found.absent) for each in wanted]
     rows = found.rows(args.model)

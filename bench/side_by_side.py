@@ -7,9 +7,11 @@ done, and would take the processor from the next.
 Shapes: T prompt tokens.
 """
 
+import functools
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -79,20 +81,29 @@ class Measured:
         return [self.tokens / seconds for seconds in self.timing.seconds]
 
 
+@runtime_checkable
+class TimesItself(Protocol):
+    """A candidate in another process, where it is timed too."""
+
+    def seconds(self, prompt_T: Tensor, workload: Workload) -> float: ...
+
+
 def sample(candidate: Candidate, prompt_T: Tensor, workload: Workload) -> Sample:
     """Of a model at work."""
+    timed = candidate.seconds if isinstance(candidate, TimesItself) else functools.partial(seconds_of, candidate)
+    return Sample(take=lambda: timed(prompt_T, workload), tokens=workload.tokens)
 
-    def take() -> float:
-        answer = candidate.answer(prompt_T, 1 + workload.steps, workload.batch)
+
+def seconds_of(candidate: Candidate, prompt_T: Tensor, workload: Workload) -> float:
+    """Of one step, on average, or of the prompt."""
+    answer = candidate.answer(prompt_T, 1 + workload.steps, workload.batch)
+    start = time.perf_counter()
+    next(answer)
+    if workload.steps:
         start = time.perf_counter()
-        next(answer)
-        if workload.steps:
-            start = time.perf_counter()
-            for _ in answer:
-                pass
-        return (time.perf_counter() - start) / max(1, workload.steps)
-
-    return Sample(take=take, tokens=workload.tokens)
+        for _ in answer:
+            pass
+    return (time.perf_counter() - start) / max(1, workload.steps)
 
 
 def prompt(vocabulary: int, length: int) -> Tensor:

@@ -109,7 +109,7 @@ def attend_decode(
     # heads last, or Inductor's vectors would run over the slots, whose values are nowhere side by side
     weight_RSKG = settled(torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True)))
     if written_out:
-        parts = value_RSKD.unflatten(3, (_parts(*query_RKGD.shape[2:]), -1)).unbind(3)
+        parts = value_RSKD.view(*value_RSKD.shape[:3], _parts(*query_RKGD.shape[2:]), -1).unbind(3)
         sums = [(weight_RSK[..., None] * part).sum(1) for weight_RSK in weight_RSKG.unbind(3) for part in parts]
         out_RKGD = torch.cat(sums, -1).view(query_RKGD.shape)
     else:
@@ -124,7 +124,11 @@ def _parts(group: int, head_size: int) -> int:
     [4, 2, 5, 1]
     """
     vectors = head_size // _VECTOR if head_size % _VECTOR == 0 else 1
-    return max(parts for parts in range(1, vectors + 1) if vectors % parts == 0 and (parts * group <= _ACCUMULATORS or parts == 1))
+    return max(
+        parts
+        for parts in range(1, vectors + 1)
+        if vectors % parts == 0 and (parts * group <= _ACCUMULATORS or parts == 1)
+    )
 
 
 def attend_prefill(

@@ -24,7 +24,7 @@ Shapes: R sequences that gain one token, S slots read, C slots of a cache, K key
 
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -93,10 +93,16 @@ class Device(Protocol):
         """A new, empty memory pool for graphs."""
 
     def slots(self, longest: int, capacity: int) -> int:
-        """How many slots a CUDA graph reads for sequences of at most `longest` tokens; no more than the capacity."""
+        """How many slots a graph reads for sequences of at most `longest` tokens; no more than the capacity."""
 
     def borrowed(self, tensor: Tensor) -> Tensor:
         """The same memory, as a tensor by which no graph keeps it alive."""
+
+    def move(self, captured: Any, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
+        """Let a captured call work on these in place of tensors of the same forms, if the device can.
+
+        `old` is where those lay when it was captured, addresses and bytes.
+        """
 
     def capture(self, call: Callable[[], Tensor], pool: Any) -> tuple[Captured, Tensor]:
         """Record the call, which it may run any number of times; and the tensor where a replay puts its result.
@@ -125,6 +131,9 @@ class CudaDevice:
     def borrowed(self, tensor: Tensor) -> Tensor:
         return tensor  # a CUDA graph has addresses alone
 
+    def move(self, captured: Any, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
+        return False
+
     def capture(self, call: Callable[[], Tensor], pool: Any) -> tuple[Captured, Tensor]:
         """On one side stream, warm-up included: what cuBLAS sets up for a stream is then there before, not captured."""
         graph = torch.cuda.CUDAGraph()
@@ -149,6 +158,10 @@ class _Graph(NamedTuple):
     inputs: tuple[Tensor, ...]
     slot_S: Tensor
     logits_RV: Tensor
+    forms: list[Any]
+    """Of the caches."""
+    spans: list[tuple[int, int]]
+    """Where they lay at capture: addresses and bytes."""
     caches: tuple[weakref.ref[Tensor], ...]
 
     def can_replay(self) -> bool:
@@ -185,12 +198,10 @@ class DecodeGraphs:
         """
         given = token_R, position_R, start_R
         key = self._key(caches, len(token_R), len(slot_S))
-        graph = self._graphs.pop(key, None)
-        if graph is not None and not graph.can_replay():  # other tensors have the ids of tensors that are gone
-            graph.captured.reset()
-            graph = None
-        if graph is None:
-            graph = self._capture(program, caches, given, slot_S)
+        graph = self._graphs.get(key)
+        if graph is None or not graph.can_replay():  # or other tensors have the ids of tensors that are gone
+            graph = self._moved(caches, len(token_R), len(slot_S)) or self._capture(program, caches, given, slot_S)
+        self._graphs.pop(key, None)
         self._graphs[key] = graph
         for own, each in zip(graph.inputs, given, strict=True):
             own.copy_(each)
@@ -199,6 +210,17 @@ class DecodeGraphs:
 
     def _key(self, caches: tuple[Cache, ...], rows: int, slots: int) -> Hashable:
         return rows, slots, tuple(map(id, _tensors(caches)))
+
+    def _moved(self, caches: tuple[Cache, ...], rows: int, slots: int) -> _Graph | None:
+        """A graph of such a step whose caches are gone, made to work on these."""
+        for key, graph in self._graphs.items():
+            same = (len(graph.logits_RV), len(graph.slot_S), graph.forms) == (rows, slots, _forms(caches))
+            if same and not graph.can_replay():
+                borrowed = [*map(self._device.borrowed, _tensors(caches))]
+                if self._device.move(graph.captured, graph.spans, borrowed):
+                    del self._graphs[key]
+                    return graph._replace(caches=_references(caches))
+        return None
 
     def _capture(
         self, program: Callable[..., Tensor], caches: tuple[Cache, ...], given: tuple[Tensor, ...], slot_S: Tensor
@@ -215,7 +237,7 @@ class DecodeGraphs:
             )
         finally:
             self._put_back(caches, written_R, before)
-        return _Graph(captured, inputs, slot_S, logits_RV, tuple(weakref.ref(each) for each in _tensors(caches)))
+        return _Graph(captured, inputs, slot_S, logits_RV, _forms(caches), _spans(caches), _references(caches))
 
     def _make_room(self) -> None:
         """Let go of graphs whose caches are gone, then of the oldest, until one more may come; see to a pool for it."""
@@ -280,6 +302,18 @@ def keep_in_place(tree: Any) -> None:
     for each in pytree.tree_leaves(tree):
         if isinstance(each, Tensor):
             torch._dynamo.mark_static_address(each, guard=False)
+
+
+def _forms(caches: tuple[Cache, ...]) -> list[Any]:
+    return [(each.shape, each.stride()) for each in _tensors(caches)]
+
+
+def _spans(caches: tuple[Cache, ...]) -> list[tuple[int, int]]:
+    return [(each.data_ptr(), each.nbytes) for each in _tensors(caches)]
+
+
+def _references(caches: tuple[Cache, ...]) -> tuple[weakref.ref[Tensor], ...]:
+    return tuple(weakref.ref(each) for each in _tensors(caches))
 
 
 def _tensors(caches: tuple[Cache, ...]) -> Iterable[Tensor]:

@@ -5,11 +5,13 @@ written out; a vector holds 16 outputs, so an activation is one number that mult
 across a vector. What Inductor then compiles is one loop over blocks of 16 outputs with, for each row, one accumulator.
 With many rows the arithmetic dominates, so the weights are expanded once, one matrix at a time, for a matrix product.
 
-Which form, decided by storage and program alone, so that it is settled when a program is compiled:
+Which form, decided by storage, program and sizes, so that it is settled when a program is compiled:
 
     a row of float32            the compiled loop over each output's own row
-    2 to 4 rows of float32      the same loop for all rows at once; `product` if their inputs do not fit the first cache
-    a decode step, packed       the compiled loop over packed words, for 1 or 4 rows at a time (`passes`)
+    2 to 4 rows of float32      the same loop for all rows at once; if their inputs do not fit the first cache, over 4
+                                outputs at once; if they are longer still, `product`
+    a decode step, packed       the compiled loop over packed words, for 1 or 4 rows at a time (`passes`); of int8 over
+                                2 blocks at once if the inputs of 4 rows do not fit the first cache
     more rows of float32        `product` on the weights as they lie
     a prefill, packed           expanded to float32, then `product`
 
@@ -75,9 +77,11 @@ def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     """
     x_RI = settled(x_RI)
     if storage is Storage.FLOAT32:
-        if 1 < x_RI.shape[0] and _MOST_AT_HAND < x_RI.numel():
+        long = x_RI.shape[0] > 1 and x_RI.numel() > _MOST_AT_HAND
+        together = 4 if long and weights.outputs % 4 == 0 and x_RI.numel() <= 2 * _MOST_AT_HAND else 1
+        if long and together == 1:
             return product(x_RI, weights.word, weights.bias_N)
-        dots_RN = torch.stack([(weights.word * x_I).sum(-1) for x_I in x_RI.unbind(0)])
+        dots_RN = _dots(x_RI, weights.word, together)
         return dots_RN if weights.bias_N is None else dots_RN + weights.bias_N
     sums = _grouped_sums(x_RI, weights) if storage is Storage.INT4 else _planar_sums(x_RI, weights, storage)
     for part_BU, apply in ((_in_blocks(weights.scale_N), torch.mul), (_in_blocks(weights.bias_N), torch.add)):
@@ -86,16 +90,33 @@ def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     return torch.stack(sums).flatten(1)[:, : weights.outputs]
 
 
+def _dots(x_RI: Tensor, weight_NI: Tensor, together: int) -> Tensor:
+    """The products with each output's row, [R, N]; so many outputs go on together."""
+    weights = weight_NI.view(-1, together, weight_NI.shape[1]).unbind(1)
+    rows = [[(weight * x_I).sum(-1) for weight in weights] for x_I in x_RI.unbind(0)]
+    return torch.stack([_in_turn(parts) for parts in rows])
+
+
 def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor]:
     """For each row the sums over all words, [B, U]; of int8 the codes' sums, not yet scaled."""
-    places, words = PLACES[storage], weights.word.shape[1]
+    places, (blocks, words, _) = PLACES[storage], weights.word.shape
     x_RI = functional.pad(x_RI, (0, places * words - x_RI.shape[1]))
     x_JRC = settled(x_RI.view(-1, places, words).permute(2, 0, 1).contiguous())
-    values = [place_values(weights.word, storage, place) for place in range(places)]
-    return [
-        _added([value * x_J1 for value, x_J1 in zip(values, x_JC1.unbind(1), strict=True)]).sum(1)
-        for x_JC1 in x_JRC[..., None].unbind(1)
+    long = storage is Storage.INT8 and x_RI.shape[0] > 1 and x_RI.numel() > _MOST_AT_HAND
+    together = 2 if long and blocks % 2 == 0 else 1
+    values = [
+        [place_values(word_BJU, storage, place) for place in range(places)]
+        for word_BJU in weights.word.view(-1, together, words, ROWS).unbind(1)
     ]
+    return [
+        _in_turn([_added([value * x_J1 for value, x_J1 in zip(each, x_J1s, strict=True)]).sum(1) for each in values])
+        for x_J1s in (x_JC1.unbind(1) for x_JC1 in x_JRC[..., None].unbind(1))
+    ]
+
+
+def _in_turn(parts: list[Tensor]) -> Tensor:
+    """The first of each part, then the second of each, and so on."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts, 1).flatten(0, 1)
 
 
 def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:

@@ -42,8 +42,8 @@ class CompiledPath:
     """Implements `twinfer.spec.decoder.Decoder` and `Encoder`.
 
     Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage or
-    compute dtype, for an unknown `graphs` or one that the device cannot have, and what the source raises; all before the
-    weights are read, the last excepted. `report` is told, in a line of text, what takes long. `graphs` says who
+    compute dtype, for an unknown `graphs` or one that the device cannot have, and what the source raises; all before
+    the weights are read, the last excepted. `report` is told, in a line of text, what takes long. `graphs` says who
     captures the decode step: if nothing is said, `graph` does.
     """
 
@@ -116,10 +116,10 @@ class CompiledPath:
         """
         begin = time.perf_counter()
         with pinned(self._threads):
-            for name in self._programs:
-                if name == "encode" if not self._config.extensible else name.startswith(("prefill", "decode")):
-                    if batches or name not in ("decode rows", "decode many"):
-                        self._ready(name)
+            later = {"encode"} if self._config.extensible else set()
+            later |= set() if batches else {"decode rows", "decode many"}
+            for name in (each for each in self._programs if each not in later):
+                self._ready(name)
         return time.perf_counter() - begin
 
     def open(self, batch: int, reserve: int) -> StaticSequences:
@@ -160,7 +160,7 @@ class CompiledPath:
             if len(single) == len(gained):
                 sequences.advance(gained, logits_RV)
                 last_BV = logits_RV.clone()
-                return list(last_BV.split(1)) if every_position else last_BV
+                return [each_V[None] for each_V in last_BV.unbind()] if every_position else last_BV
             last_BV = sequences.last_BV.clone()
             last_BV[single] = logits_RV
             every = [last_BV[index : index + (more == 1)].clone() for index, more in enumerate(gained)]

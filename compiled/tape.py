@@ -10,14 +10,15 @@ tensors and sizes alone; all else that computes goes through torch's dispatcher.
 call before it trusts tapes of a program, and does without them where the two differ.
 
 A tape keeps alive what was allocated while it was recorded, and no caches: it is recorded on tensors that only point
-to them (`borrowed`).
+to them (`borrowed`). When they are gone it can be moved to others of the same form.
 """
 
+import bisect
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self._places: list[_Place] | None = None
 
     def replay(self) -> None:
         for function, arguments in self.calls:
@@ -46,6 +48,49 @@ class Tape:
 
     def reset(self) -> None:
         self.calls.clear()
+
+    def move(self, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
+        """Work on `new` from now on, in place of tensors of the same forms that lay at `old`, addresses and bytes.
+
+        False, and nothing has changed, where an operator was given one of them: only kernels can be given another.
+        """
+        if self._places is None:
+            self._places = _places(self.calls, old)
+        if any(self.calls[each.call][0] in (_again, _again_into) for each in self._places):
+            return False
+        for each in self._places:
+            function, arguments = self.calls[each.call]
+            moved = new[each.number].as_strided(*each.form)
+            self.calls[each.call] = function, (*arguments[: each.argument], moved, *arguments[each.argument + 1 :])
+        return True
+
+
+class _Place(NamedTuple):
+    """An argument of a call that lies in the memory of one of some tensors."""
+
+    call: int
+    argument: int
+    number: int
+    """Of the tensor."""
+    form: tuple[Sequence[int], Sequence[int], int]
+    """Size, stride and offset within it."""
+
+
+def _places(
+    calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], spans: Sequence[tuple[int, int]]
+) -> list[_Place]:
+    order = sorted(range(len(spans)), key=spans.__getitem__)
+    starts = [spans[number][0] for number in order]
+    found = []
+    for call, (_, arguments) in enumerate(calls):
+        for argument, given in enumerate(arguments):
+            for each in _tensors(given):
+                at = bisect.bisect_right(starts, each.data_ptr()) - 1
+                offset = each.data_ptr() - starts[at]
+                if at >= 0 and offset < spans[order[at]][1]:
+                    form = each.size(), each.stride(), offset // each.element_size()
+                    found.append(_Place(call, argument, order[at], form))
+    return found
 
 
 class Tapes:
@@ -67,6 +112,9 @@ class Tapes:
         """The same memory, which the result does not keep alive."""
         pointed_to = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
         return own(torch.frombuffer(pointed_to, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride()))
+
+    def move(self, captured: Tape, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
+        return captured.move(old, new)
 
     def capture(self, call: Callable[[], Tensor], pool: None) -> tuple[Tape, Tensor]:
         """Run the call and record it."""
@@ -100,11 +148,11 @@ def _kernels_recorded(tape: Tape) -> Iterator[None]:
             names[name] = kernel
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records what a call computes outside of kernels."""
 
     def __init__(self, tape: Tape) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tape = tape
 
     @classmethod

@@ -1,7 +1,7 @@
 """Weights as the graphs take them, prepared one layer at a time from a `WeightSource`.
 
-Why it is faster: Q, K and V are one product, and so are gate and up: fewer loops that threads wait in for each other. A float32 copy of more than one
-part never exists.
+Why it is faster: Q, K and V are one product, and so are gate and up: fewer loops, at whose ends threads wait for each
+other. A float32 copy of more than one part never exists.
 """
 
 from typing import NamedTuple

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from twinfer.bench import exported
 from twinfer.bench.candidates import (
     Candidate,
     CTranslate2Candidate,
@@ -81,6 +82,41 @@ def test_the_transformers_folder_is_the_same_model(tmp_path: Path) -> None:
 def test_no_folder_is_written_of_what_a_folder_cannot_say(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="scaled"):
         _ = exports(tmp_path, Scaled(llama(), seed=3)).transformers_folder
+
+
+def test_what_another_process_has_written_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = exports(tmp_path)
+    written = (given.gguf_float32, given.transformers_folder)
+
+    def never(*_: object) -> None:
+        raise AssertionError("it is there")
+
+    monkeypatch.setattr(exported, "write_gguf", never)
+    monkeypatch.setattr(exported, "transformers_llama", never)
+    again = exports(tmp_path)
+    assert (again.gguf_float32, again.transformers_folder) == written
+
+
+def test_what_another_process_could_not_finish_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_a_file(source: WeightSource, path: Path) -> None:
+        path.write_bytes(b"GGUF")
+        raise OSError("no room")
+
+    def half_a_tokenizer(self: object, folder: Path) -> None:
+        (folder / "tokenizer_config.json").write_text("{}")
+        raise OSError("no room")
+
+    given = exports(tmp_path)
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(exported, "write_gguf", half_a_file)
+        full_disk.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", half_a_tokenizer)
+        for form in ("gguf_float32", "transformers_folder"):
+            with pytest.raises(OSError, match="no room"):
+                getattr(given, form)
+    again = exports(tmp_path)
+    for written in (again.gguf_float32, again.transformers_folder):
+        assert agrees(PathCandidate(ReferencePath(open_model(str(written)).source)), given.source)
+    assert (again.transformers_folder / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("source", SOURCES)

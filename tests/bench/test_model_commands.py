@@ -1,20 +1,29 @@
 """`twinfer bench model` and `twinfer bench peers`, end to end on a tiny model that is not compiled."""
 
 import json
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from twinfer.bench import apart, beside_peers, limits, plan, products
 from twinfer.bench.apart import Figures
-from twinfer.bench.exported import write_gguf
+from twinfer.bench.candidates import Candidate
+from twinfer.bench.exported import Exports, write_gguf
+from twinfer.bench.peers import PEERS, Room
+from twinfer.bench.remote import Remote
 from twinfer.bench.rows import Limits, read_rows
+from twinfer.checkpoint import open_model
 from twinfer.cli import main
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Storage
+from twinfer.spec.errors import MachineError
 
 from .tiny_llama import llama
 
@@ -32,9 +41,16 @@ FIGURES = Figures(
 )
 
 
+@contextmanager
+def here(name: str, model: str, folder: Path, room: Room) -> Iterator[Candidate]:
+    """A peer in this process, which starts faster."""
+    yield PEERS[name].make(Exports(open_model(model).source, folder), room)
+
+
 @pytest.fixture(autouse=True)
 def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits and compiling are measured in tests of their own."""
+    """Limits, compiling and other processes have tests of their own."""
+    monkeypatch.setattr(beside_peers, "start_peer", here)
     found = Limits(read_bytes_per_s=4e10, read_by="sum", gemm_flops_per_s=2e11, gemm_by="square")
     monkeypatch.setattr(limits, "measure_limits", lambda: found)
     monkeypatch.setattr(beside_peers, "measure_limits", lambda: found)
@@ -86,6 +102,94 @@ def test_peers_as_json_is_rows_and_ratios(tiny: str, capsys: pytest.CaptureFixtu
     assert ratios["decode batch 1, int8 over llama.cpp Q8_0"]["value"] is None
     assert {each["who"] for each in told["alone"]} == {"memory", "product"}
     assert [row.to_json() for row in read_rows(tmp_path / "rows.jsonl")] == [json.dumps(row) for row in told["rows"]]
+
+
+def test_peers_in_processes_of_their_own(
+    tiny: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows; nothing but JSON on the standard output of all processes, and none is left."""
+    monkeypatch.setattr(beside_peers, "start_peer", Remote)
+    status, out = peers(capfd, tiny, "--storage", "int8", "--json")
+    assert status == 0
+    told: dict[str, Any] = json.loads(out)
+    theirs = [row for row in told["rows"] if row["implementation"] == "transformers eager"]
+    assert [row["shape"]["prompt"] for row in theirs] == [6, 12]
+    assert all(row["error"] is None and row["p50_s"] > 0 for row in theirs)
+    assert told["absent"] == {}
+    assert told["agreements"]["transformers eager"] == {"alone": 16, "led": 16, "of": 16}
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("fails", [None, "at the start", "when it is asked", "when it is timed"])
+def test_a_peer_is_started_on_the_model_and_closed_whatever_becomes_of_it(
+    fails: str | None, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for the 16 tokens that are compared; its failure is told, and is nobody else's."""
+    open_now: list[str] = []
+    rooms: list[Room] = []
+
+    class Peer:
+        def __init__(self, candidate: Candidate) -> None:
+            self.candidate = candidate
+
+        def answer(self, *request: Any) -> Any:
+            if fails == "when it is asked":
+                raise MachineError("gone")
+            return self.candidate.answer(*request)
+
+        def seconds(self, *request: Any) -> float:
+            if fails == "when it is timed":
+                raise MachineError("gone")
+            return 0.25
+
+    @contextmanager
+    def start(name: str, model: str, folder: Path, room: Room) -> Iterator[Candidate]:
+        assert folder.is_dir()
+        rooms.append(room)
+        if fails == "at the start":
+            raise MachineError("gone")
+        open_now.append(name)
+        with here(name, model, folder, room) as candidate:
+            try:
+                yield Peer(candidate)
+            finally:
+                open_now.remove(name)
+
+    monkeypatch.setattr(beside_peers, "start_peer", start)
+    status, out = peers(capsys, tiny, "--storage", "int8", "--json")
+    assert status == 0
+    assert rooms == [Room(decode_tokens=6 + 16, most_tokens=6 + 16, threads=torch.get_num_threads())]
+    assert open_now == []
+    told = json.loads(out)
+    absent = {"transformers eager": "MachineError: gone"} if fails in ("at the start", "when it is asked") else {}
+    assert told["absent"] == absent
+    found = {(row["implementation"], row["error"]) for row in told["rows"]}
+    theirs = set() if absent else {("transformers eager", "MachineError: gone" if fails else None)}
+    assert found == {("compiled", None)} | theirs
+    assert {row["p50_s"] for row in told["rows"] if row["implementation"] != "compiled"} <= {None if fails else 0.25}
+
+
+def test_peers_are_closed_where_the_run_fails(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    @contextmanager
+    def start(name: str, *given: Any) -> Iterator[Candidate]:
+        with here(name, *given) as candidate:
+            try:
+                yield candidate
+            finally:
+                closed.append(name)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(beside_peers, "start_peer", start)
+    monkeypatch.setattr(beside_peers, "interleave", fail)
+    with pytest.raises(ZeroDivisionError):
+        peers(capsys, tiny, "--storage", "int8")
+    assert closed == ["transformers eager"]
 
 
 def test_a_ratio_that_is_required_and_missed_is_an_error(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:

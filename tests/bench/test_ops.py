@@ -124,7 +124,9 @@ def test_the_reference_is_computed_once_for_each_dtype() -> None:
     ("storage", "tokens", "example", "passes"),
     [
         (Storage.FLOAT32, 1, None, [1]),
-        (Storage.FLOAT32, 3, 24, [3]),
+        (Storage.FLOAT32, 3, 4, [4]),
+        (Storage.FLOAT32, 4, 4, [4]),
+        (Storage.FLOAT32, 5, 24, [5]),
         (Storage.INT8, 1, None, [1]),
         (Storage.INT8, 3, 4, [4]),
         (Storage.INT4, 6, 4, [4, 4]),
@@ -135,7 +137,7 @@ def test_the_reference_is_computed_once_for_each_dtype() -> None:
 def test_rows_are_given_as_the_path_gives_them(
     storage: Storage, tokens: int, example: int | None, passes: list[int]
 ) -> None:
-    """Packed rows of a decode step in passes of four; others by a graph for any number, compiled on 24 rows."""
+    """Rows of a decode step in passes of four, of float32 in one; more by a graph for any number, compiled on 24."""
     setting = SETTINGS["linear"]
     shape = {"B": 1, "T": tokens, "I": 70, "N": 5}
     arranged = setting.prepare(setting.case(shape, seed=0), storage).arranged

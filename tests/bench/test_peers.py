@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +11,6 @@ from twinfer.bench import peers
 from twinfer.bench.beside_peers import agreement, equal_for
 from twinfer.bench.exported import Exports
 from twinfer.bench.peers import PEERS, Peer, Room, ready_peers
-from twinfer.oracle.models import RandomSource
-
-from .tiny_llama import llama
-
-ROOM = Room(decode_tokens=24, most_tokens=32, threads=1)
 
 
 class Mute:
@@ -24,43 +18,43 @@ class Mute:
         yield [0]
 
 
-def peer(name: str, package: str, error: Exception | None = None) -> Peer:
+def peer(name: str, package: str) -> Peer:
     def make(exports: Exports, room: Room) -> Mute:
-        assert room == ROOM
-        if error is not None:
-            raise error
-        return Mute()
+        raise AssertionError("it is made by whoever asks")
 
     return Peer(name=name, package=package, install=f"pip install {package}", precision="float32", make=make)
 
 
-def test_what_is_not_installed_or_fails_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    some = (peer("good", "math"), peer("gone", "no_such_package_here"), peer("bad", "math", OSError("no\nroom")))
+def test_what_is_not_installed_or_fails_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not installed, or not wanted, is not even tried."""
+    some = (peer("good", "math"), peer("gone", "no_such_package_here"), peer("bad", "math"), peer("unwanted", "math"))
     monkeypatch.setattr(peers, "PEERS", {each.name: each for each in some})
-    exports = Exports(RandomSource(llama()), tmp_path)
+    made = {"good": Mute(), "unwanted": Mute()}
+    tried: list[str] = []
     said: list[str] = []
-    candidates, absent = ready_peers(["good", "gone", "bad"], exports, ROOM, said.append)
-    assert list(candidates) == ["good"]
+
+    def make(name: str) -> Mute:
+        tried.append(name)
+        if name not in made:
+            raise OSError("no\nroom")
+        return made[name]
+
+    candidates, absent = ready_peers(["good", "gone", "bad"], make, said.append)
+    assert tried == ["good", "bad"]
+    assert candidates == {"good": made["good"]}
     assert absent == {"gone": "not installed (pip install no_such_package_here)", "bad": "OSError: no room"}
     assert said == ["preparing good", "preparing bad"]
 
 
 @pytest.mark.parametrize("package", ["transformers", "llama_cpp", "ctranslate2", "deepspeed"])
-def test_every_package_may_be_missing(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_package_may_be_missing(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     names = [name for name, each in PEERS.items() if each.package == package]
     assert names
-    candidates, absent = ready_peers(names, Exports(RandomSource(llama()), tmp_path), ROOM, lambda line: None)
+    candidates, absent = ready_peers(names, lambda name: Mute(), lambda line: None)
     assert candidates == {}
     assert list(absent) == names
     assert all(why.startswith("not installed (pip install ") for why in absent.values())
-
-
-def test_only_those_that_are_wanted_are_made(tmp_path: Path) -> None:
-    candidates, absent = ready_peers([], Exports(RandomSource(llama()), tmp_path), ROOM, lambda line: None)
-    assert candidates == {}
-    assert absent == {}
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_tokens_agree_until_the_first_that_does_not() -> None:

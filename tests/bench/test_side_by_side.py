@@ -66,6 +66,29 @@ def test_tokens_are_those_of_a_step_or_of_a_prompt(clock: Clock) -> None:
     assert sample(Fake(clock), prompt(50, 7), Workload(prompt=7, steps=5, batch=3)).tokens == 3
 
 
+class ElsewhereTimed:
+    """A candidate that says how long it took; nobody else reads a clock or steps through its answer."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], Workload]] = []
+
+    def answer(self, prompt_T: Tensor, new: int, batch: int = 1) -> Iterator[Sequence[int]]:
+        raise AssertionError("its answer is not what is timed")
+
+    def seconds(self, prompt_T: Tensor, workload: Workload) -> float:
+        self.asked.append((prompt_T.tolist(), workload))
+        return 7.0
+
+
+def test_who_times_itself_is_believed(clock: Clock) -> None:
+    candidate, workload, prompt_T = ElsewhereTimed(), Workload(prompt=7, steps=5, batch=3), prompt(50, 7)
+    taken = sample(candidate, prompt_T, workload)
+    assert candidate.asked == []
+    assert taken.take() == 7.0
+    assert candidate.asked == [(prompt_T.tolist(), workload)]
+    assert (taken.tokens, clock.now) == (3, 0.0)
+
+
 def test_prompts_begin_alike() -> None:
     assert torch.equal(prompt(50, 300)[:32], prompt(50, 32))
     assert len(set(prompt(50, 300).tolist())) > 10

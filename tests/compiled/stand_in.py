@@ -163,6 +163,9 @@ class StandIn:
     def borrowed(self, tensor: Tensor) -> Tensor:
         return tensor  # a `Place` keeps nothing alive
 
+    def move(self, captured: Any, old: Any, new: Any) -> bool:
+        return False
+
     def capture(self, call: Callable[[], Tensor], pool: Pool) -> tuple[Graph, Tensor]:
         if pool.graphs == 0 and pool.peak > 0:
             raise CaptureError("the pool is gone: its last graph was reset")

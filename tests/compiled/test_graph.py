@@ -240,7 +240,7 @@ def test_who_captures(wanted: str, cpu: Graphs | None, cuda: Graphs) -> None:
     """Asking for graphs where there can be none is an error, not nothing."""
     assert chosen(wanted, torch.device("cuda", 0)) is cuda
     if cpu is None:
-        with pytest.raises(RequestError, match='graphs is "inductor" and the device cpu; .* or "off"'):
+        with pytest.raises(RequestError, match=r'graphs is "inductor" and the device cpu; .* or "off"'):
             chosen(wanted, CPU)
     else:
         assert chosen(wanted, CPU) is cpu

@@ -1,0 +1,201 @@
+"""A tape replays a decode step to the bit, keeps no caches alive, and is not trusted where it would not."""
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from twinfer.compiled import tape
+from twinfer.compiled.graph import DecodeGraphs
+from twinfer.compiled.path import CompiledPath
+from twinfer.compiled.sequences import StaticSequences
+from twinfer.compiled.steps import as_is, decode_program
+from twinfer.compiled.tape import Tape, Tapes
+from twinfer.compiled.weights import prepare
+from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.spec.config import Storage
+
+from ..bench.tiny_llama import llama
+from .graph_machine import CPU, cloned, same_bits, same_caches
+
+
+class Counted(Tapes):
+    """Counts what it records."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+
+    def capture(self, call: Any, pool: None) -> tuple[Tape, Tensor]:
+        self.captures += 1
+        return super().capture(call, pool)
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    storage=st.sampled_from(Storage),
+    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    slots=st.integers(8, 12),
+)
+@settings(max_examples=15)
+@torch.no_grad()
+def test_a_replay_is_the_plain_step(seed: int, storage: Storage, lengths: list[int], slots: int) -> None:
+    """Of operators: of any model in any storage, on other tokens and positions than the recorded ones."""
+    config = draw_model_config(RandomPicker(seed), context=16)
+    model = prepare(RandomSource(config, seed), storage, CPU)
+    program = decode_program(config, storage, as_is)
+    sequences = StaticSequences(config, len(lengths), 12, CPU)
+    device = Counted()
+    graphs = DecodeGraphs(model, device)
+    start_R, slot_S = 12 * torch.arange(len(lengths)), torch.arange(slots)
+    for position_R in (torch.tensor(lengths), 7 - torch.tensor(lengths)):
+        token_R = (position_R + seed) % config.vocabulary
+        plain = cloned(sequences.caches)
+        plain_RV = program(model, plain, token_R, position_R, start_R, slot_S)
+        assert same_bits(graphs.step(program, sequences.caches, token_R, position_R, start_R, slot_S), plain_RV)
+        assert same_caches(sequences.caches, plain)
+    assert device.captures == 1
+
+
+def compiled_path(**options: Any) -> CompiledPath:
+    config = replace(llama(layers=3), context=300)
+    return CompiledPath(RandomSource(config, 5), **options)
+
+
+def decoded(path: CompiledPath, tokens: list[int], steps: int, batch: int = 1, room: int = 290) -> list[Tensor]:
+    """Logits of all steps, the sequences closed by the end."""
+    sequences = path.open(batch, room)
+    for token in tokens:  # one by one: no prefill has to be compiled
+        logits = [path.extend(sequences, [torch.tensor([token + row]) for row in range(batch)])]
+    for _ in range(steps):
+        logits.append(path.extend(sequences, list(logits[-1].argmax(-1).split(1))))
+    sequences.close()
+    return logits
+
+
+def of_kernels(path: CompiledPath) -> tuple[CompiledPath, Counted]:
+    """The path with a fresh device that counts."""
+    device = Counted()
+    path._graphs = DecodeGraphs(path._model, device)
+    return path, device
+
+
+@pytest.fixture(scope="module")
+def path() -> CompiledPath:
+    return compiled_path()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tapes_of_kernels_give_what_the_programs_give(path: CompiledPath, batch: int) -> None:
+    """Through several buckets. The plain call is given as many slots, for a sum over more of them may round apart."""
+
+    class Called(DecodeGraphs):
+        def step(self, program: Any, caches: Any, *step: Tensor) -> Tensor:
+            result: Tensor = program(self._model, caches, *step)
+            return result
+
+    taped = decoded(of_kernels(path)[0], [1, 2, 3], 140, batch)
+    path._graphs = Called(path._model, Tapes())
+    called = decoded(path, [1, 2, 3], 140, batch)
+    assert all(map(same_bits, taped, called))
+
+
+def test_a_tape_holds_kernels_and_no_python_between_them(path: CompiledPath) -> None:
+    """Before the layers, each layer, and after them: one call each, or the gain would be gone."""
+    path, _ = of_kernels(path)
+    decoded(path, [1, 2], 2)
+    assert isinstance(path._graphs, DecodeGraphs)
+    (graph,) = path._graphs._graphs.values()
+    assert isinstance(graph.captured, Tape)
+    assert len(graph.captured.calls) == len(path.config.layers) + 2
+
+
+def test_later_sequences_of_the_same_form_take_over_a_tape(path: CompiledPath) -> None:
+    path, device = of_kernels(path)
+    first = decoded(path, [1, 2, 3], 20)
+    blocked = [torch.full((17, 3), torch.nan) for _ in range(100)]  # where the caches were, or some of it
+    second = decoded(path, [4, 3], 20)
+    assert device.captures == 1
+    again = decoded(path, [1, 2, 3], 20)
+    assert device.captures == 1
+    assert all(map(same_bits, first, again))
+    assert not any(map(same_bits, first, second))
+    assert all(each.isnan().all() for each in blocked), "a replay has written where the first caches were"
+
+
+def test_caches_of_another_form_have_tapes_of_their_own(path: CompiledPath) -> None:
+    """Though it reads as many slots: a kernel is told how large the caches are."""
+    path, device = of_kernels(path)
+    decoded(path, [1, 2, 3], 5)
+    small = decoded(path, [1, 2, 3], 5, room=99)
+    assert device.captures == 2
+    assert all(map(same_bits, small, decoded(of_kernels(path)[0], [1, 2, 3], 5, room=99)))
+
+
+def test_a_tape_serves_one_living_batch(path: CompiledPath) -> None:
+    """Two batches in turn have two tapes, and neither sees the other's tokens."""
+    alone = [decoded(path, tokens, 6) for tokens in ([1, 2, 3], [2, 3, 4])]
+    path, device = of_kernels(path)
+    both = [path.open(1, 290) for _ in alone]
+    for token in (1, 2, 3):
+        found = [[path.extend(each, [torch.tensor([token + more])])] for more, each in enumerate(both)]
+    for _ in range(6):
+        for each, logits in zip(both, found, strict=True):
+            logits.append(path.extend(each, [logits[-1].argmax(-1)]))
+    assert device.captures == 2
+    for one, other in zip(alone, found, strict=True):
+        assert all(map(same_bits, one, other))
+
+
+def test_a_tape_keeps_no_caches(path: CompiledPath) -> None:
+    path, _ = of_kernels(path)
+    sequences = path.open(2, 290)
+    path.extend(sequences, [torch.tensor([1])] * 2)
+    caches = [weakref.ref(each.untyped_storage()) for cache in sequences.caches for each in cache]
+    kept = [weakref.ref(each) for cache in sequences.caches for each in cache]
+    sequences.close()
+    gc.collect()
+    assert caches
+    assert all(each() is None for each in kept)
+
+
+@pytest.mark.parametrize("missed", ["all kernels", "the last call"])
+def test_tapes_that_miss_something_are_not_trusted(missed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path then decodes without them, says so, and gives the same logits."""
+    right = decoded(compiled_path(), [1, 2, 3], 5)
+    if missed == "all kernels":
+        monkeypatch.setattr(tape, "_KERNEL", "no_such_prefix")
+    else:
+        monkeypatch.setattr(Tape, "replay", lambda self: [f(*a) for f, a in self.calls[:-1]])
+    said: list[str] = []
+    path = compiled_path(report=said.append)
+    found = decoded(path, [1, 2, 3], 5)
+    assert path._graphs is None
+    assert any("decoding without graphs" in each for each in said)
+    assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in zip(right, found, strict=True))
+
+
+def test_an_operator_that_was_given_a_cache_cannot_be_moved() -> None:
+    """Its tape says so, and stays as it was."""
+    cache = torch.zeros(8)
+    device = Tapes()
+    captured, _ = device.capture(lambda: cache.add_(1.0), None)
+    assert not device.move(captured, [(cache.data_ptr(), cache.nbytes)], [torch.zeros(8)])
+    captured.replay()
+    assert cache.tolist() == [2.0] * 8
+
+
+def test_an_operator_of_other_memory_is_no_hindrance() -> None:
+    cache, other = torch.zeros(8), torch.ones(3)
+    device = Tapes()
+    captured, result = device.capture(lambda: other * 2, None)
+    assert device.move(captured, [(cache.data_ptr(), cache.nbytes)], [torch.zeros(8)])
+    other.fill_(5.0)
+    captured.replay()
+    assert result.tolist() == [10.0] * 3
