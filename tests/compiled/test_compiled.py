@@ -200,8 +200,9 @@ def test_what_is_compiled_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twinfer.compiled.programs.ready", ready)
     told: list[str] = []
     path = CompiledPath(RandomSource(gpt2(), seed=1), report=told.append)
-    path.compile(batches=False)
-    path.compile(batches=False)
-    assert told == ["compiling prefill (why)", "compiling decode (why)"]
-    path.compile()
-    assert told[2:] == ["compiling decode rows (why)"]
+    with torch.compiler.set_stance("force_eager"):  # what is compiled does not matter here
+        path.compile(batches=False)
+        path.compile(batches=False)
+        assert told == ["compiling prefill (why)", "compiling decode (why)"]
+        path.compile()
+    assert told[2:] == ["compiling decode rows (why)", "compiling decode many (why)"]
