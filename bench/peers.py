@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TypeVar
 
 from .candidates import (
     Candidate,
@@ -96,14 +95,11 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-C = TypeVar("C", bound=Candidate)
-
-
 def ready_peers(
-    names: Collection[str], make: Callable[[str], C], report: Callable[[str], None]
-) -> tuple[dict[str, C], dict[str, str]]:
+    names: Collection[str], make: Callable[[str], Candidate], report: Callable[[str], None]
+) -> tuple[dict[str, Candidate], dict[str, str]]:
     """The peers of these names that run here, each made by its name; and why each of the others does not, in a line."""
-    candidates: dict[str, C] = {}
+    candidates: dict[str, Candidate] = {}
     absent: dict[str, str] = {}
     for name in names:
         peer = PEERS[name]

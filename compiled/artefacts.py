@@ -36,7 +36,7 @@ KERNELS: dict[str, Any] = {
     "realize_opcount_threshold": 2000,
     "realize_reads_threshold": 400,
     "realize_acc_reads_threshold": 400,
-    "cpp.min_chunk_size": 4096,
+    "cpp.min_chunk_size": 2048,
 }
 """Inductor's options that make kernels what they are, so a kept program must be loaded under them too: a product and a
 sum are one operation, which rounds once; the terms of a product of some rows are never written out to memory; and a

@@ -6,7 +6,6 @@ each run by all threads or by one; what a loop does shows in its bounds and its 
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -69,9 +68,10 @@ LAYER = [
 ]
 
 PRODUCTS = {
-    (HEADS + 2 * KV_HEADS) * HEAD_SIZE: {HIDDEN: "QKV product"},
-    HIDDEN: {HEADS * HEAD_SIZE: "output product", MLP: "down product"},
-    2 * MLP: {HIDDEN: "gate and up product"},
+    ((HEADS + 2 * KV_HEADS) * HEAD_SIZE, HIDDEN): "QKV product",
+    (HIDDEN, HEADS * HEAD_SIZE): "output product",
+    (2 * MLP, HIDDEN): "gate and up product",
+    (HIDDEN, MLP): "down product",
 }
 """By outputs and inputs."""
 
@@ -156,16 +156,18 @@ def named(loop: Loop) -> tuple[str | None, str]:
     if not loop.shared:
         return of_one_thread(loop), "-"
     if loop.has(" >> "):  # words are unpacked
-        blocks, block, words = loop.bounds
-        assert blocks is not None
-        assert words is not None
-        assert block == BLOCK
-        return PRODUCTS[blocks * BLOCK][words * WORD], "outputs"
+        names = [name for sizes, name in PRODUCTS.items() if loop.bounds == bounds_of_product(*sizes)]
+        assert len(names) == 1, f"no product has the bounds {loop.bounds}"
+        return names[0], "outputs"
     if loop.has("vec_reduce_all") and loop.bounds == [None, KV_HEADS, HEAD_SIZE]:
         return "scores", "key positions"
     if not loop.has("vec_reduce_all") and loop.bounds == [KV_HEADS, BLOCK, None]:
         return "weighted sum of values", "key/value heads"
     raise AssertionError(f"no step is known by this shared loop:\n{loop.source}")
+
+
+def bounds_of_product(outputs: int, inputs: int) -> list[int]:
+    return [outputs // BLOCK, BLOCK, inputs // WORD]
 
 
 def of_one_thread(loop: Loop) -> str | None:
@@ -209,7 +211,7 @@ def test_each_shared_loop_is_a_step_of_its_own() -> None:
     assert shared == [(step.name, step.over) for step in LAYER if step.over != "-"]
 
 
-@pytest.mark.parametrize("what", ["exp(", "sqrt"])
+@pytest.mark.parametrize("what", ["exp(", "sqrt", " / "])
 def test_what_products_read_is_not_made_anew_for_each_output(what: str) -> None:
     """No norm, softmax or activation inside of a shared loop."""
     (kernel,) = kernels_of_a_layer()
