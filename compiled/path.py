@@ -22,7 +22,7 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
-from .graph import Graphs, InductorGraphs, chosen, decode_graphs, keep_in_place
+from .graph import DecodeGraphs, Graphs, InductorGraphs, chosen, decode_graphs, keep_in_place
 from .head import head_many, scale_and_cap
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
@@ -265,20 +265,24 @@ class CompiledPath:
                 keep_in_place(arguments[1])
             program(*arguments)
             self._uncompiled.discard(name)
-            if self._graphs is not None and name.startswith("decode"):
-                self._check_graphs(program, *arguments)
+            if isinstance(self._graphs, DecodeGraphs) and name.startswith("decode"):
+                self._check_graphs(self._graphs, program, *arguments)
         return program
 
     def _check_graphs(
-        self, program: Callable[..., Tensor], model: Model, caches: tuple[Cache, ...], *step: Tensor
+        self,
+        graphs: DecodeGraphs,
+        program: Callable[..., Tensor],
+        model: Model,
+        caches: tuple[Cache, ...],
+        *step: Tensor,
     ) -> None:
         """Do without graphs if a replay, on another step than the captured one, is not the plain call to the bit."""
-        assert self._graphs is not None
         token_R, position_R, start_R, slot_S = step
-        self._graphs.step(program, caches, token_R, position_R, start_R, slot_S)
+        graphs.step(program, caches, token_R, position_R, start_R, slot_S)
         later = (token_R + 1) % self._config.vocabulary, (position_R + 1) % self._config.context, start_R, slot_S
         plain_RV = program(model, caches, *later)
-        replayed_RV = self._graphs.step(program, caches, *later)
+        replayed_RV = graphs.step(program, caches, *later)
         if not torch.equal(plain_RV.view(torch.int32), replayed_RV.view(torch.int32)):
             self._report("decoding without graphs: a replay differs from the plain call; is this torch supported?")
             self._graphs = None

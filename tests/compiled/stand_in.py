@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinfer.compiled.graph import bucket
+from twinfer.compiled.tape import Tape, Tapes
 
-_POOL_BYTES = 1 << 20
+_POOL_BYTES = 1 << 23
 _ALIGNMENT = 64
 _READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::bincount"}
 
@@ -181,6 +182,18 @@ class StandIn:
             pool.spoil()
         self.graphs.append(Graph(self, pool, recorder.operators))
         return self.graphs[-1], result
+
+
+class CountedTapes(Tapes):
+    """Tapes, with a list of them as `StandIn` has it."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Tape] = []
+
+    def capture(self, call: Callable[[], Tensor], pool: None) -> tuple[Tape, Tensor]:
+        captured, result = super().capture(call, pool)
+        self.graphs.append(captured)
+        return captured, result
 
 
 def _finds_size_by_mask(func: Any, args: Any) -> bool:

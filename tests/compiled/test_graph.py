@@ -26,7 +26,7 @@ from twinfer.spec.config import Storage
 from twinfer.spec.errors import RequestError
 
 from .graph_machine import CPU, GraphMachine, as_is, cloned, same_bits, same_caches
-from .stand_in import CaptureError, StandIn
+from .stand_in import CaptureError, CountedTapes, StandIn
 
 TestGraphs = GraphMachine.TestCase
 TestGraphs.settings = settings(max_examples=15, stateful_step_count=15)
@@ -158,6 +158,7 @@ def test_the_least_recently_used_graph_goes() -> None:
         take_turns(FirstInFirstOut)
 
 
+@pytest.mark.parametrize("device_of", [StandIn, CountedTapes])
 @given(
     seed=st.integers(0, 2**20),
     storage=st.sampled_from(Storage),
@@ -166,13 +167,15 @@ def test_the_least_recently_used_graph_goes() -> None:
 )
 @settings(max_examples=15)
 @torch.no_grad()
-def test_a_captured_step_is_the_plain_step(seed: int, storage: Storage, lengths: list[int], slots: int) -> None:
+def test_a_captured_step_is_the_plain_step(
+    device_of: type[StandIn] | type[CountedTapes], seed: int, storage: Storage, lengths: list[int], slots: int
+) -> None:
     """Of any model in any storage: at capture, and at a later replay on other tokens and positions."""
     config = draw_model_config(RandomPicker(seed), context=16)
     model = prepare(RandomSource(config, seed), storage, CPU)
     program = decode_program(config, storage, as_is)
     sequences = StaticSequences(config, len(lengths), 12, CPU)
-    device = StandIn()
+    device = device_of()
     graphs = DecodeGraphs(model, device)
     start_R, slot_S = 12 * torch.arange(len(lengths)), torch.arange(slots)
     for position_R in (torch.tensor(lengths), 7 - torch.tensor(lengths)):

@@ -7,60 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.compiled import tape
 from twinfer.compiled.graph import DecodeGraphs
 from twinfer.compiled.path import CompiledPath
-from twinfer.compiled.sequences import StaticSequences
-from twinfer.compiled.steps import as_is, decode_program
 from twinfer.compiled.tape import Tape, Tapes
-from twinfer.compiled.weights import prepare
-from twinfer.oracle.case import RandomPicker
-from twinfer.oracle.models import RandomSource, draw_model_config
-from twinfer.spec.config import Storage
+from twinfer.oracle.models import RandomSource
 
 from ..bench.tiny_llama import llama
-from .graph_machine import CPU, cloned, same_bits, same_caches
-
-
-class Counted(Tapes):
-    """Counts what it records."""
-
-    def __init__(self) -> None:
-        self.captures = 0
-
-    def capture(self, call: Any, pool: None) -> tuple[Tape, Tensor]:
-        self.captures += 1
-        return super().capture(call, pool)
-
-
-@given(
-    seed=st.integers(0, 2**20),
-    storage=st.sampled_from(Storage),
-    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4),
-    slots=st.integers(8, 12),
-)
-@settings(max_examples=15)
-@torch.no_grad()
-def test_a_replay_is_the_plain_step(seed: int, storage: Storage, lengths: list[int], slots: int) -> None:
-    """Of operators: of any model in any storage, on other tokens and positions than the recorded ones."""
-    config = draw_model_config(RandomPicker(seed), context=16)
-    model = prepare(RandomSource(config, seed), storage, CPU)
-    program = decode_program(config, storage, as_is)
-    sequences = StaticSequences(config, len(lengths), 12, CPU)
-    device = Counted()
-    graphs = DecodeGraphs(model, device)
-    start_R, slot_S = 12 * torch.arange(len(lengths)), torch.arange(slots)
-    for position_R in (torch.tensor(lengths), 7 - torch.tensor(lengths)):
-        token_R = (position_R + seed) % config.vocabulary
-        plain = cloned(sequences.caches)
-        plain_RV = program(model, plain, token_R, position_R, start_R, slot_S)
-        assert same_bits(graphs.step(program, sequences.caches, token_R, position_R, start_R, slot_S), plain_RV)
-        assert same_caches(sequences.caches, plain)
-    assert device.captures == 1
+from .graph_machine import same_bits
+from .stand_in import CountedTapes
 
 
 def compiled_path(**options: Any) -> CompiledPath:
@@ -79,9 +36,9 @@ def decoded(path: CompiledPath, tokens: list[int], steps: int, batch: int = 1, r
     return logits
 
 
-def of_kernels(path: CompiledPath) -> tuple[CompiledPath, Counted]:
+def of_kernels(path: CompiledPath) -> tuple[CompiledPath, CountedTapes]:
     """The path with a fresh device that counts."""
-    device = Counted()
+    device = CountedTapes()
     path._graphs = DecodeGraphs(path._model, device)
     return path, device
 
@@ -121,9 +78,9 @@ def test_later_sequences_of_the_same_form_take_over_a_tape(path: CompiledPath) -
     first = decoded(path, [1, 2, 3], 20)
     blocked = [torch.full((17, 3), torch.nan) for _ in range(100)]  # where the caches were, or some of it
     second = decoded(path, [4, 3], 20)
-    assert device.captures == 1
+    assert len(device.graphs) == 1
     again = decoded(path, [1, 2, 3], 20)
-    assert device.captures == 1
+    assert len(device.graphs) == 1
     assert all(map(same_bits, first, again))
     assert not any(map(same_bits, first, second))
     assert all(each.isnan().all() for each in blocked), "a replay has written where the first caches were"
@@ -134,7 +91,7 @@ def test_caches_of_another_form_have_tapes_of_their_own(path: CompiledPath) -> N
     path, device = of_kernels(path)
     decoded(path, [1, 2, 3], 5)
     small = decoded(path, [1, 2, 3], 5, room=99)
-    assert device.captures == 2
+    assert len(device.graphs) == 2
     assert all(map(same_bits, small, decoded(of_kernels(path)[0], [1, 2, 3], 5, room=99)))
 
 
@@ -148,7 +105,7 @@ def test_a_tape_serves_one_living_batch(path: CompiledPath) -> None:
     for _ in range(6):
         for each, logits in zip(both, found, strict=True):
             logits.append(path.extend(each, [logits[-1].argmax(-1)]))
-    assert device.captures == 2
+    assert len(device.graphs) == 2
     for one, other in zip(alone, found, strict=True):
         assert all(map(same_bits, one, other))
 
@@ -167,8 +124,8 @@ def test_a_tape_keeps_no_caches(path: CompiledPath) -> None:
 
 @pytest.mark.parametrize("missed", ["all kernels", "the last call"])
 def test_tapes_that_miss_something_are_not_trusted(missed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path then decodes without them, says so, and gives the same logits."""
-    right = decoded(compiled_path(), [1, 2, 3], 5)
+    """The path then decodes without them, says so, and gives what it gives without any."""
+    right = decoded(compiled_path(graphs="off"), [1, 2, 3], 5)
     if missed == "all kernels":
         monkeypatch.setattr(tape, "_KERNEL", "no_such_prefix")
     else:
@@ -178,7 +135,7 @@ def test_tapes_that_miss_something_are_not_trusted(missed: str, monkeypatch: pyt
     found = decoded(path, [1, 2, 3], 5)
     assert path._graphs is None
     assert any("decoding without graphs" in each for each in said)
-    assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in zip(right, found, strict=True))
+    assert all(map(same_bits, right, found))
 
 
 def test_an_operator_that_was_given_a_cache_cannot_be_moved() -> None:
