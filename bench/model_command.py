@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser this command's options, with its description and epilog."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    model_options.add_arguments(parser)
+    model_options.add_arguments(parser, steps=64)
 
 
 def run(args: argparse.Namespace) -> int:

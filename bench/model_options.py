@@ -8,7 +8,7 @@ from ..spec.config import Storage
 from ..spec.errors import RequestError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
     """The options that both commands share."""
     parser.add_argument(
         "model",
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", type=positive, default=32, metavar="N", help="tokens before a decode step (%(default)s)"
     )
-    parser.add_argument("--steps", type=positive, default=24, metavar="N", help="decode steps timed (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=steps, metavar="N", help="decode steps timed (%(default)s)")
     parser.add_argument("--batch", type=positive, action="append", metavar="N", help="beside 1 (8 and 32); repeatable")
     parser.add_argument(
         "--prefill", type=positive, action="append", metavar="N", help="prompts timed (512, 260, 300); repeatable"

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser this command's options, with its description and epilog."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    model_options.add_arguments(parser)
+    model_options.add_arguments(parser, steps=24)
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME", help="only peers whose name begins so; repeatable"
     )

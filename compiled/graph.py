@@ -9,8 +9,8 @@ belongs to one tuple of caches and to one bucket of sizes, rows R and slots S:
 - S is rounded up (`Device.slots`), so that a few graphs serve every length. Slots that a sequence has not reached are
   masked: they change no value, though a sum over more of them may round otherwise.
 
-A graph is never replayed over caches that are gone, whether closed or grown: it knows them by weak references, which
-keep no memory. Inputs are copied into tensors of the graph's own, logits out of it, so what a caller holds never
+A graph is never replayed over caches that are gone, whether closed or grown: it knows them by a weak reference, which
+keeps no memory. Inputs are copied into tensors of the graph's own, logits out of it, so what a caller holds never
 changes. Warm-up does write into the caches: the slots that it writes, which are the step's own, are put back.
 
 All CUDA graphs share one memory pool, which grows to what the largest bucket needs at once, and the logits of each.
@@ -155,17 +155,15 @@ class _Graph(NamedTuple):
     """A captured step with what a replay reads and writes, the caches excepted, which it does not keep alive."""
 
     captured: Captured
-    inputs: tuple[Tensor, ...]
+    step_3R: Tensor
     slot_S: Tensor
     logits_RV: Tensor
     forms: list[Any]
     """Of the caches."""
     spans: list[tuple[int, int]]
     """Where they lay at capture: addresses and bytes."""
-    caches: tuple[weakref.ref[Tensor], ...]
-
-    def can_replay(self) -> bool:
-        return not [each for each in self.caches if each() is None]  # in a list, for this is asked at every step
+    cache: weakref.ref[Tensor]
+    """The first of the caches, which stands for all: they come and go together."""
 
 
 class DecodeGraphs:
@@ -187,70 +185,71 @@ class DecodeGraphs:
         self,
         program: Callable[..., Tensor],
         caches: tuple[Cache, ...],
-        token_R: Tensor,
-        position_R: Tensor,
-        start_R: Tensor,
+        step_3R: Tensor,
         slot_S: Tensor,
     ) -> Tensor:
-        """What `program(model, caches, token_R, ...)` gives and does, to the bit; logits [R, V], the caller's own.
+        """What `program(model, caches, step_3R, slot_S)` gives and does, to the bit; logits [R, V], the caller's own.
 
         `program` and the values of `slot_S` follow from R and S: they are looked at only when a graph is captured.
         """
-        given = token_R, position_R, start_R
-        key = self._key(caches, len(token_R), len(slot_S))
+        rows, slots = step_3R.shape[1], len(slot_S)
+        key = self._key(caches, rows, slots)
         graph = self._graphs.get(key)
-        if graph is None or not graph.can_replay():  # or other tensors have the ids of tensors that are gone
-            graph = self._moved(caches, len(token_R), len(slot_S)) or self._capture(program, caches, given, slot_S)
+        if graph is None or self._is_gone(graph):  # then other tensors have the ids of its caches
+            graph = self._moved(caches, rows, slots) or self._capture(program, caches, step_3R, slot_S)
         self._graphs.pop(key, None)
         self._graphs[key] = graph
-        for own, each in zip(graph.inputs, given, strict=True):
-            own.copy_(each)
+        graph.step_3R.copy_(step_3R)
         graph.captured.replay()
         return self._handed_out(graph.logits_RV)
 
     def _key(self, caches: tuple[Cache, ...], rows: int, slots: int) -> Hashable:
-        return rows, slots, tuple(map(id, _tensors(caches)))
+        return rows, slots, id(caches[0].key_CKD)
+
+    def _is_gone(self, graph: _Graph) -> bool:
+        """Whether its caches are: then nothing may replay it."""
+        return graph.cache() is None
 
     def _moved(self, caches: tuple[Cache, ...], rows: int, slots: int) -> _Graph | None:
         """A graph of such a step whose caches are gone, made to work on these."""
         for key, graph in self._graphs.items():
             same = (len(graph.logits_RV), len(graph.slot_S), graph.forms) == (rows, slots, _forms(caches))
-            if same and not graph.can_replay():
+            if same and self._is_gone(graph):
                 borrowed = [*map(self._device.borrowed, _tensors(caches))]
                 if self._device.move(graph.captured, graph.spans, borrowed):
                     del self._graphs[key]
-                    return graph._replace(caches=_references(caches))
+                    return graph._replace(cache=weakref.ref(caches[0].key_CKD))
         return None
 
     def _capture(
-        self, program: Callable[..., Tensor], caches: tuple[Cache, ...], given: tuple[Tensor, ...], slot_S: Tensor
+        self, program: Callable[..., Tensor], caches: tuple[Cache, ...], given_3R: Tensor, slot_S: Tensor
     ) -> _Graph:
         self._make_room()
-        inputs = self._own(given)
-        token_R, position_R, start_R = inputs
-        written_R = start_R + position_R
+        step_3R = self._own(given_3R)
+        written_R = step_3R[1] + step_3R[2]
         before = [each_CKD[written_R] for each_CKD in _tensors(caches)]
         borrowed = tuple(Cache(*map(self._device.borrowed, cache)) for cache in caches)
         try:
             captured, logits_RV = self._device.capture(
-                lambda: program(self._model, borrowed, token_R, position_R, start_R, slot_S), self._pool
+                lambda: program(self._model, borrowed, step_3R, slot_S), self._pool
             )
         finally:
             self._put_back(caches, written_R, before)
-        return _Graph(captured, inputs, slot_S, logits_RV, _forms(caches), _spans(caches), _references(caches))
+        cache = weakref.ref(caches[0].key_CKD)
+        return _Graph(captured, step_3R, slot_S, logits_RV, _forms(caches), _spans(caches), cache)
 
     def _make_room(self) -> None:
         """Let go of graphs whose caches are gone, then of the oldest, until one more may come; see to a pool for it."""
-        gone = [key for key, graph in self._graphs.items() if not graph.can_replay()]
+        gone = [key for key, graph in self._graphs.items() if self._is_gone(graph)]
         living = [key for key in self._graphs if key not in gone]
         for key in gone + living[: max(0, len(living) - self._most + 1)]:
             self._graphs.pop(key).captured.reset()
         if not self._graphs:  # torch lets go of a pool with the last graph in it
             self._pool = self._device.pool()
 
-    def _own(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Tensors that keep their address, one storage each, as the programs want them."""
-        return tuple(each.clone() for each in given)
+    def _own(self, given_3R: Tensor) -> Tensor:
+        """One that keeps its address."""
+        return given_3R.clone()
 
     def _put_back(self, caches: tuple[Cache, ...], written_R: Tensor, before: list[Tensor]) -> None:
         for each_CKD, rows_RKD in zip(_tensors(caches), before, strict=True):
@@ -275,15 +274,13 @@ class InductorGraphs:
         self,
         program: Callable[..., Tensor],
         caches: tuple[Cache, ...],
-        token_R: Tensor,
-        position_R: Tensor,
-        start_R: Tensor,
+        step_3R: Tensor,
         slot_S: Tensor,
     ) -> Tensor:
         """As `DecodeGraphs.step`; Inductor captures anew for each S and for caches at other addresses."""
         keep_in_place(caches)
         _next_step()
-        return program(self._model, caches, token_R, position_R, start_R, slot_S).clone()
+        return program(self._model, caches, step_3R, slot_S).clone()
 
 
 def decode_graphs(by_whom: Graphs, model: Model, device: torch.device) -> DecodeGraphs | InductorGraphs | None:
@@ -310,10 +307,6 @@ def _forms(caches: tuple[Cache, ...]) -> list[Any]:
 
 def _spans(caches: tuple[Cache, ...]) -> list[tuple[int, int]]:
     return [(each.data_ptr(), each.nbytes) for each in _tensors(caches)]
-
-
-def _references(caches: tuple[Cache, ...]) -> tuple[weakref.ref[Tensor], ...]:
-    return tuple(weakref.ref(each) for each in _tensors(caches))
 
 
 def _tensors(caches: tuple[Cache, ...]) -> Iterable[Tensor]:

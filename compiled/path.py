@@ -152,11 +152,10 @@ class CompiledPath:
         with pinned(self._threads):
             gained = [len(tokens) for tokens in new_tokens]
             sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
-            tokens = [each.detach().to(self._device, torch.int64) for each in new_tokens]
             single = [index for index, more in enumerate(gained) if more == 1]
             logits_RV = sequences.last_BV[:0]
             if single:
-                logits_RV = self._decode(sequences, single, torch.cat([tokens[index] for index in single]))
+                logits_RV = self._decode(sequences, single, [int(new_tokens[index]) for index in single])
             if len(single) == len(gained):
                 sequences.advance(gained, logits_RV)
                 last_BV = logits_RV.clone()
@@ -165,7 +164,8 @@ class CompiledPath:
             last_BV[single] = logits_RV
             every = [last_BV[index : index + (more == 1)].clone() for index, more in enumerate(gained)]
             for index in (index for index, more in enumerate(gained) if more > 1):
-                last_BV[index], every[index] = self._prefill(sequences, index, tokens[index], every_position)
+                tokens_T = new_tokens[index].detach().to(self._device, torch.int64)
+                last_BV[index], every[index] = self._prefill(sequences, index, tokens_T, every_position)
             sequences.advance(gained, last_BV)
             return every if every_position else last_BV.clone()
 
@@ -209,29 +209,30 @@ class CompiledPath:
         described = f"{name} {self._storage} {self._config}"
         return Pieces(described, compiling, keep_guards=self._keep_guards, capturing=self._inductor_captures(name))
 
-    def _decode(self, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
+    def _decode(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
         """One token for each of these sequences; logits [R, V].
 
         Rows go through their program in passes; a row that only fills one up is computed again, and writes into the
         cache once more what it has written.
         """
         logits = [
-            self._decode_rows(sequences, [rows[each] for each in given], token_R[given])
+            self._decode_rows(sequences, [rows[each] for each in given], [tokens[each] for each in given])
             for given in passes(len(rows), self._storage)
         ]
-        return torch.cat(logits)[: len(rows)] if len(logits) > 1 else logits[0][: len(rows)]
+        logits_RV = torch.cat(logits) if len(logits) > 1 else logits[0]
+        return logits_RV if len(logits_RV) == len(rows) else logits_RV[: len(rows)]
 
-    def _decode_rows(self, sequences: StaticSequences, rows: list[int], token_R: Tensor) -> Tensor:
-        positions = [sequences.lengths[row] for row in rows]
-        position_R = torch.tensor(positions, device=self._device)
-        start_R = torch.tensor([row * sequences.capacity for row in rows], device=self._device)
+    def _decode_rows(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
+        lengths, capacity = sequences.lengths, sequences.capacity
+        positions = [lengths[row] for row in rows]
+        step_3R = torch.tensor([tokens, positions, [row * capacity for row in rows]], device=self._device)
         name = {1: "decode", PASS_ROWS: "decode rows"}.get(len(rows), "decode many")
         program, longest = self._ready(name), max(positions) + 1
         if self._graphs is not None:
-            slot_S = self._slots[: self._graphs.slots(longest, sequences.capacity)]
-            return self._graphs.step(program, sequences.caches, token_R, position_R, start_R, slot_S)
+            slot_S = self._slots[: self._graphs.slots(longest, capacity)]
+            return self._graphs.step(program, sequences.caches, step_3R, slot_S)
         slot_S = self._slots[: max(2, longest)]
-        logits_RV: Tensor = program(self._model, sequences.caches, token_R, position_R, start_R, slot_S)
+        logits_RV: Tensor = program(self._model, sequences.caches, step_3R, slot_S)
         return logits_RV
 
     def _inductor_captures(self, name: str) -> bool:
@@ -275,14 +276,16 @@ class CompiledPath:
         program: Callable[..., Tensor],
         model: Model,
         caches: tuple[Cache, ...],
-        *step: Tensor,
+        step_3R: Tensor,
+        slot_S: Tensor,
     ) -> None:
         """Do without graphs if a replay, on another step than the captured one, is not the plain call to the bit."""
-        token_R, position_R, start_R, slot_S = step
-        graphs.step(program, caches, token_R, position_R, start_R, slot_S)
-        later = (token_R + 1) % self._config.vocabulary, (position_R + 1) % self._config.context, start_R, slot_S
-        plain_RV = program(model, caches, *later)
-        replayed_RV = graphs.step(program, caches, *later)
+        graphs.step(program, caches, step_3R, slot_S)
+        token_R, position_R, start_R = step_3R
+        later = (token_R + 1) % self._config.vocabulary, (position_R + 1) % self._config.context, start_R
+        later_3R = torch.stack(later)
+        plain_RV = program(model, caches, later_3R, slot_S)
+        replayed_RV = graphs.step(program, caches, later_3R, slot_S)
         if not torch.equal(plain_RV.view(torch.int32), replayed_RV.view(torch.int32)):
             self._report("decoding without graphs: a replay differs from the plain call; is this torch supported?")
             self._graphs = None
@@ -309,11 +312,7 @@ class CompiledPath:
         if name == "prefill":
             dynamic(slot_S)
             return self._model, sequences.caches, token_T, position_T, start_R, slot_S
-        token_R, position_R = (torch.zeros(rows, dtype=torch.int64, device=self._device) for _ in range(2))
-        dynamic(slot_S)
-        if name == "decode many":
-            dynamic(token_R, position_R, start_R)
-        return self._model, sequences.caches, token_R, position_R, start_R, slot_S
+        return self._model, sequences.caches, torch.stack([0 * start_R, 0 * start_R, start_R]), slot_S
 
 
 def _runs(lengths: list[int], most: int) -> Iterator[slice]:

@@ -95,17 +95,22 @@ def dynamic(*tensors: Tensor) -> None:
 class pinned:
     """Run with this many threads, float32 as default dtype, no autograd, inference mode or autocast; then as before.
 
-    What is so already is not set again, for that takes a while at every step.
+    What is so already is not set again, and autograd alone not through a stack: that takes a while at every step.
     """
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._before: contextlib.ExitStack | None = None
+        self._grad = False
+        """Whether autograd alone is to be put back."""
 
     def __enter__(self) -> None:
-        threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+        threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
         others = torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu")
-        if not grad and not others and threads == self._threads and dtype is torch.float32:
+        if not others and threads == self._threads and dtype is torch.float32:
+            self._grad = torch.is_grad_enabled()
+            if self._grad:
+                torch.set_grad_enabled(False)
             return
         with contextlib.ExitStack() as stack:
             if others:
@@ -123,3 +128,5 @@ class pinned:
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             self._before.close()
+        if self._grad:
+            torch.set_grad_enabled(True)

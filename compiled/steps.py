@@ -69,33 +69,34 @@ class Last(NamedTuple):
 
 
 def decode_program(config: ModelConfig, storage: Storage, piece: Piece, *, many: bool = False) -> Callable[..., Tensor]:
-    """A function (model, caches, token_R, position_R, start_R, slot_S) -> logits [R, V].
+    """A function (model, caches, step_3R, slot_S) -> logits [R, V].
 
-    R is always that of the first call; with `many` it varies, and the products are those for many rows.
+    A step is three integers for each sequence: its new token, that token's position, and the sequence's first slot. R
+    is always that of the first call; with `many` it varies, and the products are those for many rows.
     """
     product = linear_many if many else linear_few
     windows = _windows(config)
 
-    def before(
-        embedding: Embedding, rotations: Rotations, token_R: Tensor, position_R: Tensor, start_R: Tensor, slot_S: Tensor
-    ) -> Any:
+    def before(embedding: Embedding, rotations: Rotations, step_3R: Tensor, slot_S: Tensor) -> Any:
+        token_R, position_R, start_R = step_3R.unbind()
         x_RM = embed(token_R, position_R, embedding, config, storage, product)
         tables = [rotary_table(position_R, *each) for each in rotations]
-        return x_RM, tables, [seen(start_R, position_R, slot_S, each) for each in windows], start_R + position_R
+        seen_of = [seen(start_R, position_R, slot_S, each) for each in windows]
+        return x_RM, tables, seen_of, position_R.clone(), start_R + position_R
 
     def after(x_RM: Tensor, last: Last) -> Tensor:
         return _logits(_for_head(x_RM, last, config, storage, product), last, config, storage, product)
 
-    first = piece(before, Varying())
+    first = piece(before, Varying((3,), (2,) if many else ()))
     make = functools.partial(_decode_layer, storage=storage, product=product)
-    layer_of = _layers(config, make, piece, Varying((0, 3, 4, 7) if many else (), (7,)))
+    layer_of = _layers(config, make, piece, Varying((0, 3, 4, 5, 7) if many else (), (7,)))
     final = piece(after, Varying((0,) if many else ()))
 
     def decode(
-        model: Model, caches: tuple[Cache, ...], token_R: Tensor, position_R: Tensor, start_R: Tensor, slot_S: Tensor
+        model: Model, caches: tuple[Cache, ...], step_3R: Tensor, slot_S: Tensor
     ) -> Tensor:
         rotations, which = _rotations(model, config)
-        x_RM, tables, seen_of, write_R = first(model.embedding, rotations, token_R, position_R, start_R, slot_S)
+        x_RM, tables, seen_of, position_R, write_R = first(model.embedding, rotations, step_3R, slot_S)
         for layer, weights, cache, table in zip(config.layers, model.layers, caches, which, strict=True):
             where = write_R, position_R, slot_S, seen_of[windows.index(layer.attention.window)]
             x_RM = layer_of[layer](x_RM, weights, cache, _table(tables, table), *where)

@@ -26,8 +26,6 @@ from torch._inductor.codecache import PyCodeCache
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .packing import own
-
 _KERNEL = "cpp_fused"
 
 _LEAST_STEP = 64
@@ -39,7 +37,7 @@ class Tape:
     """`graph.Captured`: calls in the order in which they were made."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.calls: list[tuple[Callable[..., Any], list[Any]]] = []
         self._places: list[_Place] | None = None
 
     def replay(self) -> None:
@@ -59,9 +57,8 @@ class Tape:
         if any(self.calls[each.call][0] in (_again, _again_into) for each in self._places):
             return False
         for each in self._places:
-            function, arguments = self.calls[each.call]
-            moved = new[each.number].as_strided(*each.form)
-            self.calls[each.call] = function, (*arguments[: each.argument], moved, *arguments[each.argument + 1 :])
+            _, arguments = self.calls[each.call]
+            arguments[each.argument] = new[each.number].as_strided(*each.form)
         return True
 
 
@@ -76,9 +73,7 @@ class _Place(NamedTuple):
     """Size, stride and offset within it."""
 
 
-def _places(
-    calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], spans: Sequence[tuple[int, int]]
-) -> list[_Place]:
+def _places(calls: Sequence[tuple[Callable[..., Any], list[Any]]], spans: Sequence[tuple[int, int]]) -> list[_Place]:
     order = sorted(range(len(spans)), key=spans.__getitem__)
     starts = [spans[number][0] for number in order]
     found = []
@@ -109,9 +104,9 @@ class Tapes:
         return min(-(-longest // step) * step, capacity)
 
     def borrowed(self, tensor: Tensor) -> Tensor:
-        """The same memory, which the result does not keep alive."""
+        """The same memory, all of it and in its order, which the result does not keep alive."""
         pointed_to = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-        return own(torch.frombuffer(pointed_to, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride()))
+        return torch.frombuffer(pointed_to, dtype=tensor.dtype).view(tensor.shape)
 
     def move(self, captured: Tape, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
         return captured.move(old, new)
@@ -132,7 +127,7 @@ def _kernels_recorded(tape: Tape) -> Iterator[None]:
     def recorder(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*arguments: Any) -> Any:
             if threading.get_ident() == thread:
-                tape.calls.append((kernel, arguments))
+                tape.calls.append((kernel, list(arguments)))
             return kernel(*arguments)
 
         return recorded
@@ -166,9 +161,9 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = _tensors(result)
         given = {each.untyped_storage().data_ptr() for each in _tensors((args, kwargs))}
         if func._schema.is_mutable:
-            self._tape.calls.append((_again, (func, args, kwargs)))
+            self._tape.calls.append((_again, [func, args, kwargs]))
         elif any(each.untyped_storage().data_ptr() not in given for each in made):  # not a view
-            self._tape.calls.append((_again_into, (func, args, kwargs, made)))
+            self._tape.calls.append((_again_into, [func, args, kwargs, made]))
         return result
 
 
@@ -182,4 +177,5 @@ def _again_into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: 
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [each for each in pytree.tree_leaves(tree) if isinstance(each, Tensor)]
+    leaves = [tree] if isinstance(tree, Tensor | int) else pytree.tree_leaves(tree)  # what kernels are given is no tree
+    return [each for each in leaves if isinstance(each, Tensor)]

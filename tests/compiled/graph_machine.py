@@ -196,10 +196,9 @@ class GraphMachine(RuleBasedStateMachine):
 
     def _arguments(self, group: Group, rows: list[int], token: int) -> tuple[Tensor, ...]:
         lengths, capacity = group.sequences.lengths, group.sequences.capacity
-        token_R = torch.tensor([(token + 7 * row) % self.config.vocabulary for row in rows])
-        position_R = torch.tensor([lengths[row] for row in rows])
-        start_R = torch.tensor([row * capacity for row in rows])
-        return token_R, position_R, start_R, self.slots[: bucket(max(lengths[row] for row in rows) + 1, capacity)]
+        tokens = [(token + 7 * row) % self.config.vocabulary for row in rows]
+        step_3R = torch.tensor([tokens, [lengths[row] for row in rows], [row * capacity for row in rows]])
+        return step_3R, self.slots[: bucket(max(lengths[row] for row in rows) + 1, capacity)]
 
     def _captures_expected(self, group: Group, rows: list[int], slots: int) -> int:
         """How many captures the next step should make; its graph becomes the last used, and the oldest may go."""

@@ -23,8 +23,8 @@ def decode_case(seed: int, storage: Storage, rows: int) -> tuple[Callable[..., A
     config = draw_model_config(RandomPicker(seed))
     model = prepare(RandomSource(config, seed), storage, CPU)
     sequences = StaticSequences(config, rows, 9, CPU)
-    indices = (torch.zeros(rows, dtype=torch.int64), torch.full((rows,), 3), 9 * torch.arange(rows))
-    return decode_program(config, storage, as_is), (model, sequences.caches, *indices, torch.arange(7))
+    step_3R = torch.stack([torch.zeros(rows, dtype=torch.int64), torch.full((rows,), 3), 9 * torch.arange(rows)])
+    return decode_program(config, storage, as_is), (model, sequences.caches, step_3R, torch.arange(7))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

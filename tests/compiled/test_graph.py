@@ -49,8 +49,8 @@ class NotCopiedOut(DecodeGraphs):
 class NotCopiedIn(DecodeGraphs):
     """Captures the caller's inputs where they lie."""
 
-    def _own(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return given
+    def _own(self, given_3R: Tensor) -> Tensor:
+        return given_3R
 
 
 class EvictionFreesThePool(DecodeGraphs):
@@ -111,8 +111,8 @@ class CachesKeptAlive(DecodeGraphs):
 class DeathUnnoticed(DecodeGraphs):
     """A graph whose caches are gone is taken for good, should others come to have their ids."""
 
-    def _capture(self, *arguments: Any) -> Any:
-        return super()._capture(*arguments)._replace(caches=())
+    def _is_gone(self, graph: Any) -> bool:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -179,10 +179,10 @@ def test_a_captured_step_is_the_plain_step(
     graphs = DecodeGraphs(model, device)
     start_R, slot_S = 12 * torch.arange(len(lengths)), torch.arange(slots)
     for position_R in (torch.tensor(lengths), 7 - torch.tensor(lengths)):
-        token_R = (position_R + seed) % config.vocabulary
+        step_3R = torch.stack([(position_R + seed) % config.vocabulary, position_R, start_R])
         plain = cloned(sequences.caches)
-        plain_RV = program(model, plain, token_R, position_R, start_R, slot_S)
-        assert same_bits(graphs.step(program, sequences.caches, token_R, position_R, start_R, slot_S), plain_RV)
+        plain_RV = program(model, plain, step_3R, slot_S)
+        assert same_bits(graphs.step(program, sequences.caches, step_3R, slot_S), plain_RV)
         assert same_caches(sequences.caches, plain)
     assert len(device.graphs) == 1
 
@@ -267,10 +267,10 @@ def test_inductor_is_told_that_weights_and_caches_stay_where_they_are() -> None:
     config = draw_model_config(RandomPicker(1), context=16)
     model = prepare(RandomSource(config, 1), Storage.FLOAT32, CPU)
     caches = StaticSequences(config, 1, 9, CPU).caches
-    steps = tuple(torch.zeros(1, dtype=torch.int64) for _ in range(3))
+    step_3R = torch.zeros(3, 1, dtype=torch.int64)
     keep_in_place((model, caches))
     static = traced_static_inputs(
-        decode_program(config, Storage.FLOAT32, as_is), (model, caches, *steps, torch.arange(8))
+        decode_program(config, Storage.FLOAT32, as_is), (model, caches, step_3R, torch.arange(8))
     )
     stays = {each.data_ptr() for each in torch.utils._pytree.tree_leaves((model, caches)) if isinstance(each, Tensor)}
     assert static

@@ -33,7 +33,7 @@ def given(path: CompiledPath, rows: int, capacity: int, position: int) -> tuple[
     position_R = torch.tensor([max(0, position - 2 * (rows - 1 - row)) for row in range(rows)], device="cuda")
     token_R = (position_R + position) % path.config.vocabulary
     start_R = torch.arange(rows, device="cuda") * capacity
-    return token_R, position_R, start_R, torch.arange(bucket(position + 1, capacity), device="cuda")
+    return torch.stack([token_R, position_R, start_R]), torch.arange(bucket(position + 1, capacity), device="cuda")
 
 
 def noisy(path: CompiledPath, rows: int, capacity: int) -> tuple[Cache, ...]:
