@@ -41,9 +41,9 @@ class Outcome:
     """Of all graphs of a decoder: a prompt, one sequence, several."""
     weight_bytes: int
     step_s: float
-    """A decode step of one sequence, on average."""
-    kernel_s: float
-    """Of this, what went by within the kernels that Inductor made."""
+    """A token of one sequence on average, with the choice of the next."""
+    outside_s: float
+    """Of this, what the path spent outside of the kernels that Inductor made."""
     loops_a_layer: float | None
     """Parallel loops in a layer of that step, of the generated C++; None for a model of one layer."""
     bare_bytes: int | None
@@ -62,7 +62,7 @@ class Figures:
     weight_bytes: int
     step_s: float
     outside_kernels: float
-    """Share of a decode step of one sequence that was not spent in the kernels that Inductor made."""
+    """Share of a token's time that the path spent outside of the kernels that Inductor made; one sequence."""
     loops_a_layer: float | None
     peak_bytes: int | None
     beyond_torch_bytes: int | None
@@ -88,7 +88,7 @@ def measure_apart(model: str, storage: str, prompt: int, steps: int) -> Figures:
         compile_warm_s=warm.compile_s,
         weight_bytes=warm.weight_bytes,
         step_s=warm.step_s,
-        outside_kernels=1 - warm.kernel_s / warm.step_s,
+        outside_kernels=warm.outside_s / warm.step_s,
         loops_a_layer=warm.loops_a_layer,
         peak_bytes=warm.peak_bytes,
         beyond_torch_bytes=beyond,
@@ -129,16 +129,19 @@ def measure(task: Task, bare_bytes: int | None) -> Outcome:
             sequences = path.open(1, task.prompt + task.steps)
             logits_BV = path.extend(sequences, [prompt_T])
             kernels.forget()
-            start = time.perf_counter()
+            start, extending_s = time.perf_counter(), 0.0
             for _ in range(task.steps):
-                logits_BV = path.extend(sequences, [logits_BV.argmax(-1)])
+                chosen = [logits_BV.argmax(-1)]
+                before = time.perf_counter()
+                logits_BV = path.extend(sequences, chosen)
+                extending_s += time.perf_counter() - before
             seconds = time.perf_counter() - start
             sequences.close()
     return Outcome(
         compile_s=compile_s,
         weight_bytes=path.weight_bytes,
         step_s=seconds / task.steps,
-        kernel_s=kernels.seconds / task.steps,
+        outside_s=(extending_s - kernels.seconds) / task.steps,
         loops_a_layer=kernels.loops_a_layer(task.steps, len(path.config.layers)),
         bare_bytes=bare_bytes,
         peak_bytes=peak_resident_bytes(),

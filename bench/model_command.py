@@ -28,8 +28,9 @@ speeds: medians over the rounds, each of which runs every storage once. Nothing 
 in processes of their own, one with an empty cache folder and one that finds what the first has left there:
   compile s, again  seconds until all three or four graphs are ready: a prompt, one sequence, several
   peak              most memory that was resident; allowed is 1.5 times the prepared weights and 150 MiB
-  outside kernels   share of a decode step of one sequence that is not spent within the kernels that Inductor made: both
-                    are timed in the same steps, the kernels where the generated code calls them
+  outside kernels   share of a token's time, of one sequence, that the path spends outside of the kernels that Inductor
+                    made: both are timed in the same steps, the kernels where the generated code calls them; a step
+                    that records a tape or moves one counts with the others
   loops a layer     parallel loops of that step's kernels, `#pragma omp for` in the generated C++
 
 exit status: 0; 1 if the compiled path recompiled while it was timed

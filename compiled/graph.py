@@ -10,8 +10,8 @@ belongs to one tuple of caches and to one bucket of sizes, rows R and slots S:
   masked: they change no value, though a sum over more of them may round otherwise.
 
 A graph is never replayed over caches that are gone, whether closed or grown: it knows them by a weak reference, which
-keeps no memory. Inputs are copied into tensors of the graph's own, logits out of it, so what a caller holds never
-changes. Warm-up does write into the caches: the slots that it writes, which are the step's own, are put back.
+keeps no memory. A step's numbers are written into a tensor of the graph's own, logits copied out of it, so what a
+caller holds never changes. Warm-up does write into the caches: the slots that it writes, the step's own, are put back.
 
 All CUDA graphs share one memory pool, which grows to what the largest bucket needs at once, and the logits of each.
 They use it in turn: a path runs one step at a time, on one stream.
@@ -76,6 +76,10 @@ def bucket(longest: int, capacity: int) -> int:
     return min(max(_LEAST_SLOTS, 1 << (longest - 1).bit_length()), capacity)
 
 
+Step = Sequence[Sequence[int]]
+"""Of each sequence, its new token, that token's position, and its first slot: three lists of R."""
+
+
 class Captured(Protocol):
     """A captured call; `torch.cuda.CUDAGraph` is one."""
 
@@ -103,6 +107,9 @@ class Device(Protocol):
 
         `old` is where those lay when it was captured, addresses and bytes.
         """
+
+    def write(self, step_3R: Tensor, step: Step) -> None:
+        """Put a step's numbers into a graph's own tensor."""
 
     def capture(self, call: Callable[[], Tensor], pool: Any) -> tuple[Captured, Tensor]:
         """Record the call, which it may run any number of times; and the tensor where a replay puts its result.
@@ -133,6 +140,9 @@ class CudaDevice:
 
     def move(self, captured: Any, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
         return False
+
+    def write(self, step_3R: Tensor, step: Step) -> None:
+        step_3R.copy_(torch.tensor(step))
 
     def capture(self, call: Callable[[], Tensor], pool: Any) -> tuple[Captured, Tensor]:
         """On one side stream, warm-up included: what cuBLAS sets up for a stream is then there before, not captured."""
@@ -185,21 +195,21 @@ class DecodeGraphs:
         self,
         program: Callable[..., Tensor],
         caches: tuple[Cache, ...],
-        step_3R: Tensor,
+        step: Step,
         slot_S: Tensor,
     ) -> Tensor:
         """What `program(model, caches, step_3R, slot_S)` gives and does, to the bit; logits [R, V], the caller's own.
 
         `program` and the values of `slot_S` follow from R and S: they are looked at only when a graph is captured.
         """
-        rows, slots = step_3R.shape[1], len(slot_S)
+        rows, slots = len(step[0]), len(slot_S)
         key = self._key(caches, rows, slots)
         graph = self._graphs.get(key)
         if graph is None or self._is_gone(graph):  # then other tensors have the ids of its caches
-            graph = self._moved(caches, rows, slots) or self._capture(program, caches, step_3R, slot_S)
+            graph = self._moved(caches, rows, slots) or self._capture(program, caches, step, slot_S)
         self._graphs.pop(key, None)
         self._graphs[key] = graph
-        graph.step_3R.copy_(step_3R)
+        self._device.write(graph.step_3R, step)
         graph.captured.replay()
         return self._handed_out(graph.logits_RV)
 
@@ -221,11 +231,9 @@ class DecodeGraphs:
                     return graph._replace(cache=weakref.ref(caches[0].key_CKD))
         return None
 
-    def _capture(
-        self, program: Callable[..., Tensor], caches: tuple[Cache, ...], given_3R: Tensor, slot_S: Tensor
-    ) -> _Graph:
+    def _capture(self, program: Callable[..., Tensor], caches: tuple[Cache, ...], step: Step, slot_S: Tensor) -> _Graph:
         self._make_room()
-        step_3R = self._own(given_3R)
+        step_3R = torch.tensor(step, device=slot_S.device)
         written_R = step_3R[1] + step_3R[2]
         before = [each_CKD[written_R] for each_CKD in _tensors(caches)]
         borrowed = tuple(Cache(*map(self._device.borrowed, cache)) for cache in caches)
@@ -246,10 +254,6 @@ class DecodeGraphs:
             self._graphs.pop(key).captured.reset()
         if not self._graphs:  # torch lets go of a pool with the last graph in it
             self._pool = self._device.pool()
-
-    def _own(self, given_3R: Tensor) -> Tensor:
-        """One that keeps its address."""
-        return given_3R.clone()
 
     def _put_back(self, caches: tuple[Cache, ...], written_R: Tensor, before: list[Tensor]) -> None:
         for each_CKD, rows_RKD in zip(_tensors(caches), before, strict=True):
@@ -274,11 +278,12 @@ class InductorGraphs:
         self,
         program: Callable[..., Tensor],
         caches: tuple[Cache, ...],
-        step_3R: Tensor,
+        step: Step,
         slot_S: Tensor,
     ) -> Tensor:
         """As `DecodeGraphs.step`; Inductor captures anew for each S and for caches at other addresses."""
         keep_in_place(caches)
+        step_3R = torch.tensor(step, device=slot_S.device)
         _next_step()
         return program(self._model, caches, step_3R, slot_S).clone()
 

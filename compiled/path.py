@@ -148,14 +148,14 @@ class CompiledPath:
             raise RequestError("the sequences were opened by another path; open them with this one")
         sequences.check_open()
         lengths = sequences.lengths
-        protocol.check_extension(self._config, lengths, new_tokens)
+        tokens = protocol.checked_tokens(self._config, lengths, new_tokens)
         with pinned(self._threads):
-            gained = [len(tokens) for tokens in new_tokens]
+            gained = [len(each) for each in tokens]
             sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
             single = [index for index, more in enumerate(gained) if more == 1]
             logits_RV = sequences.last_BV[:0]
             if single:
-                logits_RV = self._decode(sequences, single, [int(new_tokens[index]) for index in single])
+                logits_RV = self._decode(sequences, single, [tokens[index][0] for index in single])
             if len(single) == len(gained):
                 sequences.advance(gained, logits_RV)
                 last_BV = logits_RV.clone()
@@ -164,8 +164,8 @@ class CompiledPath:
             last_BV[single] = logits_RV
             every = [last_BV[index : index + (more == 1)].clone() for index, more in enumerate(gained)]
             for index in (index for index, more in enumerate(gained) if more > 1):
-                tokens_T = new_tokens[index].detach().to(self._device, torch.int64)
-                last_BV[index], every[index] = self._prefill(sequences, index, tokens_T, every_position)
+                token_T = torch.tensor(tokens[index], device=self._device)
+                last_BV[index], every[index] = self._prefill(sequences, index, token_T, every_position)
             sequences.advance(gained, last_BV)
             return every if every_position else last_BV.clone()
 
@@ -225,13 +225,13 @@ class CompiledPath:
     def _decode_rows(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
         lengths, capacity = sequences.lengths, sequences.capacity
         positions = [lengths[row] for row in rows]
-        step_3R = torch.tensor([tokens, positions, [row * capacity for row in rows]], device=self._device)
+        step = tokens, positions, [row * capacity for row in rows]
         name = {1: "decode", PASS_ROWS: "decode rows"}.get(len(rows), "decode many")
         program, longest = self._ready(name), max(positions) + 1
         if self._graphs is not None:
             slot_S = self._slots[: self._graphs.slots(longest, capacity)]
-            return self._graphs.step(program, sequences.caches, step_3R, slot_S)
-        slot_S = self._slots[: max(2, longest)]
+            return self._graphs.step(program, sequences.caches, step, slot_S)
+        slot_S, step_3R = self._slots[: max(2, longest)], torch.tensor(step, device=self._device)
         logits_RV: Tensor = program(self._model, sequences.caches, step_3R, slot_S)
         return logits_RV
 
@@ -280,12 +280,12 @@ class CompiledPath:
         slot_S: Tensor,
     ) -> None:
         """Do without graphs if a replay, on another step than the captured one, is not the plain call to the bit."""
-        graphs.step(program, caches, step_3R, slot_S)
-        token_R, position_R, start_R = step_3R
-        later = (token_R + 1) % self._config.vocabulary, (position_R + 1) % self._config.context, start_R
-        later_3R = torch.stack(later)
-        plain_RV = program(model, caches, later_3R, slot_S)
-        replayed_RV = graphs.step(program, caches, later_3R, slot_S)
+        tokens, positions, starts = step_3R.tolist()
+        graphs.step(program, caches, (tokens, positions, starts), slot_S)
+        another, next_one = 1 % self._config.vocabulary, 1 % self._config.context  # the example's are 0
+        later = [another for _ in tokens], [next_one for _ in positions], starts
+        plain_RV = program(model, caches, torch.tensor(later, device=self._device), slot_S)
+        replayed_RV = graphs.step(program, caches, later, slot_S)
         if not torch.equal(plain_RV.view(torch.int32), replayed_RV.view(torch.int32)):
             self._report("decoding without graphs: a replay differs from the plain call; is this torch supported?")
             self._graphs = None

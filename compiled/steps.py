@@ -92,9 +92,7 @@ def decode_program(config: ModelConfig, storage: Storage, piece: Piece, *, many:
     layer_of = _layers(config, make, piece, Varying((0, 3, 4, 5, 7) if many else (), (7,)))
     final = piece(after, Varying((0,) if many else ()))
 
-    def decode(
-        model: Model, caches: tuple[Cache, ...], step_3R: Tensor, slot_S: Tensor
-    ) -> Tensor:
+    def decode(model: Model, caches: tuple[Cache, ...], step_3R: Tensor, slot_S: Tensor) -> Tensor:
         rotations, which = _rotations(model, config)
         x_RM, tables, seen_of, position_R, write_R = first(model.embedding, rotations, step_3R, slot_S)
         for layer, weights, cache, table in zip(config.layers, model.layers, caches, which, strict=True):

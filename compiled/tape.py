@@ -15,6 +15,7 @@ to them (`borrowed`). When they are gone it can be moved to others of the same f
 
 import bisect
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,8 +81,9 @@ def _places(calls: Sequence[tuple[Callable[..., Any], list[Any]]], spans: Sequen
     for call, (_, arguments) in enumerate(calls):
         for argument, given in enumerate(arguments):
             for each in _tensors(given):
-                at = bisect.bisect_right(starts, each.data_ptr()) - 1
-                offset = each.data_ptr() - starts[at]
+                address = each.data_ptr()
+                at = bisect.bisect_right(starts, address) - 1
+                offset = address - starts[at]
                 if at >= 0 and offset < spans[order[at]][1]:
                     form = each.size(), each.stride(), offset // each.element_size()
                     found.append(_Place(call, argument, order[at], form))
@@ -110,6 +112,11 @@ class Tapes:
 
     def move(self, captured: Tape, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
         return captured.move(old, new)
+
+    def write(self, step_3R: Tensor, step: Sequence[Sequence[int]]) -> None:
+        """Without torch: an operator on the way takes longer than a kernel of a small model."""
+        numbers = (ctypes.c_int64 * step_3R.numel()).from_address(step_3R.data_ptr())
+        numbers[:] = [*itertools.chain.from_iterable(step)]
 
     def capture(self, call: Callable[[], Tensor], pool: None) -> tuple[Tape, Tensor]:
         """Run the call and record it."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..spec.config import ModelConfig, Storage
-from ..spec.decoder import Sequences, check_encoding, check_extension, check_open
+from ..spec.decoder import Sequences, check_encoding, check_open, checked_tokens
 from ..spec.errors import RequestError
 from ..spec.shapes import is_made, is_matrix
 from ..spec.weights import (
@@ -133,7 +133,7 @@ class ReferencePath:
     def extend_hidden(self, sequences: Sequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
         """Extend, but stop before the head: the normalised hidden vectors of the new tokens, [T_i, E] each."""
         sequences = self._own(sequences)
-        check_extension(self.config, sequences.lengths, new_tokens)
+        checked_tokens(self.config, sequences.lengths, new_tokens)
         states, hidden = [], []
         for state, token_T in zip(sequences.states, new_tokens, strict=True):
             hidden_TE, caches = self._forward(token_T, state)
@@ -212,5 +212,5 @@ class ReferencePath:
 
 
 def _last_hidden(state: _Sequence) -> Tensor:
-    assert state.last_hidden_E is not None, "check_extension lets no sequence stay empty"
+    assert state.last_hidden_E is not None, "checked_tokens lets no sequence stay empty"
     return state.last_hidden_E

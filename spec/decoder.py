@@ -79,7 +79,7 @@ class Decoder(Protocol):
         path's device, float32 (float64 where the path computes in float64), owned by the caller: later calls leave
         them alone.
 
-        Raises `RequestError`, and changes nothing, where `check_extension` does.
+        Raises `RequestError`, and changes nothing, where `checked_tokens` does.
         """
         ...
 
@@ -123,8 +123,8 @@ def check_open(config: ModelConfig, max_batch: int | None, batch: int, reserve: 
         raise RequestError(f"reserve is {reserve} tokens; it must be from 1 to the model's context of {config.context}")
 
 
-def check_extension(config: ModelConfig, lengths: Sequence[int], new_tokens: Sequence[Tensor]) -> None:
-    """Raise `RequestError` unless sequences of these lengths may be extended by these tokens.
+def checked_tokens(config: ModelConfig, lengths: Sequence[int], new_tokens: Sequence[Tensor]) -> list[list[int]]:
+    """The token ids, unless sequences of these lengths may not be extended by them: then raise `RequestError`.
 
     Refused: another number of tensors than sequences; a tensor that is not 1-D or not of integers; a token id
     outside the vocabulary; a sequence longer than the context; nothing given to a sequence that holds nothing.
@@ -133,6 +133,7 @@ def check_extension(config: ModelConfig, lengths: Sequence[int], new_tokens: Seq
         raise RequestError(
             f"new_tokens holds {len(new_tokens)} tensors; it must hold one for each of the {len(lengths)} sequences"
         )
+    ids = []
     for index, (length, tokens) in enumerate(zip(lengths, new_tokens, strict=True)):
         if tokens.ndim != 1 or tokens.dtype not in (torch.int32, torch.int64):
             raise RequestError(
@@ -144,16 +145,18 @@ def check_extension(config: ModelConfig, lengths: Sequence[int], new_tokens: Seq
             raise RequestError(
                 f"sequence {index} would hold {length} + {len(tokens)} tokens; the model's context is {config.context}"
             )
-        wrong = next((token for token in tokens.tolist() if not 0 <= token < config.vocabulary), None)
+        ids.append(tokens.tolist())
+        wrong = next((token for token in ids[-1] if not 0 <= token < config.vocabulary), None)
         if wrong is not None:
             raise RequestError(
                 f"sequence {index} is given token id {wrong}; ids run from 0 to {config.vocabulary - 1} in this model"
             )
+    return ids
 
 
 def check_encoding(config: ModelConfig, tokens: Sequence[Tensor], types: Sequence[Tensor] | None) -> None:
     """Raise `RequestError` unless `Encoder.encode` may be called so; texts are checked as sequences that begin."""
-    check_extension(config, [0] * len(tokens), tokens)
+    checked_tokens(config, [0] * len(tokens), tokens)
     if types is None:
         return
     if [each.shape for each in types] != [each.shape for each in tokens]:

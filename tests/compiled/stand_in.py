@@ -167,6 +167,9 @@ class StandIn:
     def move(self, captured: Any, old: Any, new: Any) -> bool:
         return False
 
+    def write(self, step_3R: Tensor, step: Any) -> None:
+        step_3R.copy_(torch.tensor(step))
+
     def capture(self, call: Callable[[], Tensor], pool: Pool) -> tuple[Graph, Tensor]:
         if pool.graphs == 0 and pool.peak > 0:
             raise CaptureError("the pool is gone: its last graph was reset")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.compiled.graph import CudaDevice, DecodeGraphs, Graphs, bucket
+from twinfer.compiled.graph import CudaDevice, DecodeGraphs, Graphs, Step, bucket
+from twinfer.compiled.linear import PASS_ROWS
 from twinfer.compiled.path import CompiledPath
 from twinfer.compiled.steps import Cache
 from twinfer.oracle.case import RandomPicker
@@ -28,12 +29,12 @@ def path_of(storage: Storage = Storage.FLOAT32, graphs: Graphs = Graphs.OWN) -> 
     return CompiledPath(RandomSource(config, 3), storage=storage, device="cuda", graphs=graphs)
 
 
-def given(path: CompiledPath, rows: int, capacity: int, position: int) -> tuple[Tensor, ...]:
-    """A step's arguments; the last sequence is at this position, those before it up to two earlier."""
-    position_R = torch.tensor([max(0, position - 2 * (rows - 1 - row)) for row in range(rows)], device="cuda")
-    token_R = (position_R + position) % path.config.vocabulary
-    start_R = torch.arange(rows, device="cuda") * capacity
-    return torch.stack([token_R, position_R, start_R]), torch.arange(bucket(position + 1, capacity), device="cuda")
+def given(path: CompiledPath, rows: int, capacity: int, position: int) -> tuple[Step, Tensor]:
+    """A step and its slots; the last sequence is at this position, those before it each two earlier."""
+    positions = [max(0, position - 2 * (rows - 1 - row)) for row in range(rows)]
+    tokens = [(each + position) % path.config.vocabulary for each in positions]
+    step = tokens, positions, [row * capacity for row in range(rows)]
+    return step, torch.arange(bucket(position + 1, capacity), device="cuda")
 
 
 def noisy(path: CompiledPath, rows: int, capacity: int) -> tuple[Cache, ...]:
@@ -44,7 +45,7 @@ def noisy(path: CompiledPath, rows: int, capacity: int) -> tuple[Cache, ...]:
     return caches
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, PASS_ROWS])
 @pytest.mark.parametrize("storage", list(Storage))
 @torch.no_grad()
 def test_a_captured_step_is_the_plain_compiled_step(storage: Storage, rows: int) -> None:
@@ -55,10 +56,10 @@ def test_a_captured_step_is_the_plain_compiled_step(storage: Storage, rows: int)
     caches = noisy(path, rows, CONTEXT)
     held: list[tuple[Tensor, Tensor]] = []
     for position in (5, 6, 7, 200, 500, 8, 201):
-        arguments = given(path, rows, CONTEXT, position)
+        step, slot_S = given(path, rows, CONTEXT, position)
         plain = cloned(caches)
-        plain_RV = program(path._model, plain, *arguments)
-        logits_RV = graphs.step(program, caches, *arguments)
+        plain_RV = program(path._model, plain, torch.tensor(step, device="cuda"), slot_S)
+        logits_RV = graphs.step(program, caches, step, slot_S)
         assert same_bits(logits_RV, plain_RV)
         assert same_caches(caches, plain)
         held.append((logits_RV, plain_RV))
@@ -71,13 +72,13 @@ def test_evicting_one_graph_leaves_the_others_valid() -> None:
     path = path_of()
     program = path._ready("decode rows")
     graphs = DecodeGraphs(path._model, CudaDevice(path.device), most=2)
-    groups = {rows: noisy(path, rows, CONTEXT) for rows in (2, 3, 4)}
-    for turn, rows in enumerate((2, 3, 2, 4, 2, 3, 4, 4, 3)):
-        arguments = given(path, rows, CONTEXT, 10 + turn)
-        plain = cloned(groups[rows])
-        plain_RV = program(path._model, plain, *arguments)
-        assert same_bits(graphs.step(program, groups[rows], *arguments), plain_RV)
-        assert same_caches(groups[rows], plain)
+    groups = [noisy(path, PASS_ROWS, CONTEXT) for _ in range(3)]
+    for turn, number in enumerate((0, 1, 0, 2, 0, 1, 2, 2, 1)):
+        step, slot_S = given(path, PASS_ROWS, CONTEXT, 10 + turn)
+        plain = cloned(groups[number])
+        plain_RV = program(path._model, plain, torch.tensor(step, device="cuda"), slot_S)
+        assert same_bits(graphs.step(program, groups[number], step, slot_S), plain_RV)
+        assert same_caches(groups[number], plain)
 
 
 @torch.no_grad()
@@ -87,17 +88,17 @@ def test_a_capture_that_breaks_off_leaves_the_caches_as_they_were() -> None:
     program = path._ready("decode")
     graphs = DecodeGraphs(path._model, CudaDevice(path.device))
     caches = noisy(path, 1, CONTEXT)
-    arguments, before = given(path, 1, CONTEXT, 9), cloned(caches)
+    (step, slot_S), before = given(path, 1, CONTEXT, 9), cloned(caches)
 
     def reads_a_value(*everything: object) -> Tensor:
         logits_RV: Tensor = program(*everything)
         return logits_RV * logits_RV[0, 0].item()
 
     with pytest.raises(RuntimeError):
-        graphs.step(reads_a_value, caches, *arguments)
+        graphs.step(reads_a_value, caches, step, slot_S)
     assert same_caches(caches, before)
-    plain_RV = program(path._model, cloned(caches), *arguments)
-    assert same_bits(graphs.step(program, caches, *arguments), plain_RV)
+    plain_RV = program(path._model, cloned(caches), torch.tensor(step, device="cuda"), slot_S)
+    assert same_bits(graphs.step(program, caches, step, slot_S), plain_RV)
 
 
 @torch.no_grad()

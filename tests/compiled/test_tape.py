@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twinfer.compiled import tape
-from twinfer.compiled.graph import DecodeGraphs
+from twinfer.compiled.graph import DecodeGraphs, Step
 from twinfer.compiled.path import CompiledPath
 from twinfer.compiled.tape import Tape, Tapes
 from twinfer.oracle.models import RandomSource
@@ -53,8 +53,8 @@ def test_tapes_of_kernels_give_what_the_programs_give(path: CompiledPath, batch:
     """Through several buckets. The plain call is given as many slots, for a sum over more of them may round apart."""
 
     class Called(DecodeGraphs):
-        def step(self, program: Any, caches: Any, *step: Tensor) -> Tensor:
-            result: Tensor = program(self._model, caches, *step)
+        def step(self, program: Any, caches: Any, step: Step, slot_S: Tensor) -> Tensor:
+            result: Tensor = program(self._model, caches, torch.tensor(step), slot_S)
             return result
 
     taped = decoded(of_kernels(path)[0], [1, 2, 3], 140, batch)
