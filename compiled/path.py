@@ -11,6 +11,7 @@ Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal, overload
 
@@ -304,15 +305,18 @@ class CompiledPath:
             type_T, bound_N = torch.zeros_like(token_T), torch.arange(0, tokens + 1, 20)
             dynamic(type_T, bound_N)
             return self._model, token_T, type_T if self._config.token_types else None, position_T, bound_N
-        sequences = StaticSequences(self._config, rows, capacity, self._device)
+        different = dict.fromkeys(self._config.layers)  # layers of one config may share a cache, which saves memory
+        sequences = StaticSequences(replace(self._config, layers=tuple(different)), rows, capacity, self._device)
+        cache_of = dict(zip(different, sequences.caches, strict=True))
+        caches = tuple(cache_of[layer] for layer in self._config.layers)
         for cache in sequences.caches:
             dynamic(*cache)
         start_R = torch.arange(rows, device=self._device) * capacity
         slot_S = torch.arange(slots, device=self._device)
         if name == "prefill":
             dynamic(slot_S)
-            return self._model, sequences.caches, token_T, position_T, start_R, slot_S
-        return self._model, sequences.caches, torch.stack([0 * start_R, 0 * start_R, start_R]), slot_S
+            return self._model, caches, token_T, position_T, start_R, slot_S
+        return self._model, caches, torch.stack([0 * start_R, 0 * start_R, start_R]), slot_S
 
 
 def _runs(lengths: list[int], most: int) -> Iterator[slice]:
