@@ -31,10 +31,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .linear import settled
+from .linear import multiplies_fast, product, settled
 
 _BLOCK = 128
 """Queries that prefill, or a text, attends at once. 96 to 192 are equally fast; 512 at once takes 1.5 times as long."""
+
+_PRODUCT_ROWS = 256
+"""Rows of one key head, its queries times the query heads that share it, from which products are as fast as torch's
+fused attention: at 384 rows and 512 keys they take two thirds of its time."""
 
 _WRITTEN_OUT = 8
 """As many query heads of one key head are written out: a graph grows with them."""
@@ -143,26 +147,24 @@ def attend_prefill(
     softcap: float | None = None,
     slope_H: Tensor | None = None,
 ) -> Tensor:
-    """The last T queries of one sequence over its S slots, all of them written; `mask_TS` from `mask`; [T, H, D].
-
-    Keys and values are repeated for the query heads that share them, in the same pass that reads their slots.
-    """
-    group = query_THD.shape[1] // key_CKD.shape[1]
-    key_SHD = settled(key_CKD[slot_S].repeat_interleave(group, 1))
-    value_SHD = settled(value_CKD[slot_S].repeat_interleave(group, 1))
-    out_THD: Tensor = torch.ops.twinfer.attend_blocks(
-        query_THD, key_SHD, value_SHD, mask_TS, scale, window, softcap, slope_H
-    )
+    """The last T queries of one sequence over its S slots, all of them written; `mask_TS` from `mask`; [T, H, D]."""
+    key_KSD, value_KSD = _by_head(key_CKD[slot_S]), _by_head(value_CKD[slot_S])
+    query_KTGD = _by_head((query_THD * scale).view(query_THD.shape[0], key_CKD.shape[1], -1, query_THD.shape[2]))
+    out_THD: Tensor = torch.ops.twinfer.attend_blocks(query_KTGD, key_KSD, value_KSD, mask_TS, window, softcap, slope_H)
     return out_THD
+
+
+def _by_head(x_TK: Tensor) -> Tensor:
+    """Key heads first, each head's rows side by side."""
+    return settled(x_TK.transpose(0, 1).contiguous())
 
 
 @torch.library.custom_op("twinfer::attend_blocks", mutates_args=())
 def _attend_blocks(
-    query_THD: Tensor,
-    key_SHD: Tensor,
-    value_SHD: Tensor,
+    query_KTGD: Tensor,
+    key_KSD: Tensor,
+    value_KSD: Tensor,
     mask_TS: Tensor,
-    scale: float,
     window: int | None,
     softcap: float | None,
     slope_H: Tensor | None,
@@ -172,16 +174,16 @@ def _attend_blocks(
     With blocks of 128, 300 queries after 100 earlier tokens: queries 256 .. 299 are positions 356 .. 399 and read the
     keys 0 .. 399, or with a window of 64 the keys 293 .. 399.
     """
-    query_HTD, key_HSD, value_HSD = (each.transpose(0, 1) for each in (query_THD, key_SHD, value_SHD))
-    tokens, before = len(query_THD), len(key_SHD) - len(query_THD)
-    out_THD = query_THD.new_empty(query_THD.shape)
+    kv_heads, tokens, group, size = query_KTGD.shape
+    before = key_KSD.shape[1] - tokens
+    out_THD = query_KTGD.new_empty(tokens, kv_heads * group, size)
     for block, seen in _blocks(tokens, before, causal=True, window=window):
         added_HTS = mask_TS[None, block, seen]
         if slope_H is not None:
             position_T, position_S = _positions(block, seen, before, slope_H.device)
             added_HTS = added_HTS + alibi(position_T, position_S, slope_H).permute(2, 0, 1)
-        operands = query_HTD[:, block], key_HSD[:, seen], value_HSD[:, seen], added_HTS
-        out_THD[block] = _attend_block(*operands, scale, softcap).transpose(0, 1)
+        operands = query_KTGD[:, block], key_KSD[:, seen], value_KSD[:, seen], added_HTS
+        _attend_block(*operands, softcap, out_THD[block])
     return out_THD
 
 
@@ -198,22 +200,19 @@ def attend_texts(
     slope_H: Tensor | None = None,
 ) -> Tensor:
     """Every query over the keys of its own text; [T, H, D]. `bound_N` [N + 1] is on the CPU: its values are read."""
-    group = query_THD.shape[1] // key_TKD.shape[1]
-    key_THD, value_THD = (settled(each.repeat_interleave(group, 1)) for each in (key_TKD, value_TKD))
-    out_THD: Tensor = torch.ops.twinfer.attend_texts(
-        query_THD, key_THD, value_THD, bound_N, causal, scale, window, softcap, slope_H
-    )
+    query_KTGD = _by_head((query_THD * scale).view(query_THD.shape[0], key_TKD.shape[1], -1, query_THD.shape[2]))
+    operands = query_KTGD, _by_head(key_TKD), _by_head(value_TKD), bound_N
+    out_THD: Tensor = torch.ops.twinfer.attend_texts(*operands, causal, window, softcap, slope_H)
     return out_THD
 
 
 @torch.library.custom_op("twinfer::attend_texts", mutates_args=())
 def _attend_texts(
-    query_THD: Tensor,
-    key_THD: Tensor,
-    value_THD: Tensor,
+    query_KTGD: Tensor,
+    key_KTD: Tensor,
+    value_KTD: Tensor,
     bound_N: Tensor,
     causal: bool,
-    scale: float,
     window: int | None,
     softcap: float | None,
     slope_H: Tensor | None,
@@ -222,18 +221,19 @@ def _attend_texts(
 
     So memory grows by the longest text, not by its square, nor by that of all.
     """
-    out_THD = query_THD.new_empty(query_THD.shape)
+    kv_heads, tokens, group, size = query_KTGD.shape
+    out_THD = query_KTGD.new_empty(tokens, kv_heads * group, size)
     for begin, end in pairwise(bound_N.tolist()):
-        query_HTD, key_HSD, value_HSD = (each[begin:end].transpose(0, 1) for each in (query_THD, key_THD, value_THD))
+        query_KtGD, key_KSD, value_KSD = (each[:, begin:end] for each in (query_KTGD, key_KTD, value_KTD))
         for block, seen in _blocks(end - begin, 0, causal=causal, window=window):
             added_HTS = None
             if causal or window is not None:  # and ALiBi is only where attention is causal
-                position_T, position_S = _positions(block, seen, 0, query_THD.device)
+                position_T, position_S = _positions(block, seen, 0, query_KTGD.device)
                 added_HTS = mask(position_T, position_S, window, causal=causal)[None]
                 if slope_H is not None:
                     added_HTS = added_HTS + alibi(position_T, position_S, slope_H).permute(2, 0, 1)
-            operands = query_HTD[:, block], key_HSD[:, seen], value_HSD[:, seen], added_HTS
-            out_THD[begin + block.start : begin + block.stop] = _attend_block(*operands, scale, softcap).transpose(0, 1)
+            operands = query_KtGD[:, block], key_KSD[:, seen], value_KSD[:, seen], added_HTS
+            _attend_block(*operands, softcap, out_THD[begin + block.start : begin + block.stop])
     return out_THD
 
 
@@ -252,22 +252,44 @@ def _positions(block: slice, seen: slice, before: int, device: torch.device) -> 
 
 
 def _attend_block(
-    query_HTD: Tensor, key_HSD: Tensor, value_HSD: Tensor, added_HTS: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
-    """torch's fused attention, which knows no cap; with one, score by score."""
-    if softcap is None:
-        added_1HTS = None if added_HTS is None else added_HTS[None]
-        return functional.scaled_dot_product_attention(
-            query_HTD[None], key_HSD[None], value_HSD[None], attn_mask=added_1HTS, scale=scale
-        )[0]
-    score_HTS = softcap * torch.tanh((scale / softcap) * (query_HTD @ key_HSD.mT))
-    return torch.softmax(score_HTS if added_HTS is None else score_HTS + added_HTS, -1) @ value_HSD
+    query_KTGD: Tensor,
+    key_KSD: Tensor,
+    value_KSD: Tensor,
+    added_HTS: Tensor | None,
+    softcap: float | None,
+    out_THD: Tensor,
+) -> None:
+    """Into `out_THD`: by torch's fused attention, or with many rows a key head, or a cap, by products.
+
+    `added_HTS` is added to the scores, for all heads or for each.
+    """
+    kv_heads, tokens, group, size = query_KTGD.shape
+    out_TKGD = out_THD.view(tokens, kv_heads, group, size)
+    added_KGTS = None
+    if added_HTS is not None:
+        added_KGTS = added_HTS.view(-1, group if len(added_HTS) > 1 else 1, *added_HTS.shape[1:])
+    if softcap is None and not (multiplies_fast(query_KTGD) and tokens * group >= _PRODUCT_ROWS):
+        key_KGSD, value_KGSD = (each[:, None].expand(-1, group, -1, -1) for each in (key_KSD, value_KSD))
+        out_KGTD = functional.scaled_dot_product_attention(
+            query_KTGD.transpose(1, 2), key_KGSD, value_KGSD, attn_mask=added_KGTS, scale=1.0
+        )
+        out_TKGD.copy_(out_KGTD.permute(2, 0, 1, 3))
+        return
+    for head in range(kv_heads):
+        score_TGS = product(query_KTGD[head].flatten(0, 1), key_KSD[head], None).view(tokens, group, -1)
+        if softcap is not None:
+            score_TGS.div_(softcap).tanh_().mul_(softcap)
+        if added_KGTS is not None:
+            score_TGS.add_(added_KGTS[head if len(added_KGTS) > 1 else 0].transpose(0, 1))
+        weight_PS = torch.softmax(score_TGS, -1).flatten(0, 1)
+        out_TKGD[:, head] = product(weight_PS, value_KSD[head].t(), None).view(tokens, group, size)
 
 
 @_attend_blocks.register_fake
 @_attend_texts.register_fake
-def _(query_THD: Tensor, *_: object) -> Tensor:
-    return query_THD.new_empty(query_THD.shape)
+def _(query_KTGD: Tensor, *_: object) -> Tensor:
+    kv_heads, tokens, group, size = query_KTGD.shape
+    return query_KTGD.new_empty(tokens, kv_heads * group, size)
 
 
 def alibi(position_R: Tensor, slot_S: Tensor, slope_H: Tensor) -> Tensor:

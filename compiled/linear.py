@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..spec.config import Storage
-from .packing import GROUP_WORDS, PLACES, ROWS, Packed, as_graph_input, place_values, rows_of, weights_of_rows
+from .packing import GROUP_WORDS, PLACES, ROWS, Packed, as_graph_input, columns_of, place_values, weights_of_rows
 
 PASS_ROWS = 4
 """As many rows share a pass over the weights: with them it computes about as long as it reads."""
@@ -161,13 +161,12 @@ def linear_many(x_TI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
 
 
 def expanded(weights: Matrix, storage: Storage, inputs: int) -> Tensor:
-    """The matrix [N, I] in float32."""
+    """The matrix [N, I] in float32; if it was packed with the outputs side by side, as a block of words has them."""
     if storage is Storage.FLOAT32:
         return weights.word
-    step_NG, centre_NG = (None if each is None else rows_of(each) for each in (weights.step_BGU, weights.centre_BGU))
     scale_BU = _in_blocks(weights.scale_N)
-    scale_N = None if scale_BU is None else scale_BU.flatten()
-    return weights_of_rows(rows_of(weights.word), scale_N, step_NG, centre_NG, storage, inputs)[: weights.outputs]
+    weight_IN = columns_of(weights.word, scale_BU, weights.step_BGU, weights.centre_BGU, storage)
+    return weight_IN[:inputs, : weights.outputs].contiguous().t()
 
 
 def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int) -> Tensor:
@@ -187,9 +186,14 @@ _onednn: Callable[..., Tensor] | None = torch.ops.mkldnn._linear_pointwise.defau
 _Library: Callable[..., Any] = torch.library.Library
 
 
+def multiplies_fast(x: Tensor) -> bool:
+    """Whether `product` is oneDNN's for such a tensor."""
+    return x.device.type == "cpu" and _onednn is not None
+
+
 def product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
     """x @ weight.T + bias by the fastest matrix product of torch, float32 [T, N]."""
-    if x_TI.device.type != "cpu" or _onednn is None:
+    if not multiplies_fast(x_TI):
         return functional.linear(x_TI, weight_NI, bias_N)
     out_TN: Tensor = torch.ops.twinfer.product(x_TI, weight_NI, bias_N)
     return out_TN

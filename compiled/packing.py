@@ -218,9 +218,25 @@ def place_values(word: Tensor, storage: Storage, place: int) -> Tensor:
     return (lifted >> (32 - bits)).to(torch.float32)
 
 
-def rows_of(blocks_BJU: Tensor) -> Tensor:
-    """[B, J, U] as [B * U, J]: what `in_blocks` did, undone."""
-    return blocks_BJU.transpose(1, 2).flatten(0, 1)
+def columns_of(
+    word_BJU: Tensor,
+    scale_BU: Tensor | None,
+    step_BGU: Tensor | None,
+    centre_BGU: Tensor | None,
+    storage: Storage,
+) -> Tensor:
+    """The transposed weights in float32, [I, N] and what fills up both, from bit-cast words.
+
+    Transposed, because so the 16 weights of a vector are neighbours, as they are in the words.
+    """
+    places = [place_values(word_BJU, storage, place).transpose(0, 1) for place in range(PLACES[storage])]
+    if scale_BU is not None:
+        places = [code_JBU * scale_BU for code_JBU in places]
+    if step_BGU is None or centre_BGU is None:
+        return torch.cat(places).flatten(1)
+    step_G1BU, centre_G1BU = (each.transpose(0, 1)[:, None] for each in (step_BGU, centre_BGU))
+    grouped = [code_JBU.view(-1, GROUP_WORDS, *code_JBU.shape[1:]) * step_G1BU + centre_G1BU for code_JBU in places]
+    return torch.stack(grouped, 1).flatten(3).flatten(0, 2)
 
 
 def weights_of_rows(

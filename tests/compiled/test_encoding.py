@@ -66,6 +66,7 @@ cases = drawn(
         pick.choice(list(Storage)),
         pick.choice([512, 4, 1]),
         pick.choice([128, 1, 2, 5]),
+        pick.choice([1, 4, 256]),
     )
 )
 
@@ -73,11 +74,12 @@ cases = drawn(
 @given(case=cases)
 def test_any_texts_give_what_the_reference_gives(case: tuple[Any, ...]) -> None:
     """On the same stored weights, within the budget; many texts at once and few, in large blocks and small."""
-    config, (texts, types), seed, storage, together, block = case
+    config, (texts, types), seed, storage, together, block, product_rows = case
     source = RandomSource(config, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path_module, "_ENCODE_TOKENS", together)
         patch.setattr(attention, "_BLOCK", block)
+        patch.setattr(attention, "_PRODUCT_ROWS", product_rows)
         path = CompiledPath(source, storage=storage, _eager=True)
         assert_encodings_agree(Yardstick.of(source, storage=storage), path, texts, types)
 
@@ -126,7 +128,7 @@ def test_what_an_encoder_cannot_do_is_refused() -> None:
 def test_memory_grows_with_the_texts_not_with_their_square(causal: bool) -> None:
     """No tensor of attention is larger than a block of queries over one text, nor than what all tokens have."""
     heads, size, tokens = 2, 4, 3000
-    shape, largest = (tokens, heads, size), 0
+    shapes, largest = ((heads, tokens, 1, size), (heads, tokens, size), (heads, tokens, size)), 0
 
     class Watching(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,9 +140,7 @@ def test_memory_grows_with_the_texts_not_with_their_square(causal: bool) -> None
 
     for bound_N, longest in ((torch.tensor([0, tokens]), tokens), (torch.arange(0, tokens + 1, 3), 3)):
         with Watching():
-            attention._attend_texts._init_fn(
-                *(torch.zeros(shape) for _ in range(3)), bound_N, causal, 1.0, None, 2.0, None
-            )
+            attention._attend_texts._init_fn(*map(torch.zeros, shapes), bound_N, causal, None, 2.0, None)
         assert largest <= max(tokens * heads * size, heads * attention._BLOCK * longest)
         largest = 0
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twinfer.compiled.head import head_many
 from twinfer.compiled.linear import Matrix, expanded, linear_few, linear_many, lookup, matrix, passes
-from twinfer.compiled.packing import as_graph_input, pack, place_values, rows_of
+from twinfer.compiled.packing import as_graph_input, pack, place_values
 from twinfer.spec.config import Storage
 
 seeds = st.integers(0, 2**31)
@@ -97,9 +97,9 @@ def test_packing_again_changes_nothing(seed: int, rows: int, inputs: int, storag
 
 def test_halves_round_to_even() -> None:
     packed = pack(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]), Storage.INT8)
-    words_NJ = rows_of(as_graph_input(packed))
-    codes = torch.cat([place_values(words_NJ, Storage.INT8, place) for place in range(4)], 1)
-    assert codes[0, :7].tolist() == [127, 0, 2, 2, 0, -2, -2]
+    words_BJU = as_graph_input(packed)
+    codes = torch.cat([place_values(words_BJU, Storage.INT8, place)[0] for place in range(4)])
+    assert codes[:7, 0].tolist() == [127, 0, 2, 2, 0, -2, -2]
 
 
 def test_words_are_integers_and_equal_themselves() -> None:

@@ -52,18 +52,20 @@ cases = drawn(
         pick.choice(list(Storage)),
         pick.choice([2, 3, 512]),
         pick.choice([1, 2, 128]),
+        pick.choice([1, 4, 256]),
     )
 )
 
 
 @given(case=cases)
 def test_any_schedule_gives_what_the_reference_gives(case: tuple[Any, ...]) -> None:
-    """On the same stored weights, within the budget; prompts in small pieces, those in small blocks."""
-    config, schedule, seed, storage, piece, block = case
+    """On the same stored weights, within the budget; prompts in small pieces and blocks, some of them by products."""
+    config, schedule, seed, storage, piece, block, product_rows = case
     source = RandomSource(config, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path_module, "_PREFILL_TOKENS", piece)
         patch.setattr(attention, "_BLOCK", block)
+        patch.setattr(attention, "_PRODUCT_ROWS", product_rows)
         path = CompiledPath(source, storage=storage, _eager=True)
         assert_paths_agree(Yardstick.of(source, storage=storage), path, schedule)
 
