@@ -187,7 +187,7 @@ class _About:
             shape=case.sizes,
             storage=self.storage,
             implementation=implementation,
-            rows=case.n.B * case.n.T,
+            rows=case.sizes["B"] * case.sizes.get("T", 1),
             baseline=EAGER,
             bytes=self.prepared.bytes,
             flops=self.setting.op.flops(case.n),

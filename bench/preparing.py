@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import attention, linear, mlp, norms, rotary
+from ..compiled import attention, linear, mlp, norms, rotary, w8a8
 from ..oracle.case import Case, Inputs
 from ..oracle.op import Op
 from ..oracle.table import OPS
-from ..reference.quantise import stored
+from ..reference.quantise import RowQuantised, stored
 from ..spec.config import INT4_GROUP, Activation, Storage
 from ..spec.counts import Count
 from ..spec.weights import LinearWeights, MlpWeights
@@ -153,6 +153,27 @@ def prepare_linear(case: Case, storage: Storage) -> Prepared:
         ),
         bytes=_bytes(op, case, [weights.weight_NI], storage),
     )
+
+
+def prepare_linear_w8a8(case: Case, storage: Storage) -> Prepared:
+    """Weights are int8 whatever the storage says; activations become so on the way."""
+    op = OPS["linear_w8a8"]
+    inputs = op.inputs(case)
+    x: Tensor = inputs["x"]
+    weights: RowQuantised = inputs["weights"]
+    form = w8a8.form_here(torch.device("cpu"))
+    code_NI = weights.code_NI if form is w8a8.Form.INT8 else weights.code_NI.float()
+
+    def arranged(x: Tensor, codes: w8a8.Codes) -> Tensor:
+        return w8a8.linear_w8a8(x, codes, form)
+
+    column = Column(
+        program=arranged,
+        arguments={"x": x, "codes": w8a8.Codes(code_NI, weights.scale_N, None)},
+        from_memory=("codes",),
+        note=f"linear_w8a8, products in {form}",
+    )
+    return _stored_nowhere(op, case, inputs, column, ("weights",))
 
 
 def prepare_mlp(case: Case, storage: Storage) -> Prepared:
@@ -300,6 +321,6 @@ def prepare_attention(case: Case, storage: Storage) -> Prepared:
 def _stored_nowhere(
     op: Op, case: Case, inputs: Inputs, arranged: Column | None, from_memory: tuple[str, ...] = ()
 ) -> Prepared:
-    """Of an op without matrices."""
+    """Of an op whose inputs no storage changes."""
     plain = _plain(op, inputs, from_memory)
     return Prepared(case=case, inputs=inputs, given=plain, reference=plain, arranged=arranged, bytes=op.bytes(case.n))

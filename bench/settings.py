@@ -57,6 +57,18 @@ _ALL = (
         prepare=preparing.prepare_linear,
     ),
     Setting(
+        op=OPS["linear_w8a8"],
+        shapes=tuple(
+            {"B": rows, "I": inputs, "N": outputs}
+            for outputs, inputs in ((4096, 4096), (3072, 576))
+            for rows in (1, 4, 32, 512)
+        ),
+        quick=({"B": 1, "I": 576, "N": 960},),
+        options={"bias": False},
+        storages=(Storage.INT8,),
+        prepare=preparing.prepare_linear_w8a8,
+    ),
+    Setting(
         op=OPS["mlp"],
         shapes=tuple({"B": 1, "T": rows, "M": 576, "F": 1536} for rows in (1, 8, 512)),
         quick=({"B": 1, "T": 1, "M": 64, "F": 128},),

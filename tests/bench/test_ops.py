@@ -22,6 +22,7 @@ SMALL: dict[str, tuple[dict[str, int], ...]] = {
     ),
     "mlp": ({"B": 1, "T": 2, "M": 9, "F": 66}, {"B": 1, "T": 40, "M": 9, "F": 66}),
     "rms_norm": ({"B": 2, "T": 3, "M": 12},),
+    "linear_w8a8": ({"B": 1, "I": 70, "N": 35}, {"B": 5, "I": 70, "N": 35}),
     "activation": ({"B": 2, "T": 3, "F": 12},),
     "rotate": ({"B": 1, "T": 3, "H": 2, "D": 8, "J": 4},),
     "attention": (
@@ -30,7 +31,7 @@ SMALL: dict[str, tuple[dict[str, int], ...]] = {
     ),
 }
 CASES = [
-    pytest.param(setting, shape, storage, id=f"{name}-{shape['T']}-{storage}")
+    pytest.param(setting, shape, storage, id=f"{name}-{shape.get('T', shape['B'])}-{storage}")
     for name, setting in SETTINGS.items()
     for shape in SMALL[name]
     for storage in setting.storages
