@@ -4,17 +4,13 @@ The first process finds an empty cache folder and compiles; the second finds wha
 `python -m twinfer.bench.apart` reads a `Task` as JSON from its one argument and prints an `Outcome` as JSON.
 """
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..spec.errors import MachineError, TwinferError
+from .child import answer_parent, run_child
 from .machine import peak_resident_bytes
 
 ALLOWED_TIMES, ALLOWED_MORE = 1.5, 150 * 2**20
@@ -96,19 +92,8 @@ def measure_apart(model: str, storage: str, prompt: int, steps: int) -> Figures:
 
 
 def _run(task: Task, cache: str) -> Outcome:
-    command = [sys.executable, "-m", "twinfer.bench.apart", json.dumps(asdict(task))]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-    if child.returncode < 0:
-        raise MachineError(
-            f"measuring {task.storage} was killed by signal {-child.returncode}; is there enough memory?"
-        )
-    if child.returncode:
-        raise RuntimeError(f"measuring {task.storage} failed; its own traceback is above")
-    result = json.loads(child.stdout.splitlines()[-1])
-    if "error" in result:
-        raise TwinferError(result["error"])
-    return Outcome(**result)
+    environment = {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return run_child("twinfer.bench.apart", task, Outcome, task.storage, environment)
 
 
 def measure(task: Task, bare_bytes: int | None) -> Outcome:
@@ -150,12 +135,7 @@ def measure(task: Task, bare_bytes: int | None) -> Outcome:
 
 def main() -> None:
     bare_bytes = peak_resident_bytes()
-    task = Task(**json.loads(sys.argv[1]))
-    try:
-        result = asdict(measure(task, bare_bytes))
-    except TwinferError as error:
-        result = {"error": str(error)}
-    print(json.dumps(result))
+    answer_parent(Task, lambda task: measure(task, bare_bytes))
 
 
 if __name__ == "__main__":

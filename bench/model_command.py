@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..checkpoint import Checkpoint
+    from ..spec.config import Storage
     from .apart import Figures
     from .plan import Plan
     from .rows import Row
@@ -33,6 +34,10 @@ in processes of their own, one with an empty cache folder and one that finds wha
                     that records a tape or moves one counts with the others
   loops a layer     parallel loops of that step's kernels, `#pragma omp for` in the generated C++
 
+with --switches the path is also compiled, and timed beside itself, without each of its optimisations in turn; each
+takes half a minute to compile, and nothing is measured in processes of their own. Speed-ups of these rows are over the
+path as it is.
+
 exit status: 0; 1 if the compiled path recompiled while it was timed
 
 with --json, one object: {"rows": [...], "apart": [{"storage", "compile_cold_s", "compile_warm_s", "weight_bytes",
@@ -46,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     model_options.add_arguments(parser, steps=64)
+    parser.add_argument(
+        "--switches", action="store_true", help="beside the path as it is, with one optimisation off at a time"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     model_options.check_out(args.out)
     checkpoint = open_model(args.model, report=model_options.say)
     plan.check(checkpoint.config)
-    rows = measure(checkpoint, args.model, plan)
+    rows = measure(checkpoint, args.model, plan, switches=args.switches)
     figures = {}
-    for storage in plan.storages:
+    for storage in () if args.switches else plan.storages:
         model_options.say(f"{storage}, in processes of its own")
         figures[storage.value] = measure_apart(args.model, storage.value, plan.prompt, plan.steps)
     rows = [with_figures(row, figures) for row in rows]
@@ -72,21 +80,30 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(rows, list(figures.values())), allow_nan=False))
     else:
         print_speeds(rows)
-        print_figures(list(figures.values()))
+        if figures:
+            print_figures(list(figures.values()))
     return 1 if any(row.error is not None for row in rows) else 0
 
 
-def measure(checkpoint: "Checkpoint", model: str, plan: "Plan") -> "list[Row]":
+def measure(checkpoint: "Checkpoint", model: str, plan: "Plan", *, switches: bool = False) -> "list[Row]":
     """Speeds of all storages in turn; `model` is what the command line named."""
     from .limits import measure_limits
     from .machine import this_machine
     from .must_reach import own
     from .plan import About, own_candidates, row, samples_of
     from .side_by_side import Key, interleave
+    from .switches import SWITCHES, SwitchedOff
 
     model_options.say("measuring this machine's limits")
     limits = measure_limits()
     candidates, _ = own_candidates(checkpoint, plan, model_options.say)
+    kinds: list[tuple[str, Storage, str, str | None]]
+    kinds = [(own(storage), storage, "compiled", None) for storage in plan.storages]
+    for storage, switch in ((each, switch) for each in plan.storages for switch in SWITCHES if switches):
+        implementation = f"without {switch.name}"
+        model_options.say(f"compiling {storage} {implementation}: {switch.without}")
+        kinds.append((f"{own(storage)} {implementation}", storage, implementation, switch.without))
+        candidates[kinds[-1][0]] = SwitchedOff(checkpoint.source, storage, switch)
     workloads = dict.fromkeys(candidates, plan.workloads)
     samples = samples_of(candidates, workloads, checkpoint.config.vocabulary)
     measured = interleave(samples, plan.rounds, report=model_options.say)
@@ -99,22 +116,23 @@ def measure(checkpoint: "Checkpoint", model: str, plan: "Plan") -> "list[Row]":
     )
     return [
         row(
-            Key(own(storage), workload.title),
+            Key(name, workload.title),
             workload,
             measured,
-            about,
+            about if note is None else replace(about, baseline=own(storage)),
             storage=storage,
-            implementation="compiled",
-            repro=plan.repro("model", model, storage),
+            implementation=implementation,
+            repro=plan.repro("model", model, storage) + (" --switches" if switches else ""),
+            note=note,
         )
-        for storage in plan.storages
+        for name, storage, implementation, note in kinds
         for workload in plan.workloads
     ]
 
 
 def with_figures(row: "Row", figures: "Mapping[str, Figures]") -> "Row":
     """The row of one sequence's decoding with what was measured of its storage apart; others as they are."""
-    if not row.shape["steps"] or row.shape["batch"] > 1:
+    if row.storage not in figures or not row.shape["steps"] or row.shape["batch"] > 1:
         return row
     apart = figures[row.storage]
     return replace(

@@ -1,8 +1,9 @@
 """Whole models timed in turn: what is run, and its seconds round by round.
 
 Machines drift, so what counts is the ratio of two times of the same round: every round takes one sample of everything,
-in turn. Between two samples there is a short pause, for the threads of one library spin for a moment when their work is
-done, and would take the processor from the next.
+in turn. Between two samples there is a pause, for the threads of some libraries spin for up to 0.2 s when their work is
+done, and would take the processor from the next. After it a candidate's own threads sleep, so what is timed is never
+the first that it does: steps follow their prompt, and a prompt is read twice.
 
 Shapes: T prompt tokens.
 """
@@ -16,10 +17,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..spec.errors import TwinferError
 from .candidates import Candidate
 from .timing import Timing
 
-PAUSE_S = 0.02
+PAUSE_S = 0.25
 _RECOMPILED = "Detected recompile"
 
 
@@ -95,7 +97,9 @@ def sample(candidate: Candidate, prompt_T: Tensor, workload: Workload) -> Sample
 
 
 def seconds_of(candidate: Candidate, prompt_T: Tensor, workload: Workload) -> float:
-    """Of one step, on average, or of the prompt."""
+    """Of one step, on average, or of the prompt, which has been read once before."""
+    if not workload.steps:
+        next(candidate.answer(prompt_T, 1, workload.batch))
     answer = candidate.answer(prompt_T, 1 + workload.steps, workload.batch)
     start = time.perf_counter()
     next(answer)
@@ -163,6 +167,8 @@ def interleave(
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """An error in one line; this project's own say all there is to say."""
     words = " ".join(str(error).split())
+    if isinstance(error, TwinferError):
+        return words
     return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__

@@ -3,13 +3,11 @@
 `python -m twinfer.measuring` reads a `Task` as JSON from its one argument and prints a `Measurement` as JSON.
 """
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from twinfer.spec.errors import MachineError, TwinferError
+from twinfer.bench.child import answer_parent, run_child
 
 from .console import waiting
 from .generation import generate
@@ -78,28 +76,12 @@ def measure(task: Task, report: Callable[[str], None] | None = None) -> Measurem
 
 def measure_apart(task: Task) -> Measurement:
     """`measure` in a new process, which says on our standard error what it waits for; its errors are raised here."""
-    command = [sys.executable, "-m", "twinfer.measuring", json.dumps(asdict(task))]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if child.returncode < 0:
-        raise MachineError(
-            f"measuring {task.path} {task.storage} was killed by signal {-child.returncode}; is there enough memory?"
-        )
-    if child.returncode:
-        raise RuntimeError(f"measuring {task.path} {task.storage} failed; its own traceback is above")
-    result = json.loads(child.stdout.splitlines()[-1])
-    if "error" in result:
-        raise TwinferError(result["error"])
-    return Measurement(**result)
+    return run_child("twinfer.measuring", task, Measurement, f"{task.path} {task.storage}")
 
 
 def main() -> None:
-    task = Task(**json.loads(sys.argv[1]))
-    try:
-        with waiting() as report:
-            result = asdict(measure(task, report))
-    except TwinferError as error:
-        result = {"error": str(error)}
-    print(json.dumps(result))
+    with waiting() as report:
+        answer_parent(Task, lambda task: measure(task, report))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from twinfer.bench import apart, beside_peers, limits, plan, products
+from twinfer.bench import apart, beside_peers, limits, plan, products, side_by_side
 from twinfer.bench.apart import Figures
 from twinfer.bench.candidates import Candidate
 from twinfer.bench.exported import Exports, write_gguf
 from twinfer.bench.peers import PEERS, Room
 from twinfer.bench.remote import Remote
 from twinfer.bench.rows import Limits, read_rows
+from twinfer.bench.switches import SWITCHES
 from twinfer.checkpoint import open_model
 from twinfer.cli import main
+from twinfer.compiled import path as compiled_path
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Storage
@@ -57,6 +59,7 @@ def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "CompiledPath", partial(CompiledPath, _eager=True))
     monkeypatch.setattr(products, "graph", lambda program, **_: program)
     monkeypatch.setattr(products, "LEAST_SAMPLE_S", 1e-5)
+    monkeypatch.setattr(side_by_side, "PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -161,10 +164,10 @@ def test_a_peer_is_started_on_the_model_and_closed_whatever_becomes_of_it(
     assert rooms == [Room(decode_tokens=6 + 16, most_tokens=6 + 16, threads=torch.get_num_threads())]
     assert open_now == []
     told = json.loads(out)
-    absent = {"transformers eager": "MachineError: gone"} if fails in ("at the start", "when it is asked") else {}
+    absent = {"transformers eager": "gone"} if fails in ("at the start", "when it is asked") else {}
     assert told["absent"] == absent
     found = {(row["implementation"], row["error"]) for row in told["rows"]}
-    theirs = set() if absent else {("transformers eager", "MachineError: gone" if fails else None)}
+    theirs = set() if absent else {("transformers eager", "gone" if fails else None)}
     assert found == {("compiled", None)} | theirs
     assert {row["p50_s"] for row in told["rows"] if row["implementation"] != "compiled"} <= {None if fails else 0.25}
 
@@ -247,6 +250,25 @@ def test_model_prints_both_tables(
     words = [[word for word in line.split() if word != "│"] for line in out.splitlines()]
     assert ["int8", "21.0", "2.0", "0", "100", "150", "4.0", "%", "6"] in words
     assert [line[:2] for line in words if line[:1] == ["compiled"]] == [["compiled", "int8"], ["compiled", "float32"]]
+
+
+def test_model_times_the_path_without_each_of_its_optimisations(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_path, "CompiledPath", partial(CompiledPath, _eager=True))
+    status, out = run(
+        capsys, "model", tiny, *SIZES, "--storage", "float32", "--storage", "int8", "--switches", "--json"
+    )
+    assert status == 0
+    told = json.loads(out)
+    assert told["apart"] == []
+    kinds = {"compiled", *(f"without {switch.name}" for switch in SWITCHES)}
+    assert {(row["implementation"], row["storage"]) for row in told["rows"]} == {
+        (kind, storage) for kind in kinds for storage in ("float32", "int8")
+    }
+    over = {(row["implementation"], row["storage"]): row["baseline"] for row in told["rows"]}
+    assert (over["without tapes", "int8"], over["compiled", "int8"]) == ("compiled int8", "compiled float32")
+    assert all(row["speed_up"] > 0 for row in told["rows"])
 
 
 def test_the_command_that_measures_a_row_again_is_one(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,7 @@ def test_reduce_overhead_says_that_it_captures_nothing_here(capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--op", "softmax"], "the ops that are timed are linear, mlp"),
+        (["--op", "softmax"], "the ops that are timed are linear, linear_w8a8, mlp"),
         (["--op", "linear", "--shape", "T=1,N=4"], "linear has B T I N"),
         (["--op", "linear", "--shape", "T=1,N"], "no shape"),
         (["--op", "linear", "--shape", "T=0,I=1,N=1"], "below 1"),

@@ -112,7 +112,7 @@ def test_what_fails_there_is_told_in_its_words_and_the_next_is_answered(elsewher
 
 def test_what_cannot_start_is_told_in_its_words_and_leaves_no_process(tmp_path: Path) -> None:
     others = set(multiprocessing.active_children())
-    with pytest.raises(MachineError, match=r"^CheckpointError: there is no model 'nowhere\.gguf'"):
+    with pytest.raises(MachineError, match=r"^there is no model 'nowhere\.gguf'"):
         Remote(EAGER, "nowhere.gguf", tmp_path, ROOM)
     assert set(multiprocessing.active_children()) <= others
 
@@ -208,7 +208,9 @@ class Recompiling:
 
 def test_to_compile_is_allowed_once_for_each_workload(serve: Serve) -> None:
     long, short = (("seconds", [1] * length, Workload(prompt=length)) for length in (7, 5))
-    (_, *told) = serve(lambda: Recompiling(2, 3, 3, 4, 5, 3), long, short, long, long, ("answer", [1], 1, 1), short)
+    (_, *told) = serve(
+        lambda: Recompiling(2, 2, 3, 3, 3, 3, 4, 5, 3, 3), long, short, long, long, ("answer", [1], 1, 1), short
+    )
     assert [failed for failed, _ in told] == [False, False, False, True, False, False]
     assert "Detected recompile" in told[3][1]
 

@@ -57,6 +57,7 @@ def numbered(calls: list[str], name: str, seconds: list[float]) -> Sample:
 def test_a_prompt_is_timed_without_steps_and_steps_without_the_prompt(clock: Clock) -> None:
     prompt_T = prompt(50, 7)
     assert sample(Fake(clock), prompt_T, Workload(prompt=7)).take() == 10.0
+    assert clock.now == 20.0, "it is read once before"
     assert sample(Fake(clock), prompt_T, Workload(prompt=7, steps=5)).take() == 2.0
     assert sample(Fake(clock), prompt_T, Workload(prompt=7, steps=5, batch=3)).take() == 6.0
 
