@@ -199,6 +199,11 @@ def product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
     return out_TN
 
 
+def product_outside_graphs(x_TI: Tensor, weight_NI: Tensor) -> Tensor:
+    """The same without bias, where it is called and not traced: without the way through an operator of our own."""
+    return _product(x_TI, weight_NI, None) if multiplies_fast(x_TI) else functional.linear(x_TI, weight_NI)
+
+
 # An operator of its own: Inductor takes oneDNN's for weights that are constants of the graph, and refuses others.
 _library = _Library("twinfer", "FRAGMENT")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
