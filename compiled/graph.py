@@ -108,6 +108,9 @@ class Device(Protocol):
         `old` is where those lay when it was captured, addresses and bytes.
         """
 
+    def length(self, captured: Any) -> int:
+        """How many calls were recorded, where that is known, else 0: the same for all buckets of a program."""
+
     def write(self, step_3R: Tensor, step: Step) -> None:
         """Put a step's numbers into a graph's own tensor."""
 
@@ -140,6 +143,9 @@ class CudaDevice:
 
     def move(self, captured: Any, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
         return False
+
+    def length(self, captured: Any) -> int:
+        return 0
 
     def write(self, step_3R: Tensor, step: Step) -> None:
         step_3R.copy_(torch.tensor(step))
@@ -186,6 +192,8 @@ class DecodeGraphs:
         self._pool: Any = None
         self._graphs: dict[Hashable, _Graph] = {}
         """Least recently used first."""
+        self._lengths: dict[Callable[..., Tensor], int] = {}
+        """Of the first graph of each program, which the path has compared with the plain call."""
 
     def slots(self, longest: int, capacity: int) -> int:
         """S of a step whose sequences hold at most `longest` tokens, the new one included."""
@@ -207,6 +215,10 @@ class DecodeGraphs:
         graph = self._graphs.get(key)
         if graph is None or self._is_gone(graph):  # then other tensors have the ids of its caches
             graph = self._moved(caches, rows, slots) or self._capture(program, caches, step, slot_S)
+            length = self._device.length(graph.captured)
+            if length != self._lengths.setdefault(program, length):  # it misses something
+                graph.captured.reset()
+                return program(self._model, caches, torch.tensor(step, device=slot_S.device), slot_S)
         self._graphs.pop(key, None)
         self._graphs[key] = graph
         self._device.write(graph.step_3R, step)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .artefacts import KERNELS, ready
 from .steps import Varying
+from .tape import kernels_noticed
 
 OPTIONS: dict[str, Any] = {
     "size_asserts": False,
@@ -70,10 +71,12 @@ class Pieces:
             nonlocal compiled
             if compiled is None:
                 _mark(arguments, varying)
-                if self._keep_guards or self._capturing:  # whether a kept program keeps them is not known
-                    compiled = program
-                else:
-                    compiled = ready(program, arguments, described, self._compiling)
+                with kernels_noticed():
+                    if self._keep_guards or self._capturing:  # whether a kept program keeps them is not known
+                        compiled = program
+                    else:
+                        compiled = ready(program, arguments, described, self._compiling)
+                    return compiled(*arguments)
             return compiled(*arguments)
 
         return piece

@@ -7,7 +7,8 @@ either by the same rules.
 
 What it relies on: Inductor's kernels are functions in the modules that it writes, named `cpp_fused...` and called with
 tensors and sizes alone; all else that computes goes through torch's dispatcher. `path` compares a replay with the plain
-call before it trusts tapes of a program, and does without them where the two differ.
+call before it trusts tapes of a program, and does without them where the two differ; a later tape must have as many
+calls, or its step is done without.
 
 A tape keeps alive what was allocated while it was recorded, and no caches: it is recorded on tensors that only point
 to them (`borrowed`). When they are gone it can be moved to others of the same form.
@@ -32,6 +33,28 @@ _KERNEL = "cpp_fused"
 _LEAST_STEP = 64
 """Tapes are for a multiple of so many slots, or of an eighth to a quarter of long sequences: recording anew costs two
 steps, reading some slots in vain very little of each."""
+
+
+_loaded: list[dict[str, Any]] = []
+"""The names of every module of Inductor's that holds kernels of our pieces. As `sys.modules` does, it keeps them."""
+
+
+@contextmanager
+def kernels_noticed() -> Iterator[None]:
+    """Remember modules that are loaded meanwhile: Inductor forgets its own when anyone compiles with fresh caches."""
+    original, load = vars(PyCodeCache)["load_by_key_path"], PyCodeCache.load_by_key_path
+
+    def loading(*arguments: Any, **options: Any) -> Any:
+        module = load(*arguments, **options)
+        if not [names for names in _loaded if names is vars(module)]:
+            _loaded.append(vars(module))
+        return module
+
+    try:
+        PyCodeCache.load_by_key_path = staticmethod(loading)  # type: ignore[method-assign]
+        yield
+    finally:
+        PyCodeCache.load_by_key_path = original  # type: ignore[method-assign]
 
 
 class Tape:
@@ -113,6 +136,9 @@ class Tapes:
     def move(self, captured: Tape, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
         return captured.move(old, new)
 
+    def length(self, captured: Tape) -> int:
+        return len(captured.calls)
+
     def write(self, step_3R: Tensor, step: Sequence[Sequence[int]]) -> None:
         """Without torch: an operator on the way takes longer than a kernel of a small model."""
         numbers = (ctypes.c_int64 * step_3R.numel()).from_address(step_3R.data_ptr())
@@ -139,8 +165,7 @@ def _kernels_recorded(tape: Tape) -> Iterator[None]:
 
         return recorded
 
-    places = [(vars(module), name) for module in PyCodeCache.modules for name in vars(module)]
-    kernels = [(names, name, names[name]) for names, name in places if name.startswith(_KERNEL)]
+    kernels = [(names, name, names[name]) for names in _loaded for name in names if name.startswith(_KERNEL)]
     try:
         for names, name, kernel in kernels:
             names[name] = recorder(kernel)

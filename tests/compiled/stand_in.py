@@ -167,6 +167,9 @@ class StandIn:
     def move(self, captured: Any, old: Any, new: Any) -> bool:
         return False
 
+    def length(self, captured: Any) -> int:
+        return 0
+
     def write(self, step_3R: Tensor, step: Any) -> None:
         step_3R.copy_(torch.tensor(step))
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.codecache import PyCodeCache
 
 from twinfer.compiled import tape
 from twinfer.compiled.graph import DecodeGraphs, Step
@@ -135,6 +136,43 @@ def test_tapes_that_miss_something_are_not_trusted(missed: str, monkeypatch: pyt
     found = decoded(path, [1, 2, 3], 5)
     assert path._graphs is None
     assert any("decoding without graphs" in each for each in said)
+    assert all(map(same_bits, right, found))
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_others_that_compile_with_fresh_caches_do_no_harm(disabled: bool) -> None:
+    """Inductor then forgets the modules of our kernels, as it does at each piece where caches are disabled."""
+    right = decoded(compiled_path(graphs="off"), [1, 2, 3], 140)
+    path, device = of_kernels(compiled_path())
+    with torch._inductor.config.patch(force_disable_caches=disabled):
+        path.compile()
+    assert path._graphs is not None
+    sequences = path.open(1, 290)
+    for token in (1, 2, 3):
+        found = [path.extend(sequences, [torch.tensor([token])])]
+    for step in range(140):
+        if step in (20, 70):
+            torch._inductor.utils.clear_caches()
+            assert not PyCodeCache.modules
+        found.append(path.extend(sequences, [found[-1].argmax(-1)]))
+    assert len(device.graphs) > 2
+    alive = [len(each.calls) for each in device.graphs if each.calls]
+    assert alive[-2:] == [len(path.config.layers) + 2] * 2
+    assert [int(each.argmax()) for each in found] == [int(each.argmax()) for each in right]
+
+
+def test_a_later_tape_that_misses_kernels_is_not_used(path: CompiledPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is done without."""
+    path, device = of_kernels(path)
+    right = decoded(path, [1, 2, 3], 100)
+    path, device = of_kernels(path)
+    sequences = path.open(1, 290)
+    for token in (1, 2, 3):
+        found = [path.extend(sequences, [torch.tensor([token])])]
+    monkeypatch.setattr(tape, "_loaded", [])
+    for _ in range(100):
+        found.append(path.extend(sequences, [found[-1].argmax(-1)]))
+    assert len(device.graphs) == 1 + 103 - 64, "each step past the first 64 slots tries again"
     assert all(map(same_bits, right, found))
 
 
