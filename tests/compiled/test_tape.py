@@ -145,7 +145,7 @@ def test_others_that_compile_with_fresh_caches_do_no_harm(disabled: bool) -> Non
     right = decoded(compiled_path(graphs="off"), [1, 2, 3], 140)
     path, device = of_kernels(compiled_path())
     with torch._inductor.config.patch(force_disable_caches=disabled):
-        path.compile()
+        path._ready("decode")
     assert path._graphs is not None
     sequences = path.open(1, 290)
     for token in (1, 2, 3):
