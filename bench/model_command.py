@@ -34,9 +34,9 @@ in processes of their own, one with an empty cache folder and one that finds wha
                     that records a tape or moves one counts with the others
   loops a layer     parallel loops of that step's kernels, `#pragma omp for` in the generated C++
 
-with --switches the path is also compiled, and timed beside itself, without each of its optimisations in turn; each
-takes half a minute to compile, and nothing is measured in processes of their own. Speed-ups of these rows are over the
-path as it is.
+with --switches the path is also compiled, and timed beside itself, without each of its optimisations in turn, which
+takes a quarter of an hour a storage; nothing is measured in processes of their own. Speed-ups of these rows are over
+the path as it is.
 
 exit status: 0; 1 if the compiled path recompiled while it was timed
 

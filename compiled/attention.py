@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .linear import multiplies_fast, product_outside_graphs, settled
+from .linear import multiplies_fast, product, settled
 
 _BLOCK = 128
 """Queries that prefill, or a text, attends at once. 96 to 192 are equally fast; 512 at once takes 1.5 times as long."""
@@ -267,7 +267,7 @@ def _attend_block(
     out_TKGD = out_THD.view(tokens, kv_heads, group, size)
     added_KGTS = None
     if added_HTS is not None:
-        added_KGTS = added_HTS.view(-1, group if len(added_HTS) > 1 else 1, *added_HTS.shape[1:])
+        added_KGTS = added_HTS.expand(kv_heads * group, -1, -1).view(kv_heads, group, tokens, -1)
     if softcap is None and not (multiplies_fast(query_KTGD) and tokens * group >= _PRODUCT_ROWS):
         key_KGSD, value_KGSD = (each[:, None].expand(-1, group, -1, -1) for each in (key_KSD, value_KSD))
         out_KGTD = functional.scaled_dot_product_attention(
@@ -276,14 +276,13 @@ def _attend_block(
         out_TKGD.copy_(out_KGTD.permute(2, 0, 1, 3))
         return
     for head in range(kv_heads):
-        score_PS = product_outside_graphs(query_KTGD[head].flatten(0, 1), key_KSD[head])
-        score_TGS = score_PS.view(tokens, group, -1)
+        score_TGS = product(query_KTGD[head].flatten(0, 1), key_KSD[head], None).view(tokens, group, -1)
         if softcap is not None:
             score_TGS.div_(softcap).tanh_().mul_(softcap)
         if added_KGTS is not None:
-            score_TGS.add_(added_KGTS[head if len(added_KGTS) > 1 else 0].transpose(0, 1))
+            score_TGS.add_(added_KGTS[head].transpose(0, 1))
         weight_PS = torch.softmax(score_TGS, -1).flatten(0, 1)
-        out_TKGD[:, head] = product_outside_graphs(weight_PS, value_KSD[head].t()).view(tokens, group, size)
+        out_TKGD[:, head] = product(weight_PS, value_KSD[head].t(), None).view(tokens, group, size)
 
 
 @_attend_blocks.register_fake

@@ -216,7 +216,7 @@ class DecodeGraphs:
         if graph is None or self._is_gone(graph):  # then other tensors have the ids of its caches
             graph = self._moved(caches, rows, slots) or self._capture(program, caches, step, slot_S)
             length = self._device.length(graph.captured)
-            if length != self._lengths.setdefault(program, length):  # it misses something
+            if length != self._lengths.setdefault(program, length):  # it misses something: done without
                 graph.captured.reset()
                 return program(self._model, caches, torch.tensor(step, device=slot_S.device), slot_S)
         self._graphs.pop(key, None)

@@ -195,16 +195,13 @@ def product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
     """x @ weight.T + bias by the fastest matrix product of torch, float32 [T, N]."""
     if not multiplies_fast(x_TI):
         return functional.linear(x_TI, weight_NI, bias_N)
+    if not torch.compiler.is_compiling():
+        return _product(x_TI, weight_NI, bias_N)
     out_TN: Tensor = torch.ops.twinfer.product(x_TI, weight_NI, bias_N)
     return out_TN
 
 
-def product_outside_graphs(x_TI: Tensor, weight_NI: Tensor) -> Tensor:
-    """The same without bias, where it is called and not traced: without the way through an operator of our own."""
-    return _product(x_TI, weight_NI, None) if multiplies_fast(x_TI) else functional.linear(x_TI, weight_NI)
-
-
-# An operator of its own: Inductor takes oneDNN's for weights that are constants of the graph, and refuses others.
+# In graphs an operator of its own: Inductor takes oneDNN's for weights that are constants of the graph, no others.
 _library = _Library("twinfer", "FRAGMENT")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 

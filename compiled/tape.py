@@ -34,9 +34,8 @@ _LEAST_STEP = 64
 """Tapes are for a multiple of so many slots, or of an eighth to a quarter of long sequences: recording anew costs two
 steps, reading some slots in vain very little of each."""
 
-
 _loaded: list[dict[str, Any]] = []
-"""The names of every module of Inductor's that holds kernels of our pieces. As `sys.modules` does, it keeps them."""
+"""The names within every module that Inductor loaded for our pieces. As `sys.modules` does, it keeps them."""
 
 
 @contextmanager
