@@ -98,13 +98,14 @@ def attend_decode(
     length: each key is read once for all heads, each value once and whole.
     """
     kv_heads = key_CKD.shape[1]
-    query_RKGD = settled((query_RHD * scale).view(query_RHD.shape[0], kv_heads, -1, query_RHD.shape[2]))
+    query_RKGD = query_RHD.view(query_RHD.shape[0], kv_heads, -1, query_RHD.shape[2])
     key_RSKD, value_RSKD = (cache_CKD[seen.read_RS] for cache_CKD in (key_CKD, value_CKD))
     written_out = query_RKGD.shape[2] <= _WRITTEN_OUT
     if written_out:
-        score_RSKG = torch.stack([(query_RKD[:, None] * key_RSKD).sum(-1) for query_RKD in query_RKGD.unbind(2)], 3)
+        score_RSKG = torch.cat([(each[:, None] * key_RSKD).sum(-1, keepdim=True) for each in query_RKGD.unbind(2)], -1)
     else:
         score_RSKG = (query_RKGD[:, None] * key_RSKD[:, :, :, None]).sum(-1)
+    score_RSKG = score_RSKG * scale
     if softcap is not None:
         score_RSKG = softcap * torch.tanh(score_RSKG / softcap)
     if slope_H is not None:

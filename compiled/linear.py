@@ -3,15 +3,15 @@
 Why it is faster: a few rows are bound by reading the weights, so these are read once, as they are packed, and never
 written out; a vector holds 16 outputs, so an activation is one number that multiplies all of them, and no sum goes
 across a vector. What Inductor then compiles is one loop over blocks of 16 outputs with, for each row, one accumulator.
-With many rows the arithmetic dominates, so the weights are expanded once, one matrix at a time, for a matrix product.
+A processor fetches ahead for several streams of addresses at a time and gets more from memory by several than by one,
+so a matrix of which little is computed is read as up to 4 parts side by side (`_streams`). With many rows the
+arithmetic dominates, so the weights are expanded once, one matrix at a time, for a matrix product.
 
 Which form, decided by storage, program and sizes, so that it is settled when a program is compiled:
 
     a row of float32            the compiled loop over each output's own row
-    2 to 4 rows of float32      the same loop for all rows at once; if their inputs do not fit the first cache, over 4
-                                outputs at once; if they are longer still, `product`
-    a decode step, packed       the compiled loop over packed words, for 1 or 4 rows at a time (`passes`); of int8 over
-                                2 blocks at once if the inputs of 4 rows do not fit the first cache
+    2 to 4 rows of float32      the same loop for all rows at once; if their inputs are too long for that, `product`
+    a decode step, packed       the compiled loop over packed words, for 1 or 4 rows at a time (`passes`)
     more rows of float32        `product` on the weights as they lie
     a prefill, packed           expanded to float32, then `product`
 
@@ -19,9 +19,11 @@ Which form, decided by storage, program and sizes, so that it is settled when a 
 measured (AVX-512, and MKL not using it) it was more than twice as fast as `F.linear` at 512 rows, and within a tenth of
 oneDNN on weights in its own packing. Elsewhere it is `F.linear`.
 
-Shapes: R or T rows, N outputs, I inputs, B blocks of U = 16 outputs, J words in C places, G groups of W words.
+Shapes: R or T rows, N outputs, I inputs, B blocks of U = 16 outputs, J words in C places, G groups of W words. B and N
+of a part of the matrix are that part's.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +36,9 @@ from .packing import GROUP_WORDS, PLACES, ROWS, Packed, as_graph_input, columns_
 
 PASS_ROWS = 4
 """As many rows share a pass over the weights: with them it computes about as long as it reads."""
+
+_SHORT_INT4 = 2048
+"""Inputs up to which a matrix of int4 gains nothing by being read as 2 parts; compiling these takes longer."""
 
 _MOST_AT_HAND = 8192
 """Numbers of several rows that are read for each output: 32 KiB, of a first cache of 32 to 48."""
@@ -75,13 +80,11 @@ def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
 
     R is small and fixed in a graph (`passes`): every row's sums are written out in it.
     """
-    x_RI = settled(x_RI)
     if storage is Storage.FLOAT32:
-        long = x_RI.shape[0] > 1 and x_RI.numel() > _MOST_AT_HAND
-        together = 4 if long and weights.outputs % 4 == 0 and x_RI.numel() <= 2 * _MOST_AT_HAND else 1
-        if long and together == 1:
+        x_RI = settled(x_RI)
+        if x_RI.shape[0] > 1 and x_RI.numel() > 2 * _MOST_AT_HAND:
             return product(x_RI, weights.word, weights.bias_N)
-        dots_RN = _dots(x_RI, weights.word, together)
+        dots_RN = _dots(x_RI, weights.word)
         return dots_RN if weights.bias_N is None else dots_RN + weights.bias_N
     sums = _grouped_sums(x_RI, weights) if storage is Storage.INT4 else _planar_sums(x_RI, weights, storage)
     for part_BU, apply in ((_in_blocks(weights.scale_N), torch.mul), (_in_blocks(weights.bias_N), torch.add)):
@@ -90,50 +93,75 @@ def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     return torch.stack(sums).flatten(1)[:, : weights.outputs]
 
 
-def _dots(x_RI: Tensor, weight_NI: Tensor, together: int) -> Tensor:
-    """The products with each output's row, [R, N]; so many outputs go on together."""
-    weights = weight_NI.view(-1, together, weight_NI.shape[1]).unbind(1)
-    rows = [[(weight * x_I).sum(-1) for weight in weights] for x_I in x_RI.unbind(0)]
-    return torch.stack([_in_turn(parts) for parts in rows])
+def _streams(x_RI: Tensor, storage: Storage, length: int) -> int:
+    """As how many parts a matrix of so many rows or blocks is read at once: that many loops as one.
+
+    A row computes so little that 4 pay, but of int4 it computes so much that only 2 do, of a large matrix. With more
+    rows what is at hand runs short: 2 pay for bfloat16 and int8, and for float32 only 4, where the inputs are so many
+    that they must be read anew for every output.
+    """
+    rows, inputs = x_RI.shape
+    if storage is Storage.INT4:
+        most = 2 if rows == 1 and inputs > _SHORT_INT4 else 1
+    elif rows == 1:
+        most = 4
+    elif storage is Storage.FLOAT32:
+        most = 4 if x_RI.numel() > _MOST_AT_HAND else 1
+    else:
+        most = 2
+    return math.gcd(most, length)
+
+
+def _dots(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
+    """The products with each output's row, [R, N]."""
+    parts = weight_NI.chunk(_streams(x_RI, Storage.FLOAT32, weight_NI.shape[0]))
+    return torch.stack([_joined([(weight_NI * x_I).sum(-1) for weight_NI in parts]) for x_I in x_RI.unbind(0)])
 
 
 def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor]:
     """For each row the sums over all words, [B, U]; of int8 the codes' sums, not yet scaled."""
     places, (blocks, words, _) = PLACES[storage], weights.word.shape
-    x_RI = functional.pad(x_RI, (0, places * words - x_RI.shape[1]))
-    x_JRC = settled(x_RI.view(-1, places, words).permute(2, 0, 1).contiguous())
-    long = storage is Storage.INT8 and x_RI.shape[0] > 1 and x_RI.numel() > _MOST_AT_HAND
-    together = 2 if long and blocks % 2 == 0 else 1
-    values = [
+    x_RI = settled(functional.pad(x_RI, (0, places * words - x_RI.shape[1])))
+    x_JRC = x_RI.view(-1, places, words).permute(2, 0, 1)
+    if len(x_RI) > 1:  # side by side what a word is multiplied with
+        x_JRC = settled(x_JRC.contiguous())
+    parts = [
         [place_values(word_BJU, storage, place) for place in range(places)]
-        for word_BJU in weights.word.view(-1, together, words, ROWS).unbind(1)
+        for word_BJU in weights.word.chunk(_streams(x_RI, storage, blocks))
     ]
     return [
-        _in_turn([_added([value * x_J1 for value, x_J1 in zip(each, x_J1s, strict=True)]).sum(1) for each in values])
+        _joined([_added([value * x_J1 for value, x_J1 in zip(part, x_J1s, strict=True)]).sum(1) for part in parts])
         for x_J1s in (x_JC1.unbind(1) for x_JC1 in x_JRC[..., None].unbind(1))
     ]
 
 
-def _in_turn(parts: list[Tensor]) -> Tensor:
-    """The first of each part, then the second of each, and so on."""
-    return parts[0] if len(parts) == 1 else torch.stack(parts, 1).flatten(0, 1)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:
     """As `_planar_sums`, of weights: a group's step multiplies the sum over its codes, its centre that of its x."""
     assert weights.step_BGU is not None
     assert weights.centre_BGU is not None
-    words, places = weights.word.shape[1], PLACES[Storage.INT4]
-    x_RI = functional.pad(x_RI, (0, places * words - x_RI.shape[1]))
+    (blocks, words, _), places = weights.word.shape, PLACES[Storage.INT4]
+    x_RI = settled(functional.pad(x_RI, (0, places * words - x_RI.shape[1])))
     x_RGCW = x_RI.view(-1, words // GROUP_WORDS, places, GROUP_WORDS)
     sum_JR = settled(_added(list(x_RGCW.unbind(2))).flatten(1).t().contiguous())
     x_JRC = settled(x_RGCW.permute(1, 3, 0, 2).flatten(0, 1).contiguous())
-    step_BJU, centre_BJU = (_of_words(each) for each in (weights.step_BGU, weights.centre_BGU))
-    values = [place_values(weights.word, Storage.INT4, place) for place in range(places)]
+    streams = _streams(x_RI, Storage.INT4, blocks)
+    parts = [
+        ([place_values(word_BJU, Storage.INT4, place) for place in range(places)], _of_words(step), _of_words(centre))
+        for word_BJU, step, centre in zip(
+            *(each.chunk(streams) for each in (weights.word, weights.step_BGU, weights.centre_BGU)), strict=True
+        )
+    ]
     sums = []
     for sum_J1, x_JC1 in zip(sum_JR[..., None].unbind(1), x_JRC[..., None].unbind(1), strict=True):
-        of_codes = _added([value * x_J1 for value, x_J1 in zip(values, x_JC1.unbind(1), strict=True)])
-        sums.append((of_codes * step_BJU + sum_J1 * centre_BJU).sum(1))
+        of_parts = []
+        for values, step_BJU, centre_BJU in parts:
+            of_codes = _added([value * x_J1 for value, x_J1 in zip(values, x_JC1.unbind(1), strict=True)])
+            of_parts.append((of_codes * step_BJU + sum_J1 * centre_BJU).sum(1))
+        sums.append(_joined(of_parts))
     return sums
 
 
@@ -222,6 +250,8 @@ _library._register_fake("product", _product_shape)
 def settled(x: Tensor) -> Tensor:
     """The same tensor, which Inductor is made to finish before its consumer runs.
 
-    Otherwise it would fuse what made x (a norm, an activation) into the product and repeat it for every output row.
+    Otherwise it would fuse what made x (a norm, an activation) into the product and repeat it for every output row. Of
+    part of another tensor Inductor would read the wrong rows.
     """
+    assert x.is_contiguous()
     return x.as_strided(x.shape, x.stride())

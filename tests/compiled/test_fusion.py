@@ -37,8 +37,8 @@ from twinfer.spec.config import (
 PAGE = Path(__file__).parents[2] / "docs" / "deep-fusion.md"
 THREADS, LAYERS = 2, 3
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, MLP = 256, 6, 3, 64, 512
-BLOCK, WORD = 16, 4
-"""Outputs that a product computes at once, and inputs in a word of int8."""
+BLOCK, WORD, PARTS = 16, 4, 4
+"""Outputs of a block, inputs in a word of int8, and as how many parts a matrix is read side by side."""
 
 
 class Step(NamedTuple):
@@ -53,7 +53,6 @@ LAYER = [
     Step("norm", "-", "1"),
     Step("QKV product", "outputs", "1"),
     Step("rotary", "-", "-"),
-    Step("query scale", "-", "2"),
     Step("cache writes", "-", "-"),
     Step("scores", "key positions", "2"),
     Step("exponentials", "-", "2"),
@@ -167,7 +166,7 @@ def named(loop: Loop) -> tuple[str | None, str]:
 
 
 def bounds_of_product(outputs: int, inputs: int) -> list[int]:
-    return [outputs // BLOCK, BLOCK, inputs // WORD]
+    return [outputs // BLOCK // PARTS, BLOCK, inputs // WORD]
 
 
 def of_one_thread(loop: Loop) -> str | None:
@@ -186,8 +185,6 @@ def of_one_thread(loop: Loop) -> str | None:
         return "division by their sum"
     if loop.has(r"tmp\d+ - tmp\d+"):
         return "rotary"
-    if loop.has(rf"static_cast<float>\({HEAD_SIZE**-0.5}\)"):
-        return "query scale"
     if residual or loop.has("in_ptr0", r"tmp\d+ \+ tmp\d+"):
         return "residual"
     raise AssertionError(f"no step is known by this loop of one thread:\n{loop.source}")
