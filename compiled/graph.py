@@ -234,9 +234,10 @@ class DecodeGraphs:
 
     def _moved(self, caches: tuple[Cache, ...], rows: int, slots: int) -> _Graph | None:
         """A graph of such a step whose caches are gone, made to work on these."""
+        forms = _forms(caches)
         for key, graph in self._graphs.items():
-            same = (len(graph.logits_RV), len(graph.slot_S), graph.forms) == (rows, slots, _forms(caches))
-            if same and self._is_gone(graph):
+            same = (len(graph.logits_RV), len(graph.slot_S)) == (rows, slots)
+            if same and self._is_gone(graph) and graph.forms == forms:
                 borrowed = [*map(self._device.borrowed, _tensors(caches))]
                 if self._device.move(graph.captured, graph.spans, borrowed):
                     del self._graphs[key]

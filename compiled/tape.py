@@ -60,7 +60,7 @@ class Tape:
     """`graph.Captured`: calls in the order in which they were made."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., Any], list[Any]]] = []
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self._places: list[_Place] | None = None
 
     def replay(self) -> None:
@@ -79,9 +79,12 @@ class Tape:
             self._places = _places(self.calls, old)
         if any(self.calls[each.call][0] in (_again, _again_into) for each in self._places):
             return False
-        for each in self._places:
-            _, arguments = self.calls[each.call]
-            arguments[each.argument] = new[each.number].as_strided(*each.form)
+        for call, places in itertools.groupby(self._places, lambda each: each.call):
+            function, given = self.calls[call]
+            arguments = list(given)
+            for each in places:
+                arguments[each.argument] = new[each.number].as_strided(*each.form)
+            self.calls[call] = function, tuple(arguments)
         return True
 
 
@@ -96,7 +99,9 @@ class _Place(NamedTuple):
     """Size, stride and offset within it."""
 
 
-def _places(calls: Sequence[tuple[Callable[..., Any], list[Any]]], spans: Sequence[tuple[int, int]]) -> list[_Place]:
+def _places(
+    calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], spans: Sequence[tuple[int, int]]
+) -> list[_Place]:
     order = sorted(range(len(spans)), key=spans.__getitem__)
     starts = [spans[number][0] for number in order]
     found = []
@@ -159,7 +164,7 @@ def _kernels_recorded(tape: Tape) -> Iterator[None]:
     def recorder(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*arguments: Any) -> Any:
             if threading.get_ident() == thread:
-                tape.calls.append((kernel, list(arguments)))
+                tape.calls.append((kernel, arguments))
             return kernel(*arguments)
 
         return recorded
@@ -192,9 +197,9 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = _tensors(result)
         given = {each.untyped_storage().data_ptr() for each in _tensors((args, kwargs))}
         if func._schema.is_mutable:
-            self._tape.calls.append((_again, [func, args, kwargs]))
+            self._tape.calls.append((_again, (func, args, kwargs)))
         elif any(each.untyped_storage().data_ptr() not in given for each in made):  # not a view
-            self._tape.calls.append((_again_into, [func, args, kwargs, made]))
+            self._tape.calls.append((_again_into, (func, args, kwargs, made)))
         return result
 
 
