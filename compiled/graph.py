@@ -183,12 +183,23 @@ class _Graph(NamedTuple):
 
 
 class DecodeGraphs:
-    """The decode steps of one model as graphs, at most `most` of them at a time."""
+    """The decode steps of one model as graphs, at most `most` of them at a time.
 
-    def __init__(self, model: Model, device: Device, most: int = _MOST_GRAPHS) -> None:
+    `report` is told once, in a line of text, if steps are done without.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        device: Device,
+        most: int = _MOST_GRAPHS,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._model = model
         self._device = device
         self._most = most
+        self._report = report
+        self._reported = False
         self._pool: Any = None
         self._graphs: dict[Hashable, _Graph] = {}
         """Least recently used first."""
@@ -218,6 +229,11 @@ class DecodeGraphs:
             length = self._device.length(graph.captured)
             if length != self._lengths.setdefault(program, length):  # it misses something: done without
                 graph.captured.reset()
+                if not self._reported:
+                    self._reported = True
+                    self._report(
+                        "some steps are decoded without graphs: a capture missed calls; is this torch supported?"
+                    )
                 return program(self._model, caches, torch.tensor(step, device=slot_S.device), slot_S)
         self._graphs.pop(key, None)
         self._graphs[key] = graph
@@ -301,11 +317,13 @@ class InductorGraphs:
         return program(self._model, caches, step_3R, slot_S).clone()
 
 
-def decode_graphs(by_whom: Graphs, model: Model, device: torch.device) -> DecodeGraphs | InductorGraphs | None:
+def decode_graphs(
+    by_whom: Graphs, model: Model, device: torch.device, report: Callable[[str], None]
+) -> DecodeGraphs | InductorGraphs | None:
     """What runs the decode step of this model, or None where its program is simply called."""
     match by_whom:
         case Graphs.OWN:
-            return DecodeGraphs(model, CudaDevice(device) if device.type == "cuda" else Tapes())
+            return DecodeGraphs(model, CudaDevice(device) if device.type == "cuda" else Tapes(), report=report)
         case Graphs.INDUCTOR:
             return InductorGraphs(model)
         case Graphs.OFF:

@@ -75,7 +75,7 @@ class CompiledPath:
         with pinned(self._threads):
             self._model = prepare(source, self._storage, self._device)
             self._slots = torch.arange(max(2, self._config.context), device=self._device)
-        self._graphs = decode_graphs(Graphs.OFF if _eager else by_whom, self._model, self._device)
+        self._graphs = decode_graphs(Graphs.OFF if _eager else by_whom, self._model, self._device, self._report)
         self._eager, self._keep_guards = _eager, _keep_guards
         makers: dict[str, Callable[[Piece], Callable[..., Any]]] = {
             "encode": lambda piece: encode_program(self._config, self._storage, piece)
