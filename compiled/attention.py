@@ -33,9 +33,9 @@ from torch.nn import functional
 
 from .linear import multiplies_fast, product, settled
 
-_BLOCK = 256
-"""The most queries of a prompt or text that are attended at once; blocks are even. Of 300 to 512 tokens 128 at a time
-are 1 to 3 % slower; 512 of a longer prompt at once are a fifth slower, since half of what they compute is masked."""
+_BLOCK = 320
+"""The most queries of a prompt or text that are attended at once; blocks are even. Of 260 to 512 tokens 128 at a time
+are 1 to 5 % slower; 512 of a longer prompt at once are a fifth slower, since half of what they compute is masked."""
 
 _PRODUCT_ROWS = 256
 """Rows of one key head, its queries times the query heads that share it, from which products are as fast as torch's
@@ -173,8 +173,8 @@ def _attend_blocks(
 ) -> Tensor:
     """Attention of the last T of S positions, in blocks of queries; a block reads the keys that one of it may see.
 
-    In two blocks, 300 queries after 100 earlier tokens: queries 150 .. 299 are positions 250 .. 399 and read the keys
-    0 .. 399, or with a window of 64 the keys 187 .. 399.
+    In two blocks, 400 queries after 100 earlier tokens: queries 200 .. 399 are positions 300 .. 499 and read the keys
+    0 .. 499, or with a window of 64 the keys 237 .. 499.
     """
     kv_heads, tokens, group, size = query_KTGD.shape
     before = key_KSD.shape[1] - tokens
