@@ -10,7 +10,8 @@ arithmetic dominates, so the weights are expanded once, one matrix at a time, fo
 Which form, decided by storage, program and sizes, so that it is settled when a program is compiled:
 
     a row of float32            the compiled loop over each output's own row
-    2 to 4 rows of float32      the same loop for all rows at once; if their inputs are too long for that, `product`
+    2 to 4 rows of float32      the same loop for all rows at once; of long rows, over as many inputs at a time as fit
+                                the first caches; if no vector divides these, `product`
     a decode step, packed       the compiled loop over packed words, for 1 or 4 rows at a time (`passes`)
     more rows of float32        `product` on the weights as they lie
     a prefill, packed           expanded to float32, then `product`
@@ -40,8 +41,11 @@ PASS_ROWS = 4
 _SHORT_INT4 = 2048
 """Inputs up to which a matrix of int4 gains nothing by being read as 2 parts; compiling these takes longer."""
 
-_MOST_AT_HAND = 8192
-"""Numbers of several rows that are read for each output: 32 KiB, of a first cache of 32 to 48."""
+_MANY_INPUTS = 8192
+"""Numbers of several rows that are read anew for each output: 32 KiB, of a first cache of 32 to 48."""
+
+_MOST_INPUTS = 16384
+"""As many of them are multiplied at a time."""
 
 
 class Matrix(NamedTuple):
@@ -82,9 +86,13 @@ def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     """
     if storage is Storage.FLOAT32:
         x_RI = settled(x_RI)
-        if x_RI.shape[0] > 1 and x_RI.numel() > 2 * _MOST_AT_HAND:
+        rows, inputs = x_RI.shape
+        if rows == 1 or rows * inputs < _MANY_INPUTS:
+            dots_RN = _dots(x_RI, weights.word)
+        elif inputs % ROWS == 0:
+            dots_RN = _long_dots(x_RI, weights.word)
+        else:
             return product(x_RI, weights.word, weights.bias_N)
-        dots_RN = _dots(x_RI, weights.word)
         return dots_RN if weights.bias_N is None else dots_RN + weights.bias_N
     sums = _grouped_sums(x_RI, weights) if storage is Storage.INT4 else _planar_sums(x_RI, weights, storage)
     for part_BU, apply in ((_in_blocks(weights.scale_N), torch.mul), (_in_blocks(weights.bias_N), torch.add)):
@@ -97,8 +105,7 @@ def _streams(x_RI: Tensor, storage: Storage, length: int) -> int:
     """As how many parts a matrix of so many rows or blocks is read at once: that many loops as one.
 
     A row computes so little that 4 pay, but of int4 it computes so much that only 2 do, of a large matrix. With more
-    rows what is at hand runs short: 2 pay for bfloat16 and int8, and for float32 only 4, where the inputs are so many
-    that they must be read anew for every output.
+    rows what is at hand runs short: 2 pay for bfloat16 and int8, and for float32 only 4, of long rows.
     """
     rows, inputs = x_RI.shape
     if storage is Storage.INT4:
@@ -106,7 +113,7 @@ def _streams(x_RI: Tensor, storage: Storage, length: int) -> int:
     elif rows == 1:
         most = 4
     elif storage is Storage.FLOAT32:
-        most = 4 if x_RI.numel() > _MOST_AT_HAND else 1
+        most = 4 if x_RI.numel() >= _MANY_INPUTS else 1
     else:
         most = 2
     return math.gcd(most, length)
@@ -116,6 +123,24 @@ def _dots(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
     """The products with each output's row, [R, N]."""
     parts = weight_NI.chunk(_streams(x_RI, Storage.FLOAT32, weight_NI.shape[0]))
     return torch.stack([_joined([(weight_NI * x_I).sum(-1) for weight_NI in parts]) for x_I in x_RI.unbind(0)])
+
+
+def _long_dots(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
+    """As `_dots`, piece by piece of the inputs, which lie vector by vector: those of all rows side by side.
+
+    Otherwise rows of 4096 inputs, and the matrix's parts, would all lie in the same few places of a cache.
+    """
+    rows, inputs = x_RI.shape
+    pieces = -(-x_RI.numel() // _MOST_INPUTS)
+    length = -(-inputs // (pieces * ROWS)) * ROWS
+    sums = []
+    for x_Ri, weight_Ni in zip(x_RI.split(length, 1), weight_NI.split(length, 1), strict=True):
+        x_VRU = settled(x_Ri.reshape(rows, -1, ROWS).transpose(0, 1).contiguous())
+        parts = [
+            part.unflatten(1, (-1, ROWS)) for part in weight_Ni.chunk(_streams(x_RI, Storage.FLOAT32, len(weight_NI)))
+        ]
+        sums.append([_joined([(part_NVU * x_VU).sum((1, 2)) for part_NVU in parts]) for x_VU in x_VRU.unbind(1)])
+    return torch.stack([_added(list(of_row)) for of_row in zip(*sums, strict=True)])
 
 
 def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor]:

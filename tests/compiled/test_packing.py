@@ -114,8 +114,9 @@ def test_words_are_integers_and_equal_themselves() -> None:
 
 
 @example(seed=0, rows=1, inputs=2100, outputs=64, storage=Storage.INT4, bias=True)  # from here on: large enough for
-@example(seed=1, rows=4, inputs=2100, outputs=20, storage=Storage.FLOAT32, bias=False)  # several parts at once,
-@example(seed=2, rows=4, inputs=4100, outputs=6, storage=Storage.FLOAT32, bias=True)  # and too large for sums
+@example(seed=1, rows=4, inputs=2112, outputs=20, storage=Storage.FLOAT32, bias=False)  # several parts at once,
+@example(seed=2, rows=4, inputs=4112, outputs=6, storage=Storage.FLOAT32, bias=True)  # and for pieces of the inputs
+@example(seed=3, rows=4, inputs=2100, outputs=5, storage=Storage.FLOAT32, bias=True)  # that no vector divides
 @given(seed=seeds, rows=st.integers(1, 6), inputs=sizes, outputs=sizes, storage=storages, bias=st.booleans())
 def test_products_read_the_stored_matrix(
     seed: int, rows: int, inputs: int, outputs: int, storage: Storage, bias: bool
