@@ -134,7 +134,8 @@ def _long_dots(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
     pieces = -(-x_RI.numel() // _MOST_INPUTS)
     length = -(-inputs // (pieces * ROWS)) * ROWS
     sums = []
-    for x_Ri, weight_Ni in zip(x_RI.split(length, 1), weight_NI.split(length, 1), strict=True):
+    for first in range(0, inputs, length):
+        x_Ri, weight_Ni = x_RI[:, first : first + length], weight_NI[:, first : first + length]
         x_VRU = settled(x_Ri.reshape(rows, -1, ROWS).transpose(0, 1).contiguous())
         parts = [
             part.unflatten(1, (-1, ROWS)) for part in weight_Ni.chunk(_streams(x_RI, Storage.FLOAT32, len(weight_NI)))
