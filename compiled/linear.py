@@ -132,14 +132,12 @@ def _long_dots(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
     """
     rows, inputs = x_RI.shape
     pieces = -(-x_RI.numel() // _MOST_INPUTS)
-    length = -(-inputs // (pieces * ROWS)) * ROWS
+    length = -(-inputs // (pieces * ROWS))
+    x_RVU, weight_NVU = x_RI.view(rows, -1, ROWS), weight_NI.view(len(weight_NI), -1, ROWS)
     sums = []
-    for first in range(0, inputs, length):
-        x_Ri, weight_Ni = x_RI[:, first : first + length], weight_NI[:, first : first + length]
-        x_VRU = settled(x_Ri.reshape(rows, -1, ROWS).transpose(0, 1).contiguous())
-        parts = [
-            part.unflatten(1, (-1, ROWS)) for part in weight_Ni.chunk(_streams(x_RI, Storage.FLOAT32, len(weight_NI)))
-        ]
+    for first in range(0, inputs // ROWS, length):
+        x_VRU = settled(x_RVU[:, first : first + length].transpose(0, 1).contiguous())
+        parts = weight_NVU[:, first : first + length].chunk(_streams(x_RI, Storage.FLOAT32, len(weight_NI)))
         sums.append([_joined([(part_NVU * x_VU).sum((1, 2)) for part_NVU in parts]) for x_VU in x_VRU.unbind(1)])
     return torch.stack([_added(list(of_row)) for of_row in zip(*sums, strict=True)])
 
