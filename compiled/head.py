@@ -28,7 +28,7 @@ def head_many(hidden_TM: Tensor, head: Matrix, storage: Storage, *, block_weight
             word=head.word[piece],
             scale_N=None if head.scale_N is None else head.scale_N[columns],
             step_BGU=None if head.step_BGU is None else head.step_BGU[piece],
-            centre_BGU=None if head.centre_BGU is None else head.centre_BGU[piece],
+            low_BGU=None if head.low_BGU is None else head.low_BGU[piece],
             bias_N=None if head.bias_N is None else head.bias_N[columns],
             outputs=min(step * ROWS, head.outputs - first * ROWS),
         )

@@ -1,8 +1,8 @@
 """Products with stored matrices: for a few rows straight from the packed words, for many through float32.
 
 Why it is faster: a few rows are bound by reading the weights, so these are read once, as they are packed, and never
-written out; a vector holds 16 outputs, so an activation is one number that multiplies all of them, and no sum goes
-across a vector. What Inductor then compiles is one loop over blocks of 16 outputs with, for each row, one accumulator.
+written out; a vector holds 8 or 16 outputs, so an activation is one number that multiplies all of them, and no sum
+goes across a vector. What Inductor then compiles is one loop over blocks of outputs, an accumulator for each row.
 A processor fetches ahead for several streams of addresses at a time and gets more from memory by several than by one,
 so a matrix of which little is computed is read as up to 4 parts side by side (`_streams`). With many rows the
 arithmetic dominates, so the weights are expanded once, one matrix at a time, for a matrix product.
@@ -20,7 +20,7 @@ Which form, decided by storage, program and sizes, so that it is settled when a 
 measured (AVX-512, and MKL not using it) it was more than twice as fast as `F.linear` at 512 rows, and within a tenth of
 oneDNN on weights in its own packing. Elsewhere it is `F.linear`.
 
-Shapes: R or T rows, N outputs, I inputs, B blocks of U = 16 outputs, J words in C places, G groups of W words. B and N
+Shapes: R or T rows, N outputs, I inputs, B blocks of U outputs, J words in C places, G groups of W words. B and N
 of a part of the matrix are that part's.
 """
 
@@ -33,13 +33,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..spec.config import Storage
-from .packing import GROUP_WORDS, PLACES, ROWS, Packed, as_graph_input, columns_of, place_values, weights_of_rows
+from .packing import (
+    GROUP_WORDS,
+    PLACES,
+    RAISED,
+    ROWS,
+    Packed,
+    as_graph_input,
+    columns_of,
+    lowering,
+    place_values,
+    raised_codes,
+    weights_of_rows,
+)
 
 PASS_ROWS = 4
 """As many rows share a pass over the weights: with them it computes about as long as it reads."""
 
+_MANY_REGISTERS = ROWS == 16
+"""AVX-512 has 32 registers of 16 numbers, AVX2 16 of 8."""
+
 _SHORT_INT4 = 2048
-"""Inputs up to which a matrix of int4 gains nothing by being read as 2 parts; compiling these takes longer."""
+"""Inputs up to which, with registers of 16 numbers, a matrix of int4 gains nothing by being read as 2 parts; compiling
+these takes longer."""
 
 _MANY_INPUTS = 8192
 """Numbers of several rows that are read anew for each output: 32 KiB, of a first cache of 32 to 48."""
@@ -54,7 +70,7 @@ class Matrix(NamedTuple):
     word: Tensor
     scale_N: Tensor | None
     step_BGU: Tensor | None
-    centre_BGU: Tensor | None
+    low_BGU: Tensor | None
     bias_N: Tensor | None
     outputs: int
 
@@ -62,7 +78,7 @@ class Matrix(NamedTuple):
 def matrix(packed: Packed) -> Matrix:
     """The same memory, for graphs."""
     return Matrix(
-        as_graph_input(packed), packed.scale_N, packed.step_BGU, packed.centre_BGU, packed.bias_N, packed.outputs
+        as_graph_input(packed), packed.scale_N, packed.step_BGU, packed.low_BGU, packed.bias_N, packed.outputs
     )
 
 
@@ -104,18 +120,18 @@ def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
 def _streams(x_RI: Tensor, storage: Storage, length: int) -> int:
     """As how many parts a matrix of so many rows or blocks is read at once: that many loops as one.
 
-    A row computes so little that 4 pay, but of int4 it computes so much that only 2 do, of a large matrix. With more
-    rows what is at hand runs short: 2 pay for bfloat16 and int8, and for float32 only 4, of long rows.
+    A row computes so little that 4 pay, but of int4 it computes so much that only 2 do. With more rows registers run
+    short: where there are many 2 pay for bfloat16 and int8, and for float32 4 do, but only of long rows.
     """
     rows, inputs = x_RI.shape
     if storage is Storage.INT4:
-        most = 2 if rows == 1 and inputs > _SHORT_INT4 else 1
+        most = 2 if rows == 1 and (inputs > _SHORT_INT4 or not _MANY_REGISTERS) else 1
     elif rows == 1:
         most = 4
     elif storage is Storage.FLOAT32:
         most = 4 if x_RI.numel() >= _MANY_INPUTS else 1
     else:
-        most = 2
+        most = 2 if _MANY_REGISTERS else 1
     return math.gcd(most, length)
 
 
@@ -164,28 +180,31 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:
-    """As `_planar_sums`, of weights: a group's step multiplies the sum over its codes, its centre that of its x."""
+    """As `_planar_sums`, of weights: a group's step multiplies the sum over its codes, its low that of its x.
+
+    Codes are taken raised, as they stand in the words, and activations are lowered for it (`raised_codes`).
+    """
     assert weights.step_BGU is not None
-    assert weights.centre_BGU is not None
+    assert weights.low_BGU is not None
     (blocks, words, _), places = weights.word.shape, PLACES[Storage.INT4]
     x_RI = settled(functional.pad(x_RI, (0, places * words - x_RI.shape[1])))
     x_RGCW = x_RI.view(-1, words // GROUP_WORDS, places, GROUP_WORDS)
-    sum_JR = settled(_added(list(x_RGCW.unbind(2))).flatten(1).t().contiguous())
-    x_JRC = settled(x_RGCW.permute(1, 3, 0, 2).flatten(0, 1).contiguous())
+    sum_JR = settled((_added(list(x_RGCW.unbind(2))) * RAISED).flatten(1).t().contiguous())
+    x_JRC = settled((x_RGCW.permute(1, 3, 0, 2).flatten(0, 1) * lowering(x_RI.device)).contiguous())
     streams = _streams(x_RI, Storage.INT4, blocks)
     parts = [
-        ([place_values(word_BJU, Storage.INT4, place) for place in range(places)], _of_words(step), _of_words(centre))
-        for word_BJU, step, centre in zip(
-            *(each.chunk(streams) for each in (weights.word, weights.step_BGU, weights.centre_BGU)), strict=True
+        ([raised_codes(word_BJU, place) for place in range(places)], _of_words(step), _of_words(low))
+        for word_BJU, step, low in zip(
+            *(each.chunk(streams) for each in (weights.word, weights.step_BGU, weights.low_BGU)), strict=True
         )
     ]
     sums = []
     for sum_J1, x_JC1 in zip(sum_JR[..., None].unbind(1), x_JRC[..., None].unbind(1), strict=True):
         of_parts = []
-        for values, step_BJU, centre_BJU in parts:
+        for values, step_BJU, low_BJU in parts:
             of_codes = _added([value * x_J1 for value, x_J1 in zip(values, x_JC1.unbind(1), strict=True)])
-            of_parts.append((of_codes * step_BJU + sum_J1 * centre_BJU).sum(1))
-        sums.append(_joined(of_parts))
+            of_parts.append((of_codes * step_BJU + sum_J1 * low_BJU).sum(1))
+        sums.append(_joined(of_parts) / RAISED)
     return sums
 
 
@@ -217,7 +236,7 @@ def expanded(weights: Matrix, storage: Storage, inputs: int) -> Tensor:
     if storage is Storage.FLOAT32:
         return weights.word
     scale_BU = _in_blocks(weights.scale_N)
-    weight_IN = columns_of(weights.word, scale_BU, weights.step_BGU, weights.centre_BGU, storage)
+    weight_IN = columns_of(weights.word, scale_BU, weights.step_BGU, weights.low_BGU, storage)
     return weight_IN[:inputs, : weights.outputs].contiguous().t()
 
 
@@ -227,10 +246,8 @@ def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int) -> Ten
         return table.word[token_T]
     block_T, row_T = token_T // ROWS, token_T % ROWS
     scale_T = None if table.scale_N is None else table.scale_N[token_T]
-    step_TG, centre_TG = (
-        None if each is None else each[block_T, :, row_T] for each in (table.step_BGU, table.centre_BGU)
-    )
-    return weights_of_rows(table.word[block_T, :, row_T], scale_T, step_TG, centre_TG, storage, hidden)
+    step_TG, low_TG = (None if each is None else each[block_T, :, row_T] for each in (table.step_BGU, table.low_BGU))
+    return weights_of_rows(table.word[block_T, :, row_T], scale_T, step_TG, low_TG, storage, hidden)
 
 
 _has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # untyped in torch, as is the next but one

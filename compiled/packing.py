@@ -5,7 +5,7 @@ fewer bytes a weight is more tokens a second. What it relies on: Inductor's CPU 
 integer vectors through a stack copy, so words are handed to a graph as float32 and bit-cast there (`as_graph_input`);
 outside they are int32, because as float32 some words are NaN and not equal to themselves.
 
-Words stand in blocks of 16 rows, the rows of a block side by side: [B, J, 16]. So a vector holds words of 16 outputs,
+Words stand in blocks of U rows, the rows of a block side by side: [B, J, U]. So a vector holds words of U outputs,
 one activation multiplies all of them, and no product ends with a sum across a vector. Float32 is not packed: its rows
 are what torch's own matrix product reads.
 
@@ -17,9 +17,11 @@ Which column a word holds where:
 
 Columns past I and rows past N are zeros.
 
-Shapes: N rows (outputs), I columns (inputs), B = ceil(N / 16) blocks of U = 16 rows, J words a row, G groups a row.
+Shapes: N rows (outputs), I columns (inputs), B = ceil(N / U) blocks of U = 8 or 16 rows (`ROWS`), J words a row,
+G groups a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,13 +33,20 @@ from ..spec.config import INT4_GROUP, Storage
 PLACES = {Storage.BFLOAT16: 2, Storage.INT8: 4, Storage.INT4: 8}
 """How many weights one 32-bit word holds."""
 
-ROWS = 16
-"""Rows of a block: the 32-bit words of one AVX-512 vector, or of two AVX2 ones."""
+_LAST = PLACES[Storage.INT4] - 1
+
+RAISED = 16.0**3
+"""By how much a product with int4 is raised while it is summed: the middle of what places raise codes by, so that
+neither tiny nor huge activations leave float32's range early (they may be 5e-35 to 5e33 in size)."""
+
+_capability: Callable[[], str] = torch.backends.cpu.get_cpu_capability  # untyped in torch
+
+ROWS = 16 if _capability() == "AVX512" else 8
+"""Rows of a block: the 32-bit words of one vector of this processor. Of a longer block a vector would take a part at a
+time, so that each line of memory is fetched twice, a part each time."""
 
 GROUP_WORDS = INT4_GROUP // PLACES[Storage.INT4]
 """Words that hold a group of int4."""
-
-_MIDDLE = 8  # int4 codes 0 .. 15 are kept as -8 .. 7: sums of them are smaller and round less
 
 _PIECE_ROWS = 512  # rows packed at a time, which bounds the scratch: the token table is larger than a layer
 
@@ -54,9 +63,9 @@ class Packed:
     scale_N: Tensor | None = None
     """float32, for int8 only: weight = code * scale."""
     step_BGU: Tensor | None = None
-    """float32, for int4 only: weight = (code - 8) * step + centre, with code 0 .. 15 of the reference."""
-    centre_BGU: Tensor | None = None
-    """float32, for int4 only: the group's least weight + 8 steps."""
+    """float32, for int4 only: weight = code * step + low, with code 0 .. 15 of the reference."""
+    low_BGU: Tensor | None = None
+    """float32, for int4 only: the group's least weight."""
     bias_N: Tensor | None = None
     """float32."""
 
@@ -69,7 +78,7 @@ class Packed:
             word=self.word.to(device),
             scale_N=moved(self.scale_N),
             step_BGU=moved(self.step_BGU),
-            centre_BGU=moved(self.centre_BGU),
+            low_BGU=moved(self.low_BGU),
             bias_N=moved(self.bias_N),
         )
 
@@ -91,7 +100,7 @@ def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> P
     words = groups * GROUP_WORDS if storage is Storage.INT4 else -(-inputs // PLACES[storage])
     word_BJU = torch.empty(blocks, words, ROWS, dtype=torch.int32)
     scale_N = torch.empty(outputs) if storage is Storage.INT8 else None
-    step_BGU, centre_BGU = (
+    step_BGU, low_BGU = (
         (torch.empty(blocks, groups, ROWS), torch.empty(blocks, groups, ROWS))
         if storage is Storage.INT4
         else (None, None)
@@ -109,10 +118,10 @@ def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> P
             scale_N[piece] = piece_scale_N
         else:
             code_NI, step_NG, low_NG = quantise_groups(piece_NI)
-            word_BJU[block] = in_blocks(pack_grouped(code_NI - _MIDDLE))
+            word_BJU[block] = in_blocks(pack_grouped(code_NI))
             assert step_BGU is not None
-            assert centre_BGU is not None
-            step_BGU[block], centre_BGU[block] = in_blocks(step_NG), in_blocks(low_NG + _MIDDLE * step_NG)
+            assert low_BGU is not None
+            step_BGU[block], low_BGU[block] = in_blocks(step_NG), in_blocks(low_NG)
     return Packed(
         storage=storage,
         outputs=outputs,
@@ -120,7 +129,7 @@ def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> P
         word=word_BJU,
         scale_N=scale_N,
         step_BGU=step_BGU,
-        centre_BGU=centre_BGU,
+        low_BGU=low_BGU,
         bias_N=bias_N,
     )
 
@@ -194,8 +203,8 @@ def _joined(places: tuple[Tensor, ...], bits: int) -> Tensor:
 def in_blocks(of_rows_NJ: Tensor) -> Tensor:
     """[N, J] as [B, J, U], with rows of zeros at the end.
 
-    >>> in_blocks(torch.arange(34).view(17, 2))[:, 1, :3].tolist()
-    [[1, 3, 5], [33, 0, 0]]
+    >>> in_blocks(torch.arange(6).view(3, 2))[0, :, :4].tolist()
+    [[0, 2, 4, 0], [1, 3, 5, 0]]
     """
     padded_NJ = functional.pad(of_rows_NJ, (0, 0, 0, -len(of_rows_NJ) % ROWS))
     return padded_NJ.reshape(-1, ROWS, padded_NJ.shape[1]).transpose(1, 2)
@@ -204,7 +213,7 @@ def in_blocks(of_rows_NJ: Tensor) -> Tensor:
 def place_values(word: Tensor, storage: Storage, place: int) -> Tensor:
     """What stands at one place of bit-cast words (`as_graph_input`), as float32: codes, or bfloat16 weights.
 
-    The first shift puts the place's sign at the top of the word, the second brings it down.
+    Of int8 the first shift puts the place's sign at the top of the word, the second brings it down.
 
     >>> words = as_graph_input(pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8))
     >>> place_values(words, Storage.INT8, 1)[0, :, 0].tolist()
@@ -213,16 +222,38 @@ def place_values(word: Tensor, storage: Storage, place: int) -> Tensor:
     word = word.view(torch.int32)
     if storage is Storage.BFLOAT16:  # a bfloat16 is the upper half of the float32 of equal value
         return (word << 16 if place == 0 else word & -65536).view(torch.float32)
+    if storage is Storage.INT4:
+        return raised_codes(word, place) * 16.0 ** -(place % _LAST)
     bits = 32 // PLACES[storage]
     lifted = word << (32 - bits * (place + 1)) if place < PLACES[storage] - 1 else word
     return (lifted >> (32 - bits)).to(torch.float32)
+
+
+def raised_codes(word: Tensor, place: int) -> Tensor:
+    """Codes of int4 that stand at one place, times 16 ** place, as float32: masked where they stand, not shifted.
+
+    The last place holds a word's sign, so it alone is brought down.
+    """
+    word = word.view(torch.int32)
+    return (word >> 28 & 15 if place == _LAST else word & 15 << 4 * place).to(torch.float32)
+
+
+def lowering(device: torch.device) -> Tensor:
+    """What makes code * `RAISED` of those, for each place, float32 [C]: powers of two, made of their exponents' bits.
+
+    >>> (lowering(torch.device("cpu")) / RAISED).log2().tolist()
+    [0.0, -4.0, -8.0, -12.0, -16.0, -20.0, -24.0, 0.0]
+    """
+    place_C = torch.arange(PLACES[Storage.INT4], dtype=torch.int32, device=device)
+    exponent_C = 127 + 12 - 4 * (place_C % _LAST)
+    return (exponent_C << 23).view(torch.float32)
 
 
 def columns_of(
     word_BJU: Tensor,
     scale_BU: Tensor | None,
     step_BGU: Tensor | None,
-    centre_BGU: Tensor | None,
+    low_BGU: Tensor | None,
     storage: Storage,
 ) -> Tensor:
     """The transposed weights in float32, [I, N] and what fills up both, from bit-cast words.
@@ -232,10 +263,10 @@ def columns_of(
     places = [place_values(word_BJU, storage, place).transpose(0, 1) for place in range(PLACES[storage])]
     if scale_BU is not None:
         places = [code_JBU * scale_BU for code_JBU in places]
-    if step_BGU is None or centre_BGU is None:
+    if step_BGU is None or low_BGU is None:
         return torch.cat(places).flatten(1)
-    step_G1BU, centre_G1BU = (each.transpose(0, 1)[:, None] for each in (step_BGU, centre_BGU))
-    grouped = [code_JBU.view(-1, GROUP_WORDS, *code_JBU.shape[1:]) * step_G1BU + centre_G1BU for code_JBU in places]
+    step_G1BU, low_G1BU = (each.transpose(0, 1)[:, None] for each in (step_BGU, low_BGU))
+    grouped = [code_JBU.view(-1, GROUP_WORDS, *code_JBU.shape[1:]) * step_G1BU + low_G1BU for code_JBU in places]
     return torch.stack(grouped, 1).flatten(3).flatten(0, 2)
 
 
@@ -243,18 +274,18 @@ def weights_of_rows(
     word_TJ: Tensor,
     scale_T: Tensor | None,
     step_TG: Tensor | None,
-    centre_TG: Tensor | None,
+    low_TG: Tensor | None,
     storage: Storage,
     inputs: int,
 ) -> Tensor:
-    """The weights [T, I] in float32 of some rows, from their bit-cast words, scales, steps and centres."""
+    """The weights [T, I] in float32 of some rows, from their bit-cast words, scales, steps and lows."""
     places = [place_values(word_TJ, storage, place) for place in range(PLACES[storage])]
     if scale_T is not None:
         places = [code_TJ * scale_T[:, None] for code_TJ in places]  # before joining: one pass in a graph, not two
-    if step_TG is None or centre_TG is None:
+    if step_TG is None or low_TG is None:
         return torch.cat(places, dim=1)[:, :inputs]
-    step_TG1, centre_TG1 = step_TG[:, :, None], centre_TG[:, :, None]
-    grouped = [code_TJ.reshape(len(code_TJ), -1, GROUP_WORDS) * step_TG1 + centre_TG1 for code_TJ in places]
+    step_TG1, low_TG1 = step_TG[:, :, None], low_TG[:, :, None]
+    grouped = [code_TJ.reshape(len(code_TJ), -1, GROUP_WORDS) * step_TG1 + low_TG1 for code_TJ in places]
     return torch.stack(grouped, dim=2).flatten(1)[:, :inputs]
 
 

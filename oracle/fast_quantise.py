@@ -37,14 +37,13 @@ def _expand(function: Function, inputs: Inputs) -> Tensor:
 
 
 def _expand_groups(function: Function, inputs: Inputs) -> Tensor:
-    """As packed: codes less 8, about the group's middle."""
     quantised: GroupQuantised = inputs["quantised"]
     rows, columns = quantised.code_NI.shape
     of_codes = packing.pack(torch.ones(rows, columns), Storage.INT4)  # of its size; all it holds is replaced
-    of_codes.word.copy_(packing.in_blocks(packing.pack_grouped(quantised.code_NI.to(torch.int32) - 8)))
+    of_codes.word.copy_(packing.in_blocks(packing.pack_grouped(quantised.code_NI.to(torch.int32))))
     matrix = linear.matrix(of_codes)._replace(
         step_BGU=packing.in_blocks(quantised.step_NG),
-        centre_BGU=packing.in_blocks(quantised.low_NG + 8 * quantised.step_NG),
+        low_BGU=packing.in_blocks(quantised.low_NG),
     )
     out: Tensor = function(matrix, Storage.INT4, columns)
     dtype: torch.dtype = inputs["dtype"]

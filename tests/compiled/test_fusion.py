@@ -18,6 +18,7 @@ from torch._inductor.async_compile import AsyncCompile
 
 from twinfer.bench.kernels import watched
 from twinfer.compiled.graph import Graphs
+from twinfer.compiled.packing import ROWS
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import (
@@ -37,8 +38,10 @@ from twinfer.spec.config import (
 PAGE = Path(__file__).parents[2] / "docs" / "deep-fusion.md"
 THREADS, LAYERS = 2, 3
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, MLP = 256, 6, 3, 64, 512
-BLOCK, WORD, PARTS = 16, 4, 4
-"""Outputs of a block, inputs in a word of int8, and as how many parts a matrix is read side by side."""
+WORD, PARTS = 4, 4
+"""Inputs in a word of int8, and as how many parts a matrix is read side by side."""
+VALUE_PART = 16
+"""As much of a value as one loop sums."""
 
 
 class Step(NamedTuple):
@@ -160,13 +163,13 @@ def named(loop: Loop) -> tuple[str | None, str]:
         return names[0], "outputs"
     if loop.has("vec_reduce_all") and loop.bounds == [None, KV_HEADS, HEAD_SIZE]:
         return "scores", "key positions"
-    if not loop.has("vec_reduce_all") and loop.bounds == [KV_HEADS, BLOCK, None]:
+    if not loop.has("vec_reduce_all") and loop.bounds == [KV_HEADS, VALUE_PART, None]:
         return "weighted sum of values", "key/value heads"
     raise AssertionError(f"no step is known by this shared loop:\n{loop.source}")
 
 
 def bounds_of_product(outputs: int, inputs: int) -> list[int]:
-    return [outputs // BLOCK // PARTS, BLOCK, inputs // WORD]
+    return [outputs // ROWS // PARTS, ROWS, inputs // WORD]
 
 
 def of_one_thread(loop: Loop) -> str | None:

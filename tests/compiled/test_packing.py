@@ -63,14 +63,13 @@ def stored(weight_NI: Tensor, storage: Storage) -> Tensor:
 
 
 def in_groups(weight_NI: np.ndarray) -> np.ndarray:
-    """Int4, group by group: (code - 8) * step + (least + 8 steps), each operation in float32, as a graph has it."""
+    """Int4, group by group: code * step + least, each operation in float32, as a graph has it."""
     out = np.zeros_like(weight_NI)
     for row, first in np.ndindex(weight_NI.shape[0], -(-weight_NI.shape[1] // 64)):
         group = weight_NI[row, 64 * first : 64 * first + 64]
         step = (group.max() - group.min()) / np.float32(15)
         codes = np.rint((group - group.min()) / step) if step > 0 else np.zeros_like(group)
-        centre = group.min() + np.float32(8) * step
-        out[row, 64 * first : 64 * first + 64] = (codes.clip(0, 15) - np.float32(8)) * step + centre
+        out[row, 64 * first : 64 * first + 64] = codes.clip(0, 15) * step + group.min()
     return out
 
 
