@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 from torch._inductor import config as inductor
 
@@ -51,6 +52,19 @@ def _kernels(*options: str) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: mock.patch.dict(programs.OPTIONS, {name: own[name] for name in options})
 
 
+_ONEDNN = (
+    Switch(
+        name="oneDNN",
+        without="products of many rows by F.linear, attention to a prompt by torch's fused one",
+        off=_constants((linear, "_onednn", None), (attention, "_PRODUCT_ROWS", 2**62)),
+    ),
+    Switch(
+        name="attention by products",
+        without="attention to a prompt by torch's fused one",
+        off=_constants((attention, "_PRODUCT_ROWS", 2**62)),
+    ),
+)
+
 SWITCHES = (
     Switch(name="tapes", without="each step calls the compiled pieces", options={"graphs": "off"}),
     Switch(
@@ -58,16 +72,7 @@ SWITCHES = (
         without="each row reads the weights anew",
         off=_constants((linear, "PASS_ROWS", 1), (path, "PASS_ROWS", 1)),
     ),
-    Switch(
-        name="oneDNN",
-        without="products of many rows by F.linear, attention to a prompt by torch's fused one",
-        off=_constants((linear, "_onednn", None)),
-    ),
-    Switch(
-        name="attention by products",
-        without="attention to a prompt by torch's fused one",
-        off=_constants((attention, "_PRODUCT_ROWS", 2**62)),
-    ),
+    *(_ONEDNN if linear.multiplies_fast(torch.empty(0)) else ()),
     Switch(
         name="multiply-add as one",
         without="products are rounded before they are added",

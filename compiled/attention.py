@@ -37,9 +37,10 @@ _BLOCK = 320
 """The most queries of a prompt or text that are attended at once; blocks are even. Of 260 to 512 tokens 128 at a time
 are 1 to 5 % slower; 512 of a longer prompt at once are a fifth slower, since half of what they compute is masked."""
 
-_PRODUCT_ROWS = 256
-"""Rows of one key head, its queries times the query heads that share it, from which products are as fast as torch's
-fused attention: at 384 rows and 512 keys they take two thirds of its time."""
+_PRODUCT_ROWS = 256 if multiplies_fast(torch.empty(0)) else 2**62
+"""Rows of one key head, its queries times the query heads that share it, from which oneDNN's products are as fast as
+torch's fused attention: at 384 rows and 512 keys they take two thirds of its time. With AVX2 they never are: a quarter
+slower at 768 rows."""
 
 _WRITTEN_OUT = 8
 """As many query heads of one key head are written out: a graph grows with them."""
@@ -271,7 +272,7 @@ def _attend_block(
     added_KGTS = None
     if added_HTS is not None:
         added_KGTS = added_HTS.expand(kv_heads * group, -1, -1).view(kv_heads, group, tokens, -1)
-    if softcap is None and not (multiplies_fast(query_KTGD) and tokens * group >= _PRODUCT_ROWS):
+    if softcap is None and tokens * group < (_PRODUCT_ROWS if query_KTGD.device.type == "cpu" else 2**62):
         key_KGSD, value_KGSD = (each[:, None].expand(-1, group, -1, -1) for each in (key_KSD, value_KSD))
         out_KGTD = functional.scaled_dot_product_attention(
             query_KTGD.transpose(1, 2), key_KGSD, value_KGSD, attn_mask=added_KGTS, scale=1.0

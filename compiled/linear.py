@@ -16,9 +16,9 @@ Which form, decided by storage, program and sizes, so that it is settled when a 
     more rows of float32        `product` on the weights as they lie
     a prefill, packed           expanded to float32, then `product`
 
-`product` is oneDNN's matrix product where torch has it, on the weights as they lie. On the one kind of CPU where it was
-measured (AVX-512, and MKL not using it) it was more than twice as fast as `F.linear` at 512 rows, and within a tenth of
-oneDNN on weights in its own packing. Elsewhere it is `F.linear`.
+`product` is oneDNN's matrix product on a CPU with AVX-512, on the weights as they lie: where that was measured (MKL not
+using AVX-512) it was more than twice as fast as `F.linear` at 512 rows, and within a tenth of oneDNN on weights in its
+own packing. Elsewhere it is `F.linear`, which was as fast as oneDNN with AVX2.
 
 Shapes: R or T rows, N outputs, I inputs, B blocks of U outputs, J words in C places, G groups of W words. B and N
 of a part of the matrix are that part's.
@@ -251,7 +251,9 @@ def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int) -> Ten
 
 
 _has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # untyped in torch, as is the next but one
-_onednn: Callable[..., Tensor] | None = torch.ops.mkldnn._linear_pointwise.default if _has_onednn() else None
+_onednn: Callable[..., Tensor] | None = (
+    torch.ops.mkldnn._linear_pointwise.default if _has_onednn() and _MANY_REGISTERS else None
+)
 _Library: Callable[..., Any] = torch.library.Library
 
 

@@ -35,7 +35,7 @@ def state() -> dict[str, Any]:
 CHANGES: dict[str, dict[str, Any]] = {
     "tapes": {},
     "four rows a pass": {"passes of five rows": 5},
-    "oneDNN": {"oneDNN": False},
+    "oneDNN": {"oneDNN": False, "rows of products": 2**62},
     "attention by products": {"rows of products": 2**62},
     "multiply-add as one": {"cpp.enable_floating_point_contract_flag": "off"},
     "terms in registers": {
