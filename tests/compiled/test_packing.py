@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from twinfer.compiled import linear
 from twinfer.compiled.head import head_many
 from twinfer.compiled.linear import Matrix, expanded, linear_few, linear_many, lookup, matrix, passes
 from twinfer.compiled.packing import as_graph_input, pack, place_values
@@ -112,27 +113,50 @@ def test_words_are_integers_and_equal_themselves() -> None:
     assert plain.word.tolist() == [[-1.0] * 4]
 
 
-@example(seed=0, rows=1, inputs=2100, outputs=64, storage=Storage.INT4, bias=True)  # from here on: large enough for
-@example(seed=1, rows=4, inputs=2112, outputs=20, storage=Storage.FLOAT32, bias=False)  # several parts at once,
-@example(seed=2, rows=4, inputs=4112, outputs=6, storage=Storage.FLOAT32, bias=True)  # and for pieces of the inputs
-@example(seed=3, rows=4, inputs=2100, outputs=5, storage=Storage.FLOAT32, bias=True)  # that no vector divides
-@given(seed=seeds, rows=st.integers(1, 6), inputs=sizes, outputs=sizes, storage=storages, bias=st.booleans())
+OF_SEVERAL_PARTS = [  # large enough for several parts at once, for pieces of the inputs, some that no vector divides
+    (1, 2100, 64, Storage.INT4),
+    (4, 70, 65, Storage.INT8),
+    (4, 2112, 20, Storage.FLOAT32),
+    (4, 4112, 6, Storage.FLOAT32),
+    (4, 2100, 5, Storage.FLOAT32),
+]
+
+
+@given(
+    seed=seeds,
+    sizes=st.tuples(st.integers(1, 6), sizes, sizes, storages) | st.sampled_from(OF_SEVERAL_PARTS),
+    bias=st.booleans(),
+    many_registers=st.booleans(),
+    power=st.sampled_from([0, -96, 96]),
+)
 def test_products_read_the_stored_matrix(
-    seed: int, rows: int, inputs: int, outputs: int, storage: Storage, bias: bool
+    seed: int, sizes: tuple[int, int, int, Storage], bias: bool, many_registers: bool, power: int
 ) -> None:
-    """On integers every form is exact: few rows, many, the head in blocks."""
+    """On integers every form is exact: few rows, many, the head in blocks; and so it is on tiny and huge multiples."""
+    rows, inputs, outputs, storage = sizes
     weight_NI = integers(seed, outputs, inputs)
     weight_NI[:, 0] = 127  # int8 scale 1
     if storage is Storage.INT4:
         weight_NI = of_step_1(weight_NI)
     x_RI, bias_N = integers(seed + 1, rows, inputs), integers(seed + 2, outputs) if bias else None
-    right_RN = x_RI @ weight_NI.T + (0 if bias_N is None else bias_N)
+    right_RN = (x_RI @ weight_NI.T + (0 if bias_N is None else bias_N)) * 2.0**power
+    x_RI, bias_N = x_RI * 2.0**power, None if bias_N is None else bias_N * 2.0**power
     packed = matrix_of(weight_NI, storage, bias_N)
-    assert torch.equal(linear_few(x_RI, packed, storage), right_RN)
-    in_passes = torch.cat([linear_few(x_RI[given], packed, storage) for given in passes(rows, storage)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "_MANY_REGISTERS", many_registers)
+        assert torch.equal(linear_few(x_RI, packed, storage), right_RN)
+        in_passes = torch.cat([linear_few(x_RI[given], packed, storage) for given in passes(rows, storage)])
     assert torch.equal(in_passes[:rows], right_RN)
     assert torch.equal(linear_many(x_RI, packed, storage), right_RN)
     assert torch.equal(head_many(x_RI, packed, storage, block_weights=20 * inputs), right_RN)
+
+
+@pytest.mark.parametrize("power", [-100, 100])
+def test_tiny_and_huge_activations_round_as_others_do(power: int) -> None:
+    """Int4's are lowered where its codes stand high in their words: not so far that bits are lost."""
+    packed, x_RI = matrix_of(normal(0, 20, 130), Storage.INT4), normal(1, 2, 130)
+    scaled_RN = linear_few(x_RI * 2.0**power, packed, Storage.INT4)
+    assert bits(scaled_RN) == bits(linear_few(x_RI, packed, Storage.INT4) * 2.0**power)
 
 
 @given(seed=seeds, tokens=st.integers(1, 6), vocabulary=sizes, hidden=sizes, storage=storages)
