@@ -272,7 +272,8 @@ def _attend_block(
     added_KGTS = None
     if added_HTS is not None:
         added_KGTS = added_HTS.expand(kv_heads * group, -1, -1).view(kv_heads, group, tokens, -1)
-    if softcap is None and tokens * group < (_PRODUCT_ROWS if query_KTGD.device.type == "cpu" else 2**62):
+    by_products = query_KTGD.device.type == "cpu" and tokens * group >= _PRODUCT_ROWS
+    if softcap is None and not by_products:
         key_KGSD, value_KGSD = (each[:, None].expand(-1, group, -1, -1) for each in (key_KSD, value_KSD))
         out_KGTD = functional.scaled_dot_product_attention(
             query_KTGD.transpose(1, 2), key_KGSD, value_KGSD, attn_mask=added_KGTS, scale=1.0

@@ -35,7 +35,9 @@ PLACES = {Storage.BFLOAT16: 2, Storage.INT8: 4, Storage.INT4: 8}
 
 _LAST = PLACES[Storage.INT4] - 1
 
-RAISED = 16.0**3
+_RAISED_PLACES = 3
+
+RAISED = 16.0**_RAISED_PLACES
 """By how much a product with int4 is raised while it is summed: the middle of what places raise codes by, so that
 neither tiny nor huge activations leave float32's range early (they may be 5e-35 to 5e33 in size)."""
 
@@ -245,7 +247,7 @@ def lowering(device: torch.device) -> Tensor:
     [0.0, -4.0, -8.0, -12.0, -16.0, -20.0, -24.0, 0.0]
     """
     place_C = torch.arange(PLACES[Storage.INT4], dtype=torch.int32, device=device)
-    exponent_C = 127 + 12 - 4 * (place_C % _LAST)
+    exponent_C = 127 + 4 * (_RAISED_PLACES - place_C % _LAST)  # the last place is not raised, as the first
     return (exponent_C << 23).view(torch.float32)
 
 
