@@ -271,6 +271,8 @@ def _attend_block(
     out_TKGD = out_THD.view(tokens, kv_heads, group, size)
     added_KGTS = None
     if added_HTS is not None:
+        if added_HTS.device.type == "cuda":  # torch's kernel reads 16 bytes at a time from wherever a part begins
+            added_HTS = added_HTS.clone()
         added_KGTS = added_HTS.expand(kv_heads * group, -1, -1).view(kv_heads, group, tokens, -1)
     by_products = query_KTGD.device.type == "cpu" and tokens * group >= _PRODUCT_ROWS
     if softcap is None and not by_products:

@@ -16,8 +16,8 @@ caller holds never changes. Warm-up does write into the caches: the slots that i
 All CUDA graphs share one memory pool, which grows to what the largest bucket needs at once, and the logits of each.
 They use it in turn: a path runs one step at a time, on one stream.
 
-There was no GPU to try this on. The rules above are tested on a stand-in for `Device` and on tapes; `CudaDevice`, and
-all of `InductorGraphs`, are untried.
+The rules above are tested on a stand-in for `Device`, on tapes, and for `CudaDevice` on a GPU, where there is one:
+docs/graphs.md says what was seen on an H100.
 
 Shapes: R sequences that gain one token, S slots read, C slots of a cache, K key/value heads, D head size, V vocabulary.
 """
@@ -311,10 +311,14 @@ class InductorGraphs:
         slot_S: Tensor,
     ) -> Tensor:
         """As `DecodeGraphs.step`; Inductor captures anew for each S and for caches at other addresses."""
-        keep_in_place(caches)
+        self.begin(caches)
         step_3R = torch.tensor(step, device=slot_S.device)
-        _next_step()
         return program(self._model, caches, step_3R, slot_S).clone()
+
+    def begin(self, caches: tuple[Cache, ...]) -> None:
+        """Say, before any step, that a new one begins: its pieces hand on what the next of another would overwrite."""
+        keep_in_place(caches)
+        _next_step()
 
 
 def decode_graphs(
