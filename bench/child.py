@@ -6,6 +6,7 @@ dataclasses. Standard error is shared.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -30,13 +31,28 @@ def run_child(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}, check=False
     )
     if child.returncode < 0:
-        raise MachineError(f"measuring {what} was killed by signal {-child.returncode}; is there enough memory?")
+        raise MachineError(f"measuring {what}: its process {how_it_ended(child.returncode)}")
     if child.returncode:
         raise RuntimeError(f"measuring {what} failed; its own traceback is above")
     told = json.loads(child.stdout.splitlines()[-1])
     if "error" in told:
         raise TwinferError(told["error"])
     return result(**told)
+
+
+def how_it_ended(status: int) -> str:
+    """What a process's exit status says, and what to do if a signal ended it.
+
+    >>> how_it_ended(-signal.SIGKILL), how_it_ended(3)
+    ('was killed by SIGKILL; is there enough memory?', 'ended with exit code 3')
+    """
+    if status >= 0:
+        return f"ended with exit code {status}"
+    advice = {
+        signal.SIGKILL: "; is there enough memory?",
+        signal.SIGILL: ", for an instruction that this machine does not run; build that library anew without it",
+    }
+    return f"was killed by {signal.Signals(-status).name}{advice.get(signal.Signals(-status), '')}"
 
 
 def answer_parent(task: type[Any], measure: Callable[[Any], Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..spec.errors import MachineError
+from .child import how_it_ended
 from .peers import PEERS, Room
 from .side_by_side import Workload, reason, seconds_of
 
@@ -24,7 +25,7 @@ from .side_by_side import Workload, reason, seconds_of
 class Remote:
     """A `Candidate` that answers, and is timed, over there; it lives until it is closed.
 
-    Raises `MachineError` with the peer's own words where it fails, and with its exit code where its process ends.
+    Raises `MachineError` with the peer's own words where it fails, and with how its process ended where it does.
     """
 
     def __init__(self, name: str, model: str, folder: Path, room: Room) -> None:
@@ -80,7 +81,8 @@ class Remote:
 
     def _ended(self) -> MachineError:
         self._process.join(timeout=5)
-        return MachineError(f"its process ended with exit code {self._process.exitcode}; is there enough memory?")
+        status = self._process.exitcode
+        return MachineError("its process does not answer" if status is None else f"its process {how_it_ended(status)}")
 
 
 def _serve(requests: Connection, name: str, model: str, folder: Path, room: Room) -> None:
