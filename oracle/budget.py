@@ -96,6 +96,19 @@ def judge_exact(trial: Trial) -> Verdict:
     return PASSED
 
 
+def least_scale(dtype: torch.dtype) -> float:
+    """Nothing rounds to finer steps than the subnormals', so no scale is smaller than the smallest normal number.
+
+    Of bfloat16 processors need not have subnormals: x86's products (AVX512-BF16, AMX) read and write them as zero,
+    whatever their mode. So its steps are no finer than the smallest normal number itself.
+
+    >>> least_scale(torch.float32) == 2**-126, least_scale(torch.bfloat16) == 2**-126 * 2**7
+    (True, True)
+    """
+    limits = torch.finfo(dtype)
+    return limits.smallest_normal / (limits.eps if dtype is torch.bfloat16 else 1.0)
+
+
 def judge_rows(budget: Budget, axes: str, got: Tensor, eager: Tensor, truth: Tensor, scale: Tensor) -> Verdict:
     """Judge one output. Where the truth is infinite or NaN the candidate must be so too, and the rest is judged."""
     finite = torch.isfinite(truth)
@@ -116,8 +129,7 @@ def judge_rows(budget: Budget, axes: str, got: Tensor, eager: Tensor, truth: Ten
 
     error = rows((got.double() - truth).abs())
     reference_error = rows((eager.double() - truth).abs())
-    # Nothing rounds to finer steps than the subnormals', so no scale is smaller than the smallest normal number.
-    scale = rows(scale.expand_as(truth)).clamp_min(limits.smallest_normal)
+    scale = rows(scale.expand_as(truth)).clamp_min(least_scale(got.dtype))
     ratios = []
     reductions: dict[str, Callable[[Tensor], Tensor]] = {"max": lambda x: x.amax(-1), "mean": lambda x: x.mean(-1)}
     for name, reduce in reductions.items():

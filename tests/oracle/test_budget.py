@@ -53,6 +53,22 @@ def test_the_mean_is_judged_too() -> None:
     assert "mean" in verdict.complaint
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "passes"),
+    [
+        (torch.bfloat16, 1.0, True),  # 2 * eps * (tiny / eps) are two of the smallest normal numbers
+        (torch.bfloat16, 3.0, False),
+        (torch.float16, 1.0, False),
+        (torch.float32, 1.0, False),
+    ],
+)
+def test_zero_for_a_subnormal_is_allowed_of_bfloat16_alone(dtype: torch.dtype, sizes: float, passes: bool) -> None:
+    """A truth of three quarters of so many of the smallest normal numbers, made zero; the reference keeps it."""
+    eager = torch.full((1, 1), sizes * 0.75 * torch.finfo(dtype).smallest_normal, dtype=torch.float64).to(dtype)
+    truth = eager.double()
+    assert judge_rows(Budget(rows="T"), "T M", torch.zeros_like(eager), eager, truth, truth).failed != passes
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_nan_and_infinity_stand_where_the_truth_has_them(wrong: float) -> None:
     assert judged([1.0, 2.0, 3.0, 4.0], [1.0, wrong, 3.0, 4.0]).failed
