@@ -48,11 +48,12 @@ def how_it_ended(status: int) -> str:
     """
     if status >= 0:
         return f"ended with exit code {status}"
+    names = {each.value: each.name for each in signal.Signals}  # not all have one
     advice = {
         signal.SIGKILL: "; is there enough memory?",
         signal.SIGILL: ", for an instruction that this machine does not run; build that library anew without it",
     }
-    return f"was killed by {signal.Signals(-status).name}{advice.get(signal.Signals(-status), '')}"
+    return f"was killed by {names.get(-status, f'signal {-status}')}{advice.get(-status, '')}"
 
 
 def answer_parent(task: type[Any], measure: Callable[[Any], Any]) -> None:

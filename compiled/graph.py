@@ -17,7 +17,7 @@ All CUDA graphs share one memory pool, which grows to what the largest bucket ne
 They use it in turn: a path runs one step at a time, on one stream.
 
 The rules above are tested on a stand-in for `Device`, on tapes, and for `CudaDevice` on a GPU, where there is one:
-docs/graphs.md says what was seen on an H100.
+docs/graphs.md says what was seen on an H100. `InductorGraphs` failed there, was changed, and has not been run since.
 
 Shapes: R sequences that gain one token, S slots read, C slots of a cache, K key/value heads, D head size, V vocabulary.
 """
@@ -311,14 +311,9 @@ class InductorGraphs:
         slot_S: Tensor,
     ) -> Tensor:
         """As `DecodeGraphs.step`; Inductor captures anew for each S and for caches at other addresses."""
-        self.begin(caches)
+        begin_step(caches)
         step_3R = torch.tensor(step, device=slot_S.device)
         return program(self._model, caches, step_3R, slot_S).clone()
-
-    def begin(self, caches: tuple[Cache, ...]) -> None:
-        """Say, before any step, that a new one begins: its pieces hand on what the next of another would overwrite."""
-        keep_in_place(caches)
-        _next_step()
 
 
 def decode_graphs(
@@ -332,6 +327,15 @@ def decode_graphs(
             return InductorGraphs(model)
         case Graphs.OFF:
             return None
+
+
+def begin_step(caches: tuple[Cache, ...]) -> None:
+    """Tell Inductor's graphs that a step on these begins, before the program is called: the first time, too.
+
+    Until a step is marked they take each piece for a step of its own, which overwrites what the one before handed on.
+    """
+    keep_in_place(caches)
+    _next_step()
 
 
 def keep_in_place(tree: Any) -> None:

@@ -23,7 +23,7 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
-from .graph import DecodeGraphs, Graphs, InductorGraphs, chosen, decode_graphs
+from .graph import DecodeGraphs, Graphs, InductorGraphs, begin_step, chosen, decode_graphs
 from .head import head_many, scale_and_cap
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
@@ -263,8 +263,8 @@ class CompiledPath:
         program = self._programs[name]
         if name in self._uncompiled:
             arguments = self._example(name)
-            if isinstance(self._graphs, InductorGraphs) and name.startswith("decode"):
-                self._graphs.begin(arguments[1])
+            if self._inductor_captures(name):
+                begin_step(arguments[1])
             program(*arguments)
             self._uncompiled.discard(name)
             if isinstance(self._graphs, DecodeGraphs) and name.startswith("decode"):

@@ -91,6 +91,7 @@ def test_memory_that_the_system_does_not_tell_is_none(children: Callable[..., li
         (told({"error": "there is no model 'tiny'"}), TwinferError, "there is no model 'tiny'"),
         (told(outcome(), status=-9), MachineError, "int8: its process was killed by SIGKILL; is there enough memory"),
         (told(outcome(), status=-4), MachineError, "killed by SIGILL, for an instruction that this machine does not"),
+        (told(outcome(), status=-40), MachineError, "killed by signal 40"),
         (told(outcome(), status=1), RuntimeError, "its own traceback is above"),
     ],
 )
