@@ -1,15 +1,17 @@
-"""check_wheel.py WHEEL ROOM...: the wheel holds every module of the rooms, its own metadata, and nothing else."""
+"""check_wheel.py WHEEL PACKAGE...: the wheel holds every module of the packages, its own metadata, and nothing else."""
 
 import sys
 import zipfile
 from pathlib import Path
 
 
-def main(wheel: str, *rooms: str) -> None:
+def main(wheel: str, *packages: str) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    packages = {room: "twinfer" if room == "face" else f"twinfer/{room}" for room in rooms}
+    inside = {package: "twinfer" if package == "api" else f"twinfer/{package}" for package in packages}
     wanted = {
-        f"{packages[room]}/{path.relative_to(room).as_posix()}" for room in rooms for path in Path(room).rglob("*.py")
+        f"{inside[package]}/{path.relative_to(package).as_posix()}"
+        for package in packages
+        for path in Path(package).rglob("*.py")
     }
     wanted.add("twinfer/py.typed")
     if names != wanted:

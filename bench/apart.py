@@ -110,7 +110,7 @@ def measure(task: Task, bare_bytes: int | None) -> Outcome:
         path = CompiledPath(open_model(task.model).source, storage=Storage(task.storage))
         compile_s = path.compile()
         prompt_T = prompt(path.config.vocabulary, task.prompt)
-        for _ in range(3):  # in the first, tapes are recorded, in the second first moved: only the third counts
+        for _ in range(3):  # in the first, CPU graphs are recorded, in the second first moved: only the third counts
             sequences = path.open(1, task.prompt + task.steps)
             logits_BV = path.extend(sequences, [prompt_T])
             kernels.forget()

@@ -148,15 +148,15 @@ class LlamaCppCandidate:
 
 
 class CTranslate2Candidate:
-    """CTranslate2 on a folder of transformers, converted with one of its own quantisations."""
+    """CTranslate2 on a folder of transformers, converted with one of its own quantizations."""
 
-    def __init__(self, folder: Path, converted: Path, quantisation: str, threads: int) -> None:
+    def __init__(self, folder: Path, converted: Path, quantization: str, threads: int) -> None:
         library: Any = import_module("ctranslate2")
         converter: Any = import_module("ctranslate2.converters").TransformersConverter(str(folder))
-        converter.convert(str(converted), quantization=quantisation)
+        converter.convert(str(converted), quantization=quantization)
         threads_before = torch.get_num_threads()
         self._generator = library.Generator(
-            str(converted), device="cpu", compute_type=quantisation, intra_threads=threads
+            str(converted), device="cpu", compute_type=quantization, intra_threads=threads
         )
         torch.set_num_threads(threads_before)  # it shares OpenMP with torch, and sets the caller's number too
 

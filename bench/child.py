@@ -49,7 +49,7 @@ def how_it_ended(status: int) -> str:
     if status >= 0:
         return f"ended with exit code {status}"
     names = {each.value: each.name for each in signal.Signals}  # not all have one
-    advice = {
+    advice: dict[int, str] = {
         signal.SIGKILL: "; is there enough memory?",
         signal.SIGILL: ", for an instruction that this machine does not run; build that library anew without it",
     }

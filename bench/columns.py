@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 
 from ..compiled.linear import Matrix, matrix
 from ..compiled.packing import pack
-from ..reference.quantise import (
-    GroupQuantised,
-    RowQuantised,
-    dequantise_groups,
-    dequantise_rows,
-    quantise_groups,
-    quantise_rows,
+from ..reference.quantize import (
+    GroupQuantized,
+    RowQuantized,
+    dequantize_groups,
+    dequantize_rows,
+    quantize_groups,
+    quantize_rows,
 )
 from ..spec.config import Storage
 from .machine import last_level_cache_bytes
@@ -96,19 +96,19 @@ def kept(weight_NI: Tensor, storage: Storage) -> tuple[Tensor, ...]:
         case Storage.BFLOAT16:
             return (weight_NI.to(torch.bfloat16),)
         case Storage.INT8:
-            rows = quantise_rows(weight_NI)
-            return rows.code_NI, rows.scale_N
+            rows = quantize_rows(weight_NI)
+            return rows.quantized_NI, rows.scale_N
         case Storage.INT4:
-            groups = quantise_groups(weight_NI)
-            return groups.code_NI, groups.step_NG, groups.low_NG
+            groups = quantize_groups(weight_NI)
+            return groups.quantized_NI, groups.scale_NG, groups.min_NG
 
 
 def unkept(parts: tuple[Tensor, ...], storage: Storage) -> Tensor:
-    """What `kept` stored, for the reference to multiply by: de-quantised in float32, a bfloat16 matrix as it is."""
+    """What `kept` stored, for the reference to multiply by: de-quantized in float32, a bfloat16 matrix as it is."""
     if storage is Storage.INT8:
-        return dequantise_rows(RowQuantised(*parts), torch.float32)
+        return dequantize_rows(RowQuantized(*parts), torch.float32)
     if storage is Storage.INT4:
-        return dequantise_groups(GroupQuantised(*parts), torch.float32)
+        return dequantize_groups(GroupQuantized(*parts), torch.float32)
     return parts[0]
 
 

@@ -224,7 +224,7 @@ def _gguf_tensors(source: WeightSource) -> Iterator[tuple[str, "np.ndarray[Any, 
 
 
 def interleaved_from_half_split(rows: Tensor, heads: int) -> Tensor:
-    """Reorder rows [H * D, ...], head by head, so that those that rotate together are neighbours, as GGUF has them.
+    """Reorder rows [H * D, ...], head by head, so that those that rotate together are neighbors, as GGUF has them.
 
     Two heads of four:
 

@@ -34,7 +34,7 @@ in processes of their own, one with an empty cache folder and one that finds wha
                     that records a tape or moves one counts with the others
   loops a layer     parallel loops of that step's kernels, `#pragma omp for` in the generated C++
 
-with --switches the path is also compiled, and timed beside itself, without each of its optimisations in turn, which
+with --switches the path is also compiled, and timed beside itself, without each of its optimizations in turn, which
 takes a quarter of an hour a storage; nothing is measured in processes of their own. Speed-ups of these rows are over
 the path as it is.
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     model_options.add_arguments(parser, steps=64)
     parser.add_argument(
-        "--switches", action="store_true", help="beside the path as it is, with one optimisation off at a time"
+        "--switches", action="store_true", help="beside the path as it is, with one optimization off at a time"
     )
 
 

@@ -52,14 +52,14 @@ def _llama_cpp(kind: str) -> Peer:
     )
 
 
-def _ctranslate2(quantisation: str) -> Peer:
+def _ctranslate2(quantization: str) -> Peer:
     return Peer(
-        name=f"CTranslate2 {quantisation}",
+        name=f"CTranslate2 {quantization}",
         package="ctranslate2",
         install="pip install ctranslate2",
-        precision=quantisation,
+        precision=quantization,
         make=lambda exports, room: CTranslate2Candidate(
-            exports.transformers_folder, exports.folder / f"ctranslate2-{quantisation}", quantisation, room.threads
+            exports.transformers_folder, exports.folder / f"ctranslate2-{quantization}", quantization, room.threads
         ),
     )
 

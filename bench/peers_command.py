@@ -28,12 +28,12 @@ EPILOG = """\
 peers, each used if it is installed:
   transformers eager          float32, default cache and attention
   transformers static cache   float32, the decode step compiled as its documentation does; it is not timed on prompts
-  llama.cpp F32 F16 Q8_0 Q4_1 GGUF files made of the same weights by its own quantiser, through llama-cpp-python
+  llama.cpp F32 F16 Q8_0 Q4_1 GGUF files made of the same weights by its own quantizer, through llama-cpp-python
   CTranslate2 float32 int8    converted from the same weights
   DeepSpeed init_inference    float32; its kernels are not for CPUs
 Models are plain LLaMAs, which all of these know. Every peer has as many threads as torch, reads the same ids, and takes
 the likeliest token. Everyone's first 16 tokens are compared with the reference's in float32, once as they follow from
-each other and once after the reference's own: whoever computes in float32 should give the same, whoever is quantised
+each other and once after the reference's own: whoever computes in float32 should give the same, whoever is quantized
 need not, but should pick most of them where it is led.
 
 ratios: of tokens a second, round by round; the value is the median, the spread the 20th and 80th percentile.

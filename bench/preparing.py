@@ -14,7 +14,7 @@ from ..compiled import attention, linear, mlp, norms, rotary, w8a8
 from ..oracle.case import Case, Inputs
 from ..oracle.op import Op
 from ..oracle.table import OPS
-from ..reference.quantise import RowQuantised, stored
+from ..reference.quantize import RowQuantized, stored
 from ..spec.config import INT4_GROUP, Activation, Storage
 from ..spec.counts import Count
 from ..spec.weights import LinearWeights, MlpWeights
@@ -31,7 +31,7 @@ class Prepared:
     given: Column
     """The inputs as anyone's function is given them: weights as stored, in float32."""
     reference: Column
-    """The op's reference on the stored form, which it de-quantises itself."""
+    """The op's reference on the stored form, which it de-quantizes itself."""
     arranged: Column | None
     """The functions that the compiled path's graphs call; None where they never compute such a case."""
     bytes: int
@@ -89,11 +89,11 @@ class _Rows:
         return self.rows > 1 and not self.in_passes
 
     def product(self, x_RI: Tensor, weights: linear.Matrix) -> Tensor:
-        return (linear.linear_few if self.few else linear.linear_many)(x_RI, weights, self.storage)
+        return (linear.linear_decode if self.few else linear.linear_prefill)(x_RI, weights, self.storage)
 
     @property
     def name(self) -> str:
-        return "linear_few" if self.few else "linear_many"
+        return "linear_decode" if self.few else "linear_prefill"
 
     def through(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """All rows by a call that takes those of one pass."""
@@ -160,16 +160,16 @@ def prepare_linear_w8a8(case: Case, storage: Storage) -> Prepared:
     op = OPS["linear_w8a8"]
     inputs = op.inputs(case)
     x: Tensor = inputs["x"]
-    weights: RowQuantised = inputs["weights"]
+    weights: RowQuantized = inputs["weights"]
     form = w8a8.form_here(torch.device("cpu"))
-    code_NI = weights.code_NI if form is w8a8.Form.INT8 else weights.code_NI.float()
+    quantized_NI = weights.quantized_NI if form is w8a8.Form.INT8 else weights.quantized_NI.float()
 
     def arranged(x: Tensor, codes: w8a8.Codes) -> Tensor:
         return w8a8.linear_w8a8(x, codes, form)
 
     column = Column(
         program=arranged,
-        arguments={"x": x, "codes": w8a8.Codes(code_NI, weights.scale_N, None)},
+        arguments={"x": x, "codes": w8a8.Codes(quantized_NI, weights.scale_N, None)},
         from_memory=("codes",),
         note=f"linear_w8a8, products in {form}",
     )
@@ -255,7 +255,7 @@ def prepare_rotate(case: Case, storage: Storage) -> Prepared:
     inputs = op.inputs(case)
     x_BTHD: Tensor = inputs["x_BTHD"]
     layout = inputs["layout"]
-    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"], inputs["magnitude"])
+    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"], inputs["attention_factor"])
 
     def arranged(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
         return rotary.rotate(x_THD, cos_TJ, sin_TJ, layout)

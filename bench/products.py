@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..compiled.linear import Matrix, linear_few, linear_many, matrix, product
+from ..compiled.linear import Matrix, linear_decode, linear_prefill, matrix, product
 from ..compiled.packing import pack
 from ..compiled.programs import graph, pinned
 from ..compiled.weights import Layer, Model
@@ -104,7 +104,7 @@ def prefill_products(model: Model, config: ModelConfig, rows: int) -> tuple[Key,
 
 
 def _layer_products(xs: Sequence[Tensor], matrices: Sequence[Matrix]) -> list[Tensor]:
-    return [linear_many(x_TI, each, Storage.FLOAT32) for x_TI, each in zip(xs, matrices, strict=True)]
+    return [linear_prefill(x_TI, each, Storage.FLOAT32) for x_TI, each in zip(xs, matrices, strict=True)]
 
 
 def _matrices(layer: Layer) -> list[Matrix]:
@@ -117,7 +117,7 @@ def small_products(storage: Storage, size: int) -> Iterator[tuple[Key, Sample]]:
     for rows in (1, 4):
 
         def program(x_RI: Tensor, weight: Matrix) -> Tensor:
-            return linear_few(x_RI, weight, storage)
+            return linear_decode(x_RI, weight, storage)
 
         x_RI = torch.randn(rows, size, generator=torch.Generator().manual_seed(1))
         column = Column(program=program, arguments={"x_RI": x_RI, "weight": weight}, from_memory=("weight",))

@@ -1,4 +1,4 @@
-"""The compiled path with one of its optimisations switched off: what each is worth.
+"""The compiled path with one of its optimizations switched off: what each is worth.
 
 A switch changes what a path is compiled from, or a constant that it looks at as it runs, and is off for as long as that
 path compiles or answers; everything else stays as it is. Such a path is compiled anew, for what is kept in caches was
@@ -23,7 +23,7 @@ from .candidates import Candidate, PathCandidate
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """An optimisation."""
+    """An optimization."""
 
     name: str
     without: str
@@ -66,7 +66,7 @@ _ONEDNN = (
 )
 
 SWITCHES = (
-    Switch(name="tapes", without="each step calls the compiled pieces", options={"graphs": "off"}),
+    Switch(name="CPU graphs", without="each step calls the compiled pieces", options={"graphs": "off"}),
     Switch(
         name="four rows a pass",
         without="each row reads the weights anew",

@@ -32,7 +32,7 @@ class Timing:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which this share lies, interpolated between neighbours.
+    """The value below which this share lies, interpolated between neighbors.
 
     >>> quantile([1.0, 2.0, 4.0], 0.5), quantile([1.0, 2.0, 4.0], 0.75)
     (2.0, 3.0)

@@ -1,14 +1,14 @@
-"""What BERT and the encoders that descend from it share: names, and layers whose sums are normalised."""
+"""What BERT and the encoders that descend from it share: names, and layers whose sums are normalized."""
 
 from typing import Any
 
 from ..spec.config import Head, LayerConfig, ModelConfig, NormConfig, NormPlacement
-from .family import Understood, layer_norm
+from .family import ParsedConfig, layer_norm
 from .fields import Fields
 from .gpt_like import layer_count, model, multi_head, plain_mlp
 from .table import POSITION_IDS, Ignorable, Table, linear, norm, tensor
 
-HARMLESS = {"tie_word_embeddings": "of the masked-language head alone"}
+IGNORED = {"tie_word_embeddings": "of the masked-language head alone"}
 """Fields that leave every encoder's hidden vectors unchanged."""
 
 
@@ -49,17 +49,17 @@ def unused(*modules: str, why: str) -> tuple[Ignorable, ...]:
 
 
 def layer(config: Fields, norm: NormConfig, *, hidden: str, heads: str, width: str, activation: str) -> LayerConfig:
-    """An encoder's layer whose sums are normalised, from fields of these names."""
+    """An encoder's layer whose sums are normalized, from fields of these names."""
     return LayerConfig(
         norm=norm,
         attention=multi_head(config, config.integer(hidden), config.integer(heads), causal=False),
         mlp=plain_mlp(config, config.integer(width), activation, "gelu"),
-        norm_placement=NormPlacement.ON_SUM,
+        norm_placement=NormPlacement.POST_NORM,
     )
 
 
 def encoder(config: Fields, family: str, hidden: str, layers: tuple[LayerConfig, ...], **other: Any) -> ModelConfig:
-    """Layers behind normalised embeddings, without a final norm or a head."""
+    """Layers behind normalized embeddings, without a final norm or a head."""
     plain: dict[str, Any] = {
         "final_norm": None,
         "learned_positions": True,
@@ -69,14 +69,14 @@ def encoder(config: Fields, family: str, hidden: str, layers: tuple[LayerConfig,
     return model(config, family, config.integer(hidden), layers, **plain, **other)
 
 
-def read(config: Fields, *, first_position: int = 0) -> Understood:
-    """A config with BERT's names of fields; `first_position` as `Understood` has it."""
+def read(config: Fields, *, first_position: int = 0) -> ParsedConfig:
+    """A config with BERT's names of fields; `first_position` as `ParsedConfig` has it."""
     config.only("is_decoder", False)
     config.only("position_embedding_type", "absolute")
     norm = layer_norm(config, "layer_norm_eps", 1e-12)
     names = {"heads": "num_attention_heads", "width": "intermediate_size", "activation": "hidden_act"}
     each = layer(config, norm, hidden="hidden_size", **names)
-    understood = encoder(
+    parsed = encoder(
         config,
         config.text("model_type", "bert"),
         "hidden_size",
@@ -84,4 +84,4 @@ def read(config: Fields, *, first_position: int = 0) -> Understood:
         context=config.integer("max_position_embeddings", 512) - first_position,
         token_types=config.integer("type_vocab_size", 2),
     )
-    return Understood(config=understood, first_position=first_position)
+    return ParsedConfig(config=parsed, first_position=first_position)

@@ -26,7 +26,7 @@ class EmbeddingRecipe:
 
     pooling: Pooling | None = Pooling.MEAN
     """None where the makers' is another, as `unknown` says."""
-    normalise: bool | None = False
+    normalize: bool | None = False
     """Whether vectors are scaled to length 1. None where the makers do what is not computed here, as `unknown` says."""
     most_tokens: int | None = None
     """The most tokens of a text, where that is less than the model's context."""
@@ -47,14 +47,14 @@ def recipe_of(folder: Path, config: ModelConfig) -> EmbeddingRecipe:
             return _usual(config)
         return _read(folder)
     except ConfigError as error:
-        return EmbeddingRecipe(pooling=None, normalise=None, unknown=str(error))
+        return EmbeddingRecipe(pooling=None, normalize=None, unknown=str(error))
 
 
 def _usual(config: ModelConfig) -> EmbeddingRecipe:
     """Where nothing says how."""
     if config.head is Head.NONE and all(layer.attention.causal for layer in config.layers):
         made = "is made of its end token's hidden vector by a projection, which is not computed here"
-        return EmbeddingRecipe(pooling=None, normalise=None, unknown=f"this model's own vector of a text {made}")
+        return EmbeddingRecipe(pooling=None, normalize=None, unknown=f"this model's own vector of a text {made}")
     return EmbeddingRecipe()
 
 
@@ -84,7 +84,7 @@ def _read(folder: Path) -> EmbeddingRecipe:
     known = next((pooling for pooling in Pooling if modes == [pooling.value]), None)
     return EmbeddingRecipe(
         pooling=known,
-        normalise="Normalize" in kinds,
+        normalize="Normalize" in kinds,
         most_tokens=most_tokens,
         lower_case=lower_case,
         unknown="" if known else f"{modules[1][1] / 'config.json'}: the pooling is {modes}, which is not computed here",

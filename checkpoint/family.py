@@ -13,14 +13,14 @@ from torch import Tensor
 from ..spec.config import Activation, Head, ModelConfig, NormConfig, NormKind
 from ..spec.errors import CheckpointError, ConfigError
 from .fields import Fields
-from .plan import Made, TensorStore
+from .plan import Buffers, TensorStore
 from .rotary_fields import Rotation
 from .source import FileSource
 from .table import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Understood:
+class ParsedConfig:
     """What a config.json means."""
 
     config: ModelConfig
@@ -31,11 +31,11 @@ class Understood:
     first_position: int = 0
     """The row of the table of positions that belongs to a sequence's first token: 2 in OPT."""
     plain_norms: tuple[str, ...] = ()
-    """Norms of every layer, and the head's, that only normalise: their gains are 1 and in no file."""
+    """Norms of every layer, and the head's, that only normalize: their gains are 1 and in no file."""
     table: Table | None = None
     """Where the config decides how files keep the weights; None where the family's own table holds for all."""
 
-    def made(self) -> Made:
+    def buffers(self) -> Buffers:
         """What no file holds."""
         gains = {f"{norm}.gain_M": torch.ones(self.config.hidden) for norm in self.plain_norms}
         head = {name: gain_M for name, gain_M in gains.items() if name == "norm.gain_M"}
@@ -46,7 +46,7 @@ class Understood:
             {} if rotation is None else {"attention.rotary_frequency_J": rotation.frequency_J}
             for rotation in self.rotations or (None,) * len(self.config.layers)
         ]
-        return Made(layers=[every | own for own in turning], head=head)
+        return Buffers(layers=[every | own for own in turning], head=head)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +55,17 @@ class Family:
     """As config.json says it."""
     architectures: tuple[str, ...]
     """Classes that save such files, as config.json names them: plain language models, with or without the head."""
-    read: Callable[[Fields], Understood]
-    """Takes every field that changes results; whatever it leaves must be in `HARMLESS` or `harmless`."""
+    read: Callable[[Fields], ParsedConfig]
+    """Takes every field that changes results; whatever it leaves must be in `IGNORED` or `ignored`."""
     table: Table
-    harmless: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
     """Further fields of this family that leave the results unchanged, each with why."""
     remote_code: tuple[str, ...] = ()
     """Modules that come with published models and that `auto_map` may name, since what they compute is declared here.
     They are never run."""
 
 
-HARMLESS = {
+IGNORED = {
     "who wrote the file, with what, and how to load it": (
         "_name_or_path transformers_version torch_dtype dtype tokenizer_class use_cache model_max_length "
         "transformers.js_config transformers_weights _commit_hash _from_model_config unsloth_fixed unsloth_version"
@@ -96,7 +96,7 @@ HARMLESS = {
 }
 """Fields that leave the logits unchanged in every family, by what they are about."""
 
-ONLY = {
+REQUIRED = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
@@ -120,22 +120,22 @@ ACTIVATIONS = {
 """The names that config.json has for activations."""
 
 
-def understand(family: Family, config: Fields) -> Understood:
-    """Read a config.json as this family's. Raises `ConfigError` for any field that is not fully understood."""
-    config.ignore(family.harmless)
+def parse_config(family: Family, config: Fields) -> ParsedConfig:
+    """Read a config.json as this family's. Raises `ConfigError` for any field that is not fully parsed."""
+    config.ignore(family.ignored)
     common(config)
     _refuse_other_code(family, config)
-    understood = family.read(config)
+    parsed = family.read(config)
     config.finish()
-    return understood
+    return parsed
 
 
 def common(config: Fields) -> None:
     """Take the fields that every family has; older files repeat them in sections. Raises `ConfigError` as `only`."""
     config.ignore(("model_type", "architectures"))
-    for names in HARMLESS.values():
+    for names in IGNORED.values():
         config.ignore(names.split())
-    for name, value in ONLY.items():
+    for name, value in REQUIRED.items():
         config.only(name, value, *(({},) if value is None else ()))
 
 
@@ -155,13 +155,13 @@ def _refuse_other_code(family: Family, config: Fields) -> None:
 def weights_of(families: tuple[Family, ...], config: Fields, store: TensorStore) -> FileSource:
     """The weights in a store, by the config that came with it. Raises as `find`, `understand` and `FileSource` do."""
     family = find(families, config)
-    understood = understand(family, config)
+    parsed = parse_config(family, config)
     return FileSource(
-        understood.config,
-        understood.table or family.table,
+        parsed.config,
+        parsed.table or family.table,
         store,
-        understood.made(),
-        first_position=understood.first_position,
+        parsed.buffers(),
+        first_position=parsed.first_position,
         most_tokens=config.most_tokens,
         notes=config.notes,
     )
@@ -188,7 +188,7 @@ def find(families: tuple[Family, ...], config: Fields) -> Family:
     )
 
 
-def spelled(config: Fields, *names: str) -> str:
+def alias(config: Fields, *names: str) -> str:
     """The name by which a config has a field of several; the first where it has none.
 
     Raises `ConfigError` where it has two that disagree.
@@ -222,4 +222,4 @@ def rms_norm(
 
 def head(config: Fields, *, tied: bool) -> Head:
     """Whether the head is the token table; `tied` where the config does not say."""
-    return Head.TIED if config.flag("tie_word_embeddings", tied) else Head.OWN
+    return Head.TIED if config.flag("tie_word_embeddings", tied) else Head.UNTIED

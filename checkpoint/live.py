@@ -24,7 +24,7 @@ def from_transformers(module: Any, *, context: int | None = None) -> FileSource:
     """The weights of a model of one of the families, with or without its head.
 
     `context` limits how many tokens a sequence may hold. Raises `RequestError` for what is no transformers model, and
-    `CheckpointError`, `ConfigError` or `WeightError`, as a folder would, for one that is not understood.
+    `CheckpointError`, `ConfigError` or `WeightError`, as a folder would, for one that is not parsed.
     """
     write_config = getattr(getattr(module, "config", None), "to_json_string", None)
     if not isinstance(module, torch.nn.Module) or write_config is None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig
 from ..spec.errors import ConfigError
 from . import rotary_fields
-from .family import ACTIVATIONS, Understood, head, head_size, rms_norm
+from .family import ACTIVATIONS, ParsedConfig, head, head_size, rms_norm
 from .fields import MOST_LAYERS, Fields
 from .rotary_fields import Rotation
 from .table import Stored, Table, frequencies, linear, norm, output, tensor
@@ -63,7 +63,7 @@ def read(
     mlp: Mapping[str, Any] | None = None,
     layer: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
-) -> Understood:
+) -> ParsedConfig:
     """A config with LLaMA's names of fields, and where a family differs: its fields of attention, MLP, layer and model.
 
     `windows` and `rotations` may differ from layer to layer; without the latter, all layers rotate as the config says,
@@ -110,7 +110,7 @@ def read(
         "learned_positions": False,
         "head": head(config, tied=tied),
     }
-    return Understood(config=ModelConfig(**{**fields, **(model or {})}), rotations=tuple(turns))
+    return ParsedConfig(config=ModelConfig(**{**fields, **(model or {})}), rotations=tuple(turns))
 
 
 def layer_count(config: Fields) -> int:

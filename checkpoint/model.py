@@ -8,14 +8,16 @@ from typing import Any
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import CheckpointError, RequestError, TwinferError
 from ..spec.weights import WeightSource
-from . import config_json, gguf_model, gguf_tokenizer, huggingface
+from . import config_json, huggingface
 from .builtin import BUILT_IN, cache_folder
 from .embedding_recipe import EmbeddingRecipe, gguf_recipe, recipe_of
 from .fetch import fetched
 from .fields import Fields
-from .gguf_file import GgufFile
+from .gguf import model as gguf_model
+from .gguf import tokenizer as gguf_tokenizer
+from .gguf.file import GgufFile
+from .native.folder import DESCRIPTION, TwinferFolder
 from .tokenizer import Tokenizer
-from .twinfer_folder import DESCRIPTION, TwinferFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ class TensorStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class Buffers:
     """What a model holds that no file does, for it follows from the config: by weight name, per part."""
 
     layers: Sequence[Mapping[str, Tensor]]
@@ -72,7 +72,7 @@ class Plan:
     head: tuple[Reading, ...]
 
 
-def plan(table: Table, config: ModelConfig, store: TensorStore, made: Made, first_position: int = 0) -> Plan:
+def plan(table: Table, config: ModelConfig, store: TensorStore, buffers: Buffers, first_position: int = 0) -> Plan:
     """Match a file's tensors with the config's weights. Raises `WeightError` naming what does not fit.
 
     `first_position` is the row of the table of positions that belongs to a sequence's first token.
@@ -105,13 +105,13 @@ def plan(table: Table, config: ModelConfig, store: TensorStore, made: Made, firs
             part(
                 table.layer,
                 layer_shapes(layer, config.hidden),
-                made.layers[index],
+                buffers.layers[index],
                 table.layers.format(layer=index),
                 layer.attention.head_size,
             )
             for index, layer in enumerate(config.layers)
         ),
-        head=part(table.head, head_shapes(config), made.head),
+        head=part(table.head, head_shapes(config), buffers.head),
     )
     _check(table, config, store, names, claimed)
     return result
@@ -162,7 +162,7 @@ def _check(
                 f"{store.where}: {names[name]} has shape {list(found)}; by its config it must be {list(shape)}"
             )
         if reason := store.unreadable(names[name]):
-            raise WeightError(f"{store.where}: {names[name]} is {reason}; use the checkpoint that was not quantised so")
+            raise WeightError(f"{store.where}: {names[name]} is {reason}; use the checkpoint that was not quantized so")
 
 
 def _repeated_head(table: Table, config: ModelConfig, store: TensorStore, names: Mapping[str, str]) -> set[str]:

@@ -85,7 +85,7 @@ def scaled_by_index(
     return frequency_J * (scaled_J / factor + (1 - scaled_J))
 
 
-def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
     """By how much YaRN lengthens queries and keys: 0.1 * weight * ln(factor) + 1 (the same paper, eq. 22)."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
@@ -103,6 +103,6 @@ def note_on_long_texts(context: int, original: int) -> str:
     )
 
 
-def longrope_magnitude(factor: float, original_context: int) -> float:
+def longrope_attention_factor(factor: float, original_context: int) -> float:
     """By how much LongRoPE lengthens queries and keys: sqrt(1 + ln(factor) / ln(original context))."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_context))

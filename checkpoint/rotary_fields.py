@@ -72,11 +72,11 @@ def _rotation(config: Fields, scaling: Fields | None, head: Head, base: float, p
     if scaling is not None:
         base, part = scaling.number("rope_theta", base), _part(scaling, head, part)
     size = int(head.size * part)
-    frequency_J, magnitude = rotary.frequencies(base, size), 1.0
+    frequency_J, attention_factor = rotary.frequencies(base, size), 1.0
     if scaling is not None:
-        frequency_J, magnitude = _scaled(config, scaling, head, base, size, frequency_J)
+        frequency_J, attention_factor = _scaled(config, scaling, head, base, size, frequency_J)
         scaling.finish()
-    turning = RotaryConfig(layout=head.layout, size=2 * len(frequency_J), magnitude=magnitude)
+    turning = RotaryConfig(layout=head.layout, size=2 * len(frequency_J), attention_factor=attention_factor)
     return Rotation(config=turning, frequency_J=frequency_J)
 
 
@@ -131,12 +131,12 @@ def _yarn(
         original_context=original,
         whole=scaling.flag("truncate", True),
     )
-    magnitude = rotary.yarn_magnitude(factor)
+    attention_factor = rotary.yarn_attention_factor(factor)
     if scaling.has("mscale") and scaling.has("mscale_all_dim"):
         whole, part = scaling.number("mscale"), scaling.number("mscale_all_dim")
-        magnitude = rotary.yarn_magnitude(factor, whole) / rotary.yarn_magnitude(factor, part)
+        attention_factor = rotary.yarn_attention_factor(factor, whole) / rotary.yarn_attention_factor(factor, part)
     scaling.ignore(("mscale", "mscale_all_dim"))  # one of them alone says nothing
-    return scaled_J, scaling.number("attention_factor", magnitude)
+    return scaled_J, scaling.number("attention_factor", attention_factor)
 
 
 def _longrope(config: Fields, scaling: Fields, head: Head, frequency_J: Tensor) -> tuple[Tensor, float]:
@@ -153,8 +153,8 @@ def _longrope(config: Fields, scaling: Fields, head: Head, frequency_J: Tensor) 
     chosen = divisors["long" if config.limited(head.context) > original else "short"]
     if config.limited(head.context) > original:
         config.notes.append(rotary.note_on_long_texts(config.limited(head.context), original))
-    magnitude = scaling.number("attention_factor", rotary.longrope_magnitude(factor, original))
-    return rotary.divided(frequency_J, chosen), magnitude
+    attention_factor = scaling.number("attention_factor", rotary.longrope_attention_factor(factor, original))
+    return rotary.divided(frequency_J, chosen), attention_factor
 
 
 def _original_context(config: Fields, scaling: Fields, head: Head) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..spec.config import LayerConfig, ModelConfig
 from ..spec.errors import ConfigError
 from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble
-from .plan import Made, Reading, TensorStore, plan
+from .plan import Buffers, Reading, TensorStore, plan
 from .table import Heads, Table
 
 
@@ -28,7 +28,7 @@ class FileSource:
         config: ModelConfig,
         table: Table,
         store: TensorStore,
-        made: Made,
+        buffers: Buffers,
         *,
         first_position: int = 0,
         most_tokens: int | None = None,
@@ -36,8 +36,8 @@ class FileSource:
     ) -> None:
         self.config = limited(config, most_tokens)
         self._store = store
-        self._plan = plan(table, config, store, made, first_position)
-        self._made = made
+        self._plan = plan(table, config, store, buffers, first_position)
+        self._buffers = buffers
         self.notes = tuple(dict.fromkeys(notes))
         """What whoever opens the model should know, though nothing is wrong."""
 
@@ -46,10 +46,10 @@ class FileSource:
 
     def layer(self, index: int) -> LayerWeights:
         weights = self._read(self._plan.layers[index], self.config.layers[index])
-        return assemble(LayerWeights, {**weights, **self._made.layers[index]})
+        return assemble(LayerWeights, {**weights, **self._buffers.layers[index]})
 
     def head(self) -> HeadWeights:
-        return assemble(HeadWeights, {**self._read(self._plan.head, None), **self._made.head})
+        return assemble(HeadWeights, {**self._read(self._plan.head, None), **self._buffers.head})
 
     def _read(self, readings: tuple[Reading, ...], layer: LayerConfig | None) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}

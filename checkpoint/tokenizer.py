@@ -12,7 +12,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """A model's tokenizer. Special tokens written out in a text are recognised as what they are."""
+    """A model's tokenizer. Special tokens written out in a text are recognized as what they are."""
 
     def __init__(self, inner: tokenizers.Tokenizer):
         inner.no_truncation()

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .linear import multiplies_fast, product, settled
+from .linear import materialized, multiplies_fast, product
 
 _BLOCK = 320
 """The most queries of a prompt or text that are attended at once; blocks are even. Of 260 to 512 tokens 128 at a time
@@ -114,7 +114,7 @@ def attend_decode(
         score_RSKG = score_RSKG + alibi(position_R, slot_S, slope_H).view(score_RSKG.shape)
     score_RSKG = score_RSKG + seen.added_RS[:, :, None, None]
     # heads last, or Inductor's vectors would run over the slots, whose values are nowhere side by side
-    weight_RSKG = settled(torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True)))
+    weight_RSKG = materialized(torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True)))
     if written_out:
         parts = value_RSKD.view(*value_RSKD.shape[:3], _parts(*query_RKGD.shape[2:]), -1).unbind(3)
         sums = [(weight_RSK[..., None] * part).sum(1) for weight_RSK in weight_RSKG.unbind(3) for part in parts]
@@ -159,7 +159,7 @@ def attend_prefill(
 
 def _by_head(x_TK: Tensor) -> Tensor:
     """Key heads first, each head's rows side by side."""
-    return settled(x_TK.transpose(0, 1).contiguous())
+    return materialized(x_TK.transpose(0, 1).contiguous())
 
 
 @torch.library.custom_op("twinfer::attend_blocks", mutates_args=())
@@ -190,31 +190,31 @@ def _attend_blocks(
     return out_THD
 
 
-def attend_texts(
+def attend_varlen(
     query_THD: Tensor,
     key_TKD: Tensor,
     value_TKD: Tensor,
     *,
-    bound_N: Tensor,
+    cu_seqlens: Tensor,
     causal: bool,
     scale: float,
     window: int | None,
     softcap: float | None = None,
     slope_H: Tensor | None = None,
 ) -> Tensor:
-    """Every query over the keys of its own text; [T, H, D]. `bound_N` [N + 1] is on the CPU: its values are read."""
+    """Every query over the keys of its own text; [T, H, D]. `cu_seqlens` [N + 1] is on the CPU: its values are read."""
     query_KTGD = _by_head((query_THD * scale).view(query_THD.shape[0], key_TKD.shape[1], -1, query_THD.shape[2]))
-    operands = query_KTGD, _by_head(key_TKD), _by_head(value_TKD), bound_N
-    out_THD: Tensor = torch.ops.twinfer.attend_texts(*operands, causal, window, softcap, slope_H)
+    operands = query_KTGD, _by_head(key_TKD), _by_head(value_TKD), cu_seqlens
+    out_THD: Tensor = torch.ops.twinfer.attend_varlen(*operands, causal, window, softcap, slope_H)
     return out_THD
 
 
-@torch.library.custom_op("twinfer::attend_texts", mutates_args=())
-def _attend_texts(
+@torch.library.custom_op("twinfer::attend_varlen", mutates_args=())
+def _attend_varlen(
     query_KTGD: Tensor,
     key_KTD: Tensor,
     value_KTD: Tensor,
-    bound_N: Tensor,
+    cu_seqlens: Tensor,
     causal: bool,
     window: int | None,
     softcap: float | None,
@@ -226,7 +226,7 @@ def _attend_texts(
     """
     kv_heads, tokens, group, size = query_KTGD.shape
     out_THD = query_KTGD.new_empty(tokens, kv_heads * group, size)
-    for begin, end in pairwise(bound_N.tolist()):
+    for begin, end in pairwise(cu_seqlens.tolist()):
         query_KtGD, key_KSD, value_KSD = (each[:, begin:end] for each in (query_KTGD, key_KTD, value_KTD))
         for block, seen in _blocks(end - begin, 0, causal=causal, window=window):
             added_HTS = None
@@ -293,7 +293,7 @@ def _attend_block(
 
 
 @_attend_blocks.register_fake
-@_attend_texts.register_fake
+@_attend_varlen.register_fake
 def _(query_KTGD: Tensor, *_: object) -> Tensor:
     kv_heads, tokens, group, size = query_KTGD.shape
     return query_KTGD.new_empty(tokens, kv_heads * group, size)

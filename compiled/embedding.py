@@ -13,7 +13,7 @@ from .linear import Matrix, lookup
 from .norms import Norm, norm
 
 Product = Callable[[Tensor, Matrix, Storage], Tensor]
-"""`linear_few` or `linear_many`."""
+"""`linear_decode` or `linear_prefill`."""
 
 
 class Embedding(NamedTuple):

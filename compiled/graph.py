@@ -1,4 +1,4 @@
-"""Decode steps as graphs: captured once for each bucket of sizes, then replayed; CUDA graphs, or tapes on a CPU.
+"""Decode steps as graphs: captured once for each bucket of sizes, then replayed; CUDA graphs, or CPU graphs on a CPU.
 
 Why it is faster: a small model at a small batch waits for its kernels to be launched; a replay launches them all at
 once (the paper's section III-D). What it relies on: a decode step reads no value on the host and writes its caches in
@@ -16,7 +16,7 @@ caller holds never changes. Warm-up does write into the caches: the slots that i
 All CUDA graphs share one memory pool, which grows to what the largest bucket needs at once, and the logits of each.
 They use it in turn: a path runs one step at a time, on one stream.
 
-The rules above are tested on a stand-in for `Device`, on tapes, and for `CudaDevice` on a GPU, where there is one:
+The rules above are tested on a stand-in for `Device`, on CPU graphs, and for `CudaDevice` on a GPU, where there is one:
 docs/graphs.md says what was seen on an H100. `InductorGraphs` failed there, was changed, and has not been run since.
 
 Shapes: R sequences that gain one token, S slots read, C slots of a cache, K key/value heads, D head size, V vocabulary.
@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..spec.errors import RequestError
+from .cpu_graph import CpuGraphs
 from .steps import Cache
-from .tape import Tapes
 from .weights import Model
 
 _LEAST_SLOTS = 128
@@ -99,7 +99,7 @@ class Device(Protocol):
     def slots(self, longest: int, capacity: int) -> int:
         """How many slots a graph reads for sequences of at most `longest` tokens; no more than the capacity."""
 
-    def borrowed(self, tensor: Tensor) -> Tensor:
+    def alias(self, tensor: Tensor) -> Tensor:
         """The same memory, as a tensor by which no graph keeps it alive."""
 
     def move(self, captured: Any, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
@@ -138,7 +138,7 @@ class CudaDevice:
     def slots(self, longest: int, capacity: int) -> int:
         return bucket(longest, capacity)
 
-    def borrowed(self, tensor: Tensor) -> Tensor:
+    def alias(self, tensor: Tensor) -> Tensor:
         return tensor  # a CUDA graph has addresses alone
 
     def move(self, captured: Any, old: Sequence[tuple[int, int]], new: Sequence[Tensor]) -> bool:
@@ -254,7 +254,7 @@ class DecodeGraphs:
         for key, graph in self._graphs.items():
             same = (len(graph.logits_RV), len(graph.slot_S)) == (rows, slots)
             if same and self._is_gone(graph) and graph.forms == forms:
-                borrowed = [*map(self._device.borrowed, _tensors(caches))]
+                borrowed = [*map(self._device.alias, _tensors(caches))]
                 if self._device.move(graph.captured, graph.spans, borrowed):
                     del self._graphs[key]
                     return graph._replace(cache=weakref.ref(caches[0].key_CKD))
@@ -265,7 +265,7 @@ class DecodeGraphs:
         step_3R = torch.tensor(step, device=slot_S.device)
         written_R = step_3R[1] + step_3R[2]
         before = [each_CKD[written_R] for each_CKD in _tensors(caches)]
-        borrowed = tuple(Cache(*map(self._device.borrowed, cache)) for cache in caches)
+        borrowed = tuple(Cache(*map(self._device.alias, cache)) for cache in caches)
         try:
             captured, logits_RV = self._device.capture(
                 lambda: program(self._model, borrowed, step_3R, slot_S), self._pool
@@ -322,7 +322,7 @@ def decode_graphs(
     """What runs the decode step of this model, or None where its program is simply called."""
     match by_whom:
         case Graphs.OWN:
-            return DecodeGraphs(model, CudaDevice(device) if device.type == "cuda" else Tapes(), report=report)
+            return DecodeGraphs(model, CudaDevice(device) if device.type == "cuda" else CpuGraphs(), report=report)
         case Graphs.INDUCTOR:
             return InductorGraphs(model)
         case Graphs.OFF:

@@ -1,6 +1,6 @@
 """What follows the last layer: the head at every position, for evaluating texts, and the shaping of logits.
 
-A decode step's head is `linear.linear_few`.
+A decode step's head is `linear.linear_decode`.
 
 Shapes: T tokens, M hidden, V vocabulary.
 """
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ..spec.config import Storage
-from .linear import Matrix, linear_many
+from .linear import Matrix, linear_prefill
 from .packing import ROWS
 
 _BLOCK_WEIGHTS = 2**21  # 8 MiB of float32
 
 
-def head_many(hidden_TM: Tensor, head: Matrix, storage: Storage, *, block_weights: int = _BLOCK_WEIGHTS) -> Tensor:
+def head_prefill(hidden_TM: Tensor, head: Matrix, storage: Storage, *, block_weights: int = _BLOCK_WEIGHTS) -> Tensor:
     """Logits [T, V], float32. A packed head is expanded `block_weights` elements at a time, not at once."""
     if storage is Storage.FLOAT32:
-        return linear_many(hidden_TM, head, storage)
+        return linear_prefill(hidden_TM, head, storage)
     tokens, hidden = hidden_TM.shape
     step = max(1, block_weights // hidden // ROWS)
     logits_TV = torch.empty(tokens, head.outputs, device=hidden_TM.device)
@@ -27,12 +27,12 @@ def head_many(hidden_TM: Tensor, head: Matrix, storage: Storage, *, block_weight
         of_piece = head._replace(
             word=head.word[piece],
             scale_N=None if head.scale_N is None else head.scale_N[columns],
-            step_BGU=None if head.step_BGU is None else head.step_BGU[piece],
-            low_BGU=None if head.low_BGU is None else head.low_BGU[piece],
+            scale_BGU=None if head.scale_BGU is None else head.scale_BGU[piece],
+            min_BGU=None if head.min_BGU is None else head.min_BGU[piece],
             bias_N=None if head.bias_N is None else head.bias_N[columns],
             outputs=min(step * ROWS, head.outputs - first * ROWS),
         )
-        logits_TV[:, columns] = linear_many(hidden_TM, of_piece, storage)
+        logits_TV[:, columns] = linear_prefill(hidden_TM, of_piece, storage)
     return logits_TV
 
 

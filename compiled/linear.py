@@ -69,8 +69,8 @@ class Matrix(NamedTuple):
 
     word: Tensor
     scale_N: Tensor | None
-    step_BGU: Tensor | None
-    low_BGU: Tensor | None
+    scale_BGU: Tensor | None
+    min_BGU: Tensor | None
     bias_N: Tensor | None
     outputs: int
 
@@ -78,14 +78,14 @@ class Matrix(NamedTuple):
 def matrix(packed: Packed) -> Matrix:
     """The same memory, for graphs."""
     return Matrix(
-        as_graph_input(packed), packed.scale_N, packed.step_BGU, packed.low_BGU, packed.bias_N, packed.outputs
+        as_graph_input(packed), packed.scale_N, packed.scale_BGU, packed.min_BGU, packed.bias_N, packed.outputs
     )
 
 
 def passes(rows: int, storage: Storage) -> list[list[int]]:
     """The rows of each pass over the weights: one alone, or 4; where they run out the last is taken again.
 
-    Of float32 more than 4 are one pass, which is `linear_many`'s.
+    Of float32 more than 4 are one pass, which is `linear_prefill`'s.
 
     >>> passes(1, Storage.INT8), passes(6, Storage.INT8), passes(6, Storage.FLOAT32)
     ([[0]], [[0, 1, 2, 3], [4, 5, 5, 5]], [[0, 1, 2, 3, 4, 5]])
@@ -95,13 +95,13 @@ def passes(rows: int, storage: Storage) -> list[list[int]]:
     return [[min(first + each, rows - 1) for each in range(PASS_ROWS)] for first in range(0, rows, PASS_ROWS)]
 
 
-def linear_few(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
+def linear_decode(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     """x @ weight.T + bias for a few rows, float32 [R, N], the weights read once and never expanded.
 
     R is small and fixed in a graph (`passes`): every row's sums are written out in it.
     """
     if storage is Storage.FLOAT32:
-        x_RI = settled(x_RI)
+        x_RI = materialized(x_RI)
         rows, inputs = x_RI.shape
         if rows == 1 or rows * inputs < _MANY_INPUTS:
             dots_RN = _dots(x_RI, weights.word)
@@ -152,7 +152,7 @@ def _long_dots(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
     x_RVU, weight_NVU = x_RI.view(rows, -1, ROWS), weight_NI.view(len(weight_NI), -1, ROWS)
     sums = []
     for first in range(0, inputs // ROWS, length):
-        x_VRU = settled(x_RVU[:, first : first + length].transpose(0, 1).contiguous())
+        x_VRU = materialized(x_RVU[:, first : first + length].transpose(0, 1).contiguous())
         parts = weight_NVU[:, first : first + length].chunk(_streams(x_RI, Storage.FLOAT32, len(weight_NI)))
         sums.append([_joined([(part_NVU * x_VU).sum((1, 2)) for part_NVU in parts]) for x_VU in x_VRU.unbind(1)])
     return torch.stack([_added(list(of_row)) for of_row in zip(*sums, strict=True)])
@@ -161,10 +161,10 @@ def _long_dots(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
 def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor]:
     """For each row the sums over all words, [B, U]; of int8 the codes' sums, not yet scaled."""
     places, (blocks, words, _) = PLACES[storage], weights.word.shape
-    x_RI = settled(functional.pad(x_RI, (0, places * words - x_RI.shape[1])))
+    x_RI = materialized(functional.pad(x_RI, (0, places * words - x_RI.shape[1])))
     x_JRC = x_RI.view(-1, places, words).permute(2, 0, 1)
     if len(x_RI) > 1:  # side by side what a word is multiplied with
-        x_JRC = settled(x_JRC.contiguous())
+        x_JRC = materialized(x_JRC.contiguous())
     parts = [
         [place_values(word_BJU, storage, place) for place in range(places)]
         for word_BJU in weights.word.chunk(_streams(x_RI, storage, blocks))
@@ -184,18 +184,18 @@ def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:
 
     Codes are taken raised, as they stand in the words, and activations are lowered for it (`raised_codes`).
     """
-    assert weights.step_BGU is not None
-    assert weights.low_BGU is not None
+    assert weights.scale_BGU is not None
+    assert weights.min_BGU is not None
     (blocks, words, _), places = weights.word.shape, PLACES[Storage.INT4]
-    x_RI = settled(functional.pad(x_RI, (0, places * words - x_RI.shape[1])))
+    x_RI = materialized(functional.pad(x_RI, (0, places * words - x_RI.shape[1])))
     x_RGCW = x_RI.view(-1, words // GROUP_WORDS, places, GROUP_WORDS)
-    sum_JR = settled((_added(list(x_RGCW.unbind(2))) * RAISED).flatten(1).t().contiguous())
-    x_JRC = settled((x_RGCW.permute(1, 3, 0, 2).flatten(0, 1) * lowering(x_RI.device)).contiguous())
+    sum_JR = materialized((_added(list(x_RGCW.unbind(2))) * RAISED).flatten(1).t().contiguous())
+    x_JRC = materialized((x_RGCW.permute(1, 3, 0, 2).flatten(0, 1) * lowering(x_RI.device)).contiguous())
     streams = _streams(x_RI, Storage.INT4, blocks)
     parts = [
         ([raised_codes(word_BJU, place) for place in range(places)], _of_words(step), _of_words(low))
         for word_BJU, step, low in zip(
-            *(each.chunk(streams) for each in (weights.word, weights.step_BGU, weights.low_BGU)), strict=True
+            *(each.chunk(streams) for each in (weights.word, weights.scale_BGU, weights.min_BGU)), strict=True
         )
     ]
     sums = []
@@ -226,7 +226,7 @@ def _added(terms: list[Tensor]) -> Tensor:
     return total
 
 
-def linear_many(x_TI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
+def linear_prefill(x_TI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     """x @ weight.T + bias for many rows, float32 [T, N]."""
     return product(x_TI, expanded(weights, storage, x_TI.shape[1]), weights.bias_N)
 
@@ -236,7 +236,7 @@ def expanded(weights: Matrix, storage: Storage, inputs: int) -> Tensor:
     if storage is Storage.FLOAT32:
         return weights.word
     scale_BU = _in_blocks(weights.scale_N)
-    weight_IN = columns_of(weights.word, scale_BU, weights.step_BGU, weights.low_BGU, storage)
+    weight_IN = columns_of(weights.word, scale_BU, weights.scale_BGU, weights.min_BGU, storage)
     return weight_IN[:inputs, : weights.outputs].contiguous().t()
 
 
@@ -246,8 +246,8 @@ def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int) -> Ten
         return table.word[token_T]
     block_T, row_T = token_T // ROWS, token_T % ROWS
     scale_T = None if table.scale_N is None else table.scale_N[token_T]
-    step_TG, low_TG = (None if each is None else each[block_T, :, row_T] for each in (table.step_BGU, table.low_BGU))
-    return weights_of_rows(table.word[block_T, :, row_T], scale_T, step_TG, low_TG, storage, hidden)
+    scale_TG, min_TG = (None if each is None else each[block_T, :, row_T] for each in (table.scale_BGU, table.min_BGU))
+    return weights_of_rows(table.word[block_T, :, row_T], scale_T, scale_TG, min_TG, storage, hidden)
 
 
 _has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # untyped in torch, as is the next but one
@@ -290,7 +290,7 @@ _library.impl("product", _product, "CPU")
 _library._register_fake("product", _product_shape)
 
 
-def settled(x: Tensor) -> Tensor:
+def materialized(x: Tensor) -> Tensor:
     """The same tensor, which Inductor is made to finish before its consumer runs.
 
     Otherwise it would fuse what made x (a norm, an activation) into the product and repeat it for every output row. Of

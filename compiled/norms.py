@@ -30,7 +30,7 @@ def rms_norm(x_TM: Tensor, gain_M: Tensor, epsilon: float) -> Tensor:
 
 
 def layer_norm(x_TM: Tensor, gain_M: Tensor, bias_M: Tensor | None, epsilon: float) -> Tensor:
-    """(x - mean) / sqrt(var + epsilon) * gain (+ bias), the variance taken from the centred values."""
-    centred_TM = x_TM - x_TM.mean(-1, keepdim=True)
-    out_TM = centred_TM * torch.rsqrt((centred_TM * centred_TM).mean(-1, keepdim=True) + epsilon) * gain_M
+    """(x - mean) / sqrt(var + epsilon) * gain (+ bias), the variance taken from the centered values."""
+    centered_TM = x_TM - x_TM.mean(-1, keepdim=True)
+    out_TM = centered_TM * torch.rsqrt((centered_TM * centered_TM).mean(-1, keepdim=True) + epsilon) * gain_M
     return out_TM if bias_M is None else out_TM + bias_M

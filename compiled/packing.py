@@ -64,9 +64,9 @@ class Packed:
     """int32 [B, J, U]; where storage is float32, the weights themselves, [N, I]."""
     scale_N: Tensor | None = None
     """float32, for int8 only: weight = code * scale."""
-    step_BGU: Tensor | None = None
+    scale_BGU: Tensor | None = None
     """float32, for int4 only: weight = code * step + low, with code 0 .. 15 of the reference."""
-    low_BGU: Tensor | None = None
+    min_BGU: Tensor | None = None
     """float32, for int4 only: the group's least weight."""
     bias_N: Tensor | None = None
     """float32."""
@@ -79,8 +79,8 @@ class Packed:
             self,
             word=self.word.to(device),
             scale_N=moved(self.scale_N),
-            step_BGU=moved(self.step_BGU),
-            low_BGU=moved(self.low_BGU),
+            scale_BGU=moved(self.scale_BGU),
+            min_BGU=moved(self.min_BGU),
             bias_N=moved(self.bias_N),
         )
 
@@ -102,7 +102,7 @@ def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> P
     words = groups * GROUP_WORDS if storage is Storage.INT4 else -(-inputs // PLACES[storage])
     word_BJU = torch.empty(blocks, words, ROWS, dtype=torch.int32)
     scale_N = torch.empty(outputs) if storage is Storage.INT8 else None
-    step_BGU, low_BGU = (
+    scale_BGU, min_BGU = (
         (torch.empty(blocks, groups, ROWS), torch.empty(blocks, groups, ROWS))
         if storage is Storage.INT4
         else (None, None)
@@ -114,91 +114,92 @@ def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> P
         if storage is Storage.BFLOAT16:
             word_BJU[block] = in_blocks(pack_planar(piece_NI.to(torch.bfloat16).view(torch.int16), bits=16))
         elif storage is Storage.INT8:
-            code_NI, piece_scale_N = quantise_rows(piece_NI)
-            word_BJU[block] = in_blocks(pack_planar(code_NI, bits=8))
+            quantized_NI, piece_scale_N = quantize_rows(piece_NI)
+            word_BJU[block] = in_blocks(pack_planar(quantized_NI, bits=8))
             assert scale_N is not None
             scale_N[piece] = piece_scale_N
         else:
-            code_NI, step_NG, low_NG = quantise_groups(piece_NI)
-            word_BJU[block] = in_blocks(pack_grouped(code_NI))
-            assert step_BGU is not None
-            assert low_BGU is not None
-            step_BGU[block], low_BGU[block] = in_blocks(step_NG), in_blocks(low_NG)
+            quantized_NI, scale_NG, min_NG = quantize_groups(piece_NI)
+            word_BJU[block] = in_blocks(pack_grouped(quantized_NI))
+            assert scale_BGU is not None
+            assert min_BGU is not None
+            scale_BGU[block], min_BGU[block] = in_blocks(scale_NG), in_blocks(min_NG)
     return Packed(
         storage=storage,
         outputs=outputs,
         inputs=inputs,
         word=word_BJU,
         scale_N=scale_N,
-        step_BGU=step_BGU,
-        low_BGU=low_BGU,
+        scale_BGU=scale_BGU,
+        min_BGU=min_BGU,
         bias_N=bias_N,
     )
 
 
-def quantise_rows(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 codes and one float32 scale a row: scale = max|row| / 127, code = row / scale, half to even.
 
     A row of zeros has scale 0 and codes 0, and so has a row so small that its scale underflows.
 
-    >>> quantise_rows(torch.tensor([[254.0, -5.0, 3.0]]))[0].tolist()  # scale 2: 127, -2.5, 1.5
+    >>> quantize_rows(torch.tensor([[254.0, -5.0, 3.0]]))[0].tolist()  # scale 2: 127, -2.5, 1.5
     [[127, -2, 2]]
     """
     weight_NI = weight_NI.to(torch.float32)
     scale_N = weight_NI.abs().amax(1) / 127
-    code_NI = (weight_NI / scale_N[:, None]).round()
-    code_NI = torch.where(scale_N[:, None] > 0, code_NI, 0).clamp(-127, 127)
-    return code_NI.to(torch.int8), scale_N
+    quantized_NI = (weight_NI / scale_N[:, None]).round()
+    quantized_NI = torch.where(scale_N[:, None] > 0, quantized_NI, 0).clamp(-127, 127)
+    return quantized_NI.to(torch.int8), scale_N
 
 
-def quantise_groups(weight_NI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_groups(weight_NI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Int4 codes 0 .. 15; each group's step = (max - low) / 15, low = min; code = (w - low) / step, half to even.
 
     A group of equal weights has step 0 and codes 0. The last group of a row may be short.
 
-    >>> code_NI, step_NG, low_NG = quantise_groups(torch.tensor([[-1.0, 14.0, 0.5, 1.5]]))  # step 1: 0, 15, 1.5, 2.5
-    >>> code_NI[0, :4].tolist(), step_NG.tolist(), low_NG.tolist()
+    >>> weight_NI = torch.tensor([[-1.0, 14.0, 0.5, 1.5]])  # scale 1: 0, 15, 1.5, 2.5
+    >>> quantized_NI, scale_NG, min_NG = quantize_groups(weight_NI)
+    >>> quantized_NI[0, :4].tolist(), scale_NG.tolist(), min_NG.tolist()
     ([0, 15, 2, 2], [[1.0]], [[-1.0]])
     """
     inputs = weight_NI.shape[1]
     whole = torch.arange(-(-inputs // INT4_GROUP) * INT4_GROUP, device=weight_NI.device)
     filled_NI = weight_NI.to(torch.float32)[:, whole.clamp_max(inputs - 1)]  # the last again: no new least or largest
     group_NGC = filled_NI.view(len(filled_NI), -1, INT4_GROUP)
-    low_NG, high_NG = group_NGC.aminmax(dim=2)
-    step_NG = (high_NG - low_NG) / 15
-    divisor_NG1 = torch.where(step_NG > 0, step_NG, torch.inf)[:, :, None]
-    code_NGC = ((group_NGC - low_NG[:, :, None]) / divisor_NG1).round().nan_to_num(0.0).clamp(0, 15)
-    return code_NGC.flatten(1)[:, :inputs].to(torch.int8), step_NG, low_NG
+    min_NG, max_NG = group_NGC.aminmax(dim=2)
+    scale_NG = (max_NG - min_NG) / 15
+    divisor_NG1 = torch.where(scale_NG > 0, scale_NG, torch.inf)[:, :, None]
+    quantized_NGC = ((group_NGC - min_NG[:, :, None]) / divisor_NG1).round().nan_to_num(0.0).clamp(0, 15)
+    return quantized_NGC.flatten(1)[:, :inputs].to(torch.int8), scale_NG, min_NG
 
 
-def pack_planar(code_NI: Tensor, bits: int) -> Tensor:
+def pack_planar(quantized_NI: Tensor, bits: int) -> Tensor:
     """Integers of 8 or 16 bits, [N, I], as int32 words [N, J], planar.
 
     >>> [hex(word) for word in pack_planar(torch.tensor([[0x11, 0x22, 0x33, 0x44, 0x55]]), bits=8)[0].tolist()]
     ['0x553311', '0x4422']
     """
     places = 32 // bits
-    words = -(-code_NI.shape[1] // places)
-    padded_NI = functional.pad(code_NI.to(torch.int32), (0, words * places - code_NI.shape[1]))
+    words = -(-quantized_NI.shape[1] // places)
+    padded_NI = functional.pad(quantized_NI.to(torch.int32), (0, words * places - quantized_NI.shape[1]))
     return _joined(padded_NI.view(-1, places, words).unbind(1), bits)
 
 
-def pack_grouped(code_NI: Tensor) -> Tensor:
+def pack_grouped(quantized_NI: Tensor) -> Tensor:
     """Integers of 4 bits, [N, I], as int32 words [N, 8 G]: those of a group of 64 columns in 8 words.
 
     >>> words = pack_grouped((torch.arange(64) % 16)[None])[0]  # word 0: columns 0 8 16 .. 56
     >>> hex(words[0].item() & 0xFFFFFFFF), hex(words[1].item() & 0xFFFFFFFF)
     ('0x80808080', '0x91919191')
     """
-    padded_NI = functional.pad(code_NI.to(torch.int32), (0, -code_NI.shape[1] % INT4_GROUP))
-    places_N8GW = padded_NI.view(len(code_NI), -1, PLACES[Storage.INT4], GROUP_WORDS).transpose(1, 2)
+    padded_NI = functional.pad(quantized_NI.to(torch.int32), (0, -quantized_NI.shape[1] % INT4_GROUP))
+    places_N8GW = padded_NI.view(len(quantized_NI), -1, PLACES[Storage.INT4], GROUP_WORDS).transpose(1, 2)
     return _joined(places_N8GW.flatten(2).unbind(1), 4)
 
 
 def _joined(places: tuple[Tensor, ...], bits: int) -> Tensor:
     word_NJ = torch.zeros_like(places[0])
-    for place, code_NJ in enumerate(places):
-        word_NJ |= (code_NJ & ((1 << bits) - 1)) << (place * bits)
+    for place, quantized_NJ in enumerate(places):
+        word_NJ |= (quantized_NJ & ((1 << bits) - 1)) << (place * bits)
     return word_NJ
 
 
@@ -254,40 +255,47 @@ def lowering(device: torch.device) -> Tensor:
 def columns_of(
     word_BJU: Tensor,
     scale_BU: Tensor | None,
-    step_BGU: Tensor | None,
-    low_BGU: Tensor | None,
+    scale_BGU: Tensor | None,
+    min_BGU: Tensor | None,
     storage: Storage,
 ) -> Tensor:
     """The transposed weights in float32, [I, N] and what fills up both, from bit-cast words.
 
-    Transposed, because so the 16 weights of a vector are neighbours, as they are in the words.
+    Transposed, because so the 16 weights of a vector are neighbors, as they are in the words.
     """
     places = [place_values(word_BJU, storage, place).transpose(0, 1) for place in range(PLACES[storage])]
     if scale_BU is not None:
-        places = [code_JBU * scale_BU for code_JBU in places]
-    if step_BGU is None or low_BGU is None:
+        places = [quantized_JBU * scale_BU for quantized_JBU in places]
+    if scale_BGU is None or min_BGU is None:
         return torch.cat(places).flatten(1)
-    step_G1BU, low_G1BU = (each.transpose(0, 1)[:, None] for each in (step_BGU, low_BGU))
-    grouped = [code_JBU.view(-1, GROUP_WORDS, *code_JBU.shape[1:]) * step_G1BU + low_G1BU for code_JBU in places]
+    scale_G1BU, min_G1BU = (each.transpose(0, 1)[:, None] for each in (scale_BGU, min_BGU))
+    grouped = [
+        quantized_JBU.view(-1, GROUP_WORDS, *quantized_JBU.shape[1:]) * scale_G1BU + min_G1BU
+        for quantized_JBU in places
+    ]
     return torch.stack(grouped, 1).flatten(3).flatten(0, 2)
 
 
 def weights_of_rows(
     word_TJ: Tensor,
     scale_T: Tensor | None,
-    step_TG: Tensor | None,
-    low_TG: Tensor | None,
+    scale_TG: Tensor | None,
+    min_TG: Tensor | None,
     storage: Storage,
     inputs: int,
 ) -> Tensor:
     """The weights [T, I] in float32 of some rows, from their bit-cast words, scales, steps and lows."""
     places = [place_values(word_TJ, storage, place) for place in range(PLACES[storage])]
     if scale_T is not None:
-        places = [code_TJ * scale_T[:, None] for code_TJ in places]  # before joining: one pass in a graph, not two
-    if step_TG is None or low_TG is None:
+        places = [
+            quantized_TJ * scale_T[:, None] for quantized_TJ in places
+        ]  # before joining: one pass in a graph, not two
+    if scale_TG is None or min_TG is None:
         return torch.cat(places, dim=1)[:, :inputs]
-    step_TG1, low_TG1 = step_TG[:, :, None], low_TG[:, :, None]
-    grouped = [code_TJ.reshape(len(code_TJ), -1, GROUP_WORDS) * step_TG1 + low_TG1 for code_TJ in places]
+    scale_TG1, min_TG1 = scale_TG[:, :, None], min_TG[:, :, None]
+    grouped = [
+        quantized_TJ.reshape(len(quantized_TJ), -1, GROUP_WORDS) * scale_TG1 + min_TG1 for quantized_TJ in places
+    ]
     return torch.stack(grouped, dim=2).flatten(1)[:, :inputs]
 
 

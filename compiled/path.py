@@ -24,7 +24,7 @@ from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
 from .graph import DecodeGraphs, Graphs, InductorGraphs, begin_step, chosen, decode_graphs
-from .head import head_many, scale_and_cap
+from .head import head_prefill, scale_and_cap
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
 from .programs import Pieces, dynamic, pinned
@@ -190,9 +190,9 @@ class CompiledPath:
         token_T = joined(tokens)
         type_T = torch.zeros_like(token_T) if types is None else joined(types)
         position_T = joined([self._slots[:length] for length in lengths])
-        bound_N = torch.tensor([0, *accumulate(lengths * 2 if lone else lengths)])
+        cu_seqlens = torch.tensor([0, *accumulate(lengths * 2 if lone else lengths)])
         program = self._ready("encode")
-        hidden_TE = program(self._model, token_T, type_T if self._config.token_types else None, position_T, bound_N)
+        hidden_TE = program(self._model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens)
         return list(hidden_TE[: sum(lengths)].split(lengths))
 
     def _pieces(self, name: str) -> Piece:
@@ -253,7 +253,7 @@ class CompiledPath:
             position_T, slot_S = self._slots[begin:end], self._slots[:end]
             logits_1V, hidden_TE = program(self._model, sequences.caches, piece_T, position_T, start_1, slot_S)
             if every_position:
-                logits_TV = head_many(hidden_TE, self._model.head, self._storage)
+                logits_TV = head_prefill(hidden_TE, self._model.head, self._storage)
                 every.append(scale_and_cap(logits_TV, self._config.logit_scale, self._config.logit_softcap))
             begin = end
         return logits_1V[0], torch.cat(every) if every else logits_1V[:0]
@@ -302,9 +302,9 @@ class CompiledPath:
         position_T = torch.arange(tokens, device=self._device) % self._config.context
         dynamic(token_T, position_T)
         if name == "encode":
-            type_T, bound_N = torch.zeros_like(token_T), torch.arange(0, tokens + 1, 20)
-            dynamic(type_T, bound_N)
-            return self._model, token_T, type_T if self._config.token_types else None, position_T, bound_N
+            type_T, cu_seqlens = torch.zeros_like(token_T), torch.arange(0, tokens + 1, 20)
+            dynamic(type_T, cu_seqlens)
+            return self._model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
         different = dict.fromkeys(self._config.layers)  # layers of one config may share a cache, which saves memory
         sequences = StaticSequences(replace(self._config, layers=tuple(different)), rows, capacity, self._device)
         cache_of = dict(zip(different, sequences.caches, strict=True))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .artefacts import KERNELS, ready
+from .artifacts import KERNELS, ready
+from .cpu_graph import kernels_noticed
 from .steps import Varying
-from .tape import kernels_noticed
 
 OPTIONS: dict[str, Any] = {
     "size_asserts": False,

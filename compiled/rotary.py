@@ -9,13 +9,15 @@ from torch import Tensor
 from ..spec.config import RotaryLayout
 
 
-def rotary_table(position_T: Tensor, frequency_J: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
-    """magnitude * cos and sin of position * frequency, float32 [T, J] each; angles in the frequencies' dtype, float64.
+def rotary_table(position_T: Tensor, frequency_J: Tensor, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """attention_factor * cos and sin of position * frequency, float32 [T, J] each.
+
+    Angles are computed in the frequencies' dtype, float64.
 
     In float32 the angle of position 8000 would be off by 2.4e-4 radians.
     """
     angle_TJ = position_T[:, None].to(frequency_J.dtype) * frequency_J[None, :]
-    return (magnitude * angle_TJ.cos()).to(torch.float32), (magnitude * angle_TJ.sin()).to(torch.float32)
+    return (attention_factor * angle_TJ.cos()).to(torch.float32), (attention_factor * angle_TJ.sin()).to(torch.float32)
 
 
 def rotate(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, layout: RotaryLayout) -> Tensor:

@@ -3,7 +3,7 @@
 A program is plain Python over three kinds of pieces: what stands before the layers, a layer, and what stands after
 them. Each piece is one graph without breaks, and a layer's is compiled once for all layers of equal config.
 
-Why it is faster: norms, rotations, activations and additions are fused into the products' neighbours, and a piece is
+Why it is faster: norms, rotations, activations and additions are fused into the products' neighbors, and a piece is
 one call. A whole model as one graph would call its layers one by one as well, and take many times as long to compile.
 What it relies on: no piece reads a tensor's value or allocates by one, so the decode step can be captured (`graph`,
 `tape`); caches are written in place and keep their addresses.
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormPlacement, QkNormSpan, Residual, Storage
-from .attention import Seen, attend_decode, attend_prefill, attend_texts, mask, seen, write
+from .attention import Seen, attend_decode, attend_prefill, attend_varlen, mask, seen, write
 from .embedding import Embedding, Product, embed
 from .head import scale_and_cap
-from .linear import Matrix, linear_few, linear_many
+from .linear import Matrix, linear_decode, linear_prefill
 from .mlp import activation, gated
 from .norms import Norm, norm
 from .rotary import rotary_table, rotate
@@ -74,7 +74,7 @@ def decode_program(config: ModelConfig, storage: Storage, piece: Piece, *, many:
     A step is three integers for each sequence: its new token, that token's position, and the sequence's first slot. R
     is always that of the first call; with `many` it varies, and the products are those for many rows.
     """
-    product = linear_many if many else linear_few
+    product = linear_prefill if many else linear_decode
     windows = _windows(config)
 
     def before(embedding: Embedding, rotations: Rotations, step_3R: Tensor, slot_S: Tensor) -> Any:
@@ -114,14 +114,14 @@ def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Call
     def before(
         embedding: Embedding, rotations: Rotations, token_T: Tensor, position_T: Tensor, start_1: Tensor, slot_S: Tensor
     ) -> Any:
-        x_TM = embed(token_T, position_T, embedding, config, storage, linear_many)
+        x_TM = embed(token_T, position_T, embedding, config, storage, linear_prefill)
         tables = [rotary_table(position_T, *each) for each in rotations]
         masks = [mask(position_T, slot_S, window) for window in windows]
         return x_TM, tables, masks, start_1 + position_T, start_1 + slot_S
 
     def after(x_TM: Tensor, last: Last) -> tuple[Tensor, Tensor]:
-        hidden_TE = _for_head(x_TM, last, config, storage, linear_many)
-        return _logits(hidden_TE[-1:], last, config, storage, linear_few), hidden_TE
+        hidden_TE = _for_head(x_TM, last, config, storage, linear_prefill)
+        return _logits(hidden_TE[-1:], last, config, storage, linear_decode), hidden_TE
 
     first = piece(before, Varying())
     layer_of = _layers(config, lambda layer: _prefill_layer(layer, storage), piece, Varying((0, 3, 4, 5, 6), (6,)))
@@ -142,30 +142,30 @@ def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Call
 
 
 def encode_program(config: ModelConfig, storage: Storage, piece: Piece) -> Callable[..., Tensor]:
-    """A function (model, token_T, type_T, position_T, bound_N) -> hidden vectors [T, E], normed, of every token.
+    """A function (model, token_T, type_T, position_T, cu_seqlens) -> hidden vectors [T, E], normed, of every token.
 
-    The tokens are those of texts one after the other, which `bound_N` parts as `attend_texts` says; positions begin
+    The tokens are those of texts one after the other, which `cu_seqlens` parts as `attend_varlen` says; positions begin
     anew with each. `type_T` is None for a model without token types.
     """
 
     def before(
         embedding: Embedding, rotations: Rotations, token_T: Tensor, type_T: Tensor | None, position_T: Tensor
     ) -> Any:
-        x_TM = embed(token_T, position_T, embedding, config, storage, linear_many, type_T)
+        x_TM = embed(token_T, position_T, embedding, config, storage, linear_prefill, type_T)
         return x_TM, [rotary_table(position_T, *each) for each in rotations]
 
     def after(x_TM: Tensor, last: Last) -> Tensor:
-        return _for_head(x_TM, last, config, storage, linear_many)
+        return _for_head(x_TM, last, config, storage, linear_prefill)
 
     first = piece(before, Varying())
     layer_of = _layers(config, lambda layer: _encode_layer(layer, storage), piece, Varying((0, 2)))
     final = piece(after, Varying((0,)))
 
-    def encode(model: Model, token_T: Tensor, type_T: Tensor | None, position_T: Tensor, bound_N: Tensor) -> Tensor:
+    def encode(model: Model, token_T: Tensor, type_T: Tensor | None, position_T: Tensor, cu_seqlens: Tensor) -> Tensor:
         rotations, which = _rotations(model, config)
         x_TM, tables = first(model.embedding, rotations, token_T, type_T, position_T)
         for layer, weights, table in zip(config.layers, model.layers, which, strict=True):
-            x_TM = layer_of[layer](x_TM, weights, _table(tables, table), bound_N)
+            x_TM = layer_of[layer](x_TM, weights, _table(tables, table), cu_seqlens)
         hidden_TE: Tensor = final(x_TM, _last(model))
         return hidden_TE
 
@@ -201,8 +201,8 @@ def _rotations(model: Model, config: ModelConfig) -> tuple[Rotations, list[int |
         if weights.frequency_J is None or rotary is None:
             which.append(None)
             continue
-        key = id(weights.frequency_J), rotary.magnitude
-        found.setdefault(key, (weights.frequency_J, rotary.magnitude))
+        key = id(weights.frequency_J), rotary.attention_factor
+        found.setdefault(key, (weights.frequency_J, rotary.attention_factor))
         which.append(list(found).index(key))
     return tuple(found.values()), which
 
@@ -255,7 +255,7 @@ def _prefill_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tenso
         mask_TS: Tensor,
     ) -> Tensor:
         def attend(normed_TM: Tensor) -> Tensor:
-            query, key, value = _heads(linear_many(normed_TM, weights.qkv, storage), weights, table, config)
+            query, key, value = _heads(linear_prefill(normed_TM, weights.qkv, storage), weights, table, config)
             write(cache.key_CKD, write_T, key)
             write(cache.value_CKD, write_T, value)
             mixed_THD = attend_prefill(
@@ -269,28 +269,28 @@ def _prefill_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tenso
                 softcap=config.attention.softcap,
                 slope_H=weights.slope_H,
             )
-            return linear_many(mixed_THD.flatten(1), weights.output, storage)
+            return linear_prefill(mixed_THD.flatten(1), weights.output, storage)
 
-        return _around(x_TM, weights, config, attend, _feeding(weights, config, storage, linear_many))
+        return _around(x_TM, weights, config, attend, _feeding(weights, config, storage, linear_prefill))
 
     return layer
 
 
 def _encode_layer(config: LayerConfig, storage: Storage) -> Callable[..., Tensor]:
-    def layer(x_TM: Tensor, weights: Layer, table: Table, bound_N: Tensor) -> Tensor:
+    def layer(x_TM: Tensor, weights: Layer, table: Table, cu_seqlens: Tensor) -> Tensor:
         def attend(normed_TM: Tensor) -> Tensor:
-            mixed_THD = attend_texts(
-                *_heads(linear_many(normed_TM, weights.qkv, storage), weights, table, config),
-                bound_N=bound_N,
+            mixed_THD = attend_varlen(
+                *_heads(linear_prefill(normed_TM, weights.qkv, storage), weights, table, config),
+                cu_seqlens=cu_seqlens,
                 causal=config.attention.causal,
                 scale=config.attention.scale,
                 window=config.attention.window,
                 softcap=config.attention.softcap,
                 slope_H=weights.slope_H,
             )
-            return linear_many(mixed_THD.flatten(1), weights.output, storage)
+            return linear_prefill(mixed_THD.flatten(1), weights.output, storage)
 
-        return _around(x_TM, weights, config, attend, _feeding(weights, config, storage, linear_many))
+        return _around(x_TM, weights, config, attend, _feeding(weights, config, storage, linear_prefill))
 
     return layer
 
@@ -316,10 +316,10 @@ def _around(x_TM: Tensor, weights: Layer, config: LayerConfig, attend: Half, fee
     if config.residual is not Residual.SEQUENTIAL:
         mlp_read_TM = read_TM if weights.mlp_norm is None else _normed(x_TM, weights.mlp_norm, config)
         return _sum(x_TM, attend(read_TM) + feed(mlp_read_TM), config)
-    if config.norm_placement is NormPlacement.ON_SUM:
+    if config.norm_placement is NormPlacement.POST_NORM:
         x_TM = _normed(_sum(x_TM, attend(read_TM), config), weights.attention_output_norm, config)
         return _normed(_sum(x_TM, feed(x_TM), config), weights.mlp_output_norm, config)
-    if config.norm_placement is NormPlacement.ON_STREAM:
+    if config.norm_placement is NormPlacement.STREAM_NORM:
         read_TM = _normed(_sum(read_TM, attend(read_TM), config), weights.mlp_norm, config)
         return _sum(read_TM, feed(read_TM), config)
     x_TM = _sum(x_TM, _normed(attend(read_TM), weights.attention_output_norm, config), config)

@@ -1,4 +1,4 @@
-"""A product of 8-bit integers: activations quantised on the fly, int8 products, scales applied at the end.
+"""A product of 8-bit integers: activations quantized on the fly, int8 products, scales applied at the end.
 
 Why it is faster: weights stay one byte, none is converted, and processors with VNNI instructions multiply four pairs of
 bytes and add them at once. What it relies on: `torch._int_mm`, which oneDNN computes. Without such instructions oneDNN
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .linear import settled
-from .packing import quantise_rows
+from .linear import materialized
+from .packing import quantize_rows
 
 PIECE = 2**24 // 127**2
 """Inputs whose products float32 adds exactly."""
@@ -32,9 +32,9 @@ class Form(StrEnum):
 
 
 class Codes(NamedTuple):
-    """A quantised matrix as a graph sees it."""
+    """A quantized matrix as a graph sees it."""
 
-    code_NI: Tensor
+    quantized_NI: Tensor
     """int8, or the same integers in float32."""
     scale_N: Tensor
     bias_N: Tensor | None
@@ -52,25 +52,25 @@ def form_here(device: torch.device) -> Form:
 
 
 def prepare(weight_NI: Tensor, bias_N: Tensor | None, form: Form) -> Codes:
-    """Quantise a matrix of any float dtype, once; the result shares no memory with it."""
-    code_NI, scale_N = quantise_rows(weight_NI)
-    code_NI = code_NI if form is Form.INT8 else code_NI.to(torch.float32)
-    return Codes(code_NI, scale_N, None if bias_N is None else bias_N.to(torch.float32, copy=True))
+    """Quantize a matrix of any float dtype, once; the result shares no memory with it."""
+    quantized_NI, scale_N = quantize_rows(weight_NI)
+    quantized_NI = quantized_NI if form is Form.INT8 else quantized_NI.to(torch.float32)
+    return Codes(quantized_NI, scale_N, None if bias_N is None else bias_N.to(torch.float32, copy=True))
 
 
-def integer_product(code_RI: Tensor, code_NI: Tensor, form: Form) -> Tensor:
+def integer_product(quantized_RI: Tensor, quantized_NI: Tensor, form: Form) -> Tensor:
     """Sums of products of codes in -127 .. 127, as int32 [R, N], of at most 133144 inputs."""
     if form is Form.INT8:
-        if code_RI.shape[1] == 1:  # of one input torch._int_mm makes nonsense (torch 2.13)
-            code_RI, code_NI = functional.pad(code_RI, (0, 1)), functional.pad(code_NI, (0, 1))
-        return torch._int_mm(code_RI, code_NI.t())
-    pieces = zip(*(torch.split(code.to(torch.float32), PIECE, 1) for code in (code_RI, code_NI)), strict=True)
+        if quantized_RI.shape[1] == 1:  # of one input torch._int_mm makes nonsense (torch 2.13)
+            quantized_RI, quantized_NI = functional.pad(quantized_RI, (0, 1)), functional.pad(quantized_NI, (0, 1))
+        return torch._int_mm(quantized_RI, quantized_NI.t())
+    pieces = zip(*(torch.split(code.to(torch.float32), PIECE, 1) for code in (quantized_RI, quantized_NI)), strict=True)
     sums = [functional.linear(piece_RI, piece_NI).to(torch.int32) for piece_RI, piece_NI in pieces]
     return torch.stack(sums).sum(0, dtype=torch.int32) if len(sums) > 1 else sums[0]
 
 
 def linear_w8a8(x_RI: Tensor, codes: Codes, form: Form) -> Tensor:
-    """x @ weight.T + bias, float32 [R, N], x quantised row by row."""
-    code_RI, scale_R = quantise_rows(settled(x_RI))
-    out_RN = integer_product(code_RI, codes.code_NI, form) * scale_R[:, None] * codes.scale_N
+    """x @ weight.T + bias, float32 [R, N], x quantized row by row."""
+    quantized_RI, scale_R = quantize_rows(materialized(x_RI))
+    out_RN = integer_product(quantized_RI, codes.quantized_NI, form) * scale_R[:, None] * codes.scale_N
     return out_RN if codes.bias_N is None else out_RN + codes.bias_N

@@ -46,7 +46,7 @@ class Layer(NamedTuple):
     slope_H: Tensor | None
     """ALiBi's, float64."""
     query_norm: Norm | None
-    """[H, D] where each head is normalised by itself, else [H * D]."""
+    """[H, D] where each head is normalized by itself, else [H * D]."""
     key_norm: Norm | None
 
 
@@ -131,7 +131,7 @@ def _layer(
 
 
 def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) -> Matrix:
-    """The parts below one another, packed. Rows are quantised alone, so merging changes no code."""
+    """The parts below one another, packed. Rows are quantized alone, so merging changes no code."""
     weight_NI = parts[0].weight_NI if len(parts) == 1 else torch.cat([part.weight_NI for part in parts])
     biases = [part.bias_N for part in parts if part.bias_N is not None]
     return matrix(pack(weight_NI.detach(), storage, torch.cat(biases).detach() if biases else None).to(device))

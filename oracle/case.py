@@ -28,8 +28,8 @@ class Data(StrEnum):
     NORMAL = "normal"
     """Standard normal."""
     LARGE = "large"
-    """Normal, about half of the rows a thousand times larger than their neighbours."""
-    CANCELLING = "cancelling"
+    """Normal, about half of the rows a thousand times larger than their neighbors."""
+    CANCELING = "canceling"
     """The second half of each activation row nearly undoes the first, so sums are small beside their terms."""
     CONSTANT = "constant"
     """One value all along each row: nothing varies, so variances vanish."""
@@ -112,7 +112,7 @@ def activations(case: Case, name: str, *shape: int, large: int = 10) -> Tensor:
             drawn = torch.where(
                 is_large, normal * 2.0 ** (min(large, 5) if case.dtype is torch.float16 else large), normal
             )
-        case Data.CANCELLING:
+        case Data.CANCELING:
             drawn = _second_half_undoes_first(normal)
         case Data.CONSTANT:
             drawn = normal[..., :1].expand(shape)
@@ -126,12 +126,12 @@ def activations(case: Case, name: str, *shape: int, large: int = 10) -> Tensor:
 
 
 def parameters(case: Case, name: str, *shape: int, spread: float = 1.0) -> Tensor:
-    """A weight tensor: normal, except that INTEGER draws integers and CANCELLING repeats the first half of each row."""
+    """A weight tensor: normal, except that INTEGER draws integers and CANCELING repeats the first half of each row."""
     generator = case.generator(name)
     if case.data is Data.INTEGER:
         return torch.randint(-4, 5, shape, generator=generator).to(case.dtype)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
-    if case.data is Data.CANCELLING:
+    if case.data is Data.CANCELING:
         half = shape[-1] // 2
         drawn[..., half : 2 * half] = drawn[..., :half]
     return drawn.to(case.dtype)

@@ -10,10 +10,10 @@ import torch
 
 from ..spec.config import ModelConfig
 from ..spec.decoder import Encoder
+from .baseline import Baseline, worst_of
 from .budget import judge_rows
 from .case import Picker
 from .paths import WHOLE_MODEL, PathComparison, PathMismatch
-from .yardstick import Yardstick, worst_of
 
 Texts = tuple[tuple[int, ...], ...]
 """Token ids, or token types, of each text; plain data, so that a case prints as Python that makes it again."""
@@ -32,13 +32,13 @@ def draw_texts(pick: Picker, config: ModelConfig, *, most: int = 5, longest: int
 
 @torch.no_grad()
 def compare_encodings(
-    yardstick: Yardstick, candidate: Encoder, texts: Texts, types: Texts | None = None
+    baseline: Baseline, candidate: Encoder, texts: Texts, types: Texts | None = None
 ) -> PathComparison:
     """Have the reference and the candidate encode the texts, all in one call, and judge every row."""
     tokens = [torch.tensor(text) for text in texts]
     kinds = None if types is None else [torch.tensor(each) for each in types]
-    truths = yardstick.truth.encode(tokens, kinds)
-    runs = [eager.encode(tokens, kinds) for eager in yardstick.eager]
+    truths = baseline.truth.encode(tokens, kinds)
+    runs = [eager.encode(tokens, kinds) for eager in baseline.eager]
     device = candidate.device
     on_device = None if kinds is None else [each.to(device) for each in kinds]
     got = candidate.encode([each.to(device) for each in tokens], on_device)
@@ -66,10 +66,10 @@ def compare_encodings(
 
 
 def assert_encodings_agree(
-    yardstick: Yardstick, candidate: Encoder, texts: Texts, types: Texts | None = None
+    baseline: Baseline, candidate: Encoder, texts: Texts, types: Texts | None = None
 ) -> PathComparison:
     """`compare_encodings`, raising `PathMismatch` with all failures and the texts where it does not hold."""
-    comparison = compare_encodings(yardstick, candidate, texts, types)
+    comparison = compare_encodings(baseline, candidate, texts, types)
     if not comparison.holds:
         raise PathMismatch("\n".join([*comparison.failures, f"texts = {texts!r}, types = {types!r}"]))
     return comparison

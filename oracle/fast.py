@@ -67,9 +67,9 @@ def _sbi_gemm(function: Function, inputs: Inputs) -> Tensor:
     return _few(function, inputs["x_BK"], weights).to(inputs["x_BK"].dtype)
 
 
-LINEAR = (Fast(linear.linear_few, _linear_few), Fast(linear.linear_many, _linear_many))
-HEAD_LOGITS = (Fast(linear.linear_few, _head),)
-SBI_GEMM = (Fast(linear.linear_few, _sbi_gemm),)
+LINEAR = (Fast(linear.linear_decode, _linear_few), Fast(linear.linear_prefill, _linear_many))
+HEAD_LOGITS = (Fast(linear.linear_decode, _head),)
+SBI_GEMM = (Fast(linear.linear_decode, _sbi_gemm),)
 
 
 def _scale_and_cap(function: Function, inputs: Inputs) -> Tensor:
@@ -103,8 +103,8 @@ def _embed_with(product: embedding.Product) -> Callable[[Function, Inputs], Tens
 
 
 EMBED = (
-    Fast(embedding.embed, _embed_with(linear.linear_few)),
-    Fast(embedding.embed, _embed_with(linear.linear_many)),
+    Fast(embedding.embed, _embed_with(linear.linear_decode)),
+    Fast(embedding.embed, _embed_with(linear.linear_prefill)),
 )
 
 
@@ -139,7 +139,7 @@ ACTIVATION = (Fast(mlp.activation, _activation),)
 
 def _rotate(function: Function, inputs: Inputs) -> Tensor:
     x_BTHD: Tensor = inputs["x_BTHD"]
-    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"], inputs["magnitude"])
+    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"], inputs["attention_factor"])
     rows = [function(x_THD, cos_TJ, sin_TJ, inputs["layout"]) for x_THD in x_BTHD.float()]
     return torch.stack(rows).to(x_BTHD.dtype)
 
@@ -203,7 +203,7 @@ def _texts(function: Function, inputs: Inputs) -> Tensor:
     causal, window = _masking(inputs) or (True, None)
     out: Tensor = function(
         *(inputs[name].float().flatten(0, 1) for name in ("query_BTHD", "key_BSKD", "value_BSKD")),
-        bound_N=torch.arange(len(query_BTHD) + 1) * query_BTHD.shape[1],
+        cu_seqlens=torch.arange(len(query_BTHD) + 1) * query_BTHD.shape[1],
         causal=causal,
         scale=inputs["scale"],
         window=window,
@@ -266,7 +266,7 @@ def _sees_runs(inputs: Inputs) -> bool:
 ATTENTION = (
     Fast(attention.attend_decode, _decode, applies=_sees_runs),
     Fast(attention.attend_prefill, _prefill, applies=_sees_no_later_key),
-    Fast(attention.attend_texts, _texts, applies=_is_a_text),
+    Fast(attention.attend_varlen, _texts, applies=_is_a_text),
 )
 
 

@@ -38,7 +38,7 @@ def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
     placement, residual = draw_norms(pick)
     residual_scale = pick.choice([1.0, 0.25])
     mlp = MlpConfig(
-        width=pick.integer(1 if placement in (NormPlacement.BEFORE, NormPlacement.ON_SUM) else 8, 24),
+        width=pick.integer(1 if placement in (NormPlacement.PRE_NORM, NormPlacement.POST_NORM) else 8, 24),
         activation=pick.choice(list(Activation)),
         gated=pick.choice([True, False]),
         bias=pick.choice([False, True]),
@@ -48,7 +48,7 @@ def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
     def layer() -> LayerConfig:
         window, softcap = pick.choice([None, 1, 3, 7]), pick.choice([None, None, 2.0])
         magnitude = pick.choice([1.0, 1.25])
-        rotary = None if attention.rotary is None else replace(attention.rotary, magnitude=magnitude)
+        rotary = None if attention.rotary is None else replace(attention.rotary, attention_factor=magnitude)
         return LayerConfig(
             norm=norm,
             attention=replace(attention, window=window, softcap=softcap, rotary=rotary),
@@ -66,7 +66,7 @@ def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
         layers=tuple(layer() for _ in range(pick.integer(1, 3))),
         final_norm=pick.choice([norm, norm, None]),
         learned_positions=pick.choice([False, True]),
-        head=pick.choice([Head.TIED, Head.OWN]),
+        head=pick.choice([Head.TIED, Head.UNTIED]),
         embedding_size=pick.choice([None, None, 3, 8]),
         embedding_scale=pick.choice([1.0, 3.0]),
         embedding_norm=pick.choice([None, norm]),
@@ -120,8 +120,8 @@ def draw_norm(pick: Picker, kinds: Sequence[NormKind] = tuple(NormKind)) -> Norm
 
 def draw_norms(pick: Picker) -> tuple[NormPlacement, Residual]:
     """Where the norms stand and what the MLP reads."""
-    placement = pick.choice([*NormPlacement, NormPlacement.BEFORE, NormPlacement.BEFORE])
-    alone = placement is not NormPlacement.BEFORE
+    placement = pick.choice([*NormPlacement, NormPlacement.PRE_NORM, NormPlacement.PRE_NORM])
+    alone = placement is not NormPlacement.PRE_NORM
     return placement, Residual.SEQUENTIAL if alone else pick.choice([*Residual, Residual.SEQUENTIAL])
 
 

@@ -37,7 +37,7 @@ class Fast:
         return self.adapt(self.function, inputs)
 
 
-Law = Callable[["Op", Function, Case], None]
+Property = Callable[["Op", Function, Case], None]
 """What an implementation must obey by itself: raises AssertionError where it does not. The docstring states it."""
 
 
@@ -55,15 +55,15 @@ class Op:
     cases: Callable[[Picker], Case]
     inputs: Callable[[Case], Inputs]
     guarantee: Guarantee
-    right: Mapping[str, Function]
+    variants: Mapping[str, Function]
     """Other correct implementations, which sum in other orders: the guarantee must let them pass."""
-    wrong: Mapping[str, Function]
+    mutants: Mapping[str, Function]
     """Seeded faults: the guarantee must catch each of them."""
     flops: Callable[[SimpleNamespace], int]
     """Floating-point operations, from the sizes: a multiplication and an addition count one each."""
     bytes: Callable[[SimpleNamespace], int]
     """Bytes read and written where each float32 input is read once and each output written once."""
-    properties: tuple[Law, ...] = ()
+    properties: tuple[Property, ...] = ()
     fast: Mapping[Path, tuple[Fast, ...]] = field(default_factory=dict)
     """For each path, the functions that do this op in its graphs: one for decoding, another for prefill."""
     no_fast: str | None = None

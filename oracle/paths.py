@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..reference.path import ReferenceSequences
 from ..spec.decoder import Decoder, Sequences
+from .baseline import Baseline, worst_of
 from .budget import Budget, judge_rows
 from .scale import linear_scale
 from .schedule import GREEDY, Close, Extend, Open, Schedule, generation
 from .trial import Verdict, same_bits
-from .yardstick import Yardstick, worst_of
 
 WHOLE_MODEL = Budget(rows="R")
 
@@ -75,14 +75,14 @@ class PathMismatch(AssertionError):
     """A path departed from the reference."""
 
 
-def compare_paths(yardstick: Yardstick, candidate: Decoder, schedule: Schedule) -> PathComparison:
+def compare_paths(baseline: Baseline, candidate: Decoder, schedule: Schedule) -> PathComparison:
     """Run a schedule on the reference and the candidate, and judge every row of logits they return."""
-    return Comparison(yardstick, candidate).run(schedule)
+    return Comparison(baseline, candidate).run(schedule)
 
 
-def assert_paths_agree(yardstick: Yardstick, candidate: Decoder, schedule: Schedule) -> PathComparison:
+def assert_paths_agree(baseline: Baseline, candidate: Decoder, schedule: Schedule) -> PathComparison:
     """`compare_paths`, raising `PathMismatch` with all failures and the schedule where it does not hold."""
-    comparison = compare_paths(yardstick, candidate, schedule)
+    comparison = compare_paths(baseline, candidate, schedule)
     if not comparison.holds:
         raise PathMismatch("\n".join([*comparison.failures, f"schedule = {schedule!r}"]))
     return comparison
@@ -91,13 +91,13 @@ def assert_paths_agree(yardstick: Yardstick, candidate: Decoder, schedule: Sched
 class Comparison:
     """A comparison under way: feed it one step at a time, or a schedule."""
 
-    def __init__(self, yardstick: Yardstick, candidate: Decoder) -> None:
+    def __init__(self, baseline: Baseline, candidate: Decoder) -> None:
         self.result = PathComparison()
-        self._truth, self._eager, self._candidate = yardstick.truth, yardstick.eager, candidate
+        self._truth, self._eager, self._candidate = baseline.truth, baseline.eager, candidate
         self._groups: dict[str, _Group] = {}
         self._step = 0
         self._kept: tuple[int, list[Tensor], list[Tensor]] | None = None
-        self._head = yardstick.truth.weights.projection
+        self._head = baseline.truth.weights.projection
 
     def run(self, schedule: Schedule) -> PathComparison:
         try:
@@ -262,16 +262,16 @@ class FreeRun:
         return self.truth == self.candidate or self.tie is not None
 
 
-def free_run(yardstick: Yardstick, candidate: Decoder, prompt: Sequence[int], new_tokens: int) -> FreeRun:
+def free_run(baseline: Baseline, candidate: Decoder, prompt: Sequence[int], new_tokens: int) -> FreeRun:
     """Let both generate greedily from a prompt, and say how far they agree.
 
     Up to the first difference both were fed the same tokens, so the teacher-forced comparison judges that choice.
     """
-    one, other = (_greedy(path, prompt, new_tokens) for path in (yardstick.truth, candidate))
+    one, other = (_greedy(path, prompt, new_tokens) for path in (baseline.truth, candidate))
     parted = FreeRun(truth=one, candidate=other, tie=None)
     if one == other:
         return parted
-    forced = compare_paths(yardstick, candidate, generation((tuple(prompt),), parted.equal_for + 1))
+    forced = compare_paths(baseline, candidate, generation((tuple(prompt),), parted.equal_for + 1))
     at = len(prompt) - 1 + parted.equal_for
     return replace(parted, tie=next((tie for tie in forced.ties if tie.position == at), None))
 

@@ -4,25 +4,23 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..spec.errors import RequestError
-from . import (
-    attention_ops,
-    cache_ops,
-    embedding_ops,
-    int4_ops,
-    layer_ops,
-    linear_ops,
-    logit_ops,
-    mlp_ops,
-    norm_ops,
-    pooling_ops,
-    position_ops,
-    quantise_ops,
-    sampling_ops,
-    sbi_ops,
-    shaped_attention_ops,
-    w8a8_ops,
-)
 from .op import Op
+from .ops import attention as attention_ops
+from .ops import cache as cache_ops
+from .ops import embedding as embedding_ops
+from .ops import int4 as int4_ops
+from .ops import layer as layer_ops
+from .ops import linear as linear_ops
+from .ops import logits as logit_ops
+from .ops import mlp as mlp_ops
+from .ops import norms as norm_ops
+from .ops import pooling as pooling_ops
+from .ops import positions as position_ops
+from .ops import quantize as quantize_ops
+from .ops import sampling as sampling_ops
+from .ops import sbi_gemm as sbi_ops
+from .ops import shaped_attention as shaped_attention_ops
+from .ops import w8a8 as w8a8_ops
 
 _ALL = (
     linear_ops.LINEAR,
@@ -47,11 +45,11 @@ _ALL = (
     embedding_ops.SCALE_AND_CAP,
     pooling_ops.POOL,
     pooling_ops.UNIT_LENGTH,
-    quantise_ops.QUANTISE_ROWS,
-    quantise_ops.DEQUANTISE_ROWS,
-    int4_ops.QUANTISE_GROUPS,
-    int4_ops.DEQUANTISE_GROUPS,
-    quantise_ops.STORED,
+    quantize_ops.QUANTIZE_ROWS,
+    quantize_ops.DEQUANTIZE_ROWS,
+    int4_ops.QUANTIZE_GROUPS,
+    int4_ops.DEQUANTIZE_GROUPS,
+    quantize_ops.STORED,
     int4_ops.STORED_GROUPS,
     w8a8_ops.INTEGER_PRODUCT,
     w8a8_ops.LINEAR_W8A8,

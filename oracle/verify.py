@@ -16,6 +16,7 @@ from ..compiled.path import CompiledPath
 from ..spec.config import Storage
 from ..spec.decoder import Decoder, Encoder, Path
 from ..spec.weights import WeightSource
+from .baseline import Baseline
 from .case import Case, RandomPicker
 from .check import described
 from .encodings import Texts, compare_encodings, draw_texts
@@ -24,7 +25,6 @@ from .paths import FreeRun, PathComparison, compare_paths, free_run
 from .schedule import Schedule, draw_schedule
 from .table import OPS
 from .trial import Status
-from .yardstick import Yardstick
 
 TypedTexts = tuple[Texts, Texts | None]
 
@@ -90,7 +90,7 @@ def verify(
         tell(f"preparing the compiled path, weights kept in {storage}")
         candidate = CompiledPath(source, storage=storage, compute=compute, device=device, report=report)
     tell("preparing the reference in float64, and in the candidate's arithmetic")
-    yardstick = Yardstick.of(source, storage=storage, compute=compute, device=device)
+    baseline = Baseline.of(source, storage=storage, compute=compute, device=device)
 
     pickers = [RandomPicker(seed + index) for index in range(schedules)]
     drawn: list[Schedule | TypedTexts] = []
@@ -100,18 +100,18 @@ def verify(
         if source.config.extensible:
             schedule = draw_schedule(pick, source.config)
             tell(f"comparing the paths through schedule {index + 1} of {schedules} ({len(schedule)} steps)")
-            comparisons.append(compare_paths(yardstick, candidate, schedule))
+            comparisons.append(compare_paths(baseline, candidate, schedule))
             drawn.append(schedule)
         else:
             assert isinstance(candidate, Encoder), "a path that runs an encoder encodes"
             texts = draw_texts(pick, source.config)
             tell(f"comparing the paths on batch {index + 1} of {schedules} ({len(texts[0])} texts)")
-            comparisons.append(compare_encodings(yardstick, candidate, *texts))
+            comparisons.append(compare_encodings(baseline, candidate, *texts))
             drawn.append(texts)
     if source.config.extensible:
         tell("comparing their greedy text")
         prompt = [RandomPicker(seed).integer(0, source.config.vocabulary - 1)]
-        ran = free_run(yardstick, candidate, prompt, min(8, source.config.context - 1))
+        ran = free_run(baseline, candidate, prompt, min(8, source.config.context - 1))
     tell("comparing op by op")
     return VerifyResult(
         storage=storage,

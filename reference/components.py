@@ -33,7 +33,7 @@ class Linear(Protocol):
 
 class Rotate(Protocol):
     def __call__(
-        self, x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, magnitude: float, /
+        self, x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, attention_factor: float, /
     ) -> Tensor: ...
 
 

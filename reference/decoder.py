@@ -1,4 +1,4 @@
-"""A whole decoder up to its head: embed the tokens, pass them through every layer, normalise.
+"""A whole decoder up to its head: embed the tokens, pass them through every layer, normalize.
 
 Shapes: B batch, T new tokens, M hidden, E table width (M, in nearly every model).
 """

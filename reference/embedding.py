@@ -51,9 +51,9 @@ def embed(
 def head_logits(
     x: Tensor, projection: LinearWeights, *, linear: Callable[[Tensor, LinearWeights], Tensor] = plain_linear
 ) -> Tensor:
-    """Score every token of the vocabulary: normalised hidden [..., M] to logits [..., V], float32 or wider.
+    """Score every token of the vocabulary: normalized hidden [..., M] to logits [..., V], float32 or wider.
 
-    Logits are not rounded to a narrow x's dtype: neighbouring tokens would tie.
+    Logits are not rounded to a narrow x's dtype: neighboring tokens would tie.
     """
     return linear(x.to(torch.promote_types(x.dtype, torch.float32)), projection)
 

@@ -2,9 +2,9 @@
 
 With f first the attention and then the MLP, s a constant, and the norms where `NormPlacement` says:
 
-    BEFORE   x = x + s f(norm(x))                  AROUND   x = x + s norm(f(norm(x)))
-    AFTER    x = x + s norm(f(x))                  ON_SUM   x = norm(x + s f(x))
-    ON_STREAM   x = norm(x) + s f(norm(x))
+    PRE_NORM      x = x + s f(norm(x))          SANDWICH_NORM   x = x + s norm(f(norm(x)))
+    OUTPUT_NORM   x = x + s norm(f(x))          POST_NORM       x = norm(x + s f(x))
+    STREAM_NORM   x = norm(x) + s f(norm(x))
 
 or both at once, from the same x, with two norms or a shared one (`Residual`; Wang, Komatsuzaki 2021):
 
@@ -12,7 +12,7 @@ or both at once, from the same x, with two norms or a shared one (`Residual`; Wa
 
     attention(n) = output(attend(rotate(q), rotate(k), v)),   q, k, v = query(n), key(n), value(n)
 
-Some models clip q, k and v, and some normalise q and k, in this order (Dehghani et al. 2023, section 2).
+Some models clip q, k and v, and some normalize q and k, in this order (Dehghani et al. 2023, section 2).
 
 Norm, linear maps, rotation, attention and MLP are `Components`; swap one to try an idea on a real model.
 
@@ -63,14 +63,14 @@ def _normed(x_BTM: Tensor, weights: NormWeights | None, config: LayerConfig, com
 
 def _added_to(x_BTM: Tensor, read_BTM: Tensor, config: LayerConfig) -> Tensor:
     """What a sub-layer's output is added to: the stream, which may become what the sub-layer reads."""
-    return read_BTM if config.norm_placement is NormPlacement.ON_STREAM else x_BTM
+    return read_BTM if config.norm_placement is NormPlacement.STREAM_NORM else x_BTM
 
 
 def _joined(
     x_BTM: Tensor, out_BTM: Tensor, weights: NormWeights | None, config: LayerConfig, components: Components
 ) -> Tensor:
-    """The stream with a sub-layer's output added, either of them normalised as the placement says."""
-    if config.norm_placement is NormPlacement.ON_SUM:
+    """The stream with a sub-layer's output added, either of them normalized as the placement says."""
+    if config.norm_placement is NormPlacement.POST_NORM:
         return _normed(x_BTM + config.residual_scale * out_BTM, weights, config, components)
     return x_BTM + config.residual_scale * _normed(out_BTM, weights, config, components)
 
@@ -86,7 +86,7 @@ def self_attention(
     position_S = torch.arange(cache.length + x_BTM.shape[1], device=x_BTM.device)
     position_T = position_S[cache.length :]
     if config.rotary is not None and weights.rotary_frequency_J is not None:
-        turn = (position_T, weights.rotary_frequency_J, config.rotary.layout, config.rotary.magnitude)
+        turn = (position_T, weights.rotary_frequency_J, config.rotary.layout, config.rotary.attention_factor)
         query_BTHD, key_BTKD = components.rotate(query_BTHD, *turn), components.rotate(key_BTKD, *turn)
     shaping: dict[str, Any] = {} if config.softcap is None else {"softcap": config.softcap}
     if weights.alibi_slope_H is not None:
@@ -105,7 +105,7 @@ def self_attention(
 
 
 def _heads(x_BTN: Tensor, weights: NormWeights | None, config: AttentionConfig, components: Components) -> Tensor:
-    """A projection [B, T, H * D] as heads [B, T, H, D], clipped, and normalised where there are weights for it."""
+    """A projection [B, T, H * D] as heads [B, T, H, D], clipped, and normalized where there are weights for it."""
     if config.qkv_clip is not None:
         x_BTN = x_BTN.clamp(-config.qkv_clip, config.qkv_clip)
     x_BTHD = rearrange(x_BTN, "b t (h d) -> b t h d", d=config.head_size)

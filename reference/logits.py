@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def penalise_repetition(logits_V: Tensor, previous_T: Tensor, penalty: float) -> Tensor:
+def penalize_repetition(logits_V: Tensor, previous_T: Tensor, penalty: float) -> Tensor:
     """Make tokens that already occurred less likely: positive logits are divided by the penalty, negative multiplied.
 
     Keskar et al. 2019, section 4.1, divide whatever the sign, which makes negative logits likelier; the rule by sign is

@@ -18,21 +18,13 @@ from torch import Tensor
 from ..spec.config import ModelConfig, Storage
 from ..spec.decoder import Sequences, check_encoding, check_open, checked_tokens
 from ..spec.errors import RequestError
-from ..spec.shapes import is_made, is_matrix
-from ..spec.weights import (
-    Part,
-    WeightSource,
-    assemble,
-    tensors,
-    validate_embedding,
-    validate_head,
-    validate_layer,
-)
+from ..spec.shapes import is_buffer, is_matrix
+from ..spec.weights import Part, WeightSource, assemble, tensors, validate_embedding, validate_head, validate_layer
 from .cache import KVCache
 from .components import DEFAULT, Components
 from .decoder import DecoderWeights, empty_caches, forward
 from .embedding import head_logits, scale_and_cap
-from .quantise import stored
+from .quantize import stored
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -131,7 +123,7 @@ class ReferencePath:
 
     @torch.no_grad()
     def extend_hidden(self, sequences: Sequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
-        """Extend, but stop before the head: the normalised hidden vectors of the new tokens, [T_i, E] each."""
+        """Extend, but stop before the head: the normalized hidden vectors of the new tokens, [T_i, E] each."""
         sequences = self._own(sequences)
         checked_tokens(self.config, sequences.lengths, new_tokens)
         states, hidden = [], []
@@ -194,7 +186,7 @@ class ReferencePath:
         """
 
         def held(name: str, tensor: Tensor) -> Tensor:
-            if is_made(name):
+            if is_buffer(name):
                 return tensor.to(self.device)
             return self._matrix(tensor) if is_matrix(name) else self._vector(tensor)
 

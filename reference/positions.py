@@ -23,7 +23,7 @@ from ..spec.config import RotaryLayout
 
 
 def rotate(
-    x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, magnitude: float = 1.0
+    x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, attention_factor: float = 1.0
 ) -> Tensor:
     """Turn the first 2J elements of every head by its token's position; returns x's shape and dtype.
 
@@ -36,8 +36,8 @@ def rotate(
     """
     wide = torch.promote_types(x_BTHD.dtype, torch.float32)
     angle_TJ = position_T[:, None].to(torch.float64) * frequency_J.to(torch.float64)
-    cos_T1J = (magnitude * angle_TJ.cos()).to(wide)[:, None, :]
-    sin_T1J = (magnitude * angle_TJ.sin()).to(wide)[:, None, :]
+    cos_T1J = (attention_factor * angle_TJ.cos()).to(wide)[:, None, :]
+    sin_T1J = (attention_factor * angle_TJ.sin()).to(wide)[:, None, :]
 
     turning, passing = x_BTHD[..., : 2 * len(frequency_J)], x_BTHD[..., 2 * len(frequency_J) :]
     pairs = {RotaryLayout.HALF_SPLIT: "(pair j)", RotaryLayout.INTERLEAVED: "(j pair)"}[layout]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..spec.errors import NumericsError, RequestError
-from .logits import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, scale_temperature
+from .logits import keep_min_p, keep_top_k, keep_top_p, penalize_repetition, scale_temperature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Sampling:
 
 
 def generator_for(seed: int, prompt_index: int) -> torch.Generator:
-    """The generator of one sequence. Seeds are hashed: neighbouring pairs must not give overlapping streams."""
+    """The generator of one sequence. Seeds are hashed: neighboring pairs must not give overlapping streams."""
     digest = hashlib.sha256(f"{seed} {prompt_index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
@@ -50,7 +50,7 @@ def generator_for(seed: int, prompt_index: int) -> torch.Generator:
 def shape_logits(logits_V: Tensor, previous_T: Tensor, sampling: Sampling) -> Tensor:
     """The logits [V] whose softmax is sampled from; temperature 0 leaves only the repetition penalty."""
     if sampling.repetition_penalty != 1:
-        logits_V = penalise_repetition(logits_V, previous_T, sampling.repetition_penalty)
+        logits_V = penalize_repetition(logits_V, previous_T, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits_V
     logits_V = scale_temperature(logits_V, sampling.temperature)

@@ -10,7 +10,7 @@ With few rows b the time is that of reading the weight once. So the work is divi
   writes a partial sum for each section, a second one adds them: two launches, and only where they pay.
 - *Warps and lanes.* Within a block each of 4 warps takes every fourth line of the weight, and each of its 32 lanes one
   output of a strip of 32. So the partial sums of one output lie in 4 warps. Adding them as a tree through shared memory
-  would synchronise the block at every level. Instead they are transposed in shared memory once, so that those of one
+  would synchronize the block at every level. Instead they are transposed in shared memory once, so that those of one
   output lie side by side, and a single warp adds them in registers, by a cooperative group's reduction; the results go
   through shared memory once more, to be stored in one coalesced write.
 - *Lines.* A memory transaction fetches 128 bytes, but 32 lanes that read one 16-bit weight each ask for 64, with int8

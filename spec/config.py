@@ -14,7 +14,7 @@ from .errors import ConfigError
 
 
 class NormKind(StrEnum):
-    """How a norm centres and scales one token's hidden vector."""
+    """How a norm centers and scales one token's hidden vector."""
 
     LAYER = "layer"
     """Subtract the mean, divide by the standard deviation, then gain and bias."""
@@ -23,17 +23,17 @@ class NormKind(StrEnum):
 
 
 class NormPlacement(StrEnum):
-    """Where a layer normalises, around f: first the attention, then the MLP."""
+    """Where a layer normalizes, around f: first the attention, then the MLP."""
 
-    BEFORE = "before"
+    PRE_NORM = "pre_norm"
     """x + f(norm(x)): GPT-2, LLaMA."""
-    AFTER = "after"
+    OUTPUT_NORM = "output_norm"
     """x + norm(f(x)): OLMo 2."""
-    AROUND = "around"
+    SANDWICH_NORM = "sandwich_norm"
     """x + norm(f(norm(x))), with a norm of its own on either side: Gemma 2."""
-    ON_SUM = "on_sum"
+    POST_NORM = "post_norm"
     """norm(x + f(x)): the original transformer, BERT, OPT-350m."""
-    ON_STREAM = "on_stream"
+    STREAM_NORM = "stream_norm"
     """n + f(n), with n = norm(x): what is read is also what is added to; BLOOM's post-layernorm residual."""
 
 
@@ -85,7 +85,7 @@ class Head(StrEnum):
 
     TIED = "tied"
     """It is the token table."""
-    OWN = "own"
+    UNTIED = "untied"
     NONE = "none"
     """There is none: the hidden vectors are the result."""
 
@@ -138,11 +138,16 @@ class RotaryConfig:
     layout: RotaryLayout
     size: int
     """How many leading elements of each head rotate; the rest pass unchanged."""
-    magnitude: float = 1.0
+    attention_factor: float = 1.0
     """Multiplies cos and sin, and so what rotates: YaRN, LongRoPE."""
 
     def __post_init__(self) -> None:
-        _require(self.magnitude > 0, "RotaryConfig.magnitude", self.magnitude, "a positive number, usually 1")
+        _require(
+            self.attention_factor > 0,
+            "RotaryConfig.attention_factor",
+            self.attention_factor,
+            "a positive number, usually 1",
+        )
         _require(self.size > 0 and self.size % 2 == 0, "RotaryConfig.size", self.size, "a positive even number")
 
 
@@ -170,7 +175,7 @@ class AttentionConfig:
     qkv_clip: float | None = None
     """Queries, keys and values are cut to -qkv_clip .. qkv_clip as soon as they are projected: MPT, OLMo."""
     qk_norm: NormConfig | None = None
-    """Queries and keys are normalised, before they rotate."""
+    """Queries and keys are normalized, before they rotate."""
     qk_norm_span: QkNormSpan = QkNormSpan.HEAD
 
     def __post_init__(self) -> None:
@@ -221,17 +226,17 @@ class LayerConfig:
     norm: NormConfig
     attention: AttentionConfig
     mlp: MlpConfig
-    norm_placement: NormPlacement = NormPlacement.BEFORE
+    norm_placement: NormPlacement = NormPlacement.PRE_NORM
     residual: Residual = Residual.SEQUENTIAL
     residual_scale: float = 1.0
     """Multiplies what attention and MLP add to the stream: Granite."""
 
     def __post_init__(self) -> None:
         _require(
-            self.residual is Residual.SEQUENTIAL or self.norm_placement is NormPlacement.BEFORE,
+            self.residual is Residual.SEQUENTIAL or self.norm_placement is NormPlacement.PRE_NORM,
             "LayerConfig.norm_placement",
             self.norm_placement.value,
-            f"before, where the residual is {self.residual.value}",
+            f"pre_norm, where the residual is {self.residual.value}",
         )
         _require(self.residual_scale > 0, "LayerConfig.residual_scale", self.residual_scale, "a positive number")
 

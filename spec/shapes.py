@@ -12,7 +12,7 @@ from .config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, 
 Shapes = dict[str, tuple[int, ...]]
 
 _MATRICES = ("weight_NI", "token_VE")
-_MADE = ("rotary_frequency_J", "alibi_slope_H")
+_BUFFERS = ("rotary_frequency_J", "alibi_slope_H")
 
 
 def is_matrix(name: str) -> bool:
@@ -24,14 +24,14 @@ def is_matrix(name: str) -> bool:
     return name.rpartition(".")[2] in _MATRICES
 
 
-def is_made(name: str) -> bool:
+def is_buffer(name: str) -> bool:
     """Whether the tensor is computed when a model is loaded, in float64, rather than read; it is no parameter."""
-    return name.rpartition(".")[2] in _MADE
+    return name.rpartition(".")[2] in _BUFFERS
 
 
 def trained(shapes: Shapes) -> Shapes:
     """Those that are read, not made."""
-    return {name: shape for name, shape in shapes.items() if not is_made(name)}
+    return {name: shape for name, shape in shapes.items() if not is_buffer(name)}
 
 
 def embedding_shapes(config: ModelConfig) -> Shapes:
@@ -61,7 +61,7 @@ def head_shapes(config: ModelConfig) -> Shapes:
         shapes |= _norm("norm", config.final_norm, config.hidden)
     if config.embedding_size is not None and config.head is not Head.NONE:
         shapes |= _linear("reduction", config.embedding_size, config.hidden, bias=False)
-    if config.head is Head.OWN:
+    if config.head is Head.UNTIED:
         shapes |= _linear("projection", config.vocabulary, config.table_width, bias=False)
     if config.head_bias:
         shapes["bias_V"] = (config.vocabulary,)
@@ -70,11 +70,11 @@ def head_shapes(config: ModelConfig) -> Shapes:
 
 def _layer_norms(config: LayerConfig) -> list[str]:
     names = []
-    if config.norm_placement in (NormPlacement.BEFORE, NormPlacement.AROUND, NormPlacement.ON_STREAM):
+    if config.norm_placement in (NormPlacement.PRE_NORM, NormPlacement.SANDWICH_NORM, NormPlacement.STREAM_NORM):
         names.append("attention_norm")
         if config.residual is not Residual.PARALLEL_SHARED_NORM:
             names.append("mlp_norm")
-    if config.norm_placement in (NormPlacement.AFTER, NormPlacement.AROUND, NormPlacement.ON_SUM):
+    if config.norm_placement in (NormPlacement.OUTPUT_NORM, NormPlacement.SANDWICH_NORM, NormPlacement.POST_NORM):
         names += ["attention_output_norm", "mlp_output_norm"]
     return names
 

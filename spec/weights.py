@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import WeightError
-from .shapes import Shapes, embedding_shapes, head_shapes, is_made, layer_shapes
+from .shapes import Shapes, embedding_shapes, head_shapes, is_buffer, layer_shapes
 
 Part = TypeVar("Part")
 
@@ -30,7 +30,7 @@ class LinearWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NormWeights:
-    """[M], or however many elements are normalised."""
+    """[M], or however many elements are normalized."""
 
     gain_M: Tensor
     bias_M: Tensor | None = None
@@ -51,7 +51,7 @@ class AttentionWeights:
     alibi_slope_H: Tensor | None = None
     """By how much each head's scores fall with every token of distance, float64, positive; None without ALiBi."""
     query_norm: NormWeights | None = None
-    """Gain [H * D], where all heads share one of [D] repeated for each; None where queries are not normalised."""
+    """Gain [H * D], where all heads share one of [D] repeated for each; None where queries are not normalized."""
     key_norm: NormWeights | None = None
     """Gain [K * D]."""
 
@@ -70,8 +70,8 @@ class MlpWeights:
 class LayerWeights:
     """A norm is named by where it stands: at the input of attention or MLP, or at the output.
 
-    `NormPlacement` says which are there. Where sums are normalised (ON_SUM), the norm at an output acts after that is
-    added.
+    `NormPlacement` says which are there. Where sums are normalized (POST_NORM), the norm at an output acts after that
+    is added.
     """
 
     attention: AttentionWeights
@@ -199,7 +199,7 @@ def _check(weights: Any, shapes: Shapes, where: str) -> None:
             raise WeightError(
                 f"{where} {name} has shape {list(tensor.shape)}; by the config it must be {list(shapes[name])}"
             )
-        if is_made(name) and tensor.dtype is not torch.float64:
+        if is_buffer(name) and tensor.dtype is not torch.float64:
             raise WeightError(f"{where} {name} has dtype {tensor.dtype}; it must be torch.float64")
         if not tensor.is_floating_point():
             raise WeightError(f"{where} {name} has dtype {tensor.dtype}; it must be a float dtype")

@@ -1,4 +1,4 @@
-"""The examples in docstrings are right: pytest's own collector cannot map the rooms onto one import name."""
+"""The examples in docstrings are right: pytest's own collector cannot map the packages onto one import name."""
 
 import doctest
 import pkgutil

@@ -1,4 +1,4 @@
-"""Which room may import which: the table of the design, read from the sources.
+"""Which package may import which: the table of the design, read from the sources.
 
 A bug in one of two twins must not be able to leak into the other, so `compiled`, `parallel` and `offload` never import
 `reference`, nor the other way round.
@@ -22,9 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "offload": {"spec", "compiled", "parallel"},
     "oracle": {"spec", "reference", "compiled", "checkpoint", "parallel", "offload"},
     "bench": EVERYTHING - {"bench"},
-    "face": EVERYTHING,
+    "api": EVERYTHING,
 }
-"""Other rooms that a room may import. Rooms that do not exist yet keep their line."""
+"""Other packages that a package may import. Rooms that do not exist yet keep their line."""
 THIRD_PARTY: dict[str, set[str]] = {
     "spec": {"torch"},
     "reference": {"torch", "einops"},
@@ -38,17 +38,17 @@ THIRD_PARTY: dict[str, set[str]] = {
         *("numpy", "gguf", "tokenizers"),  # what the same model is written with for others
         *("transformers", "llama_cpp", "ctranslate2", "deepspeed"),  # those others
     },
-    "face": {"torch", "rich", "jinja2"},
+    "api": {"torch", "rich", "jinja2"},
 }
-"""Installed packages that a room may import; the standard library is free."""
+"""Installed packages that a package may import; the standard library is free."""
 
 
-def imports(source: str, room: str, folder: str = "") -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of every import in a file of the room, lazy and type-checking ones included.
+def imports(source: str, package: str, folder: str = "") -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of every import in a file of the package, lazy and type-checking ones included.
 
-    `folder` is the file's own, within the room, dotted.
+    `folder` is the file's own, within the package, dotted.
     """
-    package = "twinfer" if room == "face" else f"twinfer.{room}"
+    package = "twinfer" if package == "api" else f"twinfer.{package}"
     package += f".{folder}" if folder else ""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -62,17 +62,17 @@ def imports(source: str, room: str, folder: str = "") -> Iterator[tuple[int, str
             yield from ((node.lineno, name) for name in literals)
 
 
-def forbidden(source: str, room: str, folder: str = "") -> list[str]:
-    """What a file of the room imports and may not, in words."""
+def forbidden(source: str, package: str, folder: str = "") -> list[str]:
+    """What a file of the package imports and may not, in words."""
     found = []
-    for line, name in imports(source, room, folder):
+    for line, name in imports(source, package, folder):
         top, *rest = name.split(".")
         if top == "twinfer":
-            other = rest[0] if rest and rest[0] in EVERYTHING else "face"
-            if other != room and other not in ALLOWED[room]:
-                found.append(f"line {line}: {room} imports {name}, of the room {other}")
-        elif top not in THIRD_PARTY[room] and not _is_standard(top):
-            found.append(f"line {line}: {room} imports the package {top}")
+            other = rest[0] if rest and rest[0] in EVERYTHING else "api"
+            if other != package and other not in ALLOWED[package]:
+                found.append(f"line {line}: {package} imports {name}, of the package {other}")
+        elif top not in THIRD_PARTY[package] and not _is_standard(top):
+            found.append(f"line {line}: {package} imports the package {top}")
     return found
 
 
@@ -81,23 +81,23 @@ def _is_standard(package: str) -> bool:
 
 
 FILES = [
-    pytest.param(room, path, id=f"{room}/{path.relative_to(ROOT / room)}")
-    for room in ALLOWED
-    for path in sorted((ROOT / room).rglob("*.py"))
+    pytest.param(package, path, id=f"{package}/{path.relative_to(ROOT / package)}")
+    for package in ALLOWED
+    for path in sorted((ROOT / package).rglob("*.py"))
 ]
 
 
 def test_every_room_is_read() -> None:
-    """A folder of Python files at the root is a room with a line in the table, or holds tests."""
-    rooms = {path.parent.name for path in ROOT.glob("[a-z]*/*.py")} - {"tests", "build", "docs"}
-    assert rooms <= ALLOWED.keys()
-    assert {"spec", "reference", "compiled", "checkpoint", "oracle", "face"} <= {param.values[0] for param in FILES}
+    """A folder of Python files at the root is a package with a line in the table, or holds tests."""
+    packages = {path.parent.name for path in ROOT.glob("[a-z]*/*.py")} - {"tests", "build", "docs"}
+    assert packages <= ALLOWED.keys()
+    assert {"spec", "reference", "compiled", "checkpoint", "oracle", "api"} <= {param.values[0] for param in FILES}
     assert ALLOWED.keys() == THIRD_PARTY.keys()
 
 
-@pytest.mark.parametrize(("room", "path"), FILES)
-def test_a_file_imports_what_its_room_may(room: str, path: Path) -> None:
-    assert not forbidden(path.read_text(), room, ".".join(path.relative_to(ROOT / room).parent.parts))
+@pytest.mark.parametrize(("package", "path"), FILES)
+def test_a_file_imports_what_its_room_may(package: str, path: Path) -> None:
+    assert not forbidden(path.read_text(), package, ".".join(path.relative_to(ROOT / package).parent.parts))
 
 
 def test_folders_within_a_room_are_no_way_out() -> None:
@@ -105,15 +105,15 @@ def test_folders_within_a_room_are_no_way_out() -> None:
     assert not forbidden("from ...spec.config import Head\nfrom ..table import norm", "checkpoint", "families")
 
 
-@pytest.mark.parametrize("room", ["compiled", "parallel", "offload", "checkpoint"])
-def test_twins_stay_apart(room: str) -> None:
+@pytest.mark.parametrize("package", ["compiled", "parallel", "offload", "checkpoint"])
+def test_twins_stay_apart(package: str) -> None:
     """Said once more, whatever becomes of the table."""
-    assert "reference" not in ALLOWED[room]
-    assert room not in ALLOWED["reference"]
+    assert "reference" not in ALLOWED[package]
+    assert package not in ALLOWED["reference"]
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
         ("compiled", "from ..reference.attention import attention"),
         ("compiled", "from .. import reference"),
@@ -137,17 +137,17 @@ def test_twins_stay_apart(room: str) -> None:
         ("offload", "from ..reference.layer import layer"),
     ],
 )
-def test_seeded_violations_are_caught(room: str, source: str) -> None:
-    assert forbidden(source, room)
+def test_seeded_violations_are_caught(package: str, source: str) -> None:
+    assert forbidden(source, package)
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
         ("compiled", "from ..spec.config import ModelConfig\nfrom .packing import pack\nfrom . import norms"),
         ("oracle", "from ..reference import norms\nfrom ..compiled import norms as fast\nimport hypothesis"),
-        ("face", "from twinfer.oracle.check import check_op\nfrom .cli import main\nimport argparse"),
+        ("api", "from twinfer.oracle.check import check_op\nfrom .cli import main\nimport argparse"),
     ],
 )
-def test_what_is_allowed_passes(room: str, source: str) -> None:
-    assert not forbidden(source, room)
+def test_what_is_allowed_passes(package: str, source: str) -> None:
+    assert not forbidden(source, package)

@@ -1,6 +1,6 @@
-"""BERT, and MiniLM: encoders with learned positions and token types, whose sums are normalised."""
+"""BERT, and MiniLM: encoders with learned positions and token types, whose sums are normalized."""
 
-from ..bert_like import HARMLESS, read, table, unused
+from ..bert_like import IGNORED, read, table, unused
 from ..family import Family
 from ..table import Ignorable
 
@@ -19,7 +19,7 @@ BERT = Family(
         Ignorable(name="cls.predictions.bias", why="the masked-language head"),
         *unused("cls.seq_relationship", why="the next-sentence head"),
     ),
-    harmless=HARMLESS
+    ignored=IGNORED
     | dict.fromkeys(
         (
             "directionality",

@@ -2,7 +2,7 @@
 
 from ...spec.config import Activation, LayerConfig, MlpConfig, NormPlacement
 from .. import alibi
-from ..family import Family, Understood, layer_norm, spelled
+from ..family import Family, ParsedConfig, alias, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, megatron_layer, model, multi_head
 from ..table import Table, norm, output, tensor
@@ -19,9 +19,9 @@ TRAINED_CONTEXT = 2048
 """Tokens that BLOOM was trained on, which `seq_length` says in some files; ALiBi itself has no end."""
 
 
-def _read(config: Fields) -> Understood:
-    hidden = config.integer(spelled(config, "hidden_size", "n_embed"))
-    heads = config.integer(spelled(config, "n_head", "num_attention_heads"))
+def _read(config: Fields) -> ParsedConfig:
+    hidden = config.integer(alias(config, "hidden_size", "n_embed"))
+    heads = config.integer(alias(config, "n_head", "num_attention_heads"))
     norm = layer_norm(config, "layer_norm_epsilon")
     config.only("n_inner", None, 4 * hidden)
     config.only("skip_bias_add_qkv", False)
@@ -30,12 +30,12 @@ def _read(config: Fields) -> Understood:
         norm=norm,
         attention=multi_head(config, hidden, heads, alibi=True),
         mlp=MlpConfig(width=4 * hidden, activation=Activation.GELU_TANH, gated=False, bias=True),
-        norm_placement=NormPlacement.ON_STREAM if on_stream else NormPlacement.BEFORE,
+        norm_placement=NormPlacement.STREAM_NORM if on_stream else NormPlacement.PRE_NORM,
     )
-    layers = (layer,) * layer_count(config, spelled(config, "n_layer", "num_hidden_layers"))
+    layers = (layer,) * layer_count(config, alias(config, "n_layer", "num_hidden_layers"))
     places = config.integer("seq_length", TRAINED_CONTEXT)
-    understood = model(config, "bloom", hidden, layers, context=places, embedding_norm=norm)
-    return Understood(config=understood, slope_H=alibi.slopes(heads))
+    parsed = model(config, "bloom", hidden, layers, context=places, embedding_norm=norm)
+    return ParsedConfig(config=parsed, slope_H=alibi.slopes(heads))
 
 
 BLOOM = Family(
@@ -43,7 +43,7 @@ BLOOM = Family(
     architectures=("BloomForCausalLM", "BloomModel"),
     read=_read,
     table=TABLE,
-    harmless={
+    ignored={
         "slow_but_exact": "the same sums in the order in which they were trained",
         "masked_softmax_fusion": "the same result in fewer kernels",
         "bias_dropout_fusion": "likewise",

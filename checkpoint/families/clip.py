@@ -1,7 +1,7 @@
 """CLIP's text tower, alone or beside the vision tower: an encoder whose tokens see no later ones."""
 
 from ...spec.config import Head, LayerConfig
-from ..family import Family, Understood, layer_norm, understand
+from ..family import Family, ParsedConfig, layer_norm, parse_config
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..llama_like import SPLIT_QKV
@@ -33,7 +33,7 @@ TABLE = Table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     config.only("is_decoder", False)
     hidden, heads = config.integer("hidden_size", 512), config.integer("num_attention_heads", 8)
     layer = LayerConfig(
@@ -41,7 +41,7 @@ def _read(config: Fields) -> Understood:
         attention=multi_head(config, hidden, heads),
         mlp=plain_mlp(config, config.integer("intermediate_size", 2048), "hidden_act", "quick_gelu"),
     )
-    understood = model(
+    parsed = model(
         config,
         "clip_text_model",
         hidden,
@@ -51,27 +51,27 @@ def _read(config: Fields) -> Understood:
         learned_positions=True,
         head=Head.NONE,
     )
-    return Understood(config=understood)
+    return ParsedConfig(config=parsed)
 
 
-def _read_beside_vision(config: Fields) -> Understood:
+def _read_beside_vision(config: Fields) -> ParsedConfig:
     """The text tower's fields stand in `text_config`, and in older files once more, those that were given."""
     text = config.section("text_config") or Fields({}, f"{config.where}text_config.")
     older = config.section("text_config_dict") or Fields({}, "")
     for name, value in older.values.items():
         if text.values.get(name) != value:
             raise older.wrong(name, "as in text_config, since they mean the same")
-    return understand(CLIP_TEXT, text)
+    return parse_config(CLIP_TEXT, text)
 
 
-HARMLESS = {"projection_dim": "of text_projection", "tie_word_embeddings": "there is no head"}
+IGNORED = {"projection_dim": "of text_projection", "tie_word_embeddings": "there is no head"}
 
 CLIP_TEXT = Family(
     model_type="clip_text_model",
     architectures=("CLIPTextModel", "CLIPTextModelWithProjection"),
     read=_read,
     table=TABLE,
-    harmless=HARMLESS,
+    ignored=IGNORED,
 )
 
 CLIP = Family(
@@ -79,7 +79,7 @@ CLIP = Family(
     architectures=("CLIPModel",),
     read=_read_beside_vision,
     table=TABLE,
-    harmless=HARMLESS
+    ignored=IGNORED
     | {"vision_config": "of the vision tower", "vision_config_dict": "of the vision tower"}
     | {"logit_scale_init_value": "training"},
 )

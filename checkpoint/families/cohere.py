@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...spec.config import Residual, RotaryLayout
-from ..family import Family, Understood, layer_norm
+from ..family import Family, ParsedConfig, layer_norm
 from ..fields import Fields
 from ..llama_like import GATED_MLP, SPLIT_QKV, layer_count, read, rotation_of, table
 from ..table import Heads, linear, norm
@@ -17,10 +17,10 @@ TABLE = table(
     *GATED_MLP,
 )
 
-HARMLESS = {"use_parallel_embedding": "how the table of tokens was split in training"}
+IGNORED = {"use_parallel_embedding": "how the table of tokens was split in training"}
 
 
-def read_cohere(config: Fields, *, qk_norm: bool, **differences: Any) -> Understood:
+def read_cohere(config: Fields, *, qk_norm: bool, **differences: Any) -> ParsedConfig:
     """What both have in common; the keywords as `llama_like.read` has them."""
     config.only("position_embedding_type", "rope_gptj")
     config.only("rotary_pct", 1.0)
@@ -39,7 +39,7 @@ def read_cohere(config: Fields, *, qk_norm: bool, **differences: Any) -> Underst
     )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     rotation = rotation_of(config, base=500000.0, layout=RotaryLayout.INTERLEAVED)
     return read_cohere(config, qk_norm=config.flag("use_qk_norm", False), rotations=[rotation] * layer_count(config))
 
@@ -49,5 +49,5 @@ COHERE = Family(
     architectures=("CohereForCausalLM", "CohereModel"),
     read=_read,
     table=TABLE,
-    harmless=HARMLESS,
+    ignored=IGNORED,
 )

@@ -1,13 +1,13 @@
 """Command R7B and A: Command R's, with windows; those layers alone rotate."""
 
 from ...spec.config import RotaryLayout
-from ..family import Family, Understood
+from ..family import Family, ParsedConfig
 from ..fields import Fields
 from ..llama_like import all_but_every, layer_count, layer_types, rotation_of, windows
 from . import cohere
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     """All layers but every fourth have a window, and those alone rotate."""
     pattern = config.integer("sliding_window_pattern", 4)
     config.only("layer_switch", pattern)
@@ -28,5 +28,5 @@ COHERE2 = Family(
     architectures=("Cohere2ForCausalLM", "Cohere2Model"),
     read=_read,
     table=cohere.TABLE,
-    harmless=cohere.HARMLESS,
+    ignored=cohere.IGNORED,
 )

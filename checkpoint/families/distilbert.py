@@ -1,8 +1,8 @@
 """DistilBERT: BERT without token types, under names of its own."""
 
 from ...spec.config import NormConfig, NormKind
-from ..bert_like import HARMLESS, encoder, layer, unused
-from ..family import Family, Understood
+from ..bert_like import IGNORED, encoder, layer, unused
+from ..family import Family, ParsedConfig
 from ..fields import Fields
 from ..gpt_like import layer_count
 from ..table import POSITION_IDS, Table, linear, norm, tensor
@@ -33,11 +33,11 @@ TABLE = Table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-12)
     each = layer(config, norm, hidden="dim", heads="n_heads", width="hidden_dim", activation="activation")
     layers, places = (each,) * layer_count(config, "n_layers"), config.integer("max_position_embeddings", 512)
-    return Understood(config=encoder(config, "distilbert", "dim", layers, context=places))
+    return ParsedConfig(config=encoder(config, "distilbert", "dim", layers, context=places))
 
 
 DISTILBERT = Family(
@@ -45,7 +45,7 @@ DISTILBERT = Family(
     architectures=("DistilBertModel", "DistilBertForMaskedLM"),
     read=_read,
     table=TABLE,
-    harmless=HARMLESS
+    ignored=IGNORED
     | {
         "sinusoidal_pos_embds": "what the table of positions held before training; it is in the file all the same",
         "tie_weights_": "of the masked-language head alone",

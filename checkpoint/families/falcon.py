@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ...spec.config import LayerConfig, Residual
 from .. import alibi, rotary_fields
-from ..family import Family, Understood, head_size, layer_norm, spelled
+from ..family import Family, ParsedConfig, alias, head_size, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, megatron_layer, model, multi_head, plain_mlp
 from ..table import Table, norm, output, tensor
@@ -19,9 +19,9 @@ TABLE = Table(
 TWO_NORMS_TABLE = replace(TABLE, layer=megatron_layer("self_attention", ("ln_attn", "ln_mlp")))
 
 
-def _read(config: Fields) -> Understood:
-    hidden = config.integer(spelled(config, "hidden_size", "n_embed"))
-    heads = config.integer(spelled(config, "num_attention_heads", "n_head"))
+def _read(config: Fields) -> ParsedConfig:
+    hidden = config.integer(alias(config, "hidden_size", "n_embed"))
+    heads = config.integer(alias(config, "num_attention_heads", "n_head"))
     bias, with_alibi = config.flag("bias", False), config.flag("alibi", False)
     places, size = config.integer("max_position_embeddings", 2048), head_size(config, hidden, heads)
     rotation = rotary_fields.rotation(config, rotary_fields.Head(size=size, context=places))
@@ -36,8 +36,8 @@ def _read(config: Fields) -> Understood:
         mlp=plain_mlp(config, width, "activation", "gelu", bias=bias),
         residual=residual,
     )
-    layers = (layer,) * layer_count(config, spelled(config, "num_hidden_layers", "n_layer"))
-    return Understood(
+    layers = (layer,) * layer_count(config, alias(config, "num_hidden_layers", "n_layer"))
+    return ParsedConfig(
         config=model(config, "falcon", hidden, layers, context=places),
         rotations=() if with_alibi else (rotation,) * len(layers),
         slope_H=alibi.slopes(heads) * size**-0.5 if with_alibi else None,  # it is added before scores are scaled
@@ -50,7 +50,7 @@ def _form(config: Fields, heads: int) -> tuple[int, Residual]:
     named = config.text("model_type", "falcon")
     multi_query = config.flag("multi_query", named == "falcon")
     parallel = config.flag("parallel_attn", named == "falcon")
-    kv_field = spelled(config, "num_kv_heads", "n_head_kv")
+    kv_field = alias(config, "num_kv_heads", "n_head_kv")
     if config.flag("new_decoder_architecture", named == "RefinedWeb"):
         config.only("parallel_attn", True)
         norms = config.integer("num_ln_in_parallel_attn", 2, most=2)

@@ -3,12 +3,12 @@
 from typing import Any
 
 from ...spec.config import Activation
-from ..family import ACTIVATIONS, Family, Understood, rms_norm
+from ..family import ACTIVATIONS, Family, ParsedConfig, rms_norm
 from ..fields import Fields
 from ..llama_like import LLAMA_TABLE, read
 
 
-def read_gemma(config: Fields, *, attention: dict[str, Any], model: dict[str, Any], **differences: Any) -> Understood:
+def read_gemma(config: Fields, *, attention: dict[str, Any], model: dict[str, Any], **differences: Any) -> ParsedConfig:
     """What all Gemmas share; the keywords as `llama_like.read` has them."""
     config.only("use_bidirectional_attention", False, None)
     bias = config.flag("attention_bias", False)
@@ -23,7 +23,7 @@ def read_gemma(config: Fields, *, attention: dict[str, Any], model: dict[str, An
     )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     # The first files say "gelu", though the models were trained with the approximation; later ones say so apart.
     names = ACTIVATIONS | {"gelu": Activation.GELU_TANH}
     activation = config.choice("hidden_act", names, "gelu_pytorch_tanh")

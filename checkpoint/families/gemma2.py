@@ -1,7 +1,7 @@
 """Gemma 2: Gemma's, with norms on both sides of attention and MLP, capped scores and logits, windows in turn."""
 
 from ...spec.config import NormPlacement
-from ..family import Family, Understood
+from ..family import Family, ParsedConfig
 from ..fields import Fields
 from ..llama_like import GATED_MLP, SPLIT_QKV, all_but_every, layer_count, layer_types, table, windows
 from ..table import linear, norm
@@ -15,7 +15,7 @@ AROUND = (
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     window = config.optional_integer("sliding_window", 4096)
     config.only("sliding_window_size", None, window)  # the same under another name, in the first files
     activation = config.text("hidden_activation", "gelu_pytorch_tanh")
@@ -29,7 +29,7 @@ def _read(config: Fields) -> Understood:
             "scale": config.number("query_pre_attn_scalar", 256) ** -0.5,
             "softcap": _cap(config, "attn_logit_softcapping", 50.0),
         },
-        layer={"norm_placement": NormPlacement.AROUND},
+        layer={"norm_placement": NormPlacement.SANDWICH_NORM},
         model={"logit_softcap": _cap(config, "final_logit_softcapping", 30.0)},
     )
 

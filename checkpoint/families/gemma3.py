@@ -1,7 +1,7 @@
-"""Gemma 3, text: Gemma 2's, scores not capped, queries and keys normalised, layers with a window of another base."""
+"""Gemma 3, text: Gemma 2's, scores not capped, queries and keys normalized, layers with a window of another base."""
 
 from ...spec.config import NormPlacement
-from ..family import Family, Understood, rms_norm, spelled
+from ..family import Family, ParsedConfig, alias, rms_norm
 from ..fields import Fields
 from ..llama_like import GATED_MLP, SPLIT_QKV, all_but_every, layer_count, layer_types, rotating, table, windows
 from ..rotary_fields import rotations
@@ -10,9 +10,9 @@ from . import gemma
 from .gemma2 import AROUND
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     config.only("attn_logit_softcapping", None)
-    pattern = config.integer(spelled(config, "sliding_window_pattern", "_sliding_window_pattern"), 6)
+    pattern = config.integer(alias(config, "sliding_window_pattern", "_sliding_window_pattern"), 6)
     local = layer_types(config, all_but_every(pattern, layer_count(config)))
     turns = rotations(config, rotating(config, 256, base=1e6), local_base=1e4)
     return gemma.read_gemma(
@@ -25,7 +25,7 @@ def _read(config: Fields) -> Understood:
             "scale": config.number("query_pre_attn_scalar", 256) ** -0.5,
             "qk_norm": rms_norm(config, from_one=True),
         },
-        layer={"norm_placement": NormPlacement.AROUND},
+        layer={"norm_placement": NormPlacement.SANDWICH_NORM},
         model={"logit_softcap": config.optional_number("final_logit_softcapping")},
     )
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ...spec.config import LayerConfig
-from ..family import Family, Understood, layer_norm
+from ..family import Family, ParsedConfig, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..table import QKV, Table, linear, masks, norm, output, tensor
@@ -25,7 +25,7 @@ TABLE = Table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     hidden, heads = config.integer("n_embd"), config.integer("n_head")
     norm = layer_norm(config, "layer_norm_epsilon")
     mlp = plain_mlp(config, config.integer("n_inner", 4 * hidden), "activation_function", "gelu_new")
@@ -40,7 +40,7 @@ def _read(config: Fields) -> Understood:
 
     layers = tuple(layer(index) for index in range(layer_count(config, "n_layer")))
     places = config.integer("n_positions")
-    return Understood(config=model(config, "gpt2", hidden, layers, context=places, learned_positions=True))
+    return ParsedConfig(config=model(config, "gpt2", hidden, layers, context=places, learned_positions=True))
 
 
 GPT2 = Family(
@@ -48,5 +48,5 @@ GPT2 = Family(
     architectures=("GPT2LMHeadModel", "GPT2Model"),
     read=_read,
     table=TABLE,
-    harmless={"n_ctx": "an older name of n_positions", "reorder_and_upcast_attn": "the same sums in another order"},
+    ignored={"n_ctx": "an older name of n_positions", "reorder_and_upcast_attn": "the same sums in another order"},
 )

@@ -7,7 +7,7 @@ head. The two are one order: that of groups of query heads, each with its key an
 from dataclasses import replace
 
 from ...spec.config import LayerConfig
-from ..family import Family, Understood, layer_norm
+from ..family import Family, ParsedConfig, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..permutation import separated_qkv
@@ -27,7 +27,7 @@ TABLE = replace(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     hidden, heads = config.integer("n_embd"), config.integer("n_head")
     kv_heads = 1 if config.flag("multi_query", True) else heads
     config.only("num_key_value_heads", kv_heads)
@@ -41,7 +41,7 @@ def _read(config: Fields) -> Understood:
     )
     layers = (layer,) * layer_count(config, "n_layer")
     places = config.integer("n_positions")
-    return Understood(config=model(config, "gpt_bigcode", hidden, layers, context=places, learned_positions=True))
+    return ParsedConfig(config=model(config, "gpt_bigcode", hidden, layers, context=places, learned_positions=True))
 
 
 _SERVING = (
@@ -53,5 +53,5 @@ GPT_BIGCODE = Family(
     architectures=("GPTBigCodeForCausalLM", "GPTBigCodeModel", "GPTBigCodeLMHeadModel"),
     read=_read,
     table=TABLE,
-    harmless=dict.fromkeys(_SERVING.split(), "how one server ran the model"),
+    ignored=dict.fromkeys(_SERVING.split(), "how one server ran the model"),
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ...spec.config import LayerConfig
 from ...spec.errors import ConfigError
-from ..family import Family, Understood, layer_norm
+from ..family import Family, ParsedConfig, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..table import linear, masks, norm
@@ -26,7 +26,7 @@ TABLE = replace(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     hidden, heads = config.integer("hidden_size"), config.integer("num_heads")
     norm, window = layer_norm(config, "layer_norm_epsilon"), config.integer("window_size", 256)
     mlp = plain_mlp(config, config.integer("intermediate_size", 4 * hidden), "activation_function", "gelu_new")
@@ -38,7 +38,7 @@ def _read(config: Fields) -> Understood:
 
     layers = tuple(layer(kind) for kind in _kinds(config, layer_count(config, "num_layers")))
     places = config.integer("max_position_embeddings")
-    return Understood(config=model(config, "gpt_neo", hidden, layers, context=places, learned_positions=True))
+    return ParsedConfig(config=model(config, "gpt_neo", hidden, layers, context=places, learned_positions=True))
 
 
 def _kinds(config: Fields, layers: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 from ...spec.config import LayerConfig, Residual
 from .. import rotary_fields
-from ..family import Family, Understood, head_size, layer_norm, spelled
+from ..family import Family, ParsedConfig, alias, head_size, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, megatron_layer, model, multi_head, plain_mlp
 from ..table import Table, frequencies, masks, norm, output, tensor
@@ -18,14 +18,14 @@ TABLE = Table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     places = config.integer("max_position_embeddings")
     turning = rotary_fields.Head(
         size=head_size(config, hidden, heads),
         context=places,
-        base=config.number(spelled(config, "rotary_emb_base", "rope_theta"), 10000.0),
-        part=config.number(spelled(config, "rotary_pct", "partial_rotary_factor"), 0.25),
+        base=config.number(alias(config, "rotary_emb_base", "rope_theta"), 10000.0),
+        part=config.number(alias(config, "rotary_pct", "partial_rotary_factor"), 0.25),
     )
     rotation, bias = rotary_fields.rotation(config, turning), config.flag("attention_bias", True)
     layer = LayerConfig(
@@ -35,8 +35,8 @@ def _read(config: Fields) -> Understood:
         residual=Residual.PARALLEL if config.flag("use_parallel_residual", True) else Residual.SEQUENTIAL,
     )
     layers = (layer,) * layer_count(config, "num_hidden_layers")
-    understood = model(config, "gpt_neox", hidden, layers, tied=False, context=places)
-    return Understood(config=understood, rotations=(rotation,) * len(layers))
+    parsed = model(config, "gpt_neox", hidden, layers, tied=False, context=places)
+    return ParsedConfig(config=parsed, rotations=(rotation,) * len(layers))
 
 
 GPT_NEOX = Family(
@@ -44,5 +44,5 @@ GPT_NEOX = Family(
     architectures=("GPTNeoXForCausalLM", "GPTNeoXModel"),
     read=_read,
     table=TABLE,
-    harmless={"custom_pipelines": "which code of a model's makers wraps it"},
+    ignored={"custom_pipelines": "which code of a model's makers wraps it"},
 )

@@ -2,7 +2,7 @@
 
 from ...spec.config import LayerConfig, Residual, RotaryConfig, RotaryLayout
 from .. import rotary
-from ..family import Family, Understood, head_size, layer_norm
+from ..family import Family, ParsedConfig, head_size, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..rotary_fields import Rotation
@@ -26,7 +26,7 @@ TABLE = Table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     config.only("rotary", True)
     config.only("scale_attn_weights", True)
     hidden, heads = config.integer("n_embd"), config.integer("n_head")
@@ -44,8 +44,8 @@ def _read(config: Fields) -> Understood:
         residual=Residual.PARALLEL_SHARED_NORM,
     )
     layers, places = (layer,) * layer_count(config, "n_layer"), config.integer("n_positions")
-    understood = model(config, "gptj", hidden, layers, tied=False, context=places, head_bias=True)
-    return Understood(config=understood, rotations=(rotation,) * len(layers))
+    parsed = model(config, "gptj", hidden, layers, tied=False, context=places, head_bias=True)
+    return ParsedConfig(config=parsed, rotations=(rotation,) * len(layers))
 
 
 GPTJ = Family(
@@ -53,5 +53,5 @@ GPTJ = Family(
     architectures=("GPTJForCausalLM", "GPTJModel"),
     read=_read,
     table=TABLE,
-    harmless={"n_ctx": "an older name of n_positions"},
+    ignored={"n_ctx": "an older name of n_positions"},
 )

@@ -1,11 +1,11 @@
 """Granite 3, dense: LLaMA's, with four factors, on tokens, scores, what layers add, and logits."""
 
-from ..family import Family, Understood
+from ..family import Family, ParsedConfig
 from ..fields import Fields
 from ..llama_like import LLAMA_TABLE, read
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     bias = config.flag("attention_bias", False)
     return read(
         config,

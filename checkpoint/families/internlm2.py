@@ -1,6 +1,6 @@
 """InternLM 2 and 2.5: LLaMA under other names, with queries, keys and values merged group by group."""
 
-from ..family import Family, Understood, rms_norm
+from ..family import Family, ParsedConfig, rms_norm
 from ..fields import Fields
 from ..llama_like import read
 from ..permutation import separated_qkv
@@ -24,7 +24,7 @@ TABLE = Table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     bias = config.flag("bias", True)
     return read(config, norm=rms_norm(config), attention={"qkv_bias": bias, "output_bias": bias})
 

@@ -5,7 +5,7 @@ joined before, and the nested names of a checkpoint with dots: `language_model.e
 """
 
 from ...spec.config import Activation, Head, LayerConfig, MlpConfig
-from ..family import Family, Understood, layer_norm, spelled
+from ..family import Family, ParsedConfig, alias, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, megatron_layer, model, multi_head
 from ..permutation import separated_qkv, separated_thirds
@@ -33,24 +33,24 @@ def _table(reorder: Reorder | None) -> Table:
     )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     config.ignore(("checkpoint_version",))
     version = config.values.get("checkpoint_version")
     if version not in list(ORDERS):
         raise config.wrong("checkpoint_version", "0, 1, 2 or 3, as the checkpoint says")
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     attention = multi_head(config, hidden, heads)
-    for name, computed in {**ONLY, "kv_channels": attention.head_size}.items():
+    for name, computed in {**REQUIRED, "kv_channels": attention.head_size}.items():
         config.only(name, computed, None)
     fused, openai = config.flag("bias_gelu_fusion", True), config.flag("openai_gelu", False)
     activation = Activation.GELU_TANH if fused or openai else Activation.GELU
     width = config.integer("ffn_hidden_size", 4 * hidden)
     layer = LayerConfig(
-        norm=layer_norm(config, spelled(config, "layernorm_epsilon", "norm_epsilon")),
+        norm=layer_norm(config, alias(config, "layernorm_epsilon", "norm_epsilon")),
         attention=attention,
         mlp=MlpConfig(width=width, activation=activation, gated=False, bias=True),
     )
-    understood = model(
+    parsed = model(
         config,
         "megatron_gpt",
         hidden,
@@ -60,7 +60,7 @@ def _read(config: Fields) -> Understood:
         learned_positions=True,
         head=Head.TIED,
     )
-    return Understood(config=understood, table=_table(ORDERS[version]))
+    return ParsedConfig(config=parsed, table=_table(ORDERS[version]))
 
 
 _ABSENT = (
@@ -68,7 +68,7 @@ _ABSENT = (
     "untie_embeddings_and_output_weights group_query_attention onnx_safe num_experts"
 )
 
-ONLY = {
+REQUIRED = {
     "position_embedding_type": "learned_absolute",
     "normalization": "LayerNorm",
     "add_bias_linear": True,
@@ -87,7 +87,7 @@ MEGATRON_GPT = Family(
     architectures=("GPTModel",),
     read=_read,
     table=_table(None),
-    harmless={
+    ignored={
         "vocab_size": "the tokens before the table was padded",
         "make_vocab_size_divisible_by": "what the table was padded to",
         "num_query_groups": "counts with group_query_attention alone, which is refused",

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ...spec.config import Activation, LayerConfig, MlpConfig
 from .. import alibi
-from ..family import Family, Understood, common, layer_norm, spelled
+from ..family import Family, ParsedConfig, alias, common, layer_norm
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head
 from ..table import QKV, Table, linear, norm, output, tensor
@@ -29,7 +29,7 @@ TABLE = Table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     hidden, heads = config.integer("d_model"), config.integer("n_heads")
     inner = config.section("attn_config") or Fields({}, f"{config.where}attn_config.")
     common(inner)
@@ -47,13 +47,13 @@ def _read(config: Fields) -> Understood:
     for name in ("logit_scale", "final_logit_softcapping", "block_overrides"):
         config.only(name, None)
     layer = LayerConfig(
-        norm=layer_norm(config, spelled(config, "layer_norm_epsilon", "norm_eps"), bias=False),
+        norm=layer_norm(config, alias(config, "layer_norm_epsilon", "norm_eps"), bias=False),
         attention=attention,
         mlp=MlpConfig(width=_width(config, hidden), activation=Activation.GELU, gated=False),
     )
     layers = (layer,) * layer_count(config, "n_layers")
-    understood = model(config, "mpt", hidden, layers, context=config.integer("max_seq_len"))
-    return Understood(config=understood, slope_H=alibi.slopes(heads, most))
+    parsed = model(config, "mpt", hidden, layers, context=config.integer("max_seq_len"))
+    return ParsedConfig(config=parsed, slope_H=alibi.slopes(heads, most))
 
 
 def _width(config: Fields, hidden: int) -> int:
@@ -84,7 +84,7 @@ MPT = Family(
     architectures=("MptForCausalLM", "MptModel", "MPTForCausalLM", "MPTModel"),
     read=_read,
     table=TABLE,
-    harmless={
+    ignored={
         "learned_pos_emb": "where there is ALiBi, which is required here, none are made",
         "embedding_fraction": "scales a gradient",
         **dict.fromkeys(("init_device", "init_config", "verbose"), "training"),

@@ -1,13 +1,13 @@
 """OLMo 2: LLaMA's, with norms of what attention and MLP give, and of queries and keys over all heads together."""
 
 from ...spec.config import NormPlacement, QkNormSpan
-from ..family import Family, Understood, rms_norm
+from ..family import Family, ParsedConfig, rms_norm
 from ..fields import Fields
 from ..llama_like import GATED_MLP, SPLIT_QKV, read, table
 from ..table import linear, norm
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     bias, rms = config.flag("attention_bias", False), rms_norm(config, default=1e-5)
     return read(
         config,
@@ -18,7 +18,7 @@ def _read(config: Fields) -> Understood:
             "qk_norm": rms,
             "qk_norm_span": QkNormSpan.ALL_HEADS,
         },
-        layer={"norm_placement": NormPlacement.AFTER},
+        layer={"norm_placement": NormPlacement.OUTPUT_NORM},
     )
 
 

@@ -1,7 +1,7 @@
 """OPT and Galactica: learned positions from the third row on; OPT-350m norms sums and has a narrower token table."""
 
 from ...spec.config import LayerConfig, NormConfig, NormKind, NormPlacement
-from ..family import Family, Understood
+from ..family import Family, ParsedConfig
 from ..fields import Fields
 from ..gpt_like import layer_count, model, multi_head, plain_mlp
 from ..llama_like import SPLIT_QKV
@@ -37,7 +37,7 @@ def _table(where: str) -> Table:
 TABLE, NORMED_SUMS_TABLE = _table(""), _table("_output")
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     config.only("learned_embeddings", True)
     config.only("scale_embeddings", False)
     hidden, bias = config.integer("hidden_size"), config.flag("enable_bias", True)
@@ -48,10 +48,10 @@ def _read(config: Fields) -> Understood:
         norm=norm,
         attention=multi_head(config, hidden, config.integer("num_attention_heads"), bias=bias),
         mlp=plain_mlp(config, config.integer("ffn_dim"), "activation_function", "relu", bias=bias),
-        norm_placement=NormPlacement.BEFORE if before else NormPlacement.ON_SUM,
+        norm_placement=NormPlacement.PRE_NORM if before else NormPlacement.POST_NORM,
     )
     width = config.integer("word_embed_proj_dim", hidden)
-    understood = model(
+    parsed = model(
         config,
         "opt",
         hidden,
@@ -64,7 +64,7 @@ def _read(config: Fields) -> Understood:
     inner = ("attention_norm", "mlp_norm") if before else ("attention_output_norm", "mlp_output_norm")
     plain_norms = () if learned else (*inner, *(("norm",) if ends_normed else ()))
     table = TABLE if before else NORMED_SUMS_TABLE
-    return Understood(config=understood, first_position=2, plain_norms=plain_norms, table=table)
+    return ParsedConfig(config=parsed, first_position=2, plain_norms=plain_norms, table=table)
 
 
 OPT = Family(
@@ -72,5 +72,5 @@ OPT = Family(
     architectures=("OPTForCausalLM", "OPTModel"),
     read=_read,
     table=TABLE,
-    harmless={"activation_dropout": "training"},
+    ignored={"activation_dropout": "training"},
 )

@@ -4,7 +4,7 @@ head, biases everywhere, the head's included."""
 from dataclasses import replace
 
 from ...spec.config import Residual
-from ..family import Family, Understood, layer_norm
+from ..family import Family, ParsedConfig, layer_norm
 from ..fields import Fields
 from ..llama_like import SPLIT_QKV, read, table
 from ..table import Heads, linear, norm, output
@@ -23,7 +23,7 @@ TABLE = replace(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     norm = layer_norm(config, "layer_norm_eps")
     qk_norm = norm if config.flag("qk_layernorm", False) else None
     return read(

@@ -1,6 +1,6 @@
 """Phi 3, 3.5 and 4: LLaMA with merged projections, windows, rotation of a part of each head, and LongRoPE."""
 
-from ..family import Family, Understood, rms_norm
+from ..family import Family, ParsedConfig, rms_norm
 from ..fields import Fields
 from ..llama_like import INPUT_NORMS, read, table
 from ..table import QKV, linear
@@ -14,7 +14,7 @@ TABLE = table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
         config.only(name, False)
     for name in ("full_attn_mod", "interpolate_factor"):  # every layer with the window, positions as they are
@@ -28,6 +28,6 @@ PHI3 = Family(
     architectures=("Phi3ForCausalLM", "Phi3Model"),
     read=_read,
     table=TABLE,
-    harmless={"original_max_position_embeddings": "read with the rotary fields that it belongs to, LongRoPE's"},
+    ignored={"original_max_position_embeddings": "read with the rotary fields that it belongs to, LongRoPE's"},
     remote_code=("configuration_phi3", "modeling_phi3"),
 )

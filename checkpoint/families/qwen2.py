@@ -1,6 +1,6 @@
 """Qwen 1.5, 2 and 2.5: LLaMA's, with biases of queries, keys and values; windows in the last layers, if any."""
 
-from ..family import Family, Understood
+from ..family import Family, ParsedConfig
 from ..fields import Fields
 from ..llama_like import LLAMA_TABLE, layer_count, read, switched_windows
 
@@ -11,7 +11,7 @@ def windows(config: Fields) -> list[int | None]:
     return switched_windows(config, [index >= first for index in range(layer_count(config))], 4096)
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     config.only("use_mrope", False)
     return read(config, windows=windows(config), attention={"qkv_bias": True})
 

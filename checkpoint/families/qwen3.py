@@ -1,13 +1,13 @@
-"""Qwen 3: LLaMA's, with queries and keys normalised head by head."""
+"""Qwen 3: LLaMA's, with queries and keys normalized head by head."""
 
-from ..family import Family, Understood, rms_norm
+from ..family import Family, ParsedConfig, rms_norm
 from ..fields import Fields
 from ..llama_like import GATED_MLP, INPUT_NORMS, SPLIT_QKV, read, table
 from ..table import Heads, linear, norm
 from . import qwen2
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     bias = config.flag("attention_bias", False)
     return read(
         config,

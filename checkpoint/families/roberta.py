@@ -3,8 +3,8 @@
 The row of the position table that belongs to the first token is pad_token_id + 1; the rows before it are never used.
 """
 
-from ..bert_like import HARMLESS, read, table, unused
-from ..family import Family, Understood
+from ..bert_like import IGNORED, read, table, unused
+from ..family import Family, ParsedConfig
 from ..fields import Fields
 from ..table import Ignorable
 
@@ -15,7 +15,7 @@ TABLE = table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     padding = config.integer("pad_token_id", 1, least=0)
     positions = config.integer("max_position_embeddings", 512)
     if positions <= padding + 1:
@@ -25,7 +25,7 @@ def _read(config: Fields) -> Understood:
 
 def _family(model_type: str, name: str) -> Family:
     classes = (f"{name}Model", f"{name}ForMaskedLM")
-    return Family(model_type=model_type, architectures=classes, read=_read, table=TABLE, harmless=HARMLESS)
+    return Family(model_type=model_type, architectures=classes, read=_read, table=TABLE, ignored=IGNORED)
 
 
 ROBERTA = _family("roberta", "Roberta")

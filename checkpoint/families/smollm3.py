@@ -1,11 +1,11 @@
 """SmolLM 3: LLaMA's, with layers that do not rotate, every fourth; those have the window, if there is one."""
 
-from ..family import Family, Understood
+from ..family import Family, ParsedConfig
 from ..fields import Fields
 from ..llama_like import LLAMA_TABLE, all_but_every, layer_count, read, rotation_of, switched_windows
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     turning = _turning(config, layer_count(config))
     rotation = rotation_of(config, base=2e6)
     bias = config.flag("attention_bias", False)
@@ -35,5 +35,5 @@ SMOLLM3 = Family(
     architectures=("SmolLM3ForCausalLM", "SmolLM3Model"),
     read=_read,
     table=LLAMA_TABLE,
-    harmless={"max_window_layers": "of Qwen 2, from whose files it was taken over"},
+    ignored={"max_window_layers": "of Qwen 2, from whose files it was taken over"},
 )

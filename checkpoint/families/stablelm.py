@@ -1,10 +1,10 @@
-"""StableLM 3B and 2: layer norms, rotation of a part of each head, gated MLPs; some normalise every head of queries and
+"""StableLM 3B and 2: layer norms, rotation of a part of each head, gated MLPs; some normalize every head of queries and
 keys by a norm of its own, and have attention and MLP in parallel."""
 
 from dataclasses import replace
 
 from ...spec.config import Residual
-from ..family import Family, Understood, layer_norm
+from ..family import Family, ParsedConfig, layer_norm
 from ..fields import Fields
 from ..llama_like import LLAMA_TABLE, read
 from ..table import tensor
@@ -19,7 +19,7 @@ TABLE = replace(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     config.only("num_heads", None, config.integer("num_attention_heads"))
     config.only("rotary_scaling_factor", 1.0)
     norm = layer_norm(config, "layer_norm_eps")

@@ -1,6 +1,6 @@
 """StarCoder 2: LLaMA's, but with layer norms, plain MLPs, and biases everywhere."""
 
-from ..family import Family, Understood, layer_norm, spelled
+from ..family import Family, ParsedConfig, alias, layer_norm
 from ..fields import Fields
 from ..llama_like import INPUT_NORMS, SPLIT_QKV, read, table
 from ..table import linear
@@ -14,14 +14,14 @@ TABLE = table(
 )
 
 
-def _read(config: Fields) -> Understood:
+def _read(config: Fields) -> ParsedConfig:
     config.only("mlp_type", "default")
     config.only("norm_type", "layer_norm")
     config.only("scale_attn_weights", True)
     bias = config.flag("use_bias", True)
     return read(
         config,
-        norm=layer_norm(config, spelled(config, "norm_epsilon", "layer_norm_epsilon")),
+        norm=layer_norm(config, alias(config, "norm_epsilon", "layer_norm_epsilon")),
         gated=False,
         usual_activation="gelu_pytorch_tanh",
         mlp_bias=bias,
@@ -36,7 +36,7 @@ STARCODER2 = Family(
     architectures=("Starcoder2ForCausalLM", "Starcoder2Model"),
     read=_read,
     table=TABLE,
-    harmless={
+    ignored={
         "residual_dropout": "training",
         "embedding_dropout": "training",
         "rms_norm_eps": "of RMS norms, of which it has none",

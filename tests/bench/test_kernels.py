@@ -10,12 +10,12 @@ from twinfer.bench.kernels import Kernel, Kernels, watched
 def test_kernels_of_a_compiled_function_are_counted_and_timed() -> None:
     """Two passes over x that cannot be one: a sum of all, then something of the sum."""
 
-    def normalised(x: Tensor) -> Tensor:
+    def normalized(x: Tensor) -> Tensor:
         return x / x.sum()
 
     x = torch.rand(200_000)
     with watched() as kernels:
-        program = torch.compile(normalised, fullgraph=True, options={"cpp.threads": 2})
+        program = torch.compile(normalized, fullgraph=True, options={"cpp.threads": 2})
         program(x)
         kernels.forget()
         for _ in range(3):

@@ -20,7 +20,7 @@ from twinfer.bench.remote import Remote
 from twinfer.bench.rows import Limits, read_rows
 from twinfer.bench.switches import SWITCHES
 from twinfer.checkpoint import open_model
-from twinfer.cli import main
+from twinfer.commands.main import main
 from twinfer.compiled import path as compiled_path
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle.models import RandomSource
@@ -129,7 +129,7 @@ def test_a_peer_is_started_on_the_model_and_closed_whatever_becomes_of_it(
 ) -> None:
     """With room for the 16 tokens that are compared; its failure is told, and is nobody else's."""
     open_now: list[str] = []
-    rooms: list[Room] = []
+    packages: list[Room] = []
 
     class Peer:
         def __init__(self, candidate: Candidate) -> None:
@@ -148,7 +148,7 @@ def test_a_peer_is_started_on_the_model_and_closed_whatever_becomes_of_it(
     @contextmanager
     def start(name: str, model: str, folder: Path, room: Room) -> Iterator[Candidate]:
         assert folder.is_dir()
-        rooms.append(room)
+        packages.append(room)
         if fails == "at the start":
             raise MachineError("gone")
         open_now.append(name)
@@ -161,7 +161,7 @@ def test_a_peer_is_started_on_the_model_and_closed_whatever_becomes_of_it(
     monkeypatch.setattr(beside_peers, "start_peer", start)
     status, out = peers(capsys, tiny, "--storage", "int8", "--json")
     assert status == 0
-    assert rooms == [Room(decode_tokens=6 + 16, most_tokens=6 + 16, threads=torch.get_num_threads())]
+    assert packages == [Room(decode_tokens=6 + 16, most_tokens=6 + 16, threads=torch.get_num_threads())]
     assert open_now == []
     told = json.loads(out)
     absent = {"transformers eager": "gone"} if fails in ("at the start", "when it is asked") else {}
@@ -252,7 +252,7 @@ def test_model_prints_both_tables(
     assert [line[:2] for line in words if line[:1] == ["compiled"]] == [["compiled", "int8"], ["compiled", "float32"]]
 
 
-def test_model_times_the_path_without_each_of_its_optimisations(
+def test_model_times_the_path_without_each_of_its_optimizations(
     tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled_path, "CompiledPath", partial(CompiledPath, _eager=True))
@@ -267,7 +267,7 @@ def test_model_times_the_path_without_each_of_its_optimisations(
         (kind, storage) for kind in kinds for storage in ("float32", "int8")
     }
     over = {(row["implementation"], row["storage"]): row["baseline"] for row in told["rows"]}
-    assert (over["without tapes", "int8"], over["compiled", "int8"]) == ("compiled int8", "compiled float32")
+    assert (over["without CPU graphs", "int8"], over["compiled", "int8"]) == ("compiled int8", "compiled float32")
     assert all(row["speed_up"] > 0 for row in told["rows"])
 
 
@@ -276,7 +276,7 @@ def test_the_command_that_measures_a_row_again_is_one(tiny: str, capsys: pytest.
     import shlex
 
     from twinfer.bench.plan import Plan
-    from twinfer.cli import parser
+    from twinfer.commands.main import parser
 
     _, out = peers(capsys, tiny, "--storage", "bfloat16", "--storage", "int8", "--json")
     for row in json.loads(out)["rows"]:

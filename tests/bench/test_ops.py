@@ -11,7 +11,7 @@ from twinfer.bench import columns, ops
 from twinfer.bench.columns import Column, kept, unkept
 from twinfer.bench.settings import SETTINGS, Setting
 from twinfer.oracle.trial import Trial
-from twinfer.reference.quantise import stored
+from twinfer.reference.quantize import stored
 from twinfer.spec.config import Storage
 
 SMALL: dict[str, tuple[dict[str, int], ...]] = {

@@ -14,7 +14,7 @@ import torch
 from twinfer.bench import compiling, limits, ops, ops_command
 from twinfer.bench.limits import Ruler, Rulers, share_of_limit
 from twinfer.bench.rows import Accuracy, Row, read_rows, write_rows
-from twinfer.cli import main
+from twinfer.commands.main import main
 
 TINY = ["bench", "ops", "--op", "activation", "--shape", "T=2,F=8", "--rounds", "3"]
 FUNCTIONS = """

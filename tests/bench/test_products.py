@@ -44,7 +44,7 @@ def test_the_shapes_are_those_of_the_matrices_that_are_prepared(gated: bool) -> 
 
 
 def test_the_head_counts_whether_it_is_tied_or_not() -> None:
-    assert step_shapes(llama(head=Head.TIED)) == step_shapes(llama(head=Head.OWN))
+    assert step_shapes(llama(head=Head.TIED)) == step_shapes(llama(head=Head.UNTIED))
 
 
 def test_operations_of_a_step_and_of_a_prompt() -> None:

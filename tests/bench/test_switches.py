@@ -1,4 +1,4 @@
-"""Switching one optimisation off changes that one alone, and is over when the path has answered."""
+"""Switching one optimization off changes that one alone, and is over when the path has answered."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +33,7 @@ def state() -> dict[str, Any]:
 
 # of Inductor's options what torch 2.13 does if nobody sets them
 CHANGES: dict[str, dict[str, Any]] = {
-    "tapes": {},
+    "CPU graphs": {},
     "four rows a pass": {"passes of five rows": 5},
     "oneDNN": {"oneDNN": False, "rows of products": 2**62},
     "attention by products": {"rows of products": 2**62},
@@ -76,7 +76,7 @@ def test_a_path_without_one_answers_alike(switch: Any, monkeypatch: pytest.Monke
     assert state() == before
     with switch.off():
         off = state()
-    assert made == [(off, True, "off" if switch.name == "tapes" else None)]
+    assert made == [(off, True, "off" if switch.name == "CPU graphs" else None)]
 
 
 def test_it_answers_with_the_switch_off(monkeypatch: pytest.MonkeyPatch) -> None:

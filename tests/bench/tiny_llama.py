@@ -22,7 +22,7 @@ from twinfer.spec.weights import LayerWeights
 VOCABULARY = 96
 
 
-def llama(*, head: Head = Head.OWN, gated: bool = True, layers: int = 2, hidden: int = 32) -> ModelConfig:
+def llama(*, head: Head = Head.UNTIED, gated: bool = True, layers: int = 2, hidden: int = 32) -> ModelConfig:
     norm = NormConfig(kind=NormKind.RMS, epsilon=2.0**-17)  # a float32, which is what GGUF keeps
     rotary = RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=16)
     attention = AttentionConfig(heads=4, kv_heads=2, head_size=16, scale=16**-0.5, rotary=rotary)

@@ -5,7 +5,7 @@ from typing import Any
 import transformers as hf
 from hypothesis import strategies as st
 
-from twinfer.checkpoint.gguf_architectures import Windows
+from twinfer.checkpoint.gguf.architectures import Windows
 from twinfer.spec.config import Activation, Residual, RotaryLayout
 
 from .gguf_converter import base_keys, bert_keys, by_kind, cohere_keys, gpt_keys, partly_rotating_keys, turned

@@ -6,7 +6,7 @@ from typing import Any
 import transformers as hf
 from hypothesis import strategies as st
 
-from twinfer.checkpoint.gguf_architectures import Windows
+from twinfer.checkpoint.gguf.architectures import Windows
 from twinfer.spec.config import Activation, RotaryLayout
 
 from .gguf_converter import base_keys, gemma_keys, granite_keys, llama_keys, offset, olmo_keys, permuted, phi3_keys

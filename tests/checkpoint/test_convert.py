@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from twinfer.checkpoint import Checkpoint, Tokenizer, convert, open_model, twinfer_folder
+from twinfer.checkpoint import Checkpoint, Tokenizer, convert, open_model
+from twinfer.checkpoint.native import folder as twinfer_folder
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.trial import same_bits
@@ -75,10 +76,10 @@ def test_files_hold_what_the_storage_says(tmp_path: Path) -> None:
         with safe_open(folder / "layer-00000.safetensors", framework="pt") as file:
             dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
         assert dtypes["mlp.up.weight_NI"] is dtype
-        assert ("mlp.up.weight_NI.peak_N" in dtypes) == (storage is Storage.INT8)
-        assert ("mlp.up.weight_NI.high_NG" in dtypes) == (storage is Storage.INT4)
+        assert ("mlp.up.weight_NI.absmax_N" in dtypes) == (storage is Storage.INT8)
+        assert ("mlp.up.weight_NI.max_NG" in dtypes) == (storage is Storage.INT4)
         assert all(found is torch.float64 for name, found in dtypes.items() if "frequency" in name)
-        beside = ("gain_M", "peak_N", "low_NG", "high_NG")
+        beside = ("gain_M", "absmax_N", "min_NG", "max_NG")
         assert all(found is torch.float32 for name, found in dtypes.items() if name.endswith(beside))
 
 

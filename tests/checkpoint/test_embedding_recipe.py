@@ -54,22 +54,22 @@ def usual(**changed: Any) -> dict[str, Any]:
 def test_a_folder_that_says_nothing_means_the_mean_not_scaled(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, ENCODER)
     assert recipe == EmbeddingRecipe()
-    assert (recipe.pooling, recipe.normalise, recipe.most_tokens, recipe.unknown) == (Pooling.MEAN, False, None, "")
+    assert (recipe.pooling, recipe.normalize, recipe.most_tokens, recipe.unknown) == (Pooling.MEAN, False, None, "")
 
 
 def test_what_the_files_say_is_read(tmp_path: Path) -> None:
-    mean = EmbeddingRecipe(pooling=Pooling.MEAN, normalise=True, most_tokens=16)
+    mean = EmbeddingRecipe(pooling=Pooling.MEAN, normalize=True, most_tokens=16)
     assert recipe_of(write(tmp_path / "mean", usual()), ENCODER) == mean
     cls = usual(**{"1_Pooling/config.json": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}})
     cls["modules.json"] = modules("Transformer", "Pooling")
     cls["sentence_bert_config.json"] = {"max_seq_length": None, "do_lower_case": True}
     found = recipe_of(write(tmp_path / "cls", cls), ENCODER)
-    assert found == EmbeddingRecipe(pooling=Pooling.CLS, normalise=False, lower_case=True)
+    assert found == EmbeddingRecipe(pooling=Pooling.CLS, normalize=False, lower_case=True)
     newer = usual(
         **{"1_Pooling/config.json": {"embedding_dimension": 8, "pooling_mode": "cls", "include_prompt": True}}
     )
     del newer["sentence_bert_config.json"]
-    assert recipe_of(write(tmp_path / "newer", newer), ENCODER) == EmbeddingRecipe(pooling=Pooling.CLS, normalise=True)
+    assert recipe_of(write(tmp_path / "newer", newer), ENCODER) == EmbeddingRecipe(pooling=Pooling.CLS, normalize=True)
 
 
 @given(on=st.lists(st.booleans(), min_size=6, max_size=6))
@@ -79,7 +79,7 @@ def test_one_pooling_mode_that_is_computed_is_used_and_all_others_are_named(
     config = {f"pooling_mode_{mode}": flag for mode, flag in zip(MODES, on, strict=True)}
     recipe = recipe_of(write(tmp_path_factory.mktemp("folder"), usual(**{"1_Pooling/config.json": config})), ENCODER)
     names = [name for name, flag in zip(NAMES, on, strict=True) if flag]
-    assert (recipe.normalise, recipe.most_tokens) == (True, 16)
+    assert (recipe.normalize, recipe.most_tokens) == (True, 16)
     if names in (["mean"], ["cls"]):
         assert (recipe.pooling, recipe.unknown) == (Pooling(names[0]), "")
     else:
@@ -111,7 +111,7 @@ def test_what_is_not_computed_is_kept_for_when_it_is_asked_for(
     files: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     recipe = recipe_of(write(tmp_path, usual(**files)), ENCODER)
-    assert (recipe.pooling, recipe.normalise) == (None, None)
+    assert (recipe.pooling, recipe.normalize) == (None, None)
     assert says in recipe.unknown
     assert recipe.unknown.isprintable()
 
@@ -152,15 +152,15 @@ def test_a_gguf_file_names_its_pooling() -> None:
 
 @given(
     pooling=st.sampled_from([None, *Pooling]),
-    normalise=st.sampled_from([None, True, False]),
+    normalize=st.sampled_from([None, True, False]),
     most_tokens=st.none() | st.integers(1, 9),
     lower_case=st.booleans(),
 )
 def test_a_recipe_survives_json(
-    pooling: Pooling | None, normalise: bool | None, most_tokens: int | None, lower_case: bool
+    pooling: Pooling | None, normalize: bool | None, most_tokens: int | None, lower_case: bool
 ) -> None:
     """As the twinfer form keeps it."""
-    how: dict[str, Any] = {"pooling": pooling, "normalise": normalise, "most_tokens": most_tokens}
+    how: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "most_tokens": most_tokens}
     recipe = EmbeddingRecipe(**how, lower_case=lower_case, unknown="modules.json: \u2026")
     assert read(EmbeddingRecipe, json.loads(json.dumps(to_json(recipe))), "embedding") == recipe
 

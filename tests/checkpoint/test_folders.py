@@ -25,7 +25,7 @@ from transformers import (
 
 from twinfer.checkpoint import open_model
 from twinfer.checkpoint.families import FAMILIES
-from twinfer.checkpoint.family import HARMLESS
+from twinfer.checkpoint.family import IGNORED
 from twinfer.spec.config import Activation, Head, NormKind
 from twinfer.spec.errors import WeightError
 from twinfer.spec.weights import WeightSource, tensors, validate_embedding, validate_head, validate_layer
@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 few = settings(max_examples=15)
 
 
-def randomised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def randomized(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Every parameter drawn, so that no two are alike: fresh norms are all ones, fresh biases all zeros."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def llamas(draw: st.DrawFn) -> PreTrainedModel:
         theta = {"rope_theta": draw(st.sampled_from([50.0, 10000.0])), **(scaling or {"rope_type": "default"})}
         biases = {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
         model = LlamaForCausalLM(LlamaConfig(**config, **biases, rope_parameters=theta))
-    return randomised(model, draw(st.integers(0, 2**31)))
+    return randomized(model, draw(st.integers(0, 2**31)))
 
 
 @st.composite
@@ -118,7 +118,7 @@ def gpt2s(draw: st.DrawFn) -> PreTrainedModel:
         bos_token_id=0,
         eos_token_id=1,
     )
-    return randomised(GPT2LMHeadModel(config), draw(st.integers(0, 2**31)))
+    return randomized(GPT2LMHeadModel(config), draw(st.integers(0, 2**31)))
 
 
 def llama_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ def test_gpt2_weights_are_the_modules(model: PreTrainedModel, dtype: torch.dtype
 def test_a_merged_projection_is_handed_out_as_views() -> None:
     """GPT-2's query, key and value are three views of one tensor of the file, not copies."""
     with TemporaryDirectory() as folder:
-        randomised(GPT2LMHeadModel(gpt2_config()), 1).save_pretrained(folder)
+        randomized(GPT2LMHeadModel(gpt2_config()), 1).save_pretrained(folder)
         attention = open_model(folder).source.layer(0).attention
         storages = {part.weight_NI.untyped_storage().data_ptr() for part in (attention.query, attention.key)}
         assert len(storages) == 1
@@ -281,7 +281,7 @@ def test_names_without_the_prefix_are_the_same_weights() -> None:
         (LlamaForCausalLM(llama_config(tie_word_embeddings=True)), LlamaModel),
         (GPT2LMHeadModel(gpt2_config()), GPT2Model),
     ):
-        randomised(model, 7)
+        randomized(model, 7)
         with TemporaryDirectory() as folder, TemporaryDirectory() as bare:
             model.save_pretrained(folder)
             base.from_pretrained(folder).save_pretrained(bare)
@@ -291,7 +291,7 @@ def test_names_without_the_prefix_are_the_same_weights() -> None:
 
 
 def test_gpt2s_mask_buffers_are_ignored() -> None:
-    model = randomised(GPT2LMHeadModel(gpt2_config()), 3)
+    model = randomized(GPT2LMHeadModel(gpt2_config()), 3)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         add_tensors(
@@ -305,7 +305,7 @@ def test_gpt2s_mask_buffers_are_ignored() -> None:
 
 
 def test_a_tied_head_may_be_repeated_but_not_differ() -> None:
-    model = randomised(GPT2LMHeadModel(gpt2_config()), 3)
+    model = randomized(GPT2LMHeadModel(gpt2_config()), 3)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         table = model.transformer.wte.weight.detach()
@@ -320,7 +320,7 @@ def test_a_hub_caches_links_are_followed() -> None:
     """There, each file of snapshots/<revision> is a link into the blobs beside."""
     with TemporaryDirectory() as root:
         blobs, snapshot = Path(root) / "blobs", Path(root) / "snapshots" / "abc"
-        model = randomised(LlamaForCausalLM(llama_config()), 5)
+        model = randomized(LlamaForCausalLM(llama_config()), 5)
         model.save_pretrained(blobs, max_shard_size="1KB")
         snapshot.mkdir(parents=True)
         for file in blobs.iterdir():
@@ -338,11 +338,11 @@ def test_activations_are_not_confused() -> None:
     assert found == {"gelu_new": Activation.GELU_TANH, "gelu": Activation.GELU}
 
 
-def test_no_field_is_both_harmless_and_read() -> None:
+def test_no_field_is_both_ignored_and_read() -> None:
     """Nor listed twice: a family's own list adds to the common one."""
-    common = " ".join(HARMLESS.values()).split()
+    common = " ".join(IGNORED.values()).split()
     for family in FAMILIES:
-        names = [*common, *family.harmless]
+        names = [*common, *family.ignored]
         assert len(names) == len(set(names))
     assert not {"hidden_act", "rope_theta", "sliding_window", "layer_norm_epsilon", "rms_norm_eps"} & set(common)
 

@@ -178,7 +178,7 @@ def test_transformers_undoes_the_permutation_alike(seed: int, kv_heads: int, gro
 @few
 @given(model=models(), kind=st.sampled_from([KINDS.F32, KINDS.F16, KINDS.BF16, KINDS.Q8_0, KINDS.Q4_1]))
 def test_weights_are_the_models_as_stored(model: PreTrainedModel, kind: gguf.GGMLQuantizationType) -> None:
-    """Bitwise, rows back in their order: quantising goes row by row, so it does not care for their order."""
+    """Bitwise, rows back in their order: quantizing goes row by row, so it does not care for their order."""
     with TemporaryDirectory() as folder:
         write(Path(folder) / "m.gguf", model, kind)
         source = open_model(f"{folder}/m.gguf").source

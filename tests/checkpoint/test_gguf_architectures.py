@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.models.bloom import modeling_bloom
 
-from twinfer.checkpoint import gguf_table, open_model
-from twinfer.checkpoint.gguf_architectures import ARCHITECTURES
+from twinfer.checkpoint import open_model
+from twinfer.checkpoint.gguf import table as gguf_table
+from twinfer.checkpoint.gguf.architectures import ARCHITECTURES
 from twinfer.checkpoint.table import QKV, linear
 from twinfer.reference.path import ReferencePath
 from twinfer.spec.errors import ConfigError, TwinferError, WeightError

@@ -1,4 +1,4 @@
-"""Rotary frequencies against transformers' own initialisers, which compute in float32, and against their definition."""
+"""Rotary frequencies against transformers' own initializers, which compute in float32, and against their definition."""
 
 import math
 import re
@@ -58,7 +58,7 @@ def read(config: dict[str, Any], size: int, most_tokens: int | None = None, **he
 
 def ours(config: dict[str, Any], size: int) -> Tensor:
     found = read(config, size)
-    assert found.config.magnitude == 1.0
+    assert found.config.attention_factor == 1.0
     assert found.config.size == size
     return found.frequency_J
 
@@ -113,7 +113,7 @@ def test_yarn_is_transformers_in_float64(data: st.DataObject, size: int, whole: 
         )
     found = read({"rope_parameters": scaling}, size)
     assert furthest([found.frequency_J[:, None]], [module.inv_freq[:, None]]) <= AGREEMENT
-    assert found.config.magnitude == module.attention_scaling
+    assert found.config.attention_factor == module.attention_scaling
 
 
 @given(base=bases, size=sizes)
@@ -205,7 +205,7 @@ def test_longrope_goes_by_what_the_model_is_opened_for(most_tokens: int | None, 
     """Longer than the first context, the long divisors; magnitude sqrt(1 + ln 4 / ln 4096) either way."""
     found = read({"rope_scaling": LONG}, 4, most_tokens)
     assert torch.equal(found.frequency_J, rotary.frequencies(10000.0, 4) / torch.tensor([divisor, 2 * divisor]))
-    assert found.config.magnitude == math.sqrt(1 + math.log(4) / math.log(4096))
+    assert found.config.attention_factor == math.sqrt(1 + math.log(4) / math.log(4096))
 
 
 def test_an_odd_part_of_a_head_rotates_with_one_more_element() -> None:

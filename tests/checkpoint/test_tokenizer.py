@@ -14,11 +14,12 @@ from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, convert_gguf_tokenizer
 
-from twinfer.checkpoint import Checkpoint, Tokenizer, gguf_tokenizer, open_model
+from twinfer.checkpoint import Checkpoint, Tokenizer, open_model
 from twinfer.checkpoint.builtin import BUILT_IN, cache_folder
 from twinfer.checkpoint.fetch import fetched
 from twinfer.checkpoint.fields import Fields
-from twinfer.checkpoint.gguf_file import GgufFile
+from twinfer.checkpoint.gguf import tokenizer as gguf_tokenizer
+from twinfer.checkpoint.gguf.file import GgufFile
 from twinfer.spec.errors import CheckpointError, RequestError, TwinferError
 
 WORDS = """The| capital| of|France| don't|we'LL |12345| 3.14|  |x²|ⅷ|日本語|né|🦊🦊|'s| --|naïve|_a1b2|٣٤"""

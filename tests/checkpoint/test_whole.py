@@ -5,9 +5,10 @@ import doctest
 import pytest
 import torch
 
-from twinfer.checkpoint import Checkpoint, alibi, gguf_table, open_model, permutation, rotary, table
+from twinfer.checkpoint import Checkpoint, alibi, open_model, permutation, rotary, table
 from twinfer.checkpoint.families import FAMILIES
-from twinfer.checkpoint.gguf_architectures import ARCHITECTURES
+from twinfer.checkpoint.gguf import table as gguf_table
+from twinfer.checkpoint.gguf.architectures import ARCHITECTURES
 from twinfer.checkpoint.table import Table
 from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import Head

@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from twinfer.compiled.cpu_graph import CpuGraph, CpuGraphs
 from twinfer.compiled.graph import bucket
-from twinfer.compiled.tape import Tape, Tapes
 
 _POOL_BYTES = 1 << 23
 _ALIGNMENT = 64
@@ -161,7 +161,7 @@ class StandIn:
     def slots(self, longest: int, capacity: int) -> int:
         return bucket(longest, capacity)
 
-    def borrowed(self, tensor: Tensor) -> Tensor:
+    def alias(self, tensor: Tensor) -> Tensor:
         return tensor  # a `Place` keeps nothing alive
 
     def move(self, captured: Any, old: Any, new: Any) -> bool:
@@ -190,13 +190,13 @@ class StandIn:
         return self.graphs[-1], result
 
 
-class CountedTapes(Tapes):
-    """Tapes, with a list of them as `StandIn` has it."""
+class CountedTapes(CpuGraphs):
+    """CpuGraphs, with a list of them as `StandIn` has it."""
 
     def __init__(self) -> None:
-        self.graphs: list[Tape] = []
+        self.graphs: list[CpuGraph] = []
 
-    def capture(self, call: Callable[[], Tensor], pool: None) -> tuple[Tape, Tensor]:
+    def capture(self, call: Callable[[], Tensor], pool: None) -> tuple[CpuGraph, Tensor]:
         captured, result = super().capture(call, pool)
         self.graphs.append(captured)
         return captured, result

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinfer.compiled.path import CompiledPath
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource
 from twinfer.oracle.paths import assert_paths_agree
 from twinfer.oracle.schedule import draw_schedule
-from twinfer.oracle.yardstick import Yardstick
 from twinfer.spec.config import (
     Activation,
     AttentionConfig,
@@ -64,14 +64,14 @@ def others() -> ModelConfig:
     """Layers of two kinds, so two pieces, with conventions that GPT-2 has not; sizes that no packing divides."""
     norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-5, bias=False, gain_from_one=True)
     head_norm = NormConfig(kind=NormKind.RMS, epsilon=1e-6)
-    interleaved = RotaryConfig(layout=RotaryLayout.INTERLEAVED, size=4, magnitude=1.25)
+    interleaved = RotaryConfig(layout=RotaryLayout.INTERLEAVED, size=4, attention_factor=1.25)
     plain = AttentionConfig(heads=4, kv_heads=2, head_size=10, scale=0.3)
     mlp = MlpConfig(width=37, activation=Activation.SILU, gated=True)
     layers = (
-        (replace(plain, alibi=True, qkv_clip=1.0), NormPlacement.BEFORE, Residual.PARALLEL_SHARED_NORM),
+        (replace(plain, alibi=True, qkv_clip=1.0), NormPlacement.PRE_NORM, Residual.PARALLEL_SHARED_NORM),
         (
             replace(plain, softcap=2.0, window=5, rotary=interleaved, qk_norm=head_norm, qkv_bias=True),
-            NormPlacement.AROUND,
+            NormPlacement.SANDWICH_NORM,
             Residual.SEQUENTIAL,
         ),
     )
@@ -102,12 +102,12 @@ GUARDED = 0
 
 
 @cache
-def twins(which: int, device: str) -> tuple[CompiledPath, Yardstick]:
+def twins(which: int, device: str) -> tuple[CompiledPath, Baseline]:
     config, storage = POOL[which]
     source = RandomSource(config, seed=which)
     path = CompiledPath(source, storage=storage, device=device, _keep_guards=which == GUARDED)
     path.compile()
-    return path, Yardstick.of(source, storage=storage, device=device)
+    return path, Baseline.of(source, storage=storage, device=device)
 
 
 @pytest.fixture(autouse=True)
@@ -123,14 +123,14 @@ def surroundings() -> Iterator[None]:
 @pytest.mark.parametrize("which", range(len(POOL)))
 def test_any_schedule_runs_without_compiling_again(which: int, device: str) -> None:
     """Any batch, length, capacity and growth; and it agrees with the reference."""
-    path, yardstick = twins(which, device)
+    path, baseline = twins(which, device)
 
     @settings(max_examples=20)
     @given(seed=st.integers(0, 2**31))
     def run(seed: int) -> None:
         schedule = draw_schedule(RandomPicker(seed), path.config, max_piece=20)
         with torch.compiler.set_stance("fail_on_recompile"):
-            assert_paths_agree(yardstick, path, schedule)
+            assert_paths_agree(baseline, path, schedule)
 
     run()
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from twinfer.compiled import attention
 from twinfer.compiled import path as path_module
 from twinfer.compiled.path import CompiledPath
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import Picker, RandomPicker
 from twinfer.oracle.encodings import assert_encodings_agree, compare_encodings, draw_texts
 from twinfer.oracle.models import RandomSource, draw_encoder_config, draw_model_config
 from twinfer.oracle.strategies import drawn
-from twinfer.oracle.yardstick import Yardstick
 from twinfer.spec.config import (
     Activation,
     AttentionConfig,
@@ -81,7 +81,7 @@ def test_any_texts_give_what_the_reference_gives(case: tuple[Any, ...]) -> None:
         patch.setattr(attention, "_BLOCK", block)
         patch.setattr(attention, "_PRODUCT_ROWS", product_rows)
         path = CompiledPath(source, storage=storage, _eager=True)
-        assert_encodings_agree(Yardstick.of(source, storage=storage), path, texts, types)
+        assert_encodings_agree(Baseline.of(source, storage=storage), path, texts, types)
 
 
 @given(seed=seeds)
@@ -138,9 +138,9 @@ def test_memory_grows_with_the_texts_not_with_their_square(causal: bool) -> None
                 largest = max(largest, out.numel())
             return out
 
-    for bound_N, longest in ((torch.tensor([0, tokens]), tokens), (torch.arange(0, tokens + 1, 3), 3)):
+    for cu_seqlens, longest in ((torch.tensor([0, tokens]), tokens), (torch.arange(0, tokens + 1, 3), 3)):
         with Watching():
-            attention._attend_texts._init_fn(*map(torch.zeros, shapes), bound_N, causal, None, 2.0, None)
+            attention._attend_varlen._init_fn(*map(torch.zeros, shapes), cu_seqlens, causal, None, 2.0, None)
         assert largest <= max(tokens * heads * size, heads * attention._BLOCK * longest)
         largest = 0
 
@@ -149,24 +149,24 @@ Arguments = tuple[Any, Tensor, Tensor | None, Tensor, Tensor]
 
 
 def seeing_each_other(given: Arguments) -> Arguments:
-    *others, bound_N = given
-    return *others, bound_N[[0, -1]]  # type: ignore[return-value]
+    *others, cu_seqlens = given
+    return *others, cu_seqlens[[0, -1]]  # type: ignore[return-value]
 
 
 def bounds_one_late(given: Arguments) -> Arguments:
-    *others, bound_N = given
-    late_N = torch.cat([bound_N[:1], (bound_N[1:-1] + 1).clamp_max(bound_N[-1]), bound_N[-1:]])
+    *others, cu_seqlens = given
+    late_N = torch.cat([cu_seqlens[:1], (cu_seqlens[1:-1] + 1).clamp_max(cu_seqlens[-1]), cu_seqlens[-1:]])
     return *others, late_N  # type: ignore[return-value]
 
 
 def positions_going_on(given: Arguments) -> Arguments:
-    model, token_T, type_T, position_T, bound_N = given
-    return model, token_T, type_T, torch.arange(len(position_T)), bound_N
+    model, token_T, type_T, position_T, cu_seqlens = given
+    return model, token_T, type_T, torch.arange(len(position_T)), cu_seqlens
 
 
 def types_ignored(given: Arguments) -> Arguments:
-    model, token_T, type_T, position_T, bound_N = given
-    return model, token_T, None if type_T is None else torch.zeros_like(type_T), position_T, bound_N
+    model, token_T, type_T, position_T, cu_seqlens = given
+    return model, token_T, None if type_T is None else torch.zeros_like(type_T), position_T, cu_seqlens
 
 
 FAULTS = (seeing_each_other, bounds_one_late, positions_going_on, types_ignored)
@@ -180,9 +180,9 @@ def test_no_fault_of_the_path_is_missed(fault: Callable[[Arguments], Arguments])
         config = draw_encoder_config(pick)
         source, (texts, types) = RandomSource(config, seed), draw_texts(pick, config)
         path = CompiledPath(source, _eager=True)
-        right = path._programs["encode"]
-        path._programs["encode"] = lambda *given, right=right: right(*fault(given))
-        if not compare_encodings(Yardstick.of(source), path, texts, types).holds:
+        correct = path._programs["encode"]
+        path._programs["encode"] = lambda *given, correct=correct: correct(*fault(given))
+        if not compare_encodings(Baseline.of(source), path, texts, types).holds:
             return
     pytest.fail(f"{fault.__name__}: passed 30 draws")
 
@@ -203,7 +203,7 @@ def bert() -> ModelConfig:
         output_bias=True,
     )
     mlp = MlpConfig(width=37, activation=Activation.GELU, gated=False, bias=True)
-    layer = LayerConfig(norm=norm, attention=attention, mlp=mlp, norm_placement=NormPlacement.ON_SUM)
+    layer = LayerConfig(norm=norm, attention=attention, mlp=mlp, norm_placement=NormPlacement.POST_NORM)
     return ModelConfig(
         family="bert",
         hidden=30,
@@ -228,22 +228,22 @@ def parallel(source: RandomSource, **options: Any) -> CompiledPath:
 
 
 @cache
-def compiled() -> tuple[CompiledPath, Yardstick]:
+def compiled() -> tuple[CompiledPath, Baseline]:
     source = RandomSource(bert())
     path = parallel(source, _keep_guards=True)
-    return path, Yardstick.of(source, storage=Storage.BFLOAT16)
+    return path, Baseline.of(source, storage=Storage.BFLOAT16)
 
 
 def test_any_texts_run_without_compiling_again() -> None:
     """Any number and lengths, and it agrees with the reference; torch's guards are kept, so that it would show."""
-    path, yardstick = compiled()
+    path, baseline = compiled()
     texts = [draw_texts(RandomPicker(seed), path.config, longest=30) for seed in range(10)]
     few = [((1,),), ((1, 2),), ((1,), (2,))]
     more_than_one_run_takes = (*[tuple(range(50))] * 10, *[(token,) for token in range(20)])
     assert sum(map(len, more_than_one_run_takes)) > path_module._ENCODE_TOKENS
     with torch.compiler.set_stance("fail_on_recompile"):
         for each, types in [*texts, *((each, None) for each in (*few, more_than_one_run_takes))]:
-            assert_encodings_agree(yardstick, path, each, types)
+            assert_encodings_agree(baseline, path, each, types)
 
 
 def test_a_later_start_finds_the_program() -> None:

@@ -110,7 +110,7 @@ def llama() -> ModelConfig:
         layers=(layer,) * LAYERS,
         final_norm=norm,
         learned_positions=False,
-        head=Head.OWN,
+        head=Head.UNTIED,
     )
 
 

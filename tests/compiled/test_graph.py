@@ -16,12 +16,12 @@ from twinfer.compiled.programs import CAPTURING
 from twinfer.compiled.sequences import StaticSequences
 from twinfer.compiled.steps import decode_program
 from twinfer.compiled.weights import prepare
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.paths import assert_paths_agree
 from twinfer.oracle.schedule import draw_schedule
 from twinfer.oracle.strategies import drawn
-from twinfer.oracle.yardstick import Yardstick
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import RequestError
 
@@ -200,7 +200,7 @@ def test_a_path_that_decodes_by_graphs_gives_what_the_reference_gives(case: tupl
     path._graphs = DecodeGraphs(path._model, device, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph, "_LEAST_SLOTS", 4)
-        assert_paths_agree(Yardstick.of(source, storage=storage), path, schedule)
+        assert_paths_agree(Baseline.of(source, storage=storage), path, schedule)
 
 
 def test_a_path_captures_once_for_each_bucket() -> None:

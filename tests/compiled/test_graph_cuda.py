@@ -11,11 +11,11 @@ from twinfer.compiled.graph import CudaDevice, DecodeGraphs, Graphs, Step, bucke
 from twinfer.compiled.linear import PASS_ROWS
 from twinfer.compiled.path import CompiledPath
 from twinfer.compiled.steps import Cache
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.paths import assert_paths_agree
 from twinfer.oracle.schedule import draw_schedule
-from twinfer.oracle.yardstick import Yardstick
 from twinfer.spec.config import Storage
 
 from .graph_machine import cloned, same_bits, same_caches
@@ -141,4 +141,4 @@ def test_any_schedule_gives_what_the_reference_gives(graphs: Graphs, seed: int) 
     path = path_of(graphs=graphs)
     config = path.config
     schedule = draw_schedule(RandomPicker(seed), config)
-    assert_paths_agree(Yardstick.of(RandomSource(config, 3), storage=Storage.FLOAT32), path, schedule)
+    assert_paths_agree(Baseline.of(RandomSource(config, 3), storage=Storage.FLOAT32), path, schedule)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.compiled import linear
-from twinfer.compiled.head import head_many
-from twinfer.compiled.linear import Matrix, expanded, linear_few, linear_many, lookup, matrix, passes
+from twinfer.compiled.head import head_prefill
+from twinfer.compiled.linear import Matrix, expanded, linear_decode, linear_prefill, lookup, matrix, passes
 from twinfer.compiled.packing import as_graph_input, pack, place_values
 from twinfer.spec.config import Storage
 
@@ -158,19 +158,19 @@ def test_products_read_the_stored_matrix(
     packed = matrix_of(weight_NI, storage, bias_N)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "_MANY_REGISTERS", many_registers)
-        assert torch.equal(linear_few(x_RI, packed, storage), right_RN)
-        in_passes = torch.cat([linear_few(x_RI[given], packed, storage) for given in passes(rows, storage)])
+        assert torch.equal(linear_decode(x_RI, packed, storage), right_RN)
+        in_passes = torch.cat([linear_decode(x_RI[given], packed, storage) for given in passes(rows, storage)])
     assert torch.equal(in_passes[:rows], right_RN)
-    assert torch.equal(linear_many(x_RI, packed, storage), right_RN)
-    assert torch.equal(head_many(x_RI, packed, storage, block_weights=20 * inputs), right_RN)
+    assert torch.equal(linear_prefill(x_RI, packed, storage), right_RN)
+    assert torch.equal(head_prefill(x_RI, packed, storage, block_weights=20 * inputs), right_RN)
 
 
 @pytest.mark.parametrize("power", [-100, 100])
 def test_tiny_and_huge_activations_round_as_others_do(power: int) -> None:
     """Int4's are lowered where its codes stand high in their words: not so far that bits are lost."""
     packed, x_RI = matrix_of(normal(0, 20, 130), Storage.INT4), normal(1, 2, 130)
-    scaled_RN = linear_few(x_RI * 2.0**power, packed, Storage.INT4)
-    assert bits(scaled_RN) == bits(linear_few(x_RI, packed, Storage.INT4) * 2.0**power)
+    scaled_RN = linear_decode(x_RI * 2.0**power, packed, Storage.INT4)
+    assert bits(scaled_RN) == bits(linear_decode(x_RI, packed, Storage.INT4) * 2.0**power)
 
 
 @given(seed=seeds, tokens=st.integers(1, 6), vocabulary=sizes, hidden=sizes, storage=storages)

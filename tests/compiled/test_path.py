@@ -15,14 +15,14 @@ from twinfer.compiled import attention
 from twinfer.compiled import path as path_module
 from twinfer.compiled.path import CompiledPath
 from twinfer.compiled.sequences import StaticSequences
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.paths import assert_paths_agree
 from twinfer.oracle.schedule import draw_schedule
 from twinfer.oracle.strategies import drawn
-from twinfer.oracle.yardstick import Yardstick
 from twinfer.spec.config import Head, ModelConfig, Storage
 from twinfer.spec.errors import MachineError, RequestError, TwinferError
-from twinfer.spec.shapes import is_made
+from twinfer.spec.shapes import is_buffer
 from twinfer.spec.weights import tensors
 
 CONTEXT = 40
@@ -67,7 +67,7 @@ def test_any_schedule_gives_what_the_reference_gives(case: tuple[Any, ...]) -> N
         patch.setattr(attention, "_BLOCK", block)
         patch.setattr(attention, "_PRODUCT_ROWS", product_rows)
         path = CompiledPath(source, storage=storage, _eager=True)
-        assert_paths_agree(Yardstick.of(source, storage=storage), path, schedule)
+        assert_paths_agree(Baseline.of(source, storage=storage), path, schedule)
 
 
 @given(config=configs, seed=seeds, storage=storages, lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4))
@@ -179,12 +179,12 @@ def test_an_extension_that_breaks_off_changes_nothing() -> None:
 def test_weight_bytes_count_what_is_shared_once() -> None:
     """In float32, four bytes an element of the model; a tied head adds nothing to its table."""
     for tied in (True, False):
-        config = replace(_some_config(), head=Head.TIED if tied else Head.OWN, token_types=0)
+        config = replace(_some_config(), head=Head.TIED if tied else Head.UNTIED, token_types=0)
         source = RandomSource(config)
         parts = [source.embedding(), *map(source.layer, range(len(config.layers))), source.head()]
         named = [(name, each) for part in parts for name, each in tensors(part)]
-        trained = 4 * sum(each.numel() for name, each in named if not is_made(name))
-        made = 8 * sum(each.numel() for name, each in named if is_made(name))
+        trained = 4 * sum(each.numel() for name, each in named if not is_buffer(name))
+        made = 8 * sum(each.numel() for name, each in named if is_buffer(name))
         assert trained <= eager(config, 0).weight_bytes <= trained + made
 
 

@@ -21,16 +21,18 @@ CPU = torch.device("cpu")
 def test_every_form_that_is_chosen_is_exact(rows: int, outputs: int, inputs: int, extreme: bool, seed: int) -> None:
     """Also for codes of 127 alone, and more inputs than float32 adds exactly."""
     generator = torch.Generator().manual_seed(seed)
-    code_RI, code_NI = (
+    quantized_RI, quantized_NI = (
         torch.randint(-127, 128, (size, inputs), generator=generator).to(torch.int8) for size in (rows, outputs)
     )
     if extreme:
-        code_RI, code_NI = (torch.where(code > 0, 127, -127).to(torch.int8) for code in (code_RI, code_NI))
-        code_RI[0], code_NI[0] = 127, 127
-    truth_RN = (code_RI.double() @ code_NI.double().t()).to(torch.int32)
+        quantized_RI, quantized_NI = (
+            torch.where(code > 0, 127, -127).to(torch.int8) for code in (quantized_RI, quantized_NI)
+        )
+        quantized_RI[0], quantized_NI[0] = 127, 127
+    truth_RN = (quantized_RI.double() @ quantized_NI.double().t()).to(torch.int32)
     for form in {form_here(CPU), Form.FLOAT32}:
-        kept_NI = code_NI if form is Form.INT8 else code_NI.float()
-        assert torch.equal(integer_product(code_RI, kept_NI, form), truth_RN), form
+        kept_NI = quantized_NI if form is Form.INT8 else quantized_NI.float()
+        assert torch.equal(integer_product(quantized_RI, kept_NI, form), truth_RN), form
 
 
 def test_a_processor_that_saturates_gets_the_other_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,12 @@ from twinfer.checkpoint import Checkpoint, convert, families, from_transformers,
 from twinfer.checkpoint.families import FAMILIES
 from twinfer.checkpoint.family import Family
 from twinfer.compiled.path import CompiledPath
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.encodings import Texts, assert_encodings_agree
 from twinfer.oracle.paths import assert_paths_agree
 from twinfer.oracle.schedule import draw_schedule
 from twinfer.oracle.trial import same_bits
-from twinfer.oracle.yardstick import Yardstick
 from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, WeightSource, tensors
@@ -288,7 +288,7 @@ def agrees() -> Callable[..., None]:
             assert difference <= AGREEMENT, f"{'with' if cached else 'without'} cache: {difference:.2e}; {config}"
             seen.worst[cached] = max(seen.worst.get(cached, 0.0), difference)
         schedule = draw_schedule(RandomPicker(seed), twins.source.config)
-        compared = assert_paths_agree(Yardstick.of(twins.source), CompiledPath(twins.source, _eager=True), schedule)
+        compared = assert_paths_agree(Baseline.of(twins.source), CompiledPath(twins.source, _eager=True), schedule)
         seen.compiled = max(seen.compiled, compared.largest_ratio)
 
     return check
@@ -338,7 +338,7 @@ def encodes() -> Callable[..., None]:
             assert distance <= AGREEMENT, f"{'padded' if padded else 'alone'}: {distance:.2e}; {config}"
             seen.worst[False] = max(seen.worst.get(False, 0.0), distance)
         path = CompiledPath(twins.source, _eager=True)
-        compared = assert_encodings_agree(Yardstick.of(twins.source), path, *twins.texts())
+        compared = assert_encodings_agree(Baseline.of(twins.source), path, *twins.texts())
         seen.compiled = max(seen.compiled, compared.largest_ratio)
 
     return check

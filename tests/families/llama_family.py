@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedConfig
 
 from twinfer.checkpoint.families import FAMILIES
-from twinfer.checkpoint.family import Understood, find, understand
+from twinfer.checkpoint.family import ParsedConfig, find, parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import LayerConfig, ModelConfig, RotaryLayout
 
@@ -144,9 +144,9 @@ def reads_alike(kind: type[PreTrainedConfig], older: dict[str, Any]) -> None:
         assert one is None or other is None or torch.equal(one.frequency_J, other.frequency_J)
 
 
-def _understood(values: dict[str, Any]) -> Understood:
+def _understood(values: dict[str, Any]) -> ParsedConfig:
     fields = Fields(values, "config.json: ")
-    return understand(find(FAMILIES, fields), fields)
+    return parse_config(find(FAMILIES, fields), fields)
 
 
 def layers_with(change: Callable[[LayerConfig], LayerConfig]) -> dict[str, Any]:

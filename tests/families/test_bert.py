@@ -61,7 +61,7 @@ def causal(config: ModelConfig) -> ModelConfig:
 
 
 def normed_before(config: ModelConfig) -> ModelConfig:
-    layers = [replace(layer, norm_placement=NormPlacement.BEFORE) for layer in config.layers]
+    layers = [replace(layer, norm_placement=NormPlacement.PRE_NORM) for layer in config.layers]
     return replace(config, layers=tuple(layers))
 
 

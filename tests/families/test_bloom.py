@@ -15,7 +15,7 @@ from transformers.models.bloom import modeling_bloom
 
 from twinfer.checkpoint import alibi
 from twinfer.checkpoint.families.bloom import BLOOM, TRAINED_CONTEXT
-from twinfer.checkpoint.family import understand
+from twinfer.checkpoint.family import parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import ModelConfig, NormPlacement
 from twinfer.spec.errors import ConfigError
@@ -55,7 +55,7 @@ def test_bloom(config: BloomConfig, seed: int, agrees: Callable[..., None]) -> N
 
 
 def added_to_the_stream(model: ModelConfig) -> ModelConfig:
-    return replace(model, layers=tuple(replace(layer, norm_placement=NormPlacement.BEFORE) for layer in model.layers))
+    return replace(model, layers=tuple(replace(layer, norm_placement=NormPlacement.PRE_NORM) for layer in model.layers))
 
 
 def stacked(weights: LayerWeights) -> LayerWeights:
@@ -118,7 +118,7 @@ OLDER = {
 
 def test_older_names_mean_the_same() -> None:
     newer = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "n_head": 2}
-    older, plain = (understand(BLOOM, Fields(each, "")).config for each in (OLDER, newer))
+    older, plain = (parse_config(BLOOM, Fields(each, "")).config for each in (OLDER, newer))
     assert older.context == 64
     assert plain == replace(older, context=TRAINED_CONTEXT)
 
@@ -133,4 +133,4 @@ def test_older_names_mean_the_same() -> None:
 )
 def test_what_is_not_computed_is_refused(field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        understand(BLOOM, Fields(OLDER | {field: value}, ""))
+        parse_config(BLOOM, Fields(OLDER | {field: value}, ""))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import Cohere2Config, Cohere2ForCausalLM, CohereConfig, CohereForCausalLM
 
 from twinfer.checkpoint.families import FAMILIES
-from twinfer.checkpoint.family import find, understand
+from twinfer.checkpoint.family import find, parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import LayerConfig, NormKind, Residual
 from twinfer.spec.errors import ConfigError
@@ -141,7 +141,7 @@ def test_published_configs() -> None:
 def test_what_is_not_computed_is_refused(field: dict[str, Any]) -> None:
     config = Fields(OLDER_COHERE2 | field, "config.json: ")
     with pytest.raises(ConfigError, match=next(iter(field))):
-        understand(find(FAMILIES, config), config)
+        parse_config(find(FAMILIES, config), config)
 
 
 def gains_of_first_head(weights: LayerWeights) -> LayerWeights:
@@ -151,7 +151,7 @@ def gains_of_first_head(weights: LayerWeights) -> LayerWeights:
     return replace(weights, attention=replace(weights.attention, query_norm=shared))
 
 
-def not_centred(layer: LayerConfig) -> LayerConfig:
+def not_centered(layer: LayerConfig) -> LayerConfig:
     norm = replace(layer.norm, kind=NormKind.RMS)
     return replace(layer, norm=norm, attention=replace(layer.attention, qk_norm=norm))
 
@@ -159,7 +159,7 @@ def not_centred(layer: LayerConfig) -> LayerConfig:
 WRONG: dict[str, dict[str, Any]] = {
     "rotary layout": layers_with(other_layout),
     "gains shared by heads": {"on_layer": gains_of_first_head},
-    "norms not centred": layers_with(not_centred),
+    "norms not centered": layers_with(not_centered),
     "logits not scaled": {"on_config": lambda config: replace(config, logit_scale=1.0)},
 }
 TINY: dict[str, Any] = {

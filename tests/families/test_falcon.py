@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import FalconConfig, FalconForCausalLM
 
 from twinfer.checkpoint.families.falcon import FALCON, REFINED_WEB, REFINED_WEB_MODEL
-from twinfer.checkpoint.family import Family, understand
+from twinfer.checkpoint.family import Family, parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.errors import ConfigError
 from twinfer.spec.weights import LayerWeights
@@ -144,8 +144,8 @@ def test_older_names_mean_the_same(family: Family, older: dict[str, Any], newer:
         "AutoConfig": "configuration_RW.RWConfig",
         "AutoModelForCausalLM": "modelling_RW.RWForCausalLM",
     }
-    read = understand(family, Fields(OLDER | older, ""))
-    assert read.config == understand(FALCON, Fields(NEWER | newer, "")).config
+    read = parse_config(family, Fields(OLDER | older, ""))
+    assert read.config == parse_config(FALCON, Fields(NEWER | newer, "")).config
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,4 @@ def test_older_names_mean_the_same(family: Family, older: dict[str, Any], newer:
 )
 def test_what_is_not_computed_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        understand(FALCON, Fields(NEWER | fields, ""))
+        parse_config(FALCON, Fields(NEWER | fields, ""))

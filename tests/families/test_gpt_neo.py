@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from twinfer.checkpoint.families.gpt_neo import GPT_NEO
-from twinfer.checkpoint.family import understand
+from twinfer.checkpoint.family import parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import AttentionConfig, ModelConfig
 from twinfer.spec.errors import ConfigError
@@ -105,7 +105,7 @@ PLAIN = {
     ],
 )
 def test_windows_are_read_from_either_field(layers: dict[str, Any]) -> None:
-    config = understand(GPT_NEO, Fields(PLAIN | layers, "")).config
+    config = parse_config(GPT_NEO, Fields(PLAIN | layers, "")).config
     assert [layer.attention.window for layer in config.layers] == [5, None, 5]
 
 
@@ -124,4 +124,4 @@ def test_windows_are_read_from_either_field(layers: dict[str, Any]) -> None:
 )
 def test_layers_that_are_not_told_plainly_are_refused(layers: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        understand(GPT_NEO, Fields(PLAIN | layers, ""))
+        parse_config(GPT_NEO, Fields(PLAIN | layers, ""))

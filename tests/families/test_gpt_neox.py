@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from twinfer.checkpoint.families.gpt_neox import GPT_NEOX
-from twinfer.checkpoint.family import understand
+from twinfer.checkpoint.family import parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import LayerConfig, ModelConfig, Residual, RotaryLayout
 from twinfer.spec.errors import ConfigError
@@ -101,7 +101,7 @@ def stacked(weights: LayerWeights) -> LayerWeights:
 
 
 WRONG: dict[str, dict[str, Any]] = {
-    "neighbours rotate": {"on_config": in_every_layer(interleaved)},
+    "neighbors rotate": {"on_config": in_every_layer(interleaved)},
     "one after the other": {
         "on_config": in_every_layer(lambda layer: replace(layer, residual=Residual.SEQUENTIAL)),
     },
@@ -143,19 +143,19 @@ PLAIN = {
     ],
 )
 def test_rotary_fields_are_read_in_every_spelling(rotary: dict[str, Any]) -> None:
-    understood = understand(GPT_NEOX, Fields(PLAIN | rotary, ""))
-    (rotation,) = understood.rotations
+    parsed = parse_config(GPT_NEOX, Fields(PLAIN | rotary, ""))
+    (rotation,) = parsed.rotations
     assert rotation is not None
     assert rotation.config.size == 4
     assert rotation.frequency_J.tolist() == [1.0, 0.1]
 
 
 def test_a_quarter_of_each_head_rotates_where_nothing_is_said() -> None:
-    (rotation,) = understand(GPT_NEOX, Fields(PLAIN, "")).rotations
+    (rotation,) = parse_config(GPT_NEOX, Fields(PLAIN, "")).rotations
     assert rotation is not None
     assert rotation.config.size == 2
 
 
 def test_spellings_that_disagree_are_refused() -> None:
     with pytest.raises(ConfigError, match="rope_theta is 200; it must be as rotary_emb_base is"):
-        understand(GPT_NEOX, Fields(PLAIN | {"rotary_emb_base": 100, "rope_theta": 200}, ""))
+        parse_config(GPT_NEOX, Fields(PLAIN | {"rotary_emb_base": 100, "rope_theta": 200}, ""))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from twinfer.checkpoint.families.gptj import GPTJ
-from twinfer.checkpoint.family import understand
+from twinfer.checkpoint.family import parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import LayerConfig, ModelConfig, Residual, RotaryLayout
 from twinfer.spec.errors import ConfigError
@@ -96,6 +96,6 @@ def test_wrong_mappings_are_seen(catches: Callable[..., None]) -> None:
 )
 def test_what_is_not_computed_is_refused(field: str, value: object, message: str) -> None:
     plain = {"vocab_size": 9, "n_positions": 8, "n_embd": 24, "n_layer": 1, "n_head": 3, "rotary_dim": 4}
-    understand(GPTJ, Fields(plain, ""))
+    parse_config(GPTJ, Fields(plain, ""))
     with pytest.raises(ConfigError, match=f"{field} is .*{message}"):
-        understand(GPTJ, Fields(plain | {field: value}, ""))
+        parse_config(GPTJ, Fields(plain | {field: value}, ""))

@@ -73,7 +73,7 @@ def norms_before(weights: LayerWeights) -> LayerWeights:
 
 
 def placed_before(layer: LayerConfig) -> LayerConfig:
-    return replace(layer, norm_placement=NormPlacement.BEFORE)
+    return replace(layer, norm_placement=NormPlacement.PRE_NORM)
 
 
 WRONG: dict[str, dict[str, Any]] = {

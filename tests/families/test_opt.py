@@ -46,7 +46,7 @@ def offset_missing(weights: EmbeddingWeights) -> EmbeddingWeights:
 
 
 def norms_before(model: ModelConfig) -> ModelConfig:
-    return replace(model, layers=tuple(replace(layer, norm_placement=NormPlacement.BEFORE) for layer in model.layers))
+    return replace(model, layers=tuple(replace(layer, norm_placement=NormPlacement.PRE_NORM) for layer in model.layers))
 
 
 def norms_moved(weights: LayerWeights) -> LayerWeights:

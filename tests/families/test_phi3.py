@@ -13,7 +13,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from twinfer.checkpoint import open_model
 from twinfer.checkpoint.families.phi3 import PHI3
-from twinfer.checkpoint.family import understand
+from twinfer.checkpoint.family import parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.checkpoint.rotary_fields import Rotation
 from twinfer.spec.config import LayerConfig
@@ -134,7 +134,7 @@ def test_longrope_was_called_su() -> None:
 
     def rotation(name: str) -> Rotation:
         changes = {"max_position_embeddings": 131072, "rope_scaling": LONG | {"type": name}}
-        found = understand(PHI3, Fields(PUBLISHED | changes, "")).rotations[0]
+        found = parse_config(PHI3, Fields(PUBLISHED | changes, "")).rotations[0]
         assert found is not None
         return found
 
@@ -155,15 +155,15 @@ def test_longrope_was_called_su() -> None:
 def test_what_is_not_computed_is_refused(changes: dict[str, Any], message: str) -> None:
     """YaRN among it: with these fields it was a third rotation, of the first published code alone."""
     with pytest.raises(ConfigError, match=message):
-        understand(PHI3, Fields(PUBLISHED | changes, ""))
+        parse_config(PHI3, Fields(PUBLISHED | changes, ""))
 
 
 @pytest.mark.parametrize(("most_tokens", "kind"), [(None, "long"), (4096, "short"), (4097, "long")])
 def test_divisors_are_chosen_once_for_the_tokens_asked_for(most_tokens: int | None, kind: str) -> None:
     values = PUBLISHED | {"max_position_embeddings": 131072, "rope_scaling": LONG | {"type": "longrope"}}
-    rotation = understand(PHI3, Fields(values, "", most_tokens=most_tokens)).rotations[0]
+    rotation = parse_config(PHI3, Fields(values, "", most_tokens=most_tokens)).rotations[0]
     assert rotation is not None
-    plain = understand(PHI3, Fields(PUBLISHED, "")).rotations[0]
+    plain = parse_config(PHI3, Fields(PUBLISHED, "")).rotations[0]
     assert plain is not None
     divisor_J = torch.tensor(LONG[f"{kind}_factor"], dtype=torch.float64)
     assert torch.equal(rotation.frequency_J, plain.frequency_J / divisor_J)
@@ -198,7 +198,7 @@ def keys_and_values_swapped(weights: LayerWeights) -> LayerWeights:
 def magnitude_left_out(layer: LayerConfig) -> LayerConfig:
     rotary = layer.attention.rotary
     assert rotary is not None
-    return replace(layer, attention=replace(layer.attention, rotary=replace(rotary, magnitude=1.0)))
+    return replace(layer, attention=replace(layer.attention, rotary=replace(rotary, attention_factor=1.0)))
 
 
 WRONG: dict[str, dict[str, Any]] = {

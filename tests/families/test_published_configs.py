@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from twinfer.checkpoint.families import FAMILIES
-from twinfer.checkpoint.family import Understood, find, understand
+from twinfer.checkpoint.family import ParsedConfig, find, parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.checkpoint.table import Heads
 from twinfer.spec.counts import total
@@ -88,9 +88,9 @@ def published(name: str) -> dict[str, Any]:
     return values
 
 
-def understood(values: dict[str, Any]) -> Understood:
+def understood(values: dict[str, Any]) -> ParsedConfig:
     fields = Fields(values, "config.json: ")
-    return understand(find(FAMILIES, fields), fields)
+    return parse_config(find(FAMILIES, fields), fields)
 
 
 def in_the_file(values: dict[str, Any]) -> int:

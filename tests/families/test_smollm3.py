@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from twinfer.checkpoint.families import FAMILIES
-from twinfer.checkpoint.family import find, understand
+from twinfer.checkpoint.family import find, parse_config
 from twinfer.checkpoint.fields import Fields
 from twinfer.spec.config import LayerConfig
 from twinfer.spec.errors import ConfigError
@@ -93,7 +93,7 @@ def test_published_config() -> None:
 def test_what_does_not_fit_is_refused(field: dict[str, Any]) -> None:
     config = Fields(OLDER | field, "config.json: ")
     with pytest.raises(ConfigError, match=next(iter(field))):
-        understand(find(FAMILIES, config), config)
+        parse_config(find(FAMILIES, config), config)
 
 
 def still(layer: LayerConfig) -> LayerConfig:

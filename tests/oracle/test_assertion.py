@@ -15,7 +15,7 @@ from twinfer.oracle.case import Case, Data, RandomPicker
 from twinfer.oracle.table import OPS
 from twinfer.oracle.trial import Status
 from twinfer.reference.attention import attention
-from twinfer.reference.quantise import dequantise_rows
+from twinfer.reference.quantize import dequantize_rows
 
 OP = OPS["attention"]
 CASE = Case(
@@ -34,7 +34,7 @@ def off_in_one_place(**inputs: Tensor) -> Tensor:
 
 
 def test_a_right_candidate_gets_a_verdict() -> None:
-    verdict = assert_matches_reference(OP, OP.right["torch"], CASE)
+    verdict = assert_matches_reference(OP, OP.variants["torch"], CASE)
     assert verdict.status is Status.PASSED
     assert 0 < verdict.ratio <= 1
 
@@ -76,10 +76,10 @@ def test_the_ulps_are_counted_right() -> None:
 @pytest.mark.parametrize(
     ("op", "named"),
     [
-        ("attention", 'candidate = OPS["attention"].wrong["mask_off_by_one"]'),
-        ("visible", 'candidate = OPS["visible"].wrong["top_left_alignment"]'),
-        ("quantise_rows", 'candidate = OPS["quantise_rows"].wrong["truncated"]'),
-        ("draw", 'candidate = OPS["draw"].wrong["off_by_one"]'),
+        ("attention", 'candidate = OPS["attention"].mutants["mask_off_by_one"]'),
+        ("visible", 'candidate = OPS["visible"].mutants["top_left_alignment"]'),
+        ("quantize_rows", 'candidate = OPS["quantize_rows"].mutants["truncated"]'),
+        ("draw", 'candidate = OPS["draw"].mutants["off_by_one"]'),
     ],
 )
 def test_the_snippet_fails_in_the_same_way(op: str, named: str) -> None:
@@ -99,7 +99,7 @@ def test_the_snippet_fails_in_the_same_way(op: str, named: str) -> None:
 
 def test_an_importable_function_is_imported() -> None:
     """Others leave a gap to fill."""
-    assert import_of(dequantise_rows) == "from twinfer.reference.quantise import dequantise_rows as candidate"
+    assert import_of(dequantize_rows) == "from twinfer.reference.quantize import dequantize_rows as candidate"
     assert import_of(lambda: None).startswith("candidate = ...")
 
 

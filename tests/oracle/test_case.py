@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinfer.oracle import attention_ops
 from twinfer.oracle.case import DTYPES, Case, Data, RandomPicker, activations, parameters
 from twinfer.oracle.op import Op
+from twinfer.oracle.ops import attention as attention_ops
 from twinfer.oracle.strategies import cases
 from twinfer.oracle.table import OPS
 from twinfer.oracle.trial import copied, leaves, same_bits
@@ -31,9 +31,9 @@ def test_constant_rows_do_not_vary(dtype: torch.dtype, seed: int) -> None:
 
 
 @given(dtype=dtypes, seed=seeds)
-def test_cancelling_rows_sum_to_little(dtype: torch.dtype, seed: int) -> None:
+def test_canceling_rows_sum_to_little(dtype: torch.dtype, seed: int) -> None:
     """Row sums, and products with a weight of the same kind, are small beside the sums of their terms."""
-    case = case_of(Data.CANCELLING, dtype, seed)
+    case = case_of(Data.CANCELING, dtype, seed)
     x, weight = activations(case, "x", 5, 8).double(), parameters(case, "w", 3, 8).double()
     rounding = 8 * torch.finfo(dtype).eps
     assert bool((x.sum(-1).abs() <= (2.0**-7 + rounding) * x.abs().sum(-1)).all())

@@ -69,10 +69,10 @@ def test_a_wrong_one_fails_on_the_smallest_case_with_a_snippet_that_fails_too() 
         exec(result.snippet, {})
 
 
-@pytest.mark.parametrize("op", ["linear", "rotate", "quantise_rows", "keep_top_p"])
+@pytest.mark.parametrize("op", ["linear", "rotate", "quantize_rows", "keep_top_p"])
 def test_every_fault_is_found_by_the_search(op: str) -> None:
     """Hypothesis looks where random drawing may not: what the default number of examples misses, nobody sees."""
-    for name, wrong in OPS[op].wrong.items():
+    for name, wrong in OPS[op].mutants.items():
         assert not check_op(op, wrong, max_examples=200).holds, f"{op}: {name}"
 
 
@@ -105,7 +105,7 @@ def test_an_unsteady_implementation_fails() -> None:
 
 
 def test_a_check_repeats_itself() -> None:
-    wrong = OPS["linear"].wrong["bias_dropped"]
+    wrong = OPS["linear"].mutants["bias_dropped"]
     one, other = (check_op("linear", wrong, max_examples=100, seed=4) for _ in range(2))
     assert one == other
 
@@ -150,7 +150,7 @@ def test_only_check_needs_hypothesis() -> None:
     """Without the package the rest imports, and check says what to install."""
     script = """
 import sys
-import twinfer.oracle.verify, twinfer.oracle.paths, twinfer.oracle.evidence
+import twinfer.oracle.verify, twinfer.oracle.paths, twinfer.oracle.calibration
 from twinfer.oracle.check import check_op
 from twinfer.spec.errors import MachineError
 assert "hypothesis" not in sys.modules

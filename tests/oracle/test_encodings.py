@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.encodings import Texts, assert_encodings_agree, compare_encodings, draw_texts
-from twinfer.oracle.layer_ops import LAYER
 from twinfer.oracle.models import RandomSource, draw_encoder_config
+from twinfer.oracle.ops.layer import LAYER
 from twinfer.oracle.paths import PathMismatch
-from twinfer.oracle.yardstick import Yardstick
 from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import ModelConfig
 
@@ -54,9 +54,9 @@ def test_texts_are_what_they_promise() -> None:
 @settings(max_examples=20)
 def test_an_encoder_that_sums_in_another_order_agrees(seed: int) -> None:
     source, texts, types = drawn(seed)
-    components: Any = LAYER.right["summed_otherwise"]
+    components: Any = LAYER.variants["summed_otherwise"]
     path = ReferencePath(source, components=components.keywords["components"])
-    comparison = assert_encodings_agree(Yardstick.of(source), path, texts, types)
+    comparison = assert_encodings_agree(Baseline.of(source), path, texts, types)
     assert comparison.rows == sum(map(len, texts))
     assert 0 < comparison.largest_ratio <= 1
 
@@ -132,10 +132,10 @@ def test_no_fault_of_an_encoder_is_missed(fault: Callable[..., Tensors]) -> None
     kind = type("Kind", (Faulty,), {"fault": staticmethod(fault)})
     for seed in range(30):
         source, texts, types = drawn(seed)
-        yardstick = Yardstick.of(source)
-        if not compare_encodings(yardstick, kind(source), texts, types).holds:
+        baseline = Baseline.of(source)
+        if not compare_encodings(baseline, kind(source), texts, types).holds:
             with pytest.raises(PathMismatch, match="texts = "):
-                assert_encodings_agree(yardstick, kind(source), texts, types)
+                assert_encodings_agree(baseline, kind(source), texts, types)
             return
     pytest.fail(f"{fault.__name__}: passed 30 draws")
 
@@ -161,6 +161,6 @@ def test_no_wrong_convention_is_missed(wrong: Callable[[ModelConfig], ModelConfi
     for seed in range(30):
         source, texts, types = drawn(seed)
         candidate = ReferencePath(RandomSource(wrong(source.config), seed))
-        if not compare_encodings(Yardstick.of(source), candidate, texts, types).holds:
+        if not compare_encodings(Baseline.of(source), candidate, texts, types).holds:
             return
     pytest.fail(f"{wrong.__name__}: passed 30 draws")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import twinfer.reference
 from twinfer.compiled import packing
+from twinfer.oracle.calibration import false_alarms
 from twinfer.oracle.case import Case, RandomPicker
-from twinfer.oracle.evidence import false_alarms
-from twinfer.oracle.op import Fast, Function, Law, Op
+from twinfer.oracle.op import Fast, Function, Op, Property
 from twinfer.oracle.table import OPS, WITHOUT_RECORD
 from twinfer.oracle.trial import leaves, map_leaves
 
@@ -29,10 +29,10 @@ FAULT_CASES = 60
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 faults = pytest.mark.parametrize(
-    ("op", "fault"), [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS.values() for name in op.wrong]
+    ("op", "fault"), [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS.values() for name in op.mutants]
 )
 
-AT_LOADING = packing.pack, packing.quantise_rows, packing.quantise_groups
+AT_LOADING = packing.pack, packing.quantize_rows, packing.quantize_groups
 """Run once, and never in a graph."""
 
 twins = pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def cases_for(op: Op, twin: Fast) -> Iterator[Case]:
     return (case for case in drawn if twin.applies(op.inputs(case)))
 
 
-def breaks(law: Law, op: Op, implementation: Function, case: Case) -> bool:
+def breaks(law: Property, op: Op, implementation: Function, case: Case) -> bool:
     try:
         law(op, implementation, case)
     except Exception:
@@ -94,7 +94,7 @@ def test_every_public_function_of_the_reference_has_a_record_or_a_reason() -> No
 def test_no_record_lacks_a_field(op: Op) -> None:
     empty = {field.name for field in fields(op) if not getattr(op, field.name)} - {"fast", "no_fast"}
     assert not empty
-    assert len(op.wrong) >= 3, "seed at least three faults"
+    assert len(op.mutants) >= 3, "seed at least three faults"
     assert op.name == op.cases(RandomPicker(0)).op
     assert set(op.axes.split()) <= set(op.cases(RandomPicker(0)).sizes)
     sizes = op.cases(RandomPicker(0)).n
@@ -125,9 +125,9 @@ def test_no_false_alarm(op: Op) -> None:
 
 @faults
 def test_no_fault_is_missed(op: Op, fault: str) -> None:
-    """The first case that catches it is enough; `twinfer.oracle.evidence` counts them all."""
+    """The first case that catches it is enough; `twinfer.oracle.calibration` counts them all."""
     drawn = (op.cases(RandomPicker(seed)) for seed in range(FAULT_CASES))
-    assert any(op.guarantee.judge(op.trial(op.wrong[fault], case)).failed for case in drawn)
+    assert any(op.guarantee.judge(op.trial(op.mutants[fault], case)).failed for case in drawn)
 
 
 @ops
@@ -163,8 +163,8 @@ def test_fast_twins_obey_the_laws(op: Op, twin: Fast) -> None:
         if twin.function
         not in (
             packing.pack,
-            packing.quantise_rows,
-            packing.quantise_groups,
+            packing.quantize_rows,
+            packing.quantize_groups,
         )  # run once, at loading, and never in a graph
     ],
 )
@@ -179,7 +179,7 @@ def test_fast_twins_keep_the_guarantee_compiled(op: Op, twin: Fast) -> None:
 @ops
 def test_laws_are_broken_by_some_fault(op: Op) -> None:
     """A law that no implementation could break says nothing."""
-    impostors = [*op.wrong.values(), moody(op.reference)]
+    impostors = [*op.mutants.values(), moody(op.reference)]
     for law in op.properties:
         assert any(breaks(law, op, wrong, op.cases(RandomPicker(seed))) for wrong in impostors for seed in range(25)), (
             f"no fault of {op.name} breaks {law.__name__}"

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from twinfer.oracle.baseline import Baseline, worst_of
 from twinfer.oracle.case import RandomPicker
-from twinfer.oracle.layer_ops import LAYER
 from twinfer.oracle.models import RandomSource, draw_model_config
+from twinfer.oracle.ops.layer import LAYER
 from twinfer.oracle.paths import PathComparison, PathMismatch, assert_paths_agree, compare_paths, free_run
 from twinfer.oracle.schedule import GREEDY, Close, Extend, Open, Schedule, draw_schedule, generation
 from twinfer.oracle.strategies import drawn
-from twinfer.oracle.yardstick import Yardstick, worst_of
 from twinfer.reference.path import ReferencePath, ReferenceSequences
 from twinfer.spec.config import Head, NormConfig, NormKind, Storage
 from twinfer.spec.weights import HeadWeights, LinearWeights, NormWeights
@@ -77,18 +77,18 @@ def test_schedules_hold_what_they_promise() -> None:
     assert min(seen.values()) >= 50, seen
 
 
-def yardstick_of(seed: int, storage: Storage = Storage.FLOAT32) -> tuple[RandomSource, Yardstick]:
+def yardstick_of(seed: int, storage: Storage = Storage.FLOAT32) -> tuple[RandomSource, Baseline]:
     source = RandomSource(draw_model_config(RandomPicker(seed)), seed)
-    return source, Yardstick.of(source, storage=storage)
+    return source, Baseline.of(source, storage=storage)
 
 
 @given(seed=seeds, storage=st.sampled_from(Storage))
 @settings(max_examples=12)
 def test_a_path_that_sums_in_another_order_agrees(seed: int, storage: Storage) -> None:
-    source, yardstick = yardstick_of(seed, storage)
-    components: Any = LAYER.right["summed_otherwise"]
+    source, baseline = yardstick_of(seed, storage)
+    components: Any = LAYER.variants["summed_otherwise"]
     path = ReferencePath(source, storage=storage, components=components.keywords["components"])
-    comparison = assert_paths_agree(yardstick, path, draw_schedule(RandomPicker(seed), source.config))
+    comparison = assert_paths_agree(baseline, path, draw_schedule(RandomPicker(seed), source.config))
     assert comparison.rows > 0
     assert 0 < comparison.largest_ratio <= 1
 
@@ -152,25 +152,25 @@ FAULTS = (
 def test_no_fault_of_a_path_is_missed(fault: str) -> None:
     """Within 30 drawn models and schedules."""
     for seed in range(30):
-        source, yardstick = yardstick_of(seed)
+        source, baseline = yardstick_of(seed)
         path = Faulty(source)
         path.fault = fault
         schedule = draw_schedule(RandomPicker(seed), source.config)
-        if not compare_paths(yardstick, path, schedule).holds:
+        if not compare_paths(baseline, path, schedule).holds:
             with pytest.raises(PathMismatch, match="schedule = "):
-                assert_paths_agree(yardstick, path, schedule)
+                assert_paths_agree(baseline, path, schedule)
             return
     pytest.fail(f"{fault}: passed 30 schedules")
 
 
-@pytest.mark.parametrize("name", [name for name in LAYER.wrong if hasattr(LAYER.wrong[name], "keywords")])
+@pytest.mark.parametrize("name", [name for name in LAYER.mutants if hasattr(LAYER.mutants[name], "keywords")])
 def test_no_fault_of_a_component_is_missed(name: str) -> None:
     """The seeded faults of the ops, inside a whole model."""
-    wrong: Any = LAYER.wrong[name]
+    wrong: Any = LAYER.mutants[name]
     for seed in range(30):
-        source, yardstick = yardstick_of(seed)
+        source, baseline = yardstick_of(seed)
         path = ReferencePath(source, components=wrong.keywords["components"])
-        if not compare_paths(yardstick, path, draw_schedule(RandomPicker(seed), source.config)).holds:
+        if not compare_paths(baseline, path, draw_schedule(RandomPicker(seed), source.config)).holds:
             return
     pytest.fail(f"{name}: passed 30 schedules")
 
@@ -208,21 +208,21 @@ class Nudged(ReferencePath):
 def tied_source() -> Twins:
     final_norm = NormConfig(kind=NormKind.LAYER, epsilon=1e-5)
     plain = replace(CONFIG, head_bias=False, logit_scale=1.0, logit_softcap=None, embedding_size=None)
-    return Twins(replace(plain, head=Head.OWN, final_norm=final_norm), 1)
+    return Twins(replace(plain, head=Head.UNTIED, final_norm=final_norm), 1)
 
 
 def test_an_admissible_tie_is_printed_and_no_failure() -> None:
     """Tokens 0 and 1 tie exactly; a candidate that prefers 1 by less than rounding is right, and says so."""
     source = tied_source()
-    yardstick = Yardstick.of(source)
+    baseline = Baseline.of(source)
     schedule = generation(((3, 4, 5),), 4)
-    right = compare_paths(yardstick, ReferencePath(source), schedule)
+    right = compare_paths(baseline, ReferencePath(source), schedule)
     assert right.holds
     assert not right.ties
-    last = yardstick.truth.extend(yardstick.truth.open(1, 3), [torch.tensor([3, 4, 5])])[0]
+    last = baseline.truth.extend(baseline.truth.open(1, 3), [torch.tensor([3, 4, 5])])[0]
     assert set(last.topk(2).indices.tolist()) == {0, 1}, "the model does not tie"
     step = float(torch.finfo(torch.float32).eps * last.max())
-    nudged = compare_paths(yardstick, Nudged(source, step), schedule)
+    nudged = compare_paths(baseline, Nudged(source, step), schedule)
     assert nudged.holds, nudged.failures
     assert nudged.ties
     assert "token 1 instead of 0" in str(nudged.ties[0])
@@ -230,17 +230,17 @@ def test_an_admissible_tie_is_printed_and_no_failure() -> None:
 
 def test_free_running_text_is_compared_up_to_the_first_tie() -> None:
     source = tied_source()
-    yardstick = Yardstick.of(source)
-    same = free_run(yardstick, ReferencePath(source), [3, 4, 5], 6)
+    baseline = Baseline.of(source)
+    same = free_run(baseline, ReferencePath(source), [3, 4, 5], 6)
     assert same.holds
     assert same.equal_for == 6
     assert same.tie is None
     step = float(torch.finfo(torch.float32).eps * CONFIG.hidden)
-    parted = free_run(yardstick, Nudged(source, step), [3, 4, 5], 6)
+    parted = free_run(baseline, Nudged(source, step), [3, 4, 5], 6)
     assert parted.equal_for < 6
     assert parted.tie is not None
     assert parted.holds
-    wrong = free_run(yardstick, Nudged(source, 1.0), [3, 4, 5], 6)
+    wrong = free_run(baseline, Nudged(source, 1.0), [3, 4, 5], 6)
     assert wrong.equal_for < 6
     assert not wrong.holds
 

@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from twinfer.compiled.path import CompiledPath
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.paths import Comparison
 from twinfer.oracle.schedule import GREEDY, Close, Extend, Open
 from twinfer.oracle.strategies import drawn
-from twinfer.oracle.yardstick import Yardstick
 from twinfer.spec.config import ModelConfig, Storage
 
 CONTEXT = 24
@@ -30,7 +30,7 @@ class TwinPaths(RuleBasedStateMachine):
         self.config = config
         self.opened = 0
         self.comparison = Comparison(
-            Yardstick.of(source, storage=storage), CompiledPath(source, storage=storage, _eager=True)
+            Baseline.of(source, storage=storage), CompiledPath(source, storage=storage, _eager=True)
         )
 
     @rule(

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from twinfer.oracle.baseline import Baseline, worst_of
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_encoder_config, draw_model_config
 from twinfer.oracle.scale import linear_scale
-from twinfer.oracle.yardstick import Yardstick, worst_of
 from twinfer.reference.components import DEFAULT
 from twinfer.reference.path import COMPUTE_DTYPES, ReferencePath
 from twinfer.spec.config import Storage
@@ -57,13 +57,13 @@ def test_a_row_of_a_batch_is_the_row_alone(
 def test_pieces_are_the_whole(seed: int, pieces: list[int]) -> None:
     """Extending in pieces is as near to the float64 truth as extending at once, in float32."""
     path = path_of(seed, torch.float32)
-    yardstick = Yardstick.of(RandomSource(path.config, seed))
+    baseline = Baseline.of(RandomSource(path.config, seed))
     token_T = tokens(path, seed, sum(pieces))
-    hidden_TM = yardstick.truth.extend_hidden(yardstick.truth.open(1, len(token_T)), [token_T])[0]
-    expected_TV = yardstick.truth.logits(hidden_TM)
-    scale_T = path.config.logit_scale * linear_scale(hidden_TM.abs(), yardstick.truth.weights.projection).amax(-1)
+    hidden_TM = baseline.truth.extend_hidden(baseline.truth.open(1, len(token_T)), [token_T])[0]
+    expected_TV = baseline.truth.logits(hidden_TM)
+    scale_T = path.config.logit_scale * linear_scale(hidden_TM.abs(), baseline.truth.weights.projection).amax(-1)
 
-    at_once_TV = worst_of([logits_at_once(eager, token_T) for eager in yardstick.eager], expected_TV)
+    at_once_TV = worst_of([logits_at_once(eager, token_T) for eager in baseline.eager], expected_TV)
     sequences = path.open(1, len(token_T))
     in_pieces_TV = torch.cat(
         [path.extend(sequences, [piece], every_position=True)[0] for piece in token_T.split(pieces)]
@@ -165,7 +165,7 @@ def test_arithmetic_gets_better_as_it_gets_wider(seed: int, storage: Storage) ->
 
 
 def test_a_swapped_linear_map_reaches_the_head() -> None:
-    """A researcher who quantises every linear map means the head's too."""
+    """A researcher who quantizes every linear map means the head's too."""
     config = draw_model_config(RandomPicker(0))
     silent = replace(DEFAULT, linear=lambda x, weights: torch.zeros(*x.shape[:-1], len(weights.weight_NI)))
     path = ReferencePath(RandomSource(config), components=silent)

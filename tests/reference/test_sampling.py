@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from twinfer.reference.logits import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, scale_temperature
+from twinfer.reference.logits import keep_min_p, keep_top_k, keep_top_p, penalize_repetition, scale_temperature
 from twinfer.reference.sampling import Sampling, draw, generator_for, next_token
 from twinfer.spec.errors import NumericsError, RequestError
 
@@ -47,8 +47,8 @@ def test_processors_are_transformers(
     assert torch.equal(keep_top_p(logits_V, p), theirs(TopPLogitsWarper(p), logits_V))
     assert torch.equal(keep_min_p(logits_V, p), theirs(MinPLogitsWarper(p), logits_V))
     assert torch.equal(scale_temperature(logits_V, temperature), theirs(TemperatureLogitsWarper(temperature), logits_V))
-    penalised_V = penalise_repetition(logits_V, torch.tensor(previous), penalty)
-    assert torch.equal(penalised_V, theirs(RepetitionPenaltyLogitsProcessor(penalty), logits_V, previous))
+    penalized_V = penalize_repetition(logits_V, torch.tensor(previous), penalty)
+    assert torch.equal(penalized_V, theirs(RepetitionPenaltyLogitsProcessor(penalty), logits_V, previous))
     assert torch.equal(logits_V, before)
 
 
@@ -89,7 +89,7 @@ def test_next_token_samples_what_the_filters_leave() -> None:
     assert drawn == allowed
 
 
-def test_streams_differ_between_neighbouring_seeds_and_prompts() -> None:
+def test_streams_differ_between_neighboring_seeds_and_prompts() -> None:
     streams = {
         tuple(torch.rand(4, generator=generator_for(seed, index)).tolist()) for seed in range(20) for index in range(20)
     }

@@ -24,11 +24,11 @@ from twinfer.spec.config import (
     RotaryLayout,
 )
 from twinfer.spec.errors import ConfigError, WeightError
-from twinfer.spec.shapes import embedding_shapes, head_shapes, is_made, layer_shapes
+from twinfer.spec.shapes import embedding_shapes, head_shapes, is_buffer, layer_shapes
 from twinfer.spec.weights import NormWeights, assemble, tensors, validate_embedding, validate_head, validate_layer
 
 CONFIG = draw_model_config(RandomPicker(0))
-LAYER = replace(CONFIG.layers[0], norm_placement=NormPlacement.BEFORE, residual=Residual.SEQUENTIAL)
+LAYER = replace(CONFIG.layers[0], norm_placement=NormPlacement.PRE_NORM, residual=Residual.SEQUENTIAL)
 seeds = st.integers(0, 2**31)
 Check = Callable[[Any], None]
 
@@ -83,7 +83,7 @@ def test_what_is_missing_or_surplus_is_named() -> None:
     with pytest.raises(WeightError, match="head bias_V is present; by the config it must be absent"):
         validate_head(replace(head, bias_V=torch.zeros(config.vocabulary)), config)
     with pytest.raises(WeightError, match=r"head projection.weight_NI is absent; by the config it must be present"):
-        validate_head(head, replace(config, head=Head.OWN))
+        validate_head(head, replace(config, head=Head.UNTIED))
     with pytest.raises(WeightError, match="gain_M is missing; NormWeights holds gain_M, bias_M"):
         assemble(NormWeights, {"bias_M": torch.zeros(3)})
     with pytest.raises(WeightError, match="gain has no place in NormWeights"):
@@ -93,7 +93,7 @@ def test_what_is_missing_or_surplus_is_named() -> None:
 @given(seed=seeds)
 def test_what_is_made_is_float64(seed: int) -> None:
     source = source_of(seed)
-    made = {name: tensor for name, tensor in tensors(source.layer(0)) if is_made(name)}
+    made = {name: tensor for name, tensor in tensors(source.layer(0)) if is_buffer(name)}
     assert all(tensor.dtype is torch.float64 for tensor in made.values())
     attention = source.config.layers[0].attention
     assert len(made) == (attention.rotary is not None) + attention.alibi
@@ -119,12 +119,12 @@ def attention(**fields: Any) -> AttentionConfig:
         (lambda: attention(qkv_clip=-1.0), "AttentionConfig.qkv_clip is -1.0"),
         (lambda: attention(alibi=True, causal=False), "alibi is True; it must be false where attention is not causal"),
         (
-            lambda: RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=2, magnitude=0.0),
-            "RotaryConfig.magnitude is 0.0; it must be a positive number",
+            lambda: RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=2, attention_factor=0.0),
+            "RotaryConfig.attention_factor is 0.0; it must be a positive number",
         ),
         (
-            lambda: replace(LAYER, norm_placement=NormPlacement.AFTER, residual=Residual.PARALLEL),
-            "norm_placement is 'after'; it must be before, where the residual is parallel",
+            lambda: replace(LAYER, norm_placement=NormPlacement.OUTPUT_NORM, residual=Residual.PARALLEL),
+            "norm_placement is 'output_norm'; it must be pre_norm, where the residual is parallel",
         ),
         (lambda: replace(LAYER, residual_scale=0.0), "LayerConfig.residual_scale is 0.0"),
         (lambda: model(head=Head.NONE, head_bias=True), "head_bias is True; it must be false without a head"),

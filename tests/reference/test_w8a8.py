@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from twinfer.reference.quantise import RowQuantised, quantise_rows
+from twinfer.reference.quantize import RowQuantized, quantize_rows
 from twinfer.reference.w8a8 import MOST_INPUTS, integer_product, linear_w8a8
 from twinfer.spec.errors import RequestError
 
@@ -11,7 +11,7 @@ from twinfer.spec.errors import RequestError
 def test_a_product_by_hand() -> None:
     """Codes (127, -2, 4) at scale 2 and (1, 10, 0) at scale 1/2: 107 * 2 / 2 + 1; the row of zeros gives the bias."""
     x = torch.tensor([[254.0, -5.0, 7.5], [0.0, 0.0, 0.0]])
-    weights = RowQuantised(torch.tensor([[1, 10, 0]], dtype=torch.int8), torch.tensor([0.5]))
+    weights = RowQuantized(torch.tensor([[1, 10, 0]], dtype=torch.int8), torch.tensor([0.5]))
     assert linear_w8a8(x, weights, torch.tensor([1.0])).tolist() == [[108.0], [1.0]]
 
 
@@ -28,7 +28,7 @@ def test_as_many_inputs_as_32_bits_hold_and_no_more() -> None:
 def test_a_row_that_is_not_finite_has_no_finite_result(value: float) -> None:
     """And leaves the other rows as they were."""
     x = torch.tensor([[1.0, value, 0.0], [1.0, 2.0, 0.0]])
-    weights = quantise_rows(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    weights = quantize_rows(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
     out = linear_w8a8(x, weights)
     assert not out[0].isfinite().any()
     assert torch.equal(out[1:], linear_w8a8(x[1:], weights))

@@ -1,0 +1,1 @@
+"""The command line: `twinfer COMMAND ...`, one file for each command."""

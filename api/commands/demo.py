@@ -1,0 +1,173 @@
+"""`twinfer demo`: one trained model, two paths, the same tokens, and how much faster the second is."""
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from twinfer import reference as reference_room
+
+from ..loading import load
+from ..measuring import Measurement, Task, measure_apart
+from .console import print_json, print_table, waiting
+from .options import add_json
+
+MODEL = "smollm2"
+QUESTION = "What is the capital of France?"
+PATHS = ("reference", "compiled")
+STORAGES = ("float32", "int8")
+"""The paths are compared in each: equal storage means equal weights."""
+
+DESCRIPTION = f"""\
+Fetch a small trained model ({MODEL}, 93 MB) if it is not there yet, ask it a question on the reference path and on the
+compiled path, and check that both give the same tokens: with float32 weights, and again with int8 weights. Each path
+runs in a process of its own, so that peak memory is its own.
+"""
+
+EPILOG = """\
+exit status: 0 if the tokens are the same or differ by an admissible tie, which is then printed; 1 if not
+
+with --json, one object: {"model", "question", "same_tokens": {storage: true or false}, "ties": {storage: text or null},
+  "measurements": [{"path", "storage", "answer", "answer_ids", "continuation_ids", "load_s", "compile_s",
+    "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes", ...}]}
+"""
+
+TRY_NEXT = f"""\
+Try next:
+  twinfer generate {MODEL} --chat --prompt "Explain rain to a child."
+  twinfer generate {MODEL} --storage int8 --prompt "Once upon a time"
+  twinfer verify {MODEL} --storage int8
+  twinfer inspect {MODEL}
+  twinfer ops
+  less {reference_room.__path__[0]}/layer.py
+"""
+
+
+def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="start here: a trained model on both paths, compared",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether both paths gave the same tokens, in one storage."""
+
+    same: bool
+    tie: str | None
+    """Where they differ only by two tokens too close for rounding to tell apart: which, and how close."""
+    words: str
+
+    @property
+    def holds(self) -> bool:
+        return self.same or self.tie is not None
+
+
+def run(args: argparse.Namespace) -> int:
+    _fetch()
+    measured = {storage: [_measure(path, storage) for path in PATHS] for storage in STORAGES}
+    verdicts = {storage: _judge(storage, *twins) for storage, twins in measured.items()}
+    if args.json:
+        print_json(
+            {
+                "model": MODEL,
+                "question": QUESTION,
+                "same_tokens": {storage: verdict.same for storage, verdict in verdicts.items()},
+                "ties": {storage: verdict.tie for storage, verdict in verdicts.items()},
+                "measurements": [asdict(measurement) for twins in measured.values() for measurement in twins],
+            }
+        )
+    else:
+        _tell(measured, verdicts)
+    return 0 if all(verdict.holds for verdict in verdicts.values()) else 1
+
+
+def _fetch() -> None:
+    from twinfer.checkpoint import open_model
+
+    with waiting() as report:
+        open_model(MODEL, report=report)
+
+
+def _measure(path: str, storage: str) -> Measurement:
+    print(f"{path} path, {storage} weights ...", file=sys.stderr, flush=True)
+    return measure_apart(Task(model=MODEL, path=path, storage=storage, question=QUESTION))
+
+
+def _judge(storage: str, reference: Measurement, compiled: Measurement) -> Verdict:
+    """Compare the answer, then the continuation of the timed prompt, up to the first token that differs."""
+    pairs = [
+        ("answer", reference.question_ids, reference.answer_ids, compiled.answer_ids),
+        ("continuation", reference.timed_ids, reference.continuation_ids, compiled.continuation_ids),
+    ]
+    for what, prompt, one, other in pairs:
+        if one != other:
+            agree = _agreement(one, other)
+            tie = admissible_tie(storage, prompt, agree + 1)
+            tokens = f"{one[agree : agree + 1]} against {other[agree : agree + 1]}"
+            words = f"the {what} agrees for {agree} tokens, then {tokens}"
+            explained = f"an admissible tie: {tie}" if tie else "DIFFERENT tokens, which no tie explains"
+            return Verdict(same=False, tie=tie, words=f"{storage}: {words}: {explained}")
+    counts = " and ".join(f"{len(one)} of the {what}" for what, _, one, _ in pairs)
+    return Verdict(same=True, tie=None, words=f"{storage}: same tokens on both paths ({counts})")
+
+
+def admissible_tie(storage: str, prompt: list[int], new_tokens: int) -> str | None:
+    """The near-tie at which greedy text parts from float64 truth, if rounding alone can explain the difference."""
+    from twinfer.oracle.baseline import Baseline
+    from twinfer.oracle.paths import free_run
+
+    with waiting() as report:
+        model = load(MODEL, "compiled", storage, batches=False, report=report)
+        baseline = Baseline.of(model.checkpoint.source, storage=model.storage)
+        runs = [free_run(baseline, path, prompt, new_tokens) for path in (baseline.eager[0], model.decoder)]
+    ties = [str(run.tie) for run in runs if run.tie is not None]
+    return "; ".join(ties) if ties and all(run.holds for run in runs) else None
+
+
+def _agreement(one: list[int], other: list[int]) -> int:
+    """How many tokens agree from the start."""
+    different = (index for index in range(min(len(one), len(other))) if one[index] != other[index])
+    return next(different, min(len(one), len(other)))
+
+
+def _tell(measured: dict[str, list[Measurement]], verdicts: dict[str, Verdict]) -> None:
+    reference, compiled = measured["float32"]
+    quantized = measured["int8"][1]
+    print(f"\nQ: {QUESTION}")
+    print(f"A: {compiled.answer}  (compiled, float32)")
+    print(f"A: {quantized.answer}  (compiled, int8)\n")
+    for verdict in verdicts.values():
+        print(verdict.words)
+    print_table(_table([reference, compiled, quantized]))
+    print(
+        f"Decoding, compiled against reference: {_ratio(compiled, reference)} in float32, "
+        f"{_ratio(quantized, reference)} in int8.\n"
+    )
+    print(TRY_NEXT, end="")
+
+
+def _table(measurements: list[Measurement]) -> Table:
+    table = Table("path", "weights", "prefill tokens/s", "decode tokens/s", "peak memory MB", "compile s")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for one in measurements:
+        memory = None if one.peak_memory_bytes is None else one.peak_memory_bytes / 1e6
+        compile_s = one.compile_s if one.path == "compiled" else None
+        numbers = [one.prefill_tokens_per_s, one.decode_tokens_per_s, memory, compile_s]
+        table.add_row(one.path, one.storage, *("-" if n is None else f"{n:,.1f}" for n in numbers))
+    return table
+
+
+def _ratio(fast: Measurement, slow: Measurement) -> str:
+    if not fast.decode_tokens_per_s or not slow.decode_tokens_per_s:
+        return "not measured"
+    return f"{fast.decode_tokens_per_s / slow.decode_tokens_per_s:.1f} times as fast"

@@ -1,0 +1,153 @@
+"""`twinfer generate`: continue prompts, streaming the text."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from twinfer.reference.sampling import Sampling
+from twinfer.spec.errors import RequestError
+
+from ..chat import encode
+from ..generation import Generation, check_prompts, check_stops
+from ..loading import Model, load, open_checkpoint
+from ..memory import peak_memory_bytes
+from .console import print_json, waiting
+from .options import add_arithmetic, add_context, add_json, add_model, read_lines, token_ids, unicode_text
+
+EPILOG = """\
+examples:
+  twinfer generate smollm2 --chat --prompt "What is the capital of France?"
+  twinfer generate ./my-llama --path reference --prompt-ids 504,3575,282,4649,314 --max-new-tokens 4 --json
+
+with --json, one object: {"model", "path", "storage", "compute", "device",
+  "outputs": [{"prompt_ids", "ids", "text", "stop"}],
+  "timings": {"load_s", "compile_s", "prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s"},
+  "peak_memory_bytes"}
+  ids    the new tokens, the end token included if it came; text leaves it out (null without a tokenizer)
+  stop   "end": an end token came; "length": --max-new-tokens are there; "stop": a --stop string came
+  prefill_s runs from the prompts to the first new token of each, decode_s from there to the end; both add up over
+  all prompts at once. prefill_tokens_per_s counts prompt tokens, decode_tokens_per_s new tokens without the first of
+  each prompt; null where there are none. peak_memory_bytes is the most this process had resident at once.
+"""
+
+
+def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="continue prompts, streaming the text",
+        description="Continue one prompt or many, all at once as one batch.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model(parser)
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", type=unicode_text, metavar="TEXT", help="the prompt")
+    prompts.add_argument("--prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids: 504,3575,282")
+    prompts.add_argument(
+        "--prompts-file", metavar="FILE", help="UTF-8 text, one prompt a line; blank lines are skipped"
+    )
+    parser.add_argument("--chat", action="store_true", help="put each prompt as a user's turn into the chat template")
+    add_arithmetic(parser)
+    add_context(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most (default %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default %(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that add up to P")
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from those at least P times as likely as the best"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
+    parser.add_argument(
+        "--stop",
+        type=unicode_text,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable",
+    )
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.chat and args.prompt_ids is not None:
+        raise RequestError("--chat takes text, not --prompt-ids; give the ids of the whole conversation without --chat")
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    prompts = _prompts(args)
+    with waiting() as report:
+        start = time.perf_counter()
+        checkpoint = open_checkpoint(args.model, report, context=args.context)
+        ids = [encode(checkpoint, prompt, chat=args.chat) if isinstance(prompt, str) else prompt for prompt in prompts]
+        check_prompts(checkpoint.config, ids, args.max_new_tokens)  # before minutes of compiling
+        check_stops(args.stop, checkpoint.tokenizer)
+        opening_s = time.perf_counter() - start
+        how = args.path, args.storage, args.compute, args.device
+        model = load(checkpoint, *how, batches=len(ids) > 1, report=report)
+    model = replace(model, load_s=opening_s + model.load_s)
+    generation = model.generate(
+        ids, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed
+    )
+    if args.json:
+        print_json(report_of(model, args.model, generation))
+    else:
+        _stream(generation, len(prompts), text=model.checkpoint.tokenizer is not None)
+    return 0
+
+
+def report_of(model: Model, name: str, generation: Generation) -> dict[str, Any]:
+    """Run the generation to its end and say everything about it; the keys are described in EPILOG."""
+    outputs = generation.outputs()
+    timings = generation.timings
+    return {
+        "model": name,
+        "path": model.path.value,
+        "storage": model.storage.value,
+        "compute": model.compute.value,
+        "device": str(model.decoder.device),
+        "outputs": [asdict(output) for output in outputs],
+        "timings": {
+            "load_s": model.load_s,
+            "compile_s": model.compile_s,
+            "prefill_s": timings.prefill_s,
+            "decode_s": timings.decode_s,
+            "prefill_tokens_per_s": timings.prefill_tokens_per_s,
+            "decode_tokens_per_s": timings.decode_tokens_per_s,
+        },
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _prompts(args: argparse.Namespace) -> Sequence[str | list[int]]:
+    if args.prompts_file is not None:
+        return read_lines(args.prompts_file, "prompt")
+    return [args.prompt if args.prompt is not None else args.prompt_ids]
+
+
+def _stream(generation: Generation, prompts: int, *, text: bool) -> None:
+    """Print what each prompt yields, in the prompts' order: the first unfinished one as it comes, later ones held."""
+    held = [f"--- prompt {index}\n" if prompts > 1 else "" for index in range(prompts)]
+    ended = [False] * prompts
+    current = 0
+    for event in generation:
+        held[event.prompt] += event.text if text else f"{event.token} "
+        ended[event.prompt] = event.stop is not None
+        while current < prompts:
+            print(held[current], end="", flush=True)
+            held[current] = ""
+            if not ended[current]:
+                break
+            print(flush=True)
+            current += 1

@@ -1,0 +1,104 @@
+"""Options that several commands share, and how their values are read."""
+
+import argparse
+from pathlib import Path as FilePath
+
+from twinfer.spec.config import Storage
+from twinfer.spec.decoder import Path
+from twinfer.spec.errors import RequestError
+
+from ..loading import Compute
+
+MODEL_HELP = (
+    "a folder (Hugging Face: config.json, model.safetensors; or made by twinfer convert), a .gguf file, or the "
+    "built-in name smollm2 (writes texts) or minilm (embeds them)"
+)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="the most tokens of a sequence, prompt included (default: as many as the model was made for)",
+    )
+
+
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage",
+        choices=[storage.value for storage in Storage],
+        help="how weights are kept (default: as the model was converted, else float32)",
+    )
+
+
+def add_arithmetic(parser: argparse.ArgumentParser) -> None:
+    """--path, --storage, --compute and --device, with the meaning that `twinfer.load` gives them."""
+    parser.add_argument(
+        "--path",
+        choices=[path.value for path in Path],
+        default=Path.COMPILED.value,
+        help="compiled: fast, compiles first; reference: readable, slow (default %(default)s)",
+    )
+    add_storage(parser)
+    add_compute(parser)
+    add_device(parser)
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compute",
+        choices=[compute.value for compute in Compute],
+        default=Compute.FLOAT32.value,
+        help="the arithmetic (default %(default)s; others are slow on CPUs without 16-bit units)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default %(default)s)")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def unicode_text(text: str) -> str:
+    """Refuse what the shell handed over in another encoding than UTF-8 (Python keeps it as half surrogate pairs)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    return text
+
+
+def positive(text: str) -> int:
+    """Read an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def token_ids(text: str) -> list[int]:
+    """Read "504,3575,282"."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not token ids; write them like 504,3575,282") from None
+
+
+def read_lines(name: str, what: str) -> list[str]:
+    """The lines of a UTF-8 text file, one prompt (or whatever it is) each, blank ones skipped."""
+    try:
+        text = FilePath(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{what}s file {name} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{what}s file {name} is not UTF-8 text: byte {error.start} is wrong") from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise RequestError(f"{what}s file {name} holds no {what}; write one a line")
+    return lines

@@ -1,0 +1,208 @@
+"""From a model's name to a path that is ready to extend sequences."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.decoder import Decoder, Path
+from twinfer.spec.errors import MachineError, RequestError
+from twinfer.spec.paper_models import PAPER_MODELS
+from twinfer.spec.weights import WeightSource
+
+from .chat import encode
+from .embedding import chosen, embed, text_ids
+from .generation import Generation, generate
+
+if TYPE_CHECKING:
+    from twinfer.checkpoint import Checkpoint
+    from twinfer.compiled.path import CompiledPath
+    from twinfer.reference.path import ReferencePath
+
+Report = Callable[[str], None]
+"""Told in a line each what is being waited for."""
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+class Compute(StrEnum):
+    """The arithmetic, apart from how weights are kept."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.value)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model:
+    """A loaded model: a path, and what it takes to speak to it in text."""
+
+    decoder: Decoder
+    checkpoint: "Checkpoint"
+    path: Path
+    storage: Storage
+    compute: Compute
+    load_s: float
+    """Seconds to open the files and prepare the weights."""
+    compile_s: float
+    """Seconds to trace and compile; 0 on a path that is not compiled."""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.decoder.config
+
+    def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
+        """The prompt's token ids; with `chat`, those of a conversation that opens with it.
+
+        Raises `RequestError` where the model has no tokenizer, or no chat template.
+        """
+        return encode(self.checkpoint, prompt, chat=chat)
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], *, chat: bool = False, **how: Any) -> Generation:
+        """`twinfer.generate` for prompts given as text (or ids), with this model's tokenizer and end tokens."""
+        ids = [self.encode(prompt, chat=chat) if isinstance(prompt, str) else prompt for prompt in prompts]
+        end_tokens, tokenizer = self.checkpoint.end_tokens, self.checkpoint.tokenizer
+        return generate(self.decoder, ids, end_tokens=end_tokens, tokenizer=tokenizer, **how)
+
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], *, pooling: str | None = None, normalize: bool | None = None
+    ) -> Tensor:
+        """One vector for each text (or its token ids), [N, M], in float32 (float64 where compute is) on the device.
+
+        `pooling` is mean, of all tokens' hidden vectors, or cls, the first one; with `normalize` vectors are scaled to
+        length 1. What is not given is as the model's folder says (modules.json), else the mean, not scaled.
+
+        Raises `RequestError` where the folder says what is not computed here, and for a text of more tokens than the
+        model is made for: nothing is cut off. (Token ids may be as many as its context.)
+        """
+        how = chosen(self.checkpoint.embedding, pooling, normalize)
+        return embed(self.decoder, text_ids(self.checkpoint, texts), *how)
+
+
+def load(
+    model: "str | Checkpoint | WeightSource",
+    path: str = "compiled",
+    storage: str | None = None,
+    compute: str = "float32",
+    device: str = "cpu",
+    *,
+    context: int | None = None,
+    batches: bool = True,
+    report: Report | None = None,
+) -> Model:
+    """Make a model ready to run on a path.
+
+    `model` is a folder, a .gguf file, a built-in name such as smollm2, a checkpoint that is already open, or a source
+    of weights such as `from_transformers` gives, which has no tokenizer; `path` is compiled or reference; `storage`
+    how weights are kept (float32, bfloat16, int8, int4; by default as the model was converted, else float32); `compute`
+    the arithmetic; `context` the most tokens of a sequence, where a model named here is to hold fewer than it can. The
+    compiled path compiles here, once for any prompt and batch size; without `batches`, what only several prompts at
+    once need is compiled when they come. `report` is told what takes long.
+
+    Raises a `TwinferError` that says what would be right: for a value that is none of these, a model that cannot be
+    used, or a machine that lacks what the path needs.
+    """
+    chosen_path = _choose(Path, path, "path")
+    given_storage = None if storage is None else _choose(Storage, storage, "storage")
+    chosen_compute = _choose(Compute, compute, "compute")
+    chosen_device = _device(device)
+    start = time.perf_counter()
+    checkpoint = _opened(model, context, report)
+    chosen_storage = given_storage or checkpoint.storage or Storage.FLOAT32
+    decoder: Decoder
+    if chosen_path is Path.REFERENCE:
+        decoder, compile_s = _reference(checkpoint.source, chosen_storage, chosen_compute, chosen_device), 0.0
+    else:
+        decoder = compiled = _compiled(checkpoint.source, chosen_storage, chosen_compute, chosen_device, report)
+        compile_s = compiled.compile(batches=batches)
+    return Model(
+        decoder=decoder,
+        checkpoint=checkpoint,
+        path=chosen_path,
+        storage=chosen_storage,
+        compute=chosen_compute,
+        load_s=time.perf_counter() - start - compile_s,
+        compile_s=compile_s,
+    )
+
+
+# The packages below are imported where they are needed: importing twinfer must bring no compiler and no file formats.
+
+
+def _opened(model: "str | Checkpoint | WeightSource", context: int | None, report: Report | None) -> "Checkpoint":
+    from twinfer.checkpoint import Checkpoint
+
+    if isinstance(model, str):
+        return open_checkpoint(model, report, context=context)
+    if context is not None:
+        raise RequestError("context is given for a model that is open already; give it where the model is opened")
+    if isinstance(model, Checkpoint):
+        return model
+    nothing: dict[str, Any] = {"tokenizer": None, "end_tokens": (), "chat_template": None, "special_tokens": {}}
+    return Checkpoint(name=model.config.family, source=model, config=model.config, **nothing)
+
+
+def open_checkpoint(model: str, report: Report | None = None, *, context: int | None = None) -> "Checkpoint":
+    """Open a folder, a .gguf file, or a built-in name; raises `TwinferError` where that fails."""
+    from twinfer.checkpoint import open_model
+
+    if model in PAPER_MODELS:
+        raise RequestError(
+            f"{model} is known by its config alone: there are no weights of it; see `twinfer inspect {model}`"
+        )
+    return open_model(model, context=context, report=report)
+
+
+def from_transformers(module: Any, *, context: int | None = None) -> WeightSource:
+    """The weights of a live transformers model of a family known here, sharing its storage where layouts allow.
+
+        model = twinfer.load(twinfer.from_transformers(module), path="compiled")
+
+    `context` limits the tokens of a sequence. Raises a `TwinferError` for a module that is not understood.
+    """
+    from twinfer.checkpoint import from_transformers
+
+    return from_transformers(module, context=context)
+
+
+def _reference(source: WeightSource, storage: Storage, compute: Compute, device: torch.device) -> "ReferencePath":
+    from twinfer.reference.path import ReferencePath
+
+    return ReferencePath(source, storage=storage, compute=compute.dtype, device=device)
+
+
+def _compiled(
+    source: WeightSource, storage: Storage, compute: Compute, device: torch.device, report: Report | None
+) -> "CompiledPath":
+    from twinfer.compiled.path import CompiledPath
+
+    return CompiledPath(source, storage=storage, compute=compute.dtype, device=device, report=report)
+
+
+def _choose(kind: type[Choice], value: str, what: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        raise RequestError(f"{what} is {value!r}; it must be one of {', '.join(kind)}") from None
+
+
+def _device(name: str) -> torch.device:
+    present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"device is {name!r}; on this machine it must be one of {', '.join(present)}") from None
+    if str(device) not in present and not (name == "cuda" and len(present) > 1):
+        raise MachineError(f"device is {name!r}; on this machine it must be one of {', '.join(present)}")
+    return device

@@ -1,0 +1,91 @@
+"""One path answering and timed in a process of its own, so that its peak memory is its own.
+
+`python -m twinfer.measuring` reads a `Task` as JSON from its one argument and prints a `Measurement` as JSON.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from twinfer.bench.child import answer_parent, run_child
+
+from .commands.console import waiting
+from .generation import generate
+from .loading import load
+from .memory import peak_memory_bytes
+
+PARAGRAPH = """\
+The keeper of the lighthouse wrote down the weather every evening, and for thirty years he had never missed a line. On
+the first night of winter the lamp went out. He climbed the stairs with a candle, found nothing broken, and sat down to
+listen to the sea. """
+"""What the timed prompt is made of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    model: str
+    path: str
+    storage: str
+    question: str
+    prompt_tokens: int = 256
+    """How long the timed prompt is."""
+    new_tokens: int = 33
+    """How many tokens the timed run adds; all but the first count as decoding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    path: str
+    storage: str
+    question_ids: list[int]
+    answer_ids: list[int]
+    answer: str
+    timed_ids: list[int]
+    """The timed prompt: `PARAGRAPH` over and over."""
+    continuation_ids: list[int]
+    """What followed the timed prompt; an end token does not stop it."""
+    load_s: float
+    compile_s: float
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    peak_memory_bytes: int | None
+
+
+def measure(task: Task, report: Callable[[str], None] | None = None) -> Measurement:
+    """Load, answer the question, then time a longer prompt and its continuation, everything warm by then."""
+    model = load(task.model, task.path, task.storage, batches=False, report=report)
+    (answer,) = model.generate([task.question], chat=True, max_new_tokens=48).outputs()
+    timed = (model.encode(PARAGRAPH) * task.prompt_tokens)[: task.prompt_tokens]
+    generation = generate(model.decoder, [timed], max_new_tokens=task.new_tokens)
+    (continuation,) = generation.outputs()
+    return Measurement(
+        path=task.path,
+        storage=task.storage,
+        question_ids=list(answer.prompt_ids),
+        answer_ids=list(answer.ids),
+        answer=answer.text or "",
+        timed_ids=timed,
+        continuation_ids=list(continuation.ids),
+        load_s=model.load_s,
+        compile_s=model.compile_s,
+        prefill_tokens_per_s=generation.timings.prefill_tokens_per_s,
+        decode_tokens_per_s=generation.timings.decode_tokens_per_s,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def measure_apart(task: Task) -> Measurement:
+    """`measure` in a new process, which says on our standard error what it waits for; its errors are raised here."""
+    return run_child("twinfer.measuring", task, Measurement, f"{task.path} {task.storage}")
+
+
+def main() -> None:
+    with waiting() as report:
+        answer_parent(Task, lambda task: measure(task, report))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

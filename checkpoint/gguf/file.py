@@ -1,0 +1,120 @@
+"""A GGUF file: metadata, and tensors that are de-quantized one at a time.
+
+The `gguf` library reads the header and knows the quantized formats. What it does not check is checked here: that
+everything the header speaks of lies within the file.
+
+GGUF writes shapes with the fastest axis first; here they are [outputs, inputs] as everywhere else.
+"""
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from torch import Tensor
+
+from ...spec.errors import CheckpointError, TwinferError
+
+_ROWS = 2048
+
+TOKEN_TYPES = "token_types.weight"
+"""A table, of which converters drop the first axis where it has a single row."""
+
+REMEDY = "fetch the file again"
+
+
+class _Header(gguf.GGUFReader):
+    """The library's reader over a plain array: a read past the end raises, and reading is several times faster.
+
+    The file is mapped copy-on-write, so that tensors made from it are writable in memory and the file stays as it is.
+    """
+
+    def __init__(self, path: Path):
+        self._bytes: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+        super().__init__(path, "c")
+
+    def forget_pages(self) -> None:
+        """Let the system drop the pages read so far, which it counts as our memory; it can read them again."""
+        mapping = getattr(self.data, "_mmap", None)
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if self._bytes is None:
+            self._bytes = np.asarray(self.data)
+        kind = np.dtype(dtype)
+        end = int(offset) + int(count) * kind.itemsize
+        if end > self._bytes.size:
+            raise EOFError(f"it should reach byte {end}, but ends at byte {self._bytes.size}")
+        values = self._bytes[int(offset) : end].view(kind)
+        order = self.byte_order if override_order is None else override_order
+        return values if order == "I" else values.view(kind.newbyteorder(order))
+
+
+class GgufFile:
+    """A `TensorStore` over a GGUF file. Raises `CheckpointError` for a file that is damaged or not GGUF."""
+
+    def __init__(self, path: Path):
+        self.where = str(path)
+        self._header = _read_header(path)
+        self._tensors = {tensor.name: tensor for tensor in self._header.tensors}
+        shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in self._header.tensors}
+        if len(shapes.get(TOKEN_TYPES, ())) == 1:
+            shapes[TOKEN_TYPES] = (1, *shapes[TOKEN_TYPES])
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
+
+    def take_metadata(self) -> dict[str, Any]:
+        """Every metadata value by its key, as plain Python numbers, strings and lists.
+
+        To be called once: the library's form of them, an array for each token of the vocabulary, is let go here.
+        """
+        assert self._header.fields, "the metadata have been taken"
+        try:
+            values = {key: field.contents() for key, field in self._header.fields.items()}
+        except ValueError as error:
+            raise CheckpointError(f"{self.where} holds metadata that is not text ({error}); {REMEDY}") from None
+        self._header.fields.clear()
+        return values
+
+    def read(self, name: str) -> Tensor:
+        """Read some rows at a time: the library's arithmetic takes several times the memory of its result."""
+        tensor, shape = self._tensors[name], self.shapes[name]
+        if len(tensor.shape) < 2:
+            return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+        out = np.empty(shape, np.float32)
+        for first in range(0, shape[0], _ROWS):
+            out[first : first + _ROWS] = dequantize(tensor.data[first : first + _ROWS], tensor.tensor_type)
+        self._header.forget_pages()
+        return torch.from_numpy(out)
+
+    def unreadable(self, name: str) -> str | None:
+        kind = self._tensors[name].tensor_type
+        _, size = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            dequantize(np.zeros(size, np.uint8), kind)  # one block tells whether the library knows the format
+        except NotImplementedError:
+            return f"kept as {kind.name}, which cannot be de-quantized here; F16, Q8_0 and Q4_K can, for example"
+        return None
+
+
+def _read_header(path: Path) -> _Header:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file: it begins with {magic!r} instead of b'GGUF'; {REMEDY}")
+        header = _Header(path)
+    except TwinferError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # the library raises whatever its first step over nonsense happens to raise
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{path} is truncated or corrupt: {reason}; {REMEDY}") from None
+    if header.endianess is not gguf.GGUFEndian.LITTLE:
+        raise CheckpointError(f"{path} is a big-endian GGUF file; convert it to little-endian with gguf-convert-endian")
+    return header

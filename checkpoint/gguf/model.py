@@ -1,0 +1,53 @@
+"""GGUF files as models, of every architecture that `gguf_architectures` knows."""
+
+from typing import Any
+
+from ...spec.errors import CheckpointError
+from ..fields import Fields
+from ..source import FileSource
+from . import rotary as gguf_rotary
+from .architectures import ARCHITECTURES
+from .config import understood
+from .file import GgufFile
+from .table import table
+
+
+def source(file: GgufFile, metadata: dict[str, Any], most_tokens: int | None = None) -> FileSource:
+    """The weights of a GGUF file. Raises `CheckpointError`, `ConfigError` or `WeightError` for what cannot be used."""
+    name = _architecture(file, metadata)
+    prefix, architecture = f"{name}.", ARCHITECTURES[name]
+    values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    fields = Fields(values, f"{file.where}: {prefix}", most_tokens=most_tokens)
+    read = understood(name, architecture, fields, file)
+    used = () if architecture.rotary is None else gguf_rotary.TENSORS
+    names = table(architecture, file.shapes)
+    return FileSource(
+        read.config, names, _Without(file, used), read.buffers(), most_tokens=most_tokens, notes=fields.notes
+    )
+
+
+def _architecture(file: GgufFile, metadata: dict[str, Any]) -> str:
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{file.where} is of architecture {architecture!r}; the GGUF architectures known here are: "
+            + ", ".join(ARCHITECTURES)
+        )
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{file.where} holds a GGUF {kind}; it must hold a model")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(
+            f"{file.where} is one of {metadata['split.count']} pieces; join them with llama-gguf-split --merge"
+        )
+    return str(architecture)
+
+
+class _Without:
+    """A file but for some tensors, which have been used already."""
+
+    def __init__(self, file: GgufFile, names: tuple[str, ...]):
+        self.where = file.where
+        self.shapes = {name: shape for name, shape in file.shapes.items() if name not in names}
+        self.read = file.read
+        self.unreadable = file.unreadable

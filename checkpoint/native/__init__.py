@@ -1,0 +1,1 @@
+"""The project's own folder form: safetensors and JSON, matrices as stored."""

@@ -1,0 +1,114 @@
+"""How the twinfer form keeps a tensor in a file, by storage, such that reading it back changes nothing.
+
+A path rounds matrices to its storage when it reads them. So the form must give back numbers whose rounding is what
+the original's was. In float32 and bfloat16 the rounded numbers do. In int8 the codes times the scale nearly always do:
+the scale is the row's largest magnitude / 127, and in float32 127 times it, divided by 127 again, is the same number
+(all 2 ** 23 of them were tried), but not where it is denormal. So the form keeps the largest magnitude itself, the
+row's peak, which is what codes of the largest magnitude become:
+
+    scale = peak / 127      weight = sign(code) * peak where |code| is the row's largest, else code * scale
+
+In int4 it keeps the least and the largest weight of each group (`kept_groups` says why).
+
+Shapes: N rows, I columns, G groups of a row.
+"""
+
+import torch
+from torch import Tensor
+
+from ...spec.config import INT4_GROUP, Storage
+from ...spec.errors import WeightError
+from ...spec.shapes import Shapes, is_buffer, is_matrix
+from .group_encoding import dequantized_groups, quantized_groups
+
+ABSMAX = ".absmax_N"
+"""Ends the name of the tensor of peaks that stands beside one of int8 codes."""
+MIN, MAX = ".min_NG", ".max_NG"
+"""End the names of the tensors that stand beside one of int4 codes: the least and largest weight of each group."""
+
+
+def layout(shapes: Shapes, storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a file must hold for weights of these shapes: each tensor's dtype, as safetensors names it, and shape.
+
+    >>> layout({"up.weight_NI": (3, 5), "up.bias_N": (3,)}, Storage.INT8)
+    {'up.weight_NI': ('I8', (3, 5)), 'up.weight_NI.absmax_N': ('F32', (3,)), 'up.bias_N': ('F32', (3,))}
+    """
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if is_matrix(name):
+            expected |= _matrix_layout(name, shape[0], shape[1], storage)
+        else:
+            expected[name] = "F64" if is_buffer(name) else "F32", shape
+    return expected
+
+
+def _matrix_layout(name: str, rows: int, inputs: int, storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
+    match storage:
+        case Storage.FLOAT32:
+            return {name: ("F32", (rows, inputs))}
+        case Storage.BFLOAT16:
+            return {name: ("BF16", (rows, inputs))}
+        case Storage.INT8:
+            return {name: ("I8", (rows, inputs)), name + ABSMAX: ("F32", (rows,))}
+        case Storage.INT4:
+            of_groups = "F32", (rows, -(-inputs // INT4_GROUP))
+            return {name: ("U8", (rows, -(-inputs // 2))), name + MIN: of_groups, name + MAX: of_groups}
+
+
+def encode(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
+    """What a file holds for the weight of that name. Raises `WeightError` for what int8 and int4 cannot keep."""
+    if is_buffer(name):
+        return {name: tensor}
+    if not is_matrix(name):
+        return {name: tensor.to(torch.float32)}
+    match storage:
+        case Storage.FLOAT32:
+            return {name: tensor.to(torch.float32)}
+        case Storage.BFLOAT16:
+            return {name: tensor.to(torch.bfloat16)}
+        case Storage.INT8:
+            return dict(zip((name, name + ABSMAX), quantized(tensor.to(torch.float32), name), strict=True))
+        case Storage.INT4:
+            of_groups = quantized_groups(tensor.to(torch.float32), name)
+            return dict(zip((name, name + MIN, name + MAX), of_groups, strict=True))
+
+
+def decode(found: dict[str, Tensor], shapes: Shapes, storage: Storage) -> dict[str, Tensor]:
+    """The weights that a file's tensors stand for: as they are, or as float32 where they are codes."""
+    weights = {}
+    for name, shape in shapes.items():
+        if is_matrix(name) and storage is Storage.INT8:
+            weights[name] = dequantized(found[name], found[name + ABSMAX])
+        elif is_matrix(name) and storage is Storage.INT4:
+            weights[name] = dequantized_groups(found[name], found[name + MIN], found[name + MAX], shape[1])
+        else:
+            weights[name] = found[name]
+    return weights
+
+
+def quantized(weight_NI: Tensor, name: str = "weight_NI") -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes, rounded half to even, and the peak of each row.
+
+    >>> quantized(torch.tensor([[254.0, -5.0, 3.0]]))  # scale 2: 127, -2.5, 1.5
+    (tensor([[127,  -2,   2]], dtype=torch.int8), tensor([254.]))
+    """
+    absmax_N = weight_NI.abs().amax(-1)
+    if not bool(absmax_N.isfinite().all()):
+        row = int((~absmax_N.isfinite()).nonzero()[0])
+        raise WeightError(f"{name} holds {float(absmax_N[row])} in row {row}; int8 keeps finite numbers alone")
+    scale_N1 = (absmax_N / 127)[:, None]
+    quantized_NI = torch.where(scale_N1 > 0, weight_NI / scale_N1, 0.0).round().clamp(-127, 127)
+    return quantized_NI.to(torch.int8), absmax_N
+
+
+def dequantized(quantized_NI: Tensor, absmax_N: Tensor) -> Tensor:
+    """Float32 numbers that quantize to these very codes and peaks.
+
+    >>> dequantized(*quantized(torch.tensor([[254.0, -5.0, 3.0]])))
+    tensor([[254.,  -4.,   4.]])
+    """
+    size_NI = quantized_NI.to(torch.int32).abs()
+    largest_N1 = size_NI.amax(-1, keepdim=True)
+    weight_NI = quantized_NI.to(torch.float32) * (absmax_N / 127)[:, None]
+    at_peak_NI = (size_NI == largest_N1) & (largest_N1 > 0)
+    return torch.where(at_peak_NI, torch.copysign(absmax_N[:, None].expand(quantized_NI.shape), weight_NI), weight_NI)

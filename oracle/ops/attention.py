@@ -1,0 +1,332 @@
+"""Records of attention: visible, attention.
+
+Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, G = H/K, D head size.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+
+from ...reference.attention import attention, visible
+from ...spec.decoder import Path
+from .. import fast
+from ..budget import Budget
+from ..case import DTYPES, Case, Data, Inputs, Picker, activations
+from ..guarantees import Bitwise
+from ..op import Function, Op
+from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
+from ..scale import attention_scale
+from ..variants import changed, one_row_3_percent_off, permutation, then
+
+
+def visible_cases(pick: Picker) -> Case:
+    new = pick.integer(1, 5)
+    return Case(
+        op="visible",
+        sizes={"T": new, "S": new + pick.integer(0, 6)},
+        options={
+            "causal": pick.choice([True, False]),
+            "window": pick.choice([None, 1, 2, 3, 20]),
+            "key_length": pick.choice([None, 0, 1, 4]),
+        },
+        seed=pick.integer(0, 2**31),
+    )
+
+
+def visible_inputs(case: Case) -> Inputs:
+    n = case.n
+    positions = {"query_position_T": torch.arange(n.S - n.T, n.S), "key_position_S": torch.arange(n.S)}
+    return {**positions, **case.options}
+
+
+def _brute_force(
+    *,
+    query_position_T: Tensor,
+    key_position_S: Tensor,
+    causal: bool = True,
+    window: int | None = None,
+    key_length: int | None = None,
+) -> Tensor:
+    """One pair at a time, in Python integers."""
+    return torch.tensor(
+        [
+            [
+                (not causal or s <= t) and (window is None or s > t - window) and (key_length is None or s < key_length)
+                for s in key_position_S.tolist()
+            ]
+            for t in query_position_T.tolist()
+        ]
+    )
+
+
+def _wider_window(inputs: Inputs) -> Inputs:
+    return {"window": None if inputs["window"] is None else inputs["window"] + 1}
+
+
+def _strictly_before(inputs: Inputs) -> Inputs:
+    return {"query_position_T": inputs["query_position_T"] - 1} if inputs["causal"] else {}
+
+
+def _top_left(inputs: Inputs) -> Inputs:
+    return {"query_position_T": torch.arange(len(inputs["query_position_T"]))}
+
+
+def _padding_seen(inputs: Inputs) -> Inputs:
+    return {"key_length": None}
+
+
+def moves_with_positions(op: Op, function: Function, case: Case) -> None:
+    """Only distances matter: moving every position by the same amount changes nothing."""
+    inputs = {**op.inputs(case), "key_length": None}
+    moved = {name: value + 1000 if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    assert_same_bits([function(**inputs)], [function(**moved)], "translation")
+
+
+VISIBLE = Op(
+    name="visible",
+    paper="III-D",
+    axes="T S",
+    reference=visible,
+    outputs=("T S",),
+    cases=visible_cases,
+    inputs=visible_inputs,
+    guarantee=Bitwise(),
+    properties=(repeats_itself, moves_with_positions),
+    variants={"brute_force": _brute_force},
+    mutants={
+        "window_off_by_one": changed(visible, _wider_window),
+        "self_not_seen": changed(visible, _strictly_before),
+        "top_left_alignment": changed(visible, _top_left),
+        "padding_seen": changed(visible, _padding_seen),
+    },
+    flops=lambda n: 0,
+    bytes=lambda n: n.T * n.S,
+    fast={Path.COMPILED: fast.VISIBLE},
+)
+
+
+def attention_cases(pick: Picker) -> Case:
+    new, kv_heads = pick.integer(1, 5), pick.integer(1, 3)
+    return Case(
+        op="attention",
+        sizes={
+            "B": pick.integer(1, 2),
+            "T": new,
+            "S": new + pick.integer(0, 6),
+            "H": kv_heads * pick.integer(1, 3),
+            "K": kv_heads,
+            "D": pick.integer(1, 8),
+        },
+        options={"causal": pick.choice([True, False]), "window": pick.choice([None, 1, 2, 3])},
+        data=pick.choice(tuple(Data)),
+        dtype=pick.choice(DTYPES),
+        seed=pick.integer(0, 2**31),
+    )
+
+
+def attention_inputs(case: Case) -> Inputs:
+    n = case.n
+    return {
+        "query_BTHD": activations(case, "query", n.B, n.T, n.H, n.D, large=5),
+        "key_BSKD": activations(case, "key", n.B, n.S, n.K, n.D, large=5),
+        "value_BSKD": activations(case, "value", n.B, n.S, n.K, n.D),
+        "visible_TS": _mask(case),
+        "scale": n.D**-0.5,
+    }
+
+
+def _mask(case: Case) -> Tensor:
+    """MASKED: any mask at all, and about a third of the queries see nothing."""
+    n = case.n
+    if case.data is Data.MASKED:
+        seen_TS = torch.rand(n.T, n.S, generator=case.generator("mask")) < 0.6
+        blind_T1 = torch.rand(n.T, 1, generator=case.generator("blind")) < 0.3
+        return seen_TS & ~blind_T1
+    return _brute_force(query_position_T=torch.arange(n.S - n.T, n.S), key_position_S=torch.arange(n.S), **case.options)  # type: ignore[arg-type]
+
+
+def _attention_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
+    return [attention_scale(**exact)]
+
+
+def _torch_attention(
+    *, query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, visible_TS: Tensor, scale: float
+) -> Tensor:
+    """torch's own kernel, in the inputs' dtype."""
+    query, key, value = (x.transpose(1, 2) for x in (query_BTHD, key_BSKD, value_BSKD))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible_TS, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def _keys_shuffled(inputs: Inputs) -> Inputs:
+    order = permutation(inputs["visible_TS"].shape[1])
+    return {
+        "key_BSKD": inputs["key_BSKD"][:, order],
+        "value_BSKD": inputs["value_BSKD"][:, order],
+        "visible_TS": inputs["visible_TS"][:, order],
+    }
+
+
+def _head_size_shuffled(inputs: Inputs) -> Inputs:
+    order = permutation(inputs["query_BTHD"].shape[-1])
+    return {"query_BTHD": inputs["query_BTHD"][..., order], "key_BSKD": inputs["key_BSKD"][..., order]}
+
+
+def running_softmax(
+    *,
+    query_BTHD: Tensor,
+    key_BSKD: Tensor,
+    value_BSKD: Tensor,
+    visible_TS: Tensor,
+    scale: float,
+    bias_HTS: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One key after the other, with a running peak and sum (Milakov, Gimelshein 2018), as fused kernels do."""
+    group = query_BTHD.shape[2] // key_BSKD.shape[2]
+    key, value = (x.float().repeat_interleave(group, 2) for x in (key_BSKD, value_BSKD))
+    query = query_BTHD.float() * scale
+    peak = torch.full(query.shape[:3], -torch.inf)
+    total, out = torch.zeros(query.shape[:3]), torch.zeros_like(query)
+    for s in range(visible_TS.shape[1]):
+        seen_1T1 = visible_TS[None, :, s, None]
+        score = (query * key[:, s, None]).sum(-1)
+        score = score if softcap is None else torch.tanh(score / softcap) * softcap
+        score = score if bias_HTS is None else score + bias_HTS[None, :, :, s].mT.float()
+        score = score.masked_fill(~seen_1T1, -torch.inf)
+        new_peak = torch.maximum(peak, score)
+        shrink = torch.exp(peak - new_peak).nan_to_num(0.0)
+        weight = torch.exp(score - new_peak).nan_to_num(0.0)
+        total, peak = total * shrink + weight, new_peak
+        out = out * shrink[..., None] + weight[..., None] * value[:, s, None]
+    return (out / total.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).to(query_BTHD.dtype)
+
+
+def _not_scaled(inputs: Inputs) -> Inputs:
+    return {"scale": 1.0}
+
+
+def _scaled_by_size(inputs: Inputs) -> Inputs:
+    return {"scale": inputs["scale"] ** 2}
+
+
+def _mask_off_by_one(inputs: Inputs) -> Inputs:
+    return {"visible_TS": inputs["visible_TS"].roll(1, dims=1)}
+
+
+def _mask_ignored(inputs: Inputs) -> Inputs:
+    return {"visible_TS": torch.ones_like(inputs["visible_TS"])}
+
+
+def _stale_last_row(inputs: Inputs) -> Inputs:
+    changed = {}
+    for name in ("key_BSKD", "value_BSKD"):
+        changed[name] = inputs[name].clone()
+        changed[name][:, -1] = inputs[name].roll(1, dims=1)[:, -1]
+    return changed
+
+
+def _grouped_by_modulo(inputs: Inputs) -> Inputs:
+    """Query head h reads key/value head h % K instead of h // G."""
+    heads = inputs["query_BTHD"].shape[2]
+    modulo = torch.arange(heads) % inputs["key_BSKD"].shape[2]
+    return {"key_BSKD": inputs["key_BSKD"][:, :, modulo], "value_BSKD": inputs["value_BSKD"][:, :, modulo]}
+
+
+def _not_normalized(
+    *, query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, visible_TS: Tensor, scale: float, **_: object
+) -> Tensor:
+    wide = query_BTHD.float()
+    grouped = rearrange(wide, "b t (k g) d -> b k g t d", k=key_BSKD.shape[2])
+    score = scale * einsum(grouped, key_BSKD.float(), "b k g t d, b s k d -> b k g t s")
+    score = score.masked_fill(~visible_TS, -torch.inf)
+    weight = torch.exp(score - score.amax(-1, keepdim=True).nan_to_num(neginf=0.0))
+    out = einsum(weight, value_BSKD.float(), "b k g t s, b s k d -> b t k g d")
+    return rearrange(out, "b t k g d -> b t (k g) d").to(query_BTHD.dtype)
+
+
+def _blind_queries_average(inputs: Inputs) -> Inputs:
+    """A query that may see nothing sees everything, as with a mask of -10000 added to the scores."""
+    seen_TS = inputs["visible_TS"]
+    return {"visible_TS": seen_TS | ~seen_TS.any(-1, keepdim=True)}
+
+
+def ignores_unseen_keys(op: Op, function: Function, case: Case) -> None:
+    """Replacing every key and value that no query may see, by any finite value, changes no bit."""
+    inputs = op.inputs(case)
+    unseen = ~inputs["visible_TS"].any(0)[None, :, None, None]
+    replaced = {name: inputs[name].masked_fill(unseen, 3.0) for name in ("key_BSKD", "value_BSKD")}
+    assert_same_bits(call(op, function, case), call(op, function, case, **replaced), "unseen keys")
+
+
+def permuting_groups_permutes_output(op: Op, function: Function, case: Case) -> None:
+    """Reversing the key/value heads, with their query heads, reverses the outputs, within the op's budget."""
+
+    def reversed_groups(x_BTHD: Tensor, kv_heads: int) -> Tensor:
+        grouped = rearrange(x_BTHD, "b t (k g) d -> b t k g d", k=kv_heads).flip(2)
+        return rearrange(grouped, "b t k g d -> b t (k g) d")
+
+    def there_and_back(**inputs: Any) -> Tensor:
+        kv_heads = inputs["key_BSKD"].shape[2]
+        names = ("query_BTHD", "key_BSKD", "value_BSKD")
+        out = function(**{**inputs, **{name: reversed_groups(inputs[name], kv_heads) for name in names}})
+        return reversed_groups(out, kv_heads)
+
+    verdict = op.guarantee.judge(op.trial(there_and_back, case))
+    assert not verdict.failed, verdict.complaint
+
+
+def stays_between_values(op: Op, function: Function, case: Case) -> None:
+    """An output lies between the least and the greatest value that may be seen, or is zero where there is none."""
+    inputs = op.inputs(case)
+    out = call(op, function, case)[0].double()
+    group = inputs["query_BTHD"].shape[2] // inputs["key_BSKD"].shape[2]
+    value_B1SHD = inputs["value_BSKD"].double().repeat_interleave(group, 2)[:, None]
+    seen_TS11 = inputs["visible_TS"][:, :, None, None]
+    least = value_B1SHD.where(seen_TS11, torch.inf).amin(2).nan_to_num(posinf=0.0)
+    most = value_B1SHD.where(seen_TS11, -torch.inf).amax(2).nan_to_num(neginf=0.0)
+    size = torch.maximum(least.abs(), most.abs())
+    slack = 2 * torch.finfo(case.dtype).eps * size.clamp_min(torch.finfo(case.dtype).smallest_normal)
+    assert bool(((least - slack <= out) & (out <= most + slack)).all()), "an output lies outside its values"
+
+
+ATTENTION = Op(
+    name="attention",
+    paper="III-D, Fig. 1c (region 2)",
+    axes="B T S H K D",
+    reference=attention,
+    outputs=("B T H D",),
+    cases=attention_cases,
+    inputs=attention_inputs,
+    guarantee=Budget(rows="B T H", scale=_attention_scale),
+    properties=(
+        repeats_itself,
+        first_rows_alone("query_BTHD", "key_BSKD", "value_BSKD"),
+        ignores_unseen_keys,
+        permuting_groups_permutes_output,
+        stays_between_values,
+    ),
+    variants={
+        "torch": _torch_attention,
+        "keys_shuffled": changed(attention, _keys_shuffled),
+        "head_size_shuffled": changed(attention, _head_size_shuffled),
+        "running_softmax": running_softmax,
+    },
+    mutants={
+        "not_scaled": changed(attention, _not_scaled),
+        "scaled_by_head_size": changed(attention, _scaled_by_size),
+        "mask_off_by_one": changed(attention, _mask_off_by_one),
+        "mask_ignored": changed(attention, _mask_ignored),
+        "stale_cache_row": changed(attention, _stale_last_row),
+        "heads_grouped_by_modulo": changed(attention, _grouped_by_modulo),
+        "softmax_not_normalized": _not_normalized,
+        "blind_queries_average": changed(attention, _blind_queries_average),
+        "row_3_percent_off": then(attention, one_row_3_percent_off),
+    },
+    flops=lambda n: 4 * n.B * n.H * n.T * n.S * n.D,
+    bytes=lambda n: 4 * (2 * n.B * n.T * n.H * n.D + 2 * n.B * n.S * n.K * n.D) + n.T * n.S,
+    fast={Path.COMPILED: fast.ATTENTION},
+)

@@ -1,0 +1,231 @@
+"""Records of the feed-forward half of a layer: activation, mlp.
+
+Shapes: B batch, T tokens, M hidden, F intermediate.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...reference.mlp import activation, mlp
+from ...spec.config import Activation, MlpConfig
+from ...spec.decoder import Path
+from ...spec.weights import LinearWeights, MlpWeights
+from .. import fast
+from ..budget import Budget
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..op import Function, Op
+from ..properties import first_rows_alone, repeats_itself
+from ..scale import activation_scale, linear_scale
+from ..variants import changed, one_row_3_percent_off, permutation, then
+from .linear import linear_weights
+
+KINDS = tuple(Activation)
+
+
+def activation_cases(pick: Picker) -> Case:
+    return Case(
+        op="activation",
+        sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "F": pick.integer(1, 20)},
+        options={"kind": pick.choice([kind.value for kind in KINDS])},
+        data=pick.choice(UNMASKED),
+        dtype=pick.choice(DTYPES),
+        seed=pick.integer(0, 2**31),
+    )
+
+
+def activation_inputs(case: Case) -> Inputs:
+    n = case.n
+    return {"x": activations(case, "x", n.B, n.T, n.F), "kind": Activation(str(case.options["kind"]))}
+
+
+def _activation_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
+    return [activation_scale(exact["x"].abs())]
+
+
+def _torch_activation(*, x: Tensor, kind: Activation) -> Tensor:
+    wide = x.float()
+    match kind:
+        case Activation.GELU:
+            return F.gelu(wide).to(x.dtype)
+        case Activation.GELU_TANH:
+            return F.gelu(wide, approximate="tanh").to(x.dtype)
+        case Activation.GELU_SIGMOID:
+            return (F.silu(1.702 * wide) / 1.702).to(x.dtype)
+        case Activation.RELU:
+            return F.relu(wide).to(x.dtype)
+        case Activation.SILU:
+            return F.silu(wide).to(x.dtype)
+
+
+_OTHER = {
+    Activation.GELU: Activation.GELU_TANH,
+    Activation.GELU_TANH: Activation.GELU,
+    Activation.GELU_SIGMOID: Activation.GELU_TANH,
+    Activation.SILU: Activation.GELU,
+    Activation.RELU: Activation.RELU,
+}
+
+
+def _other_kind(inputs: Inputs) -> Inputs:
+    return {"kind": _OTHER[inputs["kind"]]}
+
+
+def _sigmoid_gelu(*, x: Tensor, kind: Activation) -> Tensor:
+    """The 1.702 approximation in place of the tanh one."""
+    if kind is Activation.GELU_TANH:
+        return (x.float() * torch.sigmoid(1.702 * x.float())).to(x.dtype)
+    return activation(x, kind)
+
+
+def _negatives_leak(*, x: Tensor, kind: Activation) -> Tensor:
+    return F.leaky_relu(x.float()).to(x.dtype) if kind is Activation.RELU else activation(x, kind)
+
+
+def odd_part_is_half(op: Op, function: Function, case: Case) -> None:
+    """f(x) - f(-x) = x for every kind, beyond the rounding of both sides."""
+    inputs = op.inputs(replace(case, dtype=torch.float32, data=Data.NORMAL))
+    x = inputs["x"]
+    gap = (function(**inputs).double() - function(x=-x, kind=inputs["kind"]).double() - x.double()).abs()
+    allowed = 4 * torch.finfo(torch.float32).eps * activation_scale(x.double().abs())
+    assert bool((gap <= allowed).all()), f"f(x) - f(-x) differs from x by up to {float(gap.max()):.3g}"
+
+
+ACTIVATION = Op(
+    name="activation",
+    paper="III-D, Fig. 1c (region 3)",
+    axes="B T F",
+    reference=activation,
+    outputs=("B T F",),
+    cases=activation_cases,
+    inputs=activation_inputs,
+    guarantee=Budget(rows="B T", scale=_activation_scale),
+    properties=(repeats_itself, first_rows_alone("x"), odd_part_is_half),
+    variants={"torch": _torch_activation},
+    mutants={
+        "gelu_tanh_for_erf_and_back": changed(activation, _other_kind),
+        "sigmoid_for_tanh": _sigmoid_gelu,
+        "negatives_leak": _negatives_leak,
+        "row_3_percent_off": then(activation, one_row_3_percent_off),
+    },
+    flops=lambda n: 8 * n.B * n.T * n.F,
+    bytes=lambda n: 4 * 2 * n.B * n.T * n.F,
+    fast={Path.COMPILED: fast.ACTIVATION},
+)
+
+
+def mlp_cases(pick: Picker) -> Case:
+    return Case(
+        op="mlp",
+        sizes={"B": pick.integer(1, 2), "T": pick.integer(1, 4), "M": pick.integer(1, 12), "F": pick.integer(1, 20)},
+        options={
+            "kind": pick.choice([kind.value for kind in KINDS]),
+            "gated": pick.choice([False, True]),
+            "bias": pick.choice([False, True]),
+        },
+        data=pick.choice(UNMASKED),
+        dtype=pick.choice(DTYPES),
+        seed=pick.integer(0, 2**31),
+    )
+
+
+def mlp_inputs(case: Case) -> Inputs:
+    n, gated, bias = case.n, bool(case.options["gated"]), bool(case.options["bias"])
+    config = MlpConfig(width=n.F, activation=Activation(str(case.options["kind"])), gated=gated, bias=bias)
+    weights = MlpWeights(
+        up=linear_weights(case, "up", n.F, n.M, bias),
+        down=linear_weights(case, "down", n.M, n.F, bias),
+        gate=linear_weights(case, "gate", n.F, n.M, bias) if gated else None,
+    )
+    return {"x_BTM": activations(case, "x", n.B, n.T, n.M, large=5), "weights": weights, "config": config}
+
+
+def mlp_scale(scale_x: Tensor, weights: MlpWeights) -> Tensor:
+    """Rounding of the products, through the activation, into the product that follows."""
+    inner = linear_scale(scale_x, weights.up)
+    if weights.gate is None:
+        inner = activation_scale(inner)
+    else:
+        inner = 2 * activation_scale(linear_scale(scale_x, weights.gate)) * inner  # an error in either factor
+    return linear_scale(inner, weights.down)
+
+
+def _mlp_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
+    return [mlp_scale(exact["x_BTM"].abs(), exact["weights"])]
+
+
+def _plain(x: Tensor, weights: LinearWeights) -> Tensor:
+    return F.linear(x, weights.weight_NI.float(), None if weights.bias_N is None else weights.bias_N.float())
+
+
+def _wide_mlp(*, x_BTM: Tensor, weights: MlpWeights, config: MlpConfig) -> Tensor:
+    """Everything in float32, nothing rounded on the way."""
+    inner = _plain(x_BTM.float(), weights.up)
+    if weights.gate is None:
+        inner = _torch_activation(x=inner, kind=config.activation)
+    else:
+        inner = inner * _torch_activation(x=_plain(x_BTM.float(), weights.gate), kind=config.activation)
+    return _plain(inner, weights.down).to(x_BTM.dtype)
+
+
+def _rows(linear: LinearWeights, order: Tensor) -> LinearWeights:
+    return LinearWeights(
+        weight_NI=linear.weight_NI[order], bias_N=None if linear.bias_N is None else linear.bias_N[order]
+    )
+
+
+def _units_shuffled(inputs: Inputs) -> Inputs:
+    weights: MlpWeights = inputs["weights"]
+    order = permutation(len(weights.up.weight_NI))
+    return {
+        "weights": MlpWeights(
+            up=_rows(weights.up, order),
+            gate=None if weights.gate is None else _rows(weights.gate, order),
+            down=replace(weights.down, weight_NI=weights.down.weight_NI[:, order]),
+        )
+    }
+
+
+def _gate_and_up_swapped(inputs: Inputs) -> Inputs:
+    weights: MlpWeights = inputs["weights"]
+    return {} if weights.gate is None else {"weights": replace(weights, gate=weights.up, up=weights.gate)}
+
+
+def _gate_forgotten(inputs: Inputs) -> Inputs:
+    return {"weights": replace(inputs["weights"], gate=None)}
+
+
+def _down_bias_dropped(inputs: Inputs) -> Inputs:
+    weights: MlpWeights = inputs["weights"]
+    return {"weights": replace(weights, down=replace(weights.down, bias_N=None))}
+
+
+def _config_other_kind(inputs: Inputs) -> Inputs:
+    config: MlpConfig = inputs["config"]
+    return {"config": replace(config, activation=_OTHER[config.activation])}
+
+
+MLP = Op(
+    name="mlp",
+    paper="III-D, Fig. 1c (region 3)",
+    axes="B T M F",
+    reference=mlp,
+    outputs=("B T M",),
+    cases=mlp_cases,
+    inputs=mlp_inputs,
+    guarantee=Budget(rows="B T", scale=_mlp_scale),
+    properties=(repeats_itself, first_rows_alone("x_BTM")),
+    variants={"wide": _wide_mlp, "units_shuffled": changed(mlp, _units_shuffled)},
+    mutants={
+        "gate_and_up_swapped": changed(mlp, _gate_and_up_swapped),
+        "gate_forgotten": changed(mlp, _gate_forgotten),
+        "down_bias_dropped": changed(mlp, _down_bias_dropped),
+        "gelu_tanh_for_erf_and_back": changed(mlp, _config_other_kind),
+        "row_3_percent_off": then(mlp, one_row_3_percent_off),
+    },
+    flops=lambda n: 6 * n.B * n.T * n.M * n.F,
+    bytes=lambda n: 4 * (2 * n.B * n.T * n.M + 3 * n.M * n.F),
+    no_fast="products and an activation, which have records; the compiled layer joins them: compare_paths judges it",
+)

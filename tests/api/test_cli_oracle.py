@@ -1,0 +1,130 @@
+"""The commands that speak for the oracle: ops, check, verify."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from twinfer import load
+from twinfer.commands import verify as verify_command
+from twinfer.commands.main import main
+from twinfer.oracle.table import OPS
+from twinfer.reference.components import DEFAULT
+from twinfer.reference.path import ReferencePath
+
+KERNELS = """
+import torch
+
+print("a module may print what it likes")
+
+def right(*, x, weights, epsilon):
+    wide = x.double()
+    out = wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weights.gain_M.double()
+    return out.to(x.dtype)
+
+def wrong(*, x, weights, epsilon):
+    return right(x=x, weights=weights, epsilon=epsilon) * 1.01
+
+def raising(*, x, weights, epsilon):
+    raise OSError("no such accelerator")
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def kernels(tmp_path, monkeypatch):
+    """A stranger's module in the current folder."""
+    (tmp_path / "strangers_kernels.py").write_text(KERNELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_ops_lists_every_op(capsys):
+    """Table and JSON name each op, with what an implementation is called with."""
+    assert main(["ops", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["ops"]}
+    assert list(rows) == list(OPS)
+    assert rows["rms_norm"]["arguments"] == ["x", "weights", "epsilon"]
+    assert all(row["guarantee"] and row["axes"] and row["paper"] for row in rows.values())
+    assert main(["ops"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in OPS)
+
+
+def test_a_right_implementation_passes(capsys):
+    words = ["check", "rms_norm", "--impl", "strangers_kernels:right", "--max-examples", "20"]
+    assert main(words) == 0
+    assert "rms_norm: strangers_kernels:right holds in 20 cases" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["holds"]
+    assert report["snippet"] is None
+
+
+def test_a_wrong_implementation_fails_with_a_snippet_that_reproduces_it(capsys):
+    """Exit status 1; the snippet, pasted, raises."""
+    words = ["check", "rms_norm", "--impl", "strangers_kernels:wrong", "--max-examples", "50"]
+    assert main(words) == 1
+    assert "strangers_kernels:wrong fails after" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["holds"]
+    with pytest.raises(AssertionError, match="rms_norm"):
+        exec(report["snippet"], {})
+
+
+def test_an_implementation_that_raises_fails(capsys):
+    assert main(["check", "rms_norm", "--impl", "strangers_kernels:raising"]) == 1
+    assert "no such accelerator" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["check", "rms_norms", "--impl", "strangers_kernels:right"], "no op 'rms_norms'; the ops are linear"),
+        (["check", "rms_norm"], "required: --impl"),
+        (["check", "rms_norm", "--impl", "strangers_kernels"], "must read package.module:function"),
+        (["check", "rms_norm", "--impl", "nowhere:right"], "'nowhere' of 'nowhere:right' cannot be imported"),
+        (["check", "rms_norm", "--impl", "strangers_kernels:absent"], "has no 'absent'"),
+        (["check", "rms_norm", "--impl", "strangers_kernels:number"], "cannot be called"),
+        (["check", "rms_norm", "--impl", "math:sqrt", "--max-examples", "0"], "max_examples is 0"),
+        (["verify", "lm-175b"], "there are no weights of it"),
+        (["verify", "x", "--schedules", "0"], "'0' is not a number of at least 1"),
+        (["verify", "x", "--storage", "int5"], "invalid choice: 'int5'"),
+    ],
+)
+def test_bad_requests_are_one_line(words, says, capsys):
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert err.splitlines()[-1].startswith("twinfer: error: ")
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_verify_tells_a_right_path_from_a_wrong_one(right, tiny, opens, monkeypatch, capsys):
+    """A path that computes as the reference does holds; one whose attention is scaled a little differently does not."""
+
+    def attention(query_BTHD, key_BSKD, value_BSKD, *, scale, **how):
+        return DEFAULT.attention(query_BTHD, key_BSKD, value_BSKD, scale=1.05 * scale, **how)
+
+    components = DEFAULT if right else replace(DEFAULT, attention=attention)
+
+    def load_candidate(checkpoint, path, *how, report):
+        model = load(checkpoint, "reference", *how)
+        return replace(model, decoder=ReferencePath(checkpoint.source, storage=model.storage, components=components))
+
+    opens(tiny)
+    monkeypatch.setattr(verify_command, "load", load_candidate)
+    words = ["verify", "tiny", "--schedules", "2", "--cases", "2", "--storage", "int8"]
+    assert main([*words, "--json"]) == (0 if right else 1)
+    report = json.loads(capsys.readouterr().out)
+    assert report["holds"] is report["paths"]["holds"] is right
+    assert report["storage"] == "int8"
+    assert bool(report["paths"]["failures"]) is not right
+    assert {row["op"] for row in report["ops"]} == {op.name for op in OPS.values() if op.fast}
+    assert all(row["holds"] for row in report["ops"])
+    assert main(words) == (0 if right else 1)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == ("everything holds" if right else "NOT everything holds")
