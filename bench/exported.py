@@ -188,7 +188,7 @@ def _ends(source: WeightSource) -> tuple[Tensor, Tensor, Tensor | None]:
     head = source.head()
     assert head.norm is not None, "LLaMA-like models have a final norm"
     projection_VM = None if head.projection is None else head.projection.weight_NI
-    return source.embedding().token_VE, head.norm.gain_M, projection_VM
+    return source.embedding().token_VW, head.norm.gain_M, projection_VM
 
 
 def _layers(source: WeightSource) -> Iterator[tuple[int, str, Tensor]]:

@@ -18,7 +18,7 @@ def table(prefix: str, *heads: Ignorable) -> Table:
         prefix=prefix,
         layers="encoder.layer.{layer}.",
         embedding=(
-            tensor("embeddings.word_embeddings.weight", "token_VE"),
+            tensor("embeddings.word_embeddings.weight", "token_VW"),
             tensor("embeddings.position_embeddings.weight", "position_PM"),
             tensor("embeddings.token_type_embeddings.weight", "type_YM"),
             *norm("embeddings.LayerNorm", "norm"),

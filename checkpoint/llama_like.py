@@ -35,7 +35,7 @@ def table(*layer: Stored) -> Table:
     return Table(
         prefix="model.",
         layers="layers.{layer}.",
-        embedding=(tensor("embed_tokens.weight", "token_VE"),),
+        embedding=(tensor("embed_tokens.weight", "token_VW"),),
         layer=layer,
         head=(*norm("norm", "norm"), *output("lm_head")),
         ignorable=(frequencies("layers.{layer}.self_attn"),),

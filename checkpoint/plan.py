@@ -17,7 +17,7 @@ from ..spec.shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
 from .table import Heads, Stored, Table
 
 _PROJECTION = "projection.weight_NI"
-_TOKENS = "token_VE"
+_TOKENS = "token_VW"
 _POSITIONS = "position_PM"
 
 

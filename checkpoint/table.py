@@ -79,8 +79,8 @@ class Table:
 def tensor(name: str, fills: str) -> Stored:
     """One tensor by its full name.
 
-    >>> tensor("wte.weight", "token_VE").fills
-    ('token_VE',)
+    >>> tensor("wte.weight", "token_VW").fills
+    ('token_VW',)
     """
     return Stored(name=name, fills=(fills,))
 

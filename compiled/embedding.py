@@ -1,6 +1,6 @@
 """What enters the first layer: rows of tables, added up; in a graph one pass with the first layer's norm.
 
-Shapes: T rows, M hidden, E table width, P positions, Y token types.
+Shapes: T rows, M hidden, W table width, P positions, Y token types.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Product = Callable[[Tensor, Matrix, Storage], Tensor]
 class Embedding(NamedTuple):
     table: Matrix
     projection: Matrix | None
-    """[M, E], where the table is not as wide as the hidden vector."""
+    """[M, W], where the table is not as wide as the hidden vector."""
     position_PM: Tensor | None
     type_YM: Tensor | None
     norm: Norm | None

@@ -6,7 +6,7 @@ runs alone, as a prefill of at most 512 tokens at a time, which bounds the memor
 step has its own graph, since one row is the case that memory alone limits. Texts that are encoded run together while
 they hold no more than 512 tokens, one after the other in one row of tokens, which needs no padding either.
 
-Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V vocabulary, E table width, N texts.
+Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V vocabulary, W table width, N texts.
 """
 
 import time
@@ -192,8 +192,8 @@ class CompiledPath:
         position_T = joined([self._slots[:length] for length in lengths])
         cu_seqlens = torch.tensor([0, *accumulate(lengths * 2 if lone else lengths)])
         program = self._ready("encode")
-        hidden_TE = program(self._model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens)
-        return list(hidden_TE[: sum(lengths)].split(lengths))
+        hidden_TW = program(self._model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens)
+        return list(hidden_TW[: sum(lengths)].split(lengths))
 
     def _pieces(self, name: str) -> Piece:
         """What makes the pieces of the program of this name."""
@@ -251,9 +251,9 @@ class CompiledPath:
         for piece_T in token_T.tensor_split(-(-len(token_T) // _PREFILL_TOKENS)):
             end = begin + len(piece_T)
             position_T, slot_S = self._slots[begin:end], self._slots[:end]
-            logits_1V, hidden_TE = program(self._model, sequences.caches, piece_T, position_T, start_1, slot_S)
+            logits_1V, hidden_TW = program(self._model, sequences.caches, piece_T, position_T, start_1, slot_S)
             if every_position:
-                logits_TV = head_prefill(hidden_TE, self._model.head, self._storage)
+                logits_TV = head_prefill(hidden_TW, self._model.head, self._storage)
                 every.append(scale_and_cap(logits_TV, self._config.logit_scale, self._config.logit_softcap))
             begin = end
         return logits_1V[0], torch.cat(every) if every else logits_1V[:0]

@@ -9,7 +9,7 @@ What it relies on: no piece reads a tensor's value or allocates by one, so the d
 `tape`); caches are written in place and keep their addresses.
 
 Shapes: R sequences that gain one token, T prompt tokens of one sequence or tokens of N texts, S key positions, M
-hidden, E table width, H heads, K key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cache.
+hidden, W table width, H heads, K key/value heads, D head size, J rotating pairs, V vocabulary, C slots of the cache.
 """
 
 import functools
@@ -105,7 +105,7 @@ def decode_program(config: ModelConfig, storage: Storage, piece: Piece, *, many:
 
 
 def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A function (model, caches, token_T, position_T, start, slot_S) -> logits [1, V], hidden [T, E].
+    """A function (model, caches, token_T, position_T, start, slot_S) -> logits [1, V], hidden [T, W].
 
     The logits follow the last token; the hidden vectors, of every token, are normed and ready for the head.
     """
@@ -120,8 +120,8 @@ def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Call
         return x_TM, tables, masks, start_1 + position_T, start_1 + slot_S
 
     def after(x_TM: Tensor, last: Last) -> tuple[Tensor, Tensor]:
-        hidden_TE = _for_head(x_TM, last, config, storage, linear_prefill)
-        return _logits(hidden_TE[-1:], last, config, storage, linear_decode), hidden_TE
+        hidden_TW = _for_head(x_TM, last, config, storage, linear_prefill)
+        return _logits(hidden_TW[-1:], last, config, storage, linear_decode), hidden_TW
 
     first = piece(before, Varying())
     layer_of = _layers(config, lambda layer: _prefill_layer(layer, storage), piece, Varying((0, 3, 4, 5, 6), (6,)))
@@ -135,14 +135,14 @@ def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Call
         for layer, weights, cache, table in zip(config.layers, model.layers, caches, which, strict=True):
             mask_TS = masks[windows.index(layer.attention.window)]
             x_TM = layer_of[layer](x_TM, weights, cache, _table(tables, table), write_T, read_S, mask_TS)
-        logits_1V, hidden_TE = final(x_TM, _last(model))
-        return logits_1V, hidden_TE
+        logits_1V, hidden_TW = final(x_TM, _last(model))
+        return logits_1V, hidden_TW
 
     return prefill
 
 
 def encode_program(config: ModelConfig, storage: Storage, piece: Piece) -> Callable[..., Tensor]:
-    """A function (model, token_T, type_T, position_T, cu_seqlens) -> hidden vectors [T, E], normed, of every token.
+    """A function (model, token_T, type_T, position_T, cu_seqlens) -> hidden vectors [T, W], normed, of every token.
 
     The tokens are those of texts one after the other, which `cu_seqlens` parts as `attend_varlen` says; positions begin
     anew with each. `type_T` is None for a model without token types.
@@ -166,8 +166,8 @@ def encode_program(config: ModelConfig, storage: Storage, piece: Piece) -> Calla
         x_TM, tables = first(model.embedding, rotations, token_T, type_T, position_T)
         for layer, weights, table in zip(config.layers, model.layers, which, strict=True):
             x_TM = layer_of[layer](x_TM, weights, _table(tables, table), cu_seqlens)
-        hidden_TE: Tensor = final(x_TM, _last(model))
-        return hidden_TE
+        hidden_TW: Tensor = final(x_TM, _last(model))
+        return hidden_TW
 
     return encode
 
@@ -336,14 +336,14 @@ def _normed(x_TM: Tensor, weights: Norm | None, config: LayerConfig) -> Tensor:
 
 
 def _for_head(x_TM: Tensor, last: Last, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
-    """What the head multiplies, [T, E]."""
+    """What the head multiplies, [T, W]."""
     if last.norm is not None and config.final_norm is not None:
         x_TM = norm(x_TM, last.norm.gain_M, last.norm.bias_M, config.final_norm)
     return x_TM if last.reduction is None else product(x_TM, last.reduction, storage)
 
 
-def _logits(hidden_RE: Tensor, last: Last, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
-    return scale_and_cap(product(hidden_RE, last.head, storage), config.logit_scale, config.logit_softcap)
+def _logits(hidden_RW: Tensor, last: Last, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
+    return scale_and_cap(product(hidden_RW, last.head, storage), config.logit_scale, config.logit_softcap)
 
 
 def _heads(qkv_TN: Tensor, weights: Layer, table: Table, config: LayerConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,7 +55,7 @@ class Model(NamedTuple):
     layers: tuple[Layer, ...]
     final_norm: Norm | None
     reduction: Matrix | None
-    """[E, M], where the table is not as wide as the hidden vector."""
+    """[W, M], where the table is not as wide as the hidden vector."""
     head: Matrix
     """The very words of the token table where the head is tied; also where there is none, and then nothing reads it."""
 
@@ -80,7 +80,7 @@ def _embedding(source: WeightSource, storage: Storage, device: torch.device) -> 
     weights, config = source.embedding(), source.config
     validate_embedding(weights, config)
     return Embedding(
-        table=_matrix([LinearWeights(weight_NI=weights.token_VE)], storage, device),
+        table=_matrix([LinearWeights(weight_NI=weights.token_VW)], storage, device),
         projection=None if weights.projection is None else _matrix([weights.projection], storage, device),
         position_PM=None if weights.position_PM is None else _plain(weights.position_PM, device),
         type_YM=None if weights.type_YM is None else _plain(weights.type_YM, device),

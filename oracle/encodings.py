@@ -3,7 +3,7 @@
 A row is one token of one text; its scale is the largest element of its true vector, max|T|. Whatever a text is encoded
 together with, its rows are held against the same truth: the reference computes every text alone.
 
-Shapes: T tokens of a text, E elements of its vectors.
+Shapes: T tokens of a text, W elements of its vectors.
 """
 
 import torch
@@ -46,18 +46,18 @@ def compare_encodings(
     if len(got) != len(texts):
         result.failures.append(f"{len(got)} texts came back of {len(texts)}")
         return result
-    for index, (truth_TE, got_TE) in enumerate(zip(truths, got, strict=True)):
-        truth_TE, got_TE = truth_TE.cpu(), got_TE.cpu()
-        eager_TE = worst_of([run[index].cpu() for run in runs], truth_TE)
-        if got_TE.shape != truth_TE.shape or got_TE.dtype != eager_TE.dtype:
+    for index, (truth_TW, got_TW) in enumerate(zip(truths, got, strict=True)):
+        truth_TW, got_TW = truth_TW.cpu(), got_TW.cpu()
+        eager_TW = worst_of([run[index].cpu() for run in runs], truth_TW)
+        if got_TW.shape != truth_TW.shape or got_TW.dtype != eager_TW.dtype:
             result.failures.append(
-                f"text {index}: hidden vectors are {list(got_TE.shape)} of {got_TE.dtype}, "
-                f"the reference's {list(truth_TE.shape)} of {eager_TE.dtype}"
+                f"text {index}: hidden vectors are {list(got_TW.shape)} of {got_TW.dtype}, "
+                f"the reference's {list(truth_TW.shape)} of {eager_TW.dtype}"
             )
             continue
-        scale_T1 = truth_TE.abs().amax(-1, keepdim=True)
-        verdict = judge_rows(WHOLE_MODEL, "R E", got_TE, eager_TE, truth_TE, scale_T1)
-        result.rows += len(truth_TE)
+        scale_T1 = truth_TW.abs().amax(-1, keepdim=True)
+        verdict = judge_rows(WHOLE_MODEL, "R W", got_TW, eager_TW, truth_TW, scale_T1)
+        result.rows += len(truth_TW)
         if verdict.failed:
             result.failures.append("\n  ".join([f"text {index}: {verdict.complaint}", *verdict.details]))
         else:

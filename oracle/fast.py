@@ -85,7 +85,7 @@ def _embed_with(product: embedding.Product) -> Callable[[Function, Inputs], Tens
     def adapt(function: Function, inputs: Inputs) -> Tensor:
         weights: EmbeddingWeights = inputs["weights"]
         config, token_BT = inputs["config"], inputs["token_BT"]
-        table = LinearWeights(weight_NI=weights.token_VE)
+        table = LinearWeights(weight_NI=weights.token_VW)
         matrices, storage = matrices_of(table, *([] if weights.projection is None else [weights.projection]))
         packed = embedding.Embedding(
             table=matrices[0],

@@ -5,7 +5,7 @@ candidate are fed the same tokens, and judged after each step. A row is one posi
 of the head's contraction, max(|head| @ |last hidden|). Greedy choices must be equal unless the float64 gap is
 within the sum of both budgets: such a tie is admissible, and printed.
 
-Shapes: B sequences, T_i new tokens of sequence i, R rows judged in a step, E eager runs, M hidden, V vocabulary.
+Shapes: B sequences, T_i new tokens of sequence i, R rows judged in a step, N eager runs, M hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -145,10 +145,10 @@ class Comparison:
         true_hidden = self._truth.extend_hidden(group.truth, tokens)
         runs = [path.extend_hidden(held, tokens) for path, held in zip(self._eager, group.eager, strict=True)]
         eager_hidden = [torch.stack(samples) for samples in zip(*runs, strict=True)]
-        for index, (hidden_TM, eager_ETM) in enumerate(zip(true_hidden, eager_hidden, strict=True)):
+        for index, (hidden_TM, eager_NTM) in enumerate(zip(true_hidden, eager_hidden, strict=True)):
             if len(hidden_TM):
                 choice = int(self._truth.logits(hidden_TM[-1]).argmax())
-                group.last[index] = _Last(hidden_TM[-1:], eager_ETM[:, -1:], choice)
+                group.last[index] = _Last(hidden_TM[-1:], eager_NTM[:, -1:], choice)
         fed = [token_T.to(self._candidate.device) for token_T in tokens]
         if every_position:
             got = list(self._candidate.extend(group.candidate, fed, every_position=True))
@@ -165,9 +165,9 @@ class Comparison:
         for index, rows in enumerate(zip(got, true_hidden, eager_hidden, strict=True)):
             self._judge(index, first[index], *rows)
 
-    def _judge(self, sequence: int, first: int, got_RV: Tensor, hidden_RM: Tensor, eager_ERM: Tensor) -> None:
+    def _judge(self, sequence: int, first: int, got_RV: Tensor, hidden_RM: Tensor, eager_NRM: Tensor) -> None:
         truth_RV = self._truth.logits(hidden_RM).cpu()
-        runs = zip(self._eager, eager_ERM, strict=True)
+        runs = zip(self._eager, eager_NRM, strict=True)
         eager_RV = worst_of([path.logits(eager_RM).cpu() for path, eager_RM in runs], truth_RV)
         got_RV = got_RV.cpu()
         where = f"step {self._step}, sequence {sequence}, positions from {first}"

@@ -1,6 +1,6 @@
 """A whole decoder up to its head: embed the tokens, pass them through every layer, normalize.
 
-Shapes: B batch, T new tokens, M hidden, E table width (M, in nearly every model).
+Shapes: B batch, T new tokens, M hidden, W table width (M, in nearly every model).
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class DecoderWeights:
         """The head's own weight, or the token table where the head is tied, with the bias if there is one."""
         own = self.head.projection
         return LinearWeights(
-            weight_NI=self.embedding.token_VE if own is None else own.weight_NI, bias_N=self.head.bias_V
+            weight_NI=self.embedding.token_VW if own is None else own.weight_NI, bias_N=self.head.bias_V
         )
 
 
@@ -47,7 +47,7 @@ def forward(
     *,
     type_BT: Tensor | None = None,
 ) -> tuple[Tensor, tuple[KVCache, ...]]:
-    """Pass T tokens that follow those in the caches; returns the hidden vectors that `head_logits` scores, [B, T, E].
+    """Pass T tokens that follow those in the caches; returns the hidden vectors that `head_logits` scores, [B, T, W].
 
     Activations are kept in `dtype` between components. The caches handed in stay as they were.
     """
@@ -60,5 +60,5 @@ def forward(
         grown.append(cache)
     if weights.head.norm is not None and config.final_norm is not None:
         x_BTM = components.norm(x_BTM, weights.head.norm, config.final_norm)
-    x_BTE = x_BTM if weights.head.reduction is None else components.linear(x_BTM, weights.head.reduction)
-    return x_BTE, tuple(grown)
+    x_BTW = x_BTM if weights.head.reduction is None else components.linear(x_BTM, weights.head.reduction)
+    return x_BTW, tuple(grown)

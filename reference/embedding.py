@@ -6,7 +6,7 @@
 Most models have few of these terms: what a model lacks is left out. Rows of a table that is not as wide as the hidden
 vector are projected to it (and it is reduced to that width before the head: see `decoder`).
 
-Shapes: B batch, T tokens, M hidden, E table width, V vocabulary, P positions, Y token types.
+Shapes: B batch, T tokens, M hidden, W table width, V vocabulary, P positions, Y token types.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def embed(
     Tokens whose types are not given are of the first.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    x_BTM = weights.token_VE[token_BT].to(wide)
+    x_BTM = weights.token_VW[token_BT].to(wide)
     if weights.projection is not None:
         x_BTM = components.linear(x_BTM, weights.projection)
     x_BTM = config.embedding_scale * x_BTM

@@ -3,7 +3,7 @@
 A batch here is a loop. So there is no padding, no mask for padding and no position shared between sequences, and any
 mistake that a batched path makes with them is a visible difference.
 
-Shapes: B sequences, T_i new tokens of sequence i, E width of the hidden vectors that the head
+Shapes: B sequences, T_i new tokens of sequence i, W width of the hidden vectors that the head
 reads (nearly always that of all), V vocabulary.
 """
 
@@ -32,7 +32,7 @@ COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sequence:
     caches: tuple[KVCache, ...]
-    last_hidden_E: Tensor | None = None
+    last_hidden_W: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -118,20 +118,20 @@ class ReferencePath:
     ) -> Tensor | list[Tensor]:
         hidden = self.extend_hidden(sequences, new_tokens)
         if every_position:
-            return [self.logits(hidden_TE) for hidden_TE in hidden]
+            return [self.logits(hidden_TW) for hidden_TW in hidden]
         return torch.stack([self.logits(_last_hidden(state)) for state in self._own(sequences).states])
 
     @torch.no_grad()
     def extend_hidden(self, sequences: Sequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
-        """Extend, but stop before the head: the normalized hidden vectors of the new tokens, [T_i, E] each."""
+        """Extend, but stop before the head: the normalized hidden vectors of the new tokens, [T_i, W] each."""
         sequences = self._own(sequences)
         checked_tokens(self.config, sequences.lengths, new_tokens)
         states, hidden = [], []
         for state, token_T in zip(sequences.states, new_tokens, strict=True):
-            hidden_TE, caches = self._forward(token_T, state)
-            last_hidden_E = hidden_TE[-1] if len(token_T) else state.last_hidden_E
-            states.append(_Sequence(caches, last_hidden_E))
-            hidden.append(hidden_TE)
+            hidden_TW, caches = self._forward(token_T, state)
+            last_hidden_W = hidden_TW[-1] if len(token_T) else state.last_hidden_W
+            states.append(_Sequence(caches, last_hidden_W))
+            hidden.append(hidden_TW)
         sequences.states[:] = states
         return hidden
 
@@ -143,13 +143,13 @@ class ReferencePath:
         for index, token_T in enumerate(tokens):
             type_BT = None if types is None else types[index].to(self.device)[None]
             token_BT, arithmetic = token_T.to(self.device)[None], (self.config, self.compute, self.components)
-            hidden_BTE, _ = forward(token_BT, start, self.weights, *arithmetic, type_BT=type_BT)
-            hidden.append(hidden_BTE[0])
+            hidden_BTW, _ = forward(token_BT, start, self.weights, *arithmetic, type_BT=type_BT)
+            hidden.append(hidden_BTW[0])
         return hidden
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Score hidden vectors [..., E] from `extend_hidden`: [..., V]."""
+        """Score hidden vectors [..., W] from `extend_hidden`: [..., V]."""
         logits = head_logits(hidden, self.weights.projection, linear=self.components.linear)
         return scale_and_cap(logits, self.config.logit_scale, self.config.logit_softcap)
 
@@ -162,8 +162,8 @@ class ReferencePath:
         if len(token_T) == 0:
             return torch.empty(0, self.config.table_width, dtype=self.compute, device=self.device), state.caches
         token_BT = token_T.to(self.device)[None]
-        hidden_BTE, caches = forward(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
-        return hidden_BTE[0], caches
+        hidden_BTW, caches = forward(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
+        return hidden_BTW[0], caches
 
     def _read(self, source: WeightSource) -> DecoderWeights:
         config = source.config
@@ -204,5 +204,5 @@ class ReferencePath:
 
 
 def _last_hidden(state: _Sequence) -> Tensor:
-    assert state.last_hidden_E is not None, "checked_tokens lets no sequence stay empty"
-    return state.last_hidden_E
+    assert state.last_hidden_W is not None, "checked_tokens lets no sequence stay empty"
+    return state.last_hidden_W

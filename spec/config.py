@@ -284,7 +284,7 @@ class ModelConfig:
 
     @property
     def table_width(self) -> int:
-        """Elements of a row of the token table, E."""
+        """Elements of a row of the token table, W."""
         return self.hidden if self.embedding_size is None else self.embedding_size
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 The one place that says so. Weights are checked against it, files are checked against it before anything of them is
 read, random weights are drawn by it, and models too large for this machine are counted by it.
 
-Shapes: M hidden, E table width, H query heads, K key/value heads, D head size, J = rotary size / 2, F intermediate,
+Shapes: M hidden, W table width, H query heads, K key/value heads, D head size, J = rotary size / 2, F intermediate,
 V vocabulary, P positions, Y token types.
 """
 
@@ -11,7 +11,7 @@ from .config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, 
 
 Shapes = dict[str, tuple[int, ...]]
 
-_MATRICES = ("weight_NI", "token_VE")
+_MATRICES = ("weight_NI", "token_VW")
 _BUFFERS = ("rotary_frequency_J", "alibi_slope_H")
 
 
@@ -35,7 +35,7 @@ def trained(shapes: Shapes) -> Shapes:
 
 
 def embedding_shapes(config: ModelConfig) -> Shapes:
-    shapes: Shapes = {"token_VE": (config.vocabulary, config.table_width)}
+    shapes: Shapes = {"token_VW": (config.vocabulary, config.table_width)}
     if config.learned_positions:
         shapes["position_PM"] = (config.context, config.hidden)
     if config.token_types:

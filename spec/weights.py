@@ -3,7 +3,7 @@
 All are pytrees (`torch.utils._pytree` maps over them) and compare by identity; to compare values, compare bits.
 Linear weights are stored [outputs, inputs]: y = x @ weight.T + bias.
 
-Shapes: M hidden, E width of the token table, H query heads, K key/value heads, D head size, F intermediate,
+Shapes: M hidden, W width of the token table, H query heads, K key/value heads, D head size, F intermediate,
 V vocabulary, P positions, Y token types, J = rotary size / 2, N outputs and I inputs of a linear.
 """
 
@@ -85,21 +85,21 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EmbeddingWeights:
-    token_VE: Tensor
+    token_VW: Tensor
     position_PM: Tensor | None = None
     type_YM: Tensor | None = None
     norm: NormWeights | None = None
     projection: LinearWeights | None = None
-    """[M, E], without bias; None where the table is as wide as the hidden vector."""
+    """[M, W], without bias; None where the table is as wide as the hidden vector."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeadWeights:
     norm: NormWeights | None = None
     reduction: LinearWeights | None = None
-    """[E, M], without bias; None where the table is as wide as the hidden vector."""
+    """[W, M], without bias; None where the table is as wide as the hidden vector."""
     projection: LinearWeights | None = None
-    """[V, E], without bias; None where the head is tied: then the token table is the weight."""
+    """[V, W], without bias; None where the head is tied: then the token table is the weight."""
     bias_V: Tensor | None = None
     """Of the head, tied or not."""
 

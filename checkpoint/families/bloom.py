@@ -10,7 +10,7 @@ from ..table import Table, norm, output, tensor
 TABLE = Table(
     prefix="transformer.",
     layers="h.{layer}.",
-    embedding=(tensor("word_embeddings.weight", "token_VE"), *norm("word_embeddings_layernorm", "norm")),
+    embedding=(tensor("word_embeddings.weight", "token_VW"), *norm("word_embeddings_layernorm", "norm")),
     layer=megatron_layer("self_attention"),
     head=(*norm("ln_f", "norm"), *output("lm_head")),
 )

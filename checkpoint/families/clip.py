@@ -11,7 +11,7 @@ TABLE = Table(
     prefix="text_model.",
     layers="encoder.layers.{layer}.",
     embedding=(
-        tensor("embeddings.token_embedding.weight", "token_VE"),
+        tensor("embeddings.token_embedding.weight", "token_VW"),
         tensor("embeddings.position_embedding.weight", "position_PM"),
     ),
     layer=(

@@ -11,7 +11,7 @@ TABLE = Table(
     prefix="distilbert.",
     layers="transformer.layer.{layer}.",
     embedding=(
-        tensor("embeddings.word_embeddings.weight", "token_VE"),
+        tensor("embeddings.word_embeddings.weight", "token_VW"),
         tensor("embeddings.position_embeddings.weight", "position_PM"),
         *norm("embeddings.LayerNorm", "norm"),
     ),

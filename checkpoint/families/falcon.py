@@ -12,7 +12,7 @@ from ..table import Table, norm, output, tensor
 TABLE = Table(
     prefix="transformer.",
     layers="h.{layer}.",
-    embedding=(tensor("word_embeddings.weight", "token_VE"),),
+    embedding=(tensor("word_embeddings.weight", "token_VW"),),
     layer=megatron_layer("self_attention"),
     head=(*norm("ln_f", "norm"), *output("lm_head")),
 )

@@ -11,7 +11,7 @@ from ..table import QKV, Table, linear, masks, norm, output, tensor
 TABLE = Table(
     prefix="transformer.",
     layers="h.{layer}.",
-    embedding=(tensor("wte.weight", "token_VE"), tensor("wpe.weight", "position_PM")),
+    embedding=(tensor("wte.weight", "token_VW"), tensor("wpe.weight", "position_PM")),
     layer=(
         *norm("ln_1", "attention_norm"),
         *linear("attn.c_attn", *QKV, transposed=True),

@@ -10,7 +10,7 @@ from ..table import Table, frequencies, masks, norm, output, tensor
 TABLE = Table(
     prefix="gpt_neox.",
     layers="layers.{layer}.",
-    embedding=(tensor("embed_in.weight", "token_VE"),),
+    embedding=(tensor("embed_in.weight", "token_VW"),),
     layer=megatron_layer("attention"),
     head=(*norm("final_layer_norm", "norm"), *output("embed_out")),
     older_ends=(("lm_head.weight", "embed_out.weight"),),

@@ -11,7 +11,7 @@ from ..table import Table, linear, masks, norm, output, tensor
 TABLE = Table(
     prefix="transformer.",
     layers="h.{layer}.",
-    embedding=(tensor("wte.weight", "token_VE"),),
+    embedding=(tensor("wte.weight", "token_VW"),),
     layer=(
         *norm("ln_1", "attention_norm"),
         *linear("attn.q_proj", "attention.query"),

@@ -9,7 +9,7 @@ from ..table import QKV, Table, frequencies, linear, norm, output, tensor
 TABLE = Table(
     prefix="model.",
     layers="layers.{layer}.",
-    embedding=(tensor("tok_embeddings.weight", "token_VE"),),
+    embedding=(tensor("tok_embeddings.weight", "token_VW"),),
     layer=(
         *norm("attention_norm", "attention_norm"),
         *linear("attention.wqkv", *QKV, reorder=separated_qkv),

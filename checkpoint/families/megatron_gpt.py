@@ -25,7 +25,7 @@ def _table(reorder: Reorder | None) -> Table:
         ),
         layers="encoder.layers.{layer}.",
         embedding=(
-            tensor("embedding.word_embeddings.weight", "token_VE"),
+            tensor("embedding.word_embeddings.weight", "token_VW"),
             tensor("embedding.position_embeddings.weight", "position_PM"),
         ),
         layer=megatron_layer("self_attention", reorder=reorder),

@@ -16,7 +16,7 @@ from ..table import QKV, Table, linear, norm, output, tensor
 TABLE = Table(
     prefix="transformer.",
     layers="blocks.{layer}.",
-    embedding=(tensor("wte.weight", "token_VE"),),
+    embedding=(tensor("wte.weight", "token_VW"),),
     layer=(
         *norm("norm_1", "attention_norm"),
         *linear("attn.Wqkv", *QKV),

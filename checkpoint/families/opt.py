@@ -14,7 +14,7 @@ def _table(where: str) -> Table:
         prefix="model.",
         layers="decoder.layers.{layer}.",
         embedding=(
-            tensor("decoder.embed_tokens.weight", "token_VE"),
+            tensor("decoder.embed_tokens.weight", "token_VW"),
             tensor("decoder.embed_positions.weight", "position_PM"),
             *linear("decoder.project_in", "projection"),
         ),

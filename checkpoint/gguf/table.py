@@ -39,7 +39,7 @@ def table(architecture: Architecture, names: Collection[str]) -> Table:
     return Table(
         layers="blk.{layer}.",
         embedding=(
-            tensor("token_embd.weight", "token_VE"),
+            tensor("token_embd.weight", "token_VW"),
             tensor("position_embd.weight", "position_PM"),
             tensor("token_types.weight", "type_YM"),
             *norm("token_embd_norm", "norm"),

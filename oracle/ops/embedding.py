@@ -1,6 +1,6 @@
 """Records of the two ends of a model: embed, head_logits, scale_and_cap.
 
-Shapes: B batch, T tokens, M hidden, E table width, V vocabulary, P positions, Y token types.
+Shapes: B batch, T tokens, M hidden, W table width, V vocabulary, P positions, Y token types.
 """
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ def embed_cases(pick: Picker) -> Case:
             "B": pick.integer(1, 3),
             "T": tokens,
             "M": hidden,
-            "E": pick.integer(1, 9) if projected else hidden,
+            "W": pick.integer(1, 9) if projected else hidden,
             "V": pick.integer(1, 9),
             "P": positions,
             "Y": pick.choice([1, 3]),
@@ -72,7 +72,7 @@ def embed_config(case: Case) -> ModelConfig:
         final_norm=rms,
         learned_positions=bool(options["learned"]),
         head=Head.TIED,
-        embedding_size=n.E if options["projected"] else None,
+        embedding_size=n.W if options["projected"] else None,
         embedding_scale=float(options["scale"] or 0),
         embedding_norm=NormConfig(kind=NormKind(str(options["norm"])), epsilon=1e-5) if options["norm"] else None,
         token_types=n.Y if options["typed"] else 0,
@@ -87,11 +87,11 @@ def embed_inputs(case: Case) -> Inputs:
         "position_T": torch.arange(start, start + n.T),
         "type_BT": torch.randint(n.Y, (n.B, n.T), generator=case.generator("type")),
         "weights": EmbeddingWeights(
-            token_VE=activations(case, "token table", n.V, n.E),
+            token_VW=activations(case, "token table", n.V, n.W),
             position_PM=activations(case, "position table", n.P, n.M) if config.learned_positions else None,
             type_YM=activations(case, "type table", n.Y, n.M) if config.token_types else None,
             norm=None if norm is None else _norm_weights(case, norm),
-            projection=linear_weights(case, "projection", n.M, n.E, bias=False) if config.embedding_size else None,
+            projection=linear_weights(case, "projection", n.M, n.W, bias=False) if config.embedding_size else None,
         ),
         "config": config,
         "dtype": case.dtype,
@@ -105,7 +105,7 @@ def _norm_weights(case: Case, config: NormConfig) -> NormWeights:
 
 def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
     weights, config = exact["weights"], exact["config"]
-    scale = weights.token_VE[exact["token_BT"]].abs()
+    scale = weights.token_VW[exact["token_BT"]].abs()
     if weights.projection is not None:
         scale = linear_scale(scale, weights.projection)
     scale = config.embedding_scale * scale
@@ -128,7 +128,7 @@ def _torch_embed(
     config: ModelConfig,
     dtype: torch.dtype,
 ) -> Tensor:
-    x_BTM = F.embedding(token_BT, weights.token_VE.float() * config.embedding_scale)
+    x_BTM = F.embedding(token_BT, weights.token_VW.float() * config.embedding_scale)
     if weights.projection is not None:
         x_BTM = F.linear(x_BTM, weights.projection.weight_NI.float())
     if weights.type_YM is not None:
@@ -186,7 +186,7 @@ def _positions_after_the_norm(**inputs: Any) -> Tensor:
 EMBED = Op(
     name="embed",
     paper="-",
-    axes="B T M E V P Y",
+    axes="B T M W V P Y",
     reference=embed,
     outputs=("B T M",),
     cases=embed_cases,
@@ -205,8 +205,8 @@ EMBED = Op(
         "norm_forgotten": changed(embed, _norm_forgotten),
         "row_3_percent_off": then(embed, one_row_3_percent_off),
     },
-    flops=lambda n: n.B * n.T * n.M * (2 * n.E + 10),
-    bytes=lambda n: 4 * (n.B * n.T * (4 * n.M + n.E) + n.M * n.E),
+    flops=lambda n: n.B * n.T * n.M * (2 * n.W + 10),
+    bytes=lambda n: 4 * (n.B * n.T * (4 * n.M + n.W) + n.M * n.W),
     fast={Path.COMPILED: fast.EMBED},
 )
 

@@ -38,7 +38,7 @@ def test_counts_are_the_elements_of_the_weights(seed):
     counts = count(config)
     for component in Component:
         mine = [(name, tensor) for part, name, tensor in trained(RandomSource(config)) if part is component]
-        matrices = [tensor for name, tensor in mine if name.endswith(("weight_NI", "token_VE"))]
+        matrices = [tensor for name, tensor in mine if name.endswith(("weight_NI", "token_VW"))]
         elements, in_matrices = sum(t.numel() for _, t in mine), sum(t.numel() for t in matrices)
         rows = sum(len(t) for t in matrices)
         groups = sum(len(t) * len(t[0].split(64)) for t in matrices)

@@ -99,7 +99,7 @@ def test_in_float32_transformers_and_the_compiled_path_lie_within_the_budget(
     hidden = their_hidden(theirs, ids)
 
     def judge(candidate: Tensor, own: Tensor, truth: Tensor) -> None:
-        verdict = judge_rows(WHOLE_MODEL, "R E", candidate, own, truth, truth.abs().amax(-1, keepdim=True))
+        verdict = judge_rows(WHOLE_MODEL, "R W", candidate, own, truth, truth.abs().amax(-1, keepdim=True))
         assert not verdict.failed, verdict
 
     of_tokens = [torch.cat(our_hidden(model, ids)) for model in (eager, exact)]

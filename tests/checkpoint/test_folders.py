@@ -124,7 +124,7 @@ def gpt2s(draw: st.DrawFn) -> PreTrainedModel:
 def llama_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The module's parameters under our names: the mapping that the LLaMA table promises, written out again."""
     ours = {
-        "embedding.token_VE": model.model.embed_tokens.weight,
+        "embedding.token_VW": model.model.embed_tokens.weight,
         "head.norm.gain_M": model.model.norm.weight,
     }
     for index, layer in enumerate(model.model.layers):
@@ -149,7 +149,7 @@ def llama_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def gpt2_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The same for GPT-2, whose linears are kept [inputs, outputs] and whose query, key and value lie side by side."""
     ours = {
-        "embedding.token_VE": model.transformer.wte.weight,
+        "embedding.token_VW": model.transformer.wte.weight,
         "embedding.position_PM": model.transformer.wpe.weight,
         "head.norm.gain_M": model.transformer.ln_f.weight,
         "head.norm.bias_M": model.transformer.ln_f.bias,

@@ -185,7 +185,7 @@ def test_weights_are_the_models_as_stored(model: PreTrainedModel, kind: gguf.GGM
         embedding, head = source.embedding(), source.head()
         validate_embedding(embedding, source.config)
         validate_head(head, source.config)
-        assert torch.equal(embedding.token_VE, stored(model.model.embed_tokens.weight, kind))
+        assert torch.equal(embedding.token_VW, stored(model.model.embed_tokens.weight, kind))
         assert torch.equal(head.norm.gain_M, model.model.norm.weight)
         if not model.config.tie_word_embeddings:
             assert head.projection is not None
@@ -242,7 +242,7 @@ def test_reading_leaves_the_file_alone() -> None:
         path = Path(folder) / "m.gguf"
         write(path, tiny())
         before = path.read_bytes()
-        open_model(str(path)).source.embedding().token_VE.zero_()
+        open_model(str(path)).source.embedding().token_VW.zero_()
         assert path.read_bytes() == before
 
 

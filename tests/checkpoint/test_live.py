@@ -47,7 +47,7 @@ def test_storage_is_shared_where_layouts_allow() -> None:
     source = from_transformers(module)
     layer, theirs = source.layer(1), module.model.layers[1]
     assert shares(layer.attention.query.weight_NI, theirs.self_attn.q_proj.weight)
-    assert shares(source.embedding().token_VE, module.model.embed_tokens.weight)
+    assert shares(source.embedding().token_VW, module.model.embed_tokens.weight)
     with torch.no_grad():
         theirs.mlp.up_proj.weight[3, 4] = 7.0
     assert source.layer(1).mlp.up.weight_NI[3, 4] == 7.0

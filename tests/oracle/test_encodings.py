@@ -72,8 +72,8 @@ class Faulty(ReferencePath):
 
 def see_each_other(encode: Callable[..., Tensors], tokens: Tensors, types: Types) -> Tensors:
     """As one text; so positions go on from text to text, too."""
-    (hidden_TE,) = encode([torch.cat(tokens)], None if types is None else [torch.cat(types)])
-    return list(hidden_TE.split([len(each) for each in tokens]))
+    (hidden_TW,) = encode([torch.cat(tokens)], None if types is None else [torch.cat(types)])
+    return list(hidden_TW.split([len(each) for each in tokens]))
 
 
 def padded(encode: Callable[..., Tensors], tokens: Tensors, types: Types) -> Tensors:
