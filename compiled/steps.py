@@ -23,9 +23,10 @@ from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormPlaceme
 from .attention import Seen, attend_decode, attend_prefill, attend_varlen, mask, seen, write
 from .embedding import Embedding, Product, embed
 from .head import scale_and_cap
-from .linear import Matrix, linear_decode, linear_prefill
+from .linear import linear_decode, linear_prefill
 from .mlp import activation, gated
 from .norms import Norm, norm
+from .packing import Matrix
 from .rotary import rotary_table, rotate
 from .weights import Layer, Model
 
