@@ -1,25 +1,22 @@
-"""`twinfer bench model`: what it takes, and what it does with it.
-
-Nothing slow is imported before `run`.
-"""
+"""`twinfer bench model`: a model on the compiled path."""
 
 import argparse
 import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from . import model_options
+from . import bench_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ..checkpoint import Checkpoint
-    from ..spec.config import Storage
-    from .apart import Figures
-    from .plan import Plan
-    from .rows import Row
+    from twinfer.bench.apart import Figures
+    from twinfer.bench.plan import Plan
+    from twinfer.bench.rows import Row
+    from twinfer.checkpoint import Checkpoint
+    from twinfer.spec.config import Storage
 
-HELP = "time a model on the compiled path: batches, prompts, compiling, memory"
+NAME, HELP = "model", "time a model on the compiled path: batches, prompts, compiling, memory"
 DESCRIPTION = """\
 Time the compiled path in each storage, alone: decode steps of one sequence and of several, and prompts; then compile
 time, peak memory and what a step spends outside of kernels, in processes of their own."""
@@ -47,10 +44,7 @@ with --json, one object: {"rows": [...], "apart": [{"storage", "compile_cold_s",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser this command's options, with its description and epilog."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    model_options.add_arguments(parser, steps=64)
+    bench_options.add_arguments(parser, steps=64)
     parser.add_argument(
         "--switches", action="store_true", help="beside the path as it is, with one optimization off at a time"
     )
@@ -58,20 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; the exit status."""
-    from ..checkpoint import open_model
-    from .apart import measure_apart
-    from .model_tables import print_figures, print_speeds
-    from .plan import Plan
-    from .rows import write_rows
+    from twinfer.bench.apart import measure_apart
+    from twinfer.bench.model_tables import print_figures, print_speeds
+    from twinfer.bench.plan import Plan
+    from twinfer.bench.rows import write_rows
+    from twinfer.checkpoint import open_model
 
     plan = Plan.of(args)
-    model_options.check_out(args.out)
-    checkpoint = open_model(args.model, report=model_options.say)
+    bench_options.check_out(args.out)
+    checkpoint = open_model(args.model, report=bench_options.say)
     plan.check(checkpoint.config)
     rows = measure(checkpoint, args.model, plan, switches=args.switches)
     figures = {}
     for storage in () if args.switches else plan.storages:
-        model_options.say(f"{storage}, in processes of its own")
+        bench_options.say(f"{storage}, in processes of its own")
         figures[storage.value] = measure_apart(args.model, storage.value, plan.prompt, plan.steps)
     rows = [with_figures(row, figures) for row in rows]
     if args.out is not None:
@@ -87,26 +81,26 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(checkpoint: "Checkpoint", model: str, plan: "Plan", *, switches: bool = False) -> "list[Row]":
     """Speeds of all storages in turn; `model` is what the command line named."""
-    from .limits import measure_limits
-    from .machine import this_machine
-    from .must_reach import own
-    from .plan import About, own_candidates, row, samples_of
-    from .side_by_side import Key, interleave
-    from .switches import SWITCHES, SwitchedOff
+    from twinfer.bench.limits import measure_limits
+    from twinfer.bench.machine import this_machine
+    from twinfer.bench.must_reach import own
+    from twinfer.bench.plan import About, own_candidates, row, samples_of
+    from twinfer.bench.side_by_side import Key, interleave
+    from twinfer.bench.switches import SWITCHES, SwitchedOff
 
-    model_options.say("measuring this machine's limits")
+    bench_options.say("measuring this machine's limits")
     limits = measure_limits()
-    candidates, _ = own_candidates(checkpoint, plan, model_options.say)
+    candidates, _ = own_candidates(checkpoint, plan, bench_options.say)
     kinds: list[tuple[str, Storage, str, str | None]]
     kinds = [(own(storage), storage, "compiled", None) for storage in plan.storages]
     for storage, switch in ((each, switch) for each in plan.storages for switch in SWITCHES if switches):
         implementation = f"without {switch.name}"
-        model_options.say(f"compiling {storage} {implementation}: {switch.without}")
+        bench_options.say(f"compiling {storage} {implementation}: {switch.without}")
         kinds.append((f"{own(storage)} {implementation}", storage, implementation, switch.without))
         candidates[kinds[-1][0]] = SwitchedOff(checkpoint.source, storage, switch)
     workloads = dict.fromkeys(candidates, plan.workloads)
     samples = samples_of(candidates, workloads, checkpoint.config.vocabulary)
-    measured = interleave(samples, plan.rounds, report=model_options.say)
+    measured = interleave(samples, plan.rounds, report=bench_options.say)
     about = About(
         name=checkpoint.name,
         config=checkpoint.config,
