@@ -9,7 +9,7 @@ from rich.table import Table
 from twinfer import reference as reference_room
 
 from ..loading import load
-from ..measuring import Measurement, Task, measure_apart
+from ..measuring import Measurement, Task, measure_in_subprocess
 from .console import print_json, print_table, waiting
 from .options import add_json
 
@@ -91,7 +91,7 @@ def _fetch() -> None:
 
 def _measure(path: str, storage: str) -> Measurement:
     print(f"{path} path, {storage} weights ...", file=sys.stderr, flush=True)
-    return measure_apart(Task(model=MODEL, path=path, storage=storage, question=QUESTION))
+    return measure_in_subprocess(Task(model=MODEL, path=path, storage=storage, question=QUESTION))
 
 
 def _judge(storage: str, reference: Measurement, compiled: Measurement) -> Verdict:
