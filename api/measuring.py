@@ -1,13 +1,9 @@
-"""One path answering and timed in a process of its own, so that its peak memory is its own.
+"""One path answering and timed in a subprocess, so that its peak memory is its own."""
 
-`python -m twinfer.measuring` reads a `Task` as JSON from its one argument and prints a `Measurement` as JSON.
-"""
-
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from twinfer.bench.child import answer_parent, run_child
+from twinfer.bench.subprocesses import run_in_subprocess
 
 from .commands.console import waiting
 from .generation import generate
@@ -74,18 +70,11 @@ def measure(task: Task, report: Callable[[str], None] | None = None) -> Measurem
     )
 
 
-def measure_apart(task: Task) -> Measurement:
-    """`measure` in a new process, which says on our standard error what it waits for; its errors are raised here."""
-    return run_child("twinfer.measuring", task, Measurement, f"{task.path} {task.storage}")
+def measure_in_subprocess(task: Task) -> Measurement:
+    """Measure in a subprocess, which says on our standard error what it waits for; its errors are raised here."""
+    return run_in_subprocess(_measure_and_report, task, what=f"{task.path} {task.storage}")
 
 
-def main() -> None:
+def _measure_and_report(task: Task) -> Measurement:
     with waiting() as report:
-        answer_parent(Task, lambda task: measure(task, report))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return measure(task, report)

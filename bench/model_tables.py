@@ -1,4 +1,4 @@
-"""Speeds of whole models, and the promised ratios, for the terminal."""
+"""Speeds of whole models, and the targets, for the terminal."""
 
 import sys
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from .apart import Figures
-from .must_reach import Ratio
+from .footprint import Footprint
 from .rows import Row
+from .targets import Ratio
 
 _MIB = 2**20
 
@@ -47,8 +47,8 @@ def _speed(row: Row | None) -> str:
 
 
 def print_ratios(ratios: Sequence[Ratio]) -> None:
-    """Each promise, and what came of it."""
-    table = Table(title="what must be reached")
+    """Print each target, and the ratio that was measured."""
+    table = Table(title="targets")
     for title in ("ratio", "value", "20 .. 80 %", "wanted", "reached"):
         table.add_column(title, justify="left" if title == "ratio" else "right")
     for each in ratios:
@@ -61,12 +61,12 @@ def print_ratios(ratios: Sequence[Ratio]) -> None:
     _print(table)
 
 
-def print_figures(figures: Sequence[Figures]) -> None:
-    """What was measured of each storage in processes of its own."""
-    table = Table(title="each storage in processes of its own; memory in MiB beyond an interpreter with torch")
+def print_footprints(footprints: Sequence[Footprint]) -> None:
+    """What was measured of each storage in subprocesses."""
+    table = Table(title="each storage in subprocesses; memory in MiB beyond an interpreter with torch")
     for title in ("storage", "compile s", "again", "weights", "peak", "allowed", "outside kernels", "loops a layer"):
         table.add_column(title, justify="left" if title == "storage" else "right")
-    for each in figures:
+    for each in footprints:
         sizes = (each.weight_bytes, each.beyond_torch_bytes, each.allowed_bytes)
         table.add_row(
             each.storage,

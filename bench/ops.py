@@ -17,6 +17,7 @@ from .compiling import Compile, Compiled, compile_program
 from .limits import Rulers, share_of_limit
 from .machine import forget_peak, peak_resident_bytes, resident_bytes
 from .preparing import Prepared
+from .reasons import reason
 from .rows import Accuracy, Kind, Limits, Machine, Row, written
 from .settings import Setting, Shape
 from .timing import Timing, interleave, paired_ratios, quantile
@@ -94,7 +95,7 @@ def measure_op(setting: Setting, shape: Shape, storage: Storage, run: Run) -> li
         except Exception as error:  # of anyone's function, or of torch.compile: the others go on
             if name == EAGER:
                 raise
-            untimed.append(about.row(name, error=_in_one_line(error)))
+            untimed.append(about.row(name, error=reason(error)))
     calls = {name: in_turn(entry.call, entry.copies) for name, entry in entries.items()}
     # The rulers leave the caches full of theirs: whatever comes next is called once more than is counted.
     timings = interleave({**run.rulers.calls, "": calls[EAGER], **calls}, run.rounds, run.device)
@@ -257,10 +258,6 @@ def repro(op: str, shape: Shape, storage: Storage, implementation: str, run: Run
     if run.device.type != "cpu":
         words += ["--device", str(run.device)]
     return shlex.join(words)
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def selected(

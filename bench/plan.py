@@ -16,10 +16,10 @@ from ..spec.decoder import check_extensible
 from ..spec.errors import RequestError
 from .candidates import Candidate, PathCandidate
 from .limits import share_of_limit
-from .must_reach import own
 from .products import flops, layer_shapes, step_shapes
 from .rows import Kind, Limits, Machine, Row
 from .side_by_side import Key, Measured, Sample, Workload, prompt, sample
+from .targets import own
 from .timing import paired_ratios, quantile
 
 

@@ -19,9 +19,9 @@ from ..compiled.weights import Layer, Model
 from ..spec.config import INT4_GROUP, Head, ModelConfig, Storage
 from ..spec.counts import Count
 from .columns import Column, in_turn
-from .must_reach import PRODUCTS, products_of, reading, small
 from .rows import Limits
 from .side_by_side import Key, Measured, Sample
+from .targets import PRODUCTS, products_of, reading, small
 from .timing import LEAST_SAMPLE_S, Timing
 
 Shape = tuple[int, int]

@@ -17,8 +17,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..spec.errors import TwinferError
 from .candidates import Candidate
+from .reasons import reason
 from .timing import Timing
 
 PAUSE_S = 0.25
@@ -164,11 +164,3 @@ def interleave(
         )
         for key in samples
     }
-
-
-def reason(error: Exception) -> str:
-    """An error in one line; this project's own say all there is to say."""
-    words = " ".join(str(error).split())
-    if isinstance(error, TwinferError):
-        return words
-    return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__

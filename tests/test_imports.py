@@ -6,6 +6,7 @@ A bug in one of two twins must not be able to leak into the other, so `compiled`
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": EVERYTHING - {"bench"},
     "api": EVERYTHING,
 }
-"""Other packages that a package may import. Rooms that do not exist yet keep their line."""
+"""Other packages that a package may import. Packages that do not exist yet keep their line."""
 THIRD_PARTY: dict[str, set[str]] = {
     "spec": {"torch"},
     "reference": {"torch", "einops"},
@@ -35,12 +36,15 @@ THIRD_PARTY: dict[str, set[str]] = {
     "oracle": {"torch", "einops", "numpy", "hypothesis"},
     "bench": {
         *("torch", "rich", "matplotlib"),
-        *("numpy", "gguf", "tokenizers"),  # what the same model is written with for others
-        *("transformers", "llama_cpp", "ctranslate2", "deepspeed"),  # those others
     },
     "api": {"torch", "rich", "jinja2"},
 }
 """Installed packages that a package may import; the standard library is free."""
+PEERS = {
+    *("numpy", "gguf", "tokenizers"),  # what the same model is written with for others
+    *("transformers", "llama_cpp", "ctranslate2", "deepspeed"),  # those others
+}
+"""What bench/peers may import besides: it is run from a checkout, with the extra `peers`, and is not in the wheel."""
 
 
 def imports(source: str, package: str, folder: str = "") -> Iterator[tuple[int, str]]:
@@ -65,13 +69,14 @@ def imports(source: str, package: str, folder: str = "") -> Iterator[tuple[int, 
 def forbidden(source: str, package: str, folder: str = "") -> list[str]:
     """What a file of the package imports and may not, in words."""
     found = []
+    installed = THIRD_PARTY[package] | (PEERS if (package, folder) == ("bench", "peers") else set())
     for line, name in imports(source, package, folder):
         top, *rest = name.split(".")
         if top == "twinfer":
             other = rest[0] if rest and rest[0] in EVERYTHING else "api"
             if other != package and other not in ALLOWED[package]:
                 found.append(f"line {line}: {package} imports {name}, of the package {other}")
-        elif top not in THIRD_PARTY[package] and not _is_standard(top):
+        elif top not in installed and not _is_standard(top):
             found.append(f"line {line}: {package} imports the package {top}")
     return found
 
@@ -87,7 +92,7 @@ FILES = [
 ]
 
 
-def test_every_room_is_read() -> None:
+def test_every_package_is_read() -> None:
     """A folder of Python files at the root is a package with a line in the table, or holds tests."""
     packages = {path.parent.name for path in ROOT.glob("[a-z]*/*.py")} - {"tests", "build", "docs"}
     assert packages <= ALLOWED.keys()
@@ -96,13 +101,29 @@ def test_every_room_is_read() -> None:
 
 
 @pytest.mark.parametrize(("package", "path"), FILES)
-def test_a_file_imports_what_its_room_may(package: str, path: Path) -> None:
+def test_a_file_imports_what_its_package_may(package: str, path: Path) -> None:
     assert not forbidden(path.read_text(), package, ".".join(path.relative_to(ROOT / package).parent.parts))
 
 
-def test_folders_within_a_room_are_no_way_out() -> None:
+def test_folders_within_a_package_are_no_way_out() -> None:
     assert forbidden("from ...reference import norms", "checkpoint", "families")
     assert not forbidden("from ...spec.config import Head\nfrom ..table import norm", "checkpoint", "families")
+
+
+def test_peers_are_imported_by_their_command_only() -> None:
+    """And only by what it runs: in an installed wheel they are not there."""
+    using = []
+    for param in FILES:
+        package, path = param.values
+        folder = ".".join(path.relative_to(ROOT / package).parent.parts)
+        names = [name for _, name in imports(path.read_text(), package, folder)]
+        if any(name.startswith("twinfer.bench.peers") for name in names) and (package, folder) != ("bench", "peers"):
+            using.append(param.id)
+    assert using == ["api/commands/bench_peers.py"]
+    assert (
+        "twinfer.bench.peers"
+        not in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
 
 
 @pytest.mark.parametrize("package", ["compiled", "parallel", "offload", "checkpoint"])
@@ -135,6 +156,7 @@ def test_twins_stay_apart(package: str) -> None:
         ("spec", "from ..reference import norms"),
         ("oracle", "from twinfer.generation import generate"),
         ("offload", "from ..reference.layer import layer"),
+        ("bench", "import transformers"),
     ],
 )
 def test_seeded_violations_are_caught(package: str, source: str) -> None:

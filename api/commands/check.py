@@ -4,11 +4,12 @@ import argparse
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Any
 
 from .console import print_json
 from .options import add_json
 
+NAME, HELP = "check", "hold your implementation of an op against the reference"
+DESCRIPTION = "Try an implementation of an op on drawn cases, and shrink to the smallest one on which it fails."
 EPILOG = """\
 An implementation is a function that takes the op's arguments by keyword and returns what the reference returns.
 `twinfer ops` lists the ops and their arguments. Modules in the current folder are found.
@@ -29,14 +30,7 @@ with --json, one object: {"op", "implementation", "holds", "cases", "rejected", 
 """
 
 
-def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
-    parser = commands.add_parser(
-        "check",
-        help="hold your implementation of an op against the reference",
-        description="Try an implementation of an op on drawn cases, and shrink to the smallest one on which it fails.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("op", metavar="OP", help="such as attention; `twinfer ops` lists them")
     parser.add_argument(
         "--impl", required=True, metavar="MODULE:FUNCTION", help="what to check, as package.module:function"
@@ -46,7 +40,6 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default %(default)s)")
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from twinfer.spec.config import Storage
 
@@ -10,6 +9,8 @@ from ..loading import open_checkpoint
 from .console import print_json, waiting
 from .options import add_context, add_json, add_model, add_storage
 
+NAME, HELP = "convert", "write a model in the twinfer form, smaller and quicker to open"
+DESCRIPTION = "Write a model as a folder that holds all there is to know of it, its weights in a chosen storage."
 EPILOG = """\
 examples:
   twinfer convert smollm2 smollm2-int8 --storage int8
@@ -24,20 +25,12 @@ with --json, one object: {"model", "folder", "storage", "bytes"}
 """
 
 
-def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
-    parser = commands.add_parser(
-        "convert",
-        help="write a model in the twinfer form, smaller and quicker to open",
-        description="Write a model as a folder that holds all there is to know of it, its weights in a chosen storage.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make; it must not exist yet")
     add_storage(parser)
     add_context(parser)
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,14 +3,13 @@
 import argparse
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.table import Table
 
 from twinfer import reference as reference_room
 
 from ..loading import load
-from ..measuring import Measurement, Task, measure_apart
+from ..measuring import Measurement, Task, measure_in_subprocess
 from .console import print_json, print_table, waiting
 from .options import add_json
 
@@ -20,6 +19,7 @@ PATHS = ("reference", "compiled")
 STORAGES = ("float32", "int8")
 """The paths are compared in each: equal storage means equal weights."""
 
+NAME, HELP = "demo", "start here: a trained model on both paths, compared"
 DESCRIPTION = f"""\
 Fetch a small trained model ({MODEL}, 93 MB) if it is not there yet, ask it a question on the reference path and on the
 compiled path, and check that both give the same tokens: with float32 weights, and again with int8 weights. Each path
@@ -45,16 +45,8 @@ Try next:
 """
 
 
-def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="start here: a trained model on both paths, compared",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +91,7 @@ def _fetch() -> None:
 
 def _measure(path: str, storage: str) -> Measurement:
     print(f"{path} path, {storage} weights ...", file=sys.stderr, flush=True)
-    return measure_apart(Task(model=MODEL, path=path, storage=storage, question=QUESTION))
+    return measure_in_subprocess(Task(model=MODEL, path=path, storage=storage, question=QUESTION))
 
 
 def _judge(storage: str, reference: Measurement, compiled: Measurement) -> Verdict:

@@ -1,7 +1,6 @@
 """`twinfer embed`: texts as vectors, and how alike they are."""
 
 import argparse
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -18,6 +17,8 @@ from .options import add_arithmetic, add_json, add_model, read_lines, unicode_te
 COLUMNS = 8
 """As many texts have a column in the table; --json has all of them."""
 
+NAME, HELP = "embed", "turn texts into vectors, and show how alike they are"
+DESCRIPTION = "Turn texts into one vector each, and show how alike they are."
 EPILOG = f"""\
 examples:
   twinfer embed minilm --path reference --text "A cat sleeps." --text "A kitten naps." --text "Stocks fell."
@@ -37,14 +38,7 @@ with --json, one object: {{"model", "path", "storage", "compute", "device", "poo
 """
 
 
-def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
-    parser = commands.add_parser(
-        "embed",
-        help="turn texts into vectors, and show how alike they are",
-        description="Turn texts into one vector each, and show how alike they are.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "--text", type=unicode_text, action="append", default=[], metavar="TEXT", help="a text; repeatable"
@@ -62,7 +56,6 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     add_arithmetic(parser)
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,6 +16,8 @@ from ..memory import peak_memory_bytes
 from .console import print_json, waiting
 from .options import add_arithmetic, add_context, add_json, add_model, read_lines, token_ids, unicode_text
 
+NAME, HELP = "generate", "continue prompts, streaming the text"
+DESCRIPTION = "Continue one prompt or many, all at once as one batch."
 EPILOG = """\
 examples:
   twinfer generate smollm2 --chat --prompt "What is the capital of France?"
@@ -33,14 +35,7 @@ with --json, one object: {"model", "path", "storage", "compute", "device",
 """
 
 
-def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
-    parser = commands.add_parser(
-        "generate",
-        help="continue prompts, streaming the text",
-        description="Continue one prompt or many, all at once as one batch.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", type=unicode_text, metavar="TEXT", help="the prompt")
@@ -73,7 +68,6 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
         help="end before this text; repeatable",
     )
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ from twinfer.spec.paper_models import PAPER_MODELS
 from .console import print_json, print_table, waiting
 from .options import MODEL_HELP, add_json
 
+NAME, HELP = "inspect", "a model's config, parameters and bytes"
+DESCRIPTION = "Show a model's config, and its parameters and bytes by component. No weights are read."
 EPILOG = f"""\
 the paper's models, known by config alone:
   {"  ".join(PAPER_MODELS)}
@@ -25,17 +27,9 @@ with --json, one object: {{"model", "config", "layers": [{{"indices", "config"}}
 """
 
 
-def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
-    parser = commands.add_parser(
-        "inspect",
-        help="a model's config, parameters and bytes",
-        description="Show a model's config, and its parameters and bytes by component. No weights are read.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or a model of the paper, listed below")
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 PLACEMENTS = {

@@ -14,8 +14,9 @@ from typing import NoReturn
 from twinfer.spec.errors import RequestError, TwinferError
 
 from . import bench, check, convert, demo, embed, generate, inspect, ops, verify
+from .command import Command, add_commands
 
-COMMANDS = (demo, generate, embed, verify, inspect, convert, check, ops, bench)
+COMMANDS: tuple[Command, ...] = (demo, generate, embed, verify, inspect, convert, check, ops, bench)
 INTERRUPTED = 130
 """Exit status after control-C, as a shell would have it: 128 + SIGINT."""
 BROKEN_PIPE = 141
@@ -54,9 +55,7 @@ def parser() -> Parser:
         epilog="Start with: twinfer demo",
     )
     whole.add_argument("--version", action="version", version=f"twinfer {version('twinfer')}")
-    commands = whole.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_to(commands)
+    add_commands(whole, COMMANDS, metavar="COMMAND", dest="run")
     return whole
 
 

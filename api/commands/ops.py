@@ -2,13 +2,14 @@
 
 import argparse
 from dataclasses import asdict
-from typing import Any
 
 from rich.table import Table
 
 from .console import print_json, print_table
 from .options import add_json
 
+NAME, HELP = "ops", "list the ops that implementations can be held against"
+DESCRIPTION = "List every op: axes, argument names, guarantee, section of the DeepSpeed Inference paper."
 EPILOG = """\
 letters of axes: B sequences, T query tokens, S key tokens, H heads, K key/value heads, D head size, M hidden,
   F intermediate, J = rotary size / 2, N outputs and I inputs of a linear, V vocabulary, P positions
@@ -21,16 +22,8 @@ with --json, one object: {"ops": [{"name", "axes", "arguments", "outputs", "guar
 """
 
 
-def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
-    parser = commands.add_parser(
-        "ops",
-        help="list the ops that implementations can be held against",
-        description="List every op: axes, argument names, guarantee, section of the DeepSpeed Inference paper.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

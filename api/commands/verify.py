@@ -13,6 +13,8 @@ from .options import add_compute, add_context, add_device, add_json, add_model, 
 if TYPE_CHECKING:
     from twinfer.oracle.verify import VerifyResult
 
+NAME, HELP = "verify", "compare the paths on this machine"
+DESCRIPTION = "Hold the compiled path against the reference on this machine: the whole model, then op by op."
 EPILOG = """\
 Both paths run on the same stored weights. The whole model is taken through drawn schedules (ragged batches, chunked
 prompts, growth, sequences given nothing), fed the same tokens on both paths, and judged after each step; then every op
@@ -31,14 +33,7 @@ with --json, one object: {"model", "storage", "compute", "device", "holds",
 """
 
 
-def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
-    parser = commands.add_parser(
-        "verify",
-        help="compare the paths on this machine",
-        description="Hold the compiled path against the reference on this machine: the whole model, then op by op.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_context(parser)
     add_storage(parser)
@@ -52,7 +47,6 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default %(default)s)")
     add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ def measures(monkeypatch):
         monkeypatch.setattr(demo_command, "_fetch", lambda: None)
         monkeypatch.setattr(
             demo_command,
-            "measure_apart",
+            "measure_in_subprocess",
             lambda task: replace(function(task.path, task.storage), path=task.path, storage=task.storage),
         )
 

@@ -1,5 +1,6 @@
 """Rows as a run might have measured them."""
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -48,3 +49,17 @@ def make_row() -> Callable[..., Row]:
         return replace(ROW, **changes)
 
     return make
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list["subprocess.Popen[bytes]"]:
+    """The subprocesses that are started from here on."""
+    every: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def noted(*arguments: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        every.append(start(*arguments, **options))
+        return every[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    return every

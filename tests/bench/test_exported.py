@@ -5,18 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from twinfer.bench import exported
-from twinfer.bench.candidates import (
-    Candidate,
+from twinfer.bench.candidates import Candidate, PathCandidate
+from twinfer.bench.peers import exported
+from twinfer.bench.peers.exported import Exports, transformers_llama, write_gguf
+from twinfer.bench.peers.libraries import (
     CTranslate2Candidate,
     DeepSpeedCandidate,
     LlamaCppCandidate,
-    PathCandidate,
     StaticCacheCandidate,
     TransformersCandidate,
 )
-from twinfer.bench.exported import Exports, transformers_llama, write_gguf
-from twinfer.bench.llama_like import check_llama_like, rotary_base
+from twinfer.bench.peers.llama_like import check_llama_like, rotary_base
 from twinfer.bench.side_by_side import greedy, prompt
 from twinfer.checkpoint import open_model
 from twinfer.oracle.models import RandomSource

@@ -1,7 +1,7 @@
 """`twinfer bench model` and `twinfer bench peers`, end to end on a tiny model that is not compiled."""
 
 import json
-import multiprocessing
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from twinfer.bench import apart, beside_peers, limits, plan, products, side_by_side
-from twinfer.bench.apart import Figures
+from twinfer.bench import footprint, limits, plan, products, side_by_side
 from twinfer.bench.candidates import Candidate
-from twinfer.bench.exported import Exports, write_gguf
-from twinfer.bench.peers import PEERS, Room
-from twinfer.bench.remote import Remote
+from twinfer.bench.footprint import Footprint
+from twinfer.bench.peers import comparison
+from twinfer.bench.peers.exported import Exports, write_gguf
+from twinfer.bench.peers.subprocess_peer import SubprocessPeer
+from twinfer.bench.peers.table import PEERS, Capacity
 from twinfer.bench.rows import Limits, read_rows
 from twinfer.bench.switches import SWITCHES
 from twinfer.checkpoint import open_model
@@ -30,7 +31,7 @@ from twinfer.spec.errors import MachineError
 from .tiny_llama import llama
 
 SIZES = ["--rounds", "2", "--prompt", "6", "--steps", "2", "--batch", "3", "--prefill", "12", "--prefill", "9"]
-FIGURES = Figures(
+FOOTPRINT = Footprint(
     storage="int8",
     compile_cold_s=21.0,
     compile_warm_s=2.0,
@@ -44,18 +45,18 @@ FIGURES = Figures(
 
 
 @contextmanager
-def here(name: str, model: str, folder: Path, room: Room) -> Iterator[Candidate]:
+def here(name: str, model: str, folder: Path, capacity: Capacity) -> Iterator[Candidate]:
     """A peer in this process, which starts faster."""
-    yield PEERS[name].make(Exports(open_model(model).source, folder), room)
+    yield PEERS[name].make(Exports(open_model(model).source, folder), capacity)
 
 
 @pytest.fixture(autouse=True)
 def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits, compiling and other processes have tests of their own."""
-    monkeypatch.setattr(beside_peers, "start_peer", here)
+    monkeypatch.setattr(comparison, "start_peer", here)
     found = Limits(read_bytes_per_s=4e10, read_by="sum", gemm_flops_per_s=2e11, gemm_by="square")
     monkeypatch.setattr(limits, "measure_limits", lambda: found)
-    monkeypatch.setattr(beside_peers, "measure_limits", lambda: found)
+    monkeypatch.setattr(comparison, "measure_limits", lambda: found)
     monkeypatch.setattr(plan, "CompiledPath", partial(CompiledPath, _eager=True))
     monkeypatch.setattr(products, "graph", lambda program, **_: program)
     monkeypatch.setattr(products, "LEAST_SAMPLE_S", 1e-5)
@@ -100,18 +101,21 @@ def test_peers_as_json_is_rows_and_ratios(tiny: str, capsys: pytest.CaptureFixtu
         assert row["tokens_per_s"] == pytest.approx(tokens / row["p50_s"], rel=1e-12)
         same = (row["implementation"], *row["shape"].values()) == ("transformers eager", 6, 1, 2)
         assert row["speed_up"] == 1.0 or not same
-    ratios = {each["name"]: each for each in told["must_reach"]}
+    ratios = {each["name"]: each for each in told["targets"]}
     assert ratios["decode batch 1, int8 over transformers eager"]["value"] > 0
     assert ratios["decode batch 1, int8 over llama.cpp Q8_0"]["value"] is None
     assert {each["who"] for each in told["alone"]} == {"memory", "product"}
     assert [row.to_json() for row in read_rows(tmp_path / "rows.jsonl")] == [json.dumps(row) for row in told["rows"]]
 
 
-def test_peers_in_processes_of_their_own(
-    tiny: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_peers_in_subprocesses(
+    tiny: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    started: list[subprocess.Popen[bytes]],
 ) -> None:
     """The same rows; nothing but JSON on the standard output of all processes, and none is left."""
-    monkeypatch.setattr(beside_peers, "start_peer", Remote)
+    monkeypatch.setattr(comparison, "start_peer", SubprocessPeer)
     status, out = peers(capfd, tiny, "--storage", "int8", "--json")
     assert status == 0
     told: dict[str, Any] = json.loads(out)
@@ -120,7 +124,8 @@ def test_peers_in_processes_of_their_own(
     assert all(row["error"] is None and row["p50_s"] > 0 for row in theirs)
     assert told["absent"] == {}
     assert told["agreements"]["transformers eager"] == {"alone": 16, "led": 16, "of": 16}
-    assert multiprocessing.active_children() == []
+    (process,) = started
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("fails", [None, "at the start", "when it is asked", "when it is timed"])
@@ -129,7 +134,7 @@ def test_a_peer_is_started_on_the_model_and_closed_whatever_becomes_of_it(
 ) -> None:
     """With room for the 16 tokens that are compared; its failure is told, and is nobody else's."""
     open_now: list[str] = []
-    packages: list[Room] = []
+    given: list[Capacity] = []
 
     class Peer:
         def __init__(self, candidate: Candidate) -> None:
@@ -146,22 +151,22 @@ def test_a_peer_is_started_on_the_model_and_closed_whatever_becomes_of_it(
             return 0.25
 
     @contextmanager
-    def start(name: str, model: str, folder: Path, room: Room) -> Iterator[Candidate]:
+    def start(name: str, model: str, folder: Path, capacity: Capacity) -> Iterator[Candidate]:
         assert folder.is_dir()
-        packages.append(room)
+        given.append(capacity)
         if fails == "at the start":
             raise MachineError("gone")
         open_now.append(name)
-        with here(name, model, folder, room) as candidate:
+        with here(name, model, folder, capacity) as candidate:
             try:
                 yield Peer(candidate)
             finally:
                 open_now.remove(name)
 
-    monkeypatch.setattr(beside_peers, "start_peer", start)
+    monkeypatch.setattr(comparison, "start_peer", start)
     status, out = peers(capsys, tiny, "--storage", "int8", "--json")
     assert status == 0
-    assert packages == [Room(decode_tokens=6 + 16, most_tokens=6 + 16, threads=torch.get_num_threads())]
+    assert given == [Capacity(decode_tokens=6 + 16, most_tokens=6 + 16, threads=torch.get_num_threads())]
     assert open_now == []
     told = json.loads(out)
     absent = {"transformers eager": "gone"} if fails in ("at the start", "when it is asked") else {}
@@ -188,8 +193,8 @@ def test_peers_are_closed_where_the_run_fails(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(beside_peers, "start_peer", start)
-    monkeypatch.setattr(beside_peers, "interleave", fail)
+    monkeypatch.setattr(comparison, "start_peer", start)
+    monkeypatch.setattr(comparison, "interleave", fail)
     with pytest.raises(ZeroDivisionError):
         peers(capsys, tiny, "--storage", "int8")
     assert closed == ["transformers eager"]
@@ -220,16 +225,16 @@ def test_a_model_that_peers_do_not_know_is_refused(tmp_path: Path, capsys: pytes
     assert "no text can be continued" in capsys.readouterr().err
 
 
-def test_model_puts_what_was_measured_apart_beside_its_speeds(
+def test_model_puts_what_a_subprocess_measured_beside_its_speeds(
     tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def measured(*what: object) -> Figures:
+    def measured(*what: object) -> Footprint:
         asked.append(what)
-        return FIGURES
+        return FOOTPRINT
 
-    monkeypatch.setattr(apart, "measure_apart", measured)
+    monkeypatch.setattr(footprint, "measure_footprint", measured)
     status, out = run(capsys, "model", tiny, *SIZES, "--storage", "int8", "--json")
     assert status == 0
     assert asked == [(tiny, "int8", 6, 2)]
@@ -237,14 +242,14 @@ def test_model_puts_what_was_measured_apart_beside_its_speeds(
     with_compile = [row["shape"] for row in told["rows"] if row["compile_cold_s"] == 21.0]
     assert with_compile == [{"prompt": 6, "batch": 1, "steps": 2}]
     assert len(told["rows"]) == 4
-    assert told["apart"][0]["allowed_bytes"] == 1500 + 150 * 2**20
-    assert told["apart"][0]["outside_kernels"] == 0.04
+    assert told["subprocess"][0]["allowed_bytes"] == 1500 + 150 * 2**20
+    assert told["subprocess"][0]["outside_kernels"] == 0.04
 
 
 def test_model_prints_both_tables(
     tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(apart, "measure_apart", lambda *what: FIGURES)
+    monkeypatch.setattr(footprint, "measure_footprint", lambda *what: FOOTPRINT)
     status, out = run(capsys, "model", tiny, *SIZES, "--storage", "int8", "--storage", "float32")
     assert status == 0
     words = [[word for word in line.split() if word != "│"] for line in out.splitlines()]
@@ -261,7 +266,7 @@ def test_model_times_the_path_without_each_of_its_optimizations(
     )
     assert status == 0
     told = json.loads(out)
-    assert told["apart"] == []
+    assert told["subprocess"] == []
     kinds = {"compiled", *(f"without {switch.name}" for switch in SWITCHES)}
     assert {(row["implementation"], row["storage"]) for row in told["rows"]} == {
         (kind, storage) for kind in kinds for storage in ("float32", "int8")

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from twinfer.bench import compiling, limits, ops, ops_command
+from twinfer.bench import compiling, limits, ops
 from twinfer.bench.limits import Ruler, Rulers, share_of_limit
 from twinfer.bench.rows import Accuracy, Row, read_rows, write_rows
+from twinfer.commands import bench_ops
 from twinfer.commands.main import main
 
 TINY = ["bench", "ops", "--op", "activation", "--shape", "T=2,F=8", "--rounds", "3"]
@@ -186,7 +187,7 @@ def test_reduce_overhead_says_that_it_captures_nothing_here(capsys: pytest.Captu
 def test_bad_requests_are_named_before_anything_is_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], complaint: str
 ) -> None:
-    monkeypatch.setattr(ops_command, "measure", _forbidden)
+    monkeypatch.setattr(bench_ops, "measure", _forbidden)
     assert main(["bench", "ops", *words]) == 2
     assert complaint in capsys.readouterr().err
 
@@ -194,7 +195,7 @@ def test_bad_requests_are_named_before_anything_is_timed(
 def test_missing_matplotlib_is_said_before_anything_is_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ops_command, "measure", _forbidden)
+    monkeypatch.setattr(bench_ops, "measure", _forbidden)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*TINY, "--charts", str(tmp_path)]) == 2
@@ -233,7 +234,7 @@ def test_a_regression_fails_and_is_named(
     mlp = {"name": "mlp", "shape": {"B": 1, "T": 1, "M": 4, "F": 8}}
     write_rows(old, [make_row((2.8, 3.0, 3.1)), make_row((2.8, 3.0, 3.1), **mlp)])
     measured = Measured([make_row((1.0, 1.1, 1.2)), make_row((2.8, 3.0, 3.1), **mlp)], [make_row(second)])
-    monkeypatch.setattr(ops_command, "measure", measured)
+    monkeypatch.setattr(bench_ops, "measure", measured)
     assert main(["bench", "ops", "--compare", str(old)]) == status
     assert measured.asked == [(["linear", "mlp"], None), (["linear"], frozenset({"arranged"}))]
     shown = capsys.readouterr().out

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.bench import peers
-from twinfer.bench.beside_peers import agreement, equal_for
-from twinfer.bench.exported import Exports
-from twinfer.bench.peers import PEERS, Peer, Room, ready_peers
+from twinfer.bench.peers import table
+from twinfer.bench.peers.comparison import agreement, equal_for
+from twinfer.bench.peers.exported import Exports
+from twinfer.bench.peers.table import PEERS, Capacity, Peer, ready_peers
 
 
 class Mute:
@@ -19,7 +19,7 @@ class Mute:
 
 
 def peer(name: str, package: str) -> Peer:
-    def make(exports: Exports, room: Room) -> Mute:
+    def make(exports: Exports, room: Capacity) -> Mute:
         raise AssertionError("it is made by whoever asks")
 
     return Peer(name=name, package=package, install=f"pip install {package}", precision="float32", make=make)
@@ -28,7 +28,7 @@ def peer(name: str, package: str) -> Peer:
 def test_what_is_not_installed_or_fails_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not installed, or not wanted, is not even tried."""
     some = (peer("good", "math"), peer("gone", "no_such_package_here"), peer("bad", "math"), peer("unwanted", "math"))
-    monkeypatch.setattr(peers, "PEERS", {each.name: each for each in some})
+    monkeypatch.setattr(table, "PEERS", {each.name: each for each in some})
     made = {"good": Mute(), "unwanted": Mute()}
     tried: list[str] = []
     said: list[str] = []

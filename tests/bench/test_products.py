@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from twinfer.bench import products
-from twinfer.bench.must_reach import reading, small
 from twinfer.bench.plan import operations_of, stored_bytes
 from twinfer.bench.products import (
     flops,
@@ -20,6 +19,7 @@ from twinfer.bench.products import (
 from twinfer.bench.rows import Limits
 from twinfer.bench.side_by_side import Workload
 from twinfer.compiled.packing import Matrix
+from twinfer.bench.targets import reading, small
 from twinfer.compiled.weights import prepare
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Head, Storage

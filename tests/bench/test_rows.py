@@ -163,7 +163,7 @@ def test_the_highest_limits_are_each_the_most(make_row: Callable[..., Row]) -> N
 
 
 def test_shapes_are_written_as_they_are_read() -> None:
-    from twinfer.bench.ops_command import shape
+    from twinfer.commands.bench_ops import shape
 
     sizes = {"B": 1, "T": 4, "N": 49152}
     assert shape(written(sizes)) == sizes

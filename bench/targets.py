@@ -1,4 +1,4 @@
-"""The ratios that this project promises of its compiled path, each of two things measured in the same run.
+"""The ratios that are targets for the compiled path, each of two things measured in the same run.
 
 A ratio is taken round by round, and its value is the median; its spread, the 20th and 80th percentile, is that of the
 rounds. Whatever it needs that was not measured is named instead of a value.
@@ -18,8 +18,8 @@ EAGER, STATIC = "transformers eager", "transformers static cache"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """A promise: so many times as fast as something else, at least; or, of times, at most so many times as long."""
+class Target:
+    """So many times as fast as something else, at least; or, of times, at most so many times as long."""
 
     name: str
     own: Key
@@ -31,7 +31,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """What came of a promise."""
+    """What was measured of a target."""
 
     name: str
     value: float | None
@@ -56,37 +56,37 @@ def own(storage: str) -> str:
     return f"compiled {storage}"
 
 
-def ratio(wanted: Wanted, measured: Mapping[Key, Measured], absent: Mapping[str, str]) -> Ratio:
-    """Compute a promised ratio of tokens a second; `absent` says why whoever is not there is not.
+def ratio(target: Target, measured: Mapping[Key, Measured], absent: Mapping[str, str]) -> Ratio:
+    """Return the ratio of tokens a second that a target is about; `absent` says why whoever is not there is not.
 
     >>> from twinfer.bench.timing import Timing
     >>> a, b = Key("compiled int8", "decode batch 1"), Key("other", "decode batch 1")
     >>> times = {key: Measured(timing=Timing(seconds=s, calls=1)) for key, s in ((a, (1.0, 2.0)), (b, (3.0, 4.0)))}
-    >>> found = ratio(Wanted(name="", own=a, over=(b,), bound=2.0), times, {})  # 3 and 2, by rounds
+    >>> found = ratio(Target(name="", own=a, over=(b,), bound=2.0), times, {})  # 3 and 2, by rounds
     >>> found.value, found.reached
     (2.5, True)
     """
-    rates = {key: measured[key].rates for key in (wanted.own, *wanted.over) if key in measured and measured[key].rates}
-    over = [key for key in wanted.over if key in rates]
-    if wanted.own not in rates or not over:
-        lacking = wanted.own if wanted.own not in rates else wanted.over[0]
+    rates = {key: measured[key].rates for key in (target.own, *target.over) if key in measured and measured[key].rates}
+    over = [key for key in target.over if key in rates]
+    if target.own not in rates or not over:
+        lacking = target.own if target.own not in rates else target.over[0]
         error = measured[lacking].timing.error if lacking in measured else None
         why = absent.get(lacking.who) or error or "not measured"
-        return _result(wanted, None, None, f"{lacking.who}, {lacking.what}: {why}")
+        return _result(target, None, None, f"{lacking.who}, {lacking.what}: {why}")
     best = max(over, key=lambda key: quantile(rates[key], 0.5))
-    values = [mine / other for mine, other in zip(rates[wanted.own], rates[best], strict=True)]
-    return _result(wanted, values, best.who, None)
+    values = [mine / other for mine, other in zip(rates[target.own], rates[best], strict=True)]
+    return _result(target, values, best.who, None)
 
 
-def _result(wanted: Wanted, values: Sequence[float] | None, over: str | None, missing: str | None) -> Ratio:
+def _result(target: Target, values: Sequence[float] | None, over: str | None, missing: str | None) -> Ratio:
     low, middle, high = (None if values is None else quantile(values, share) for share in (0.2, 0.5, 0.8))
     return Ratio(
-        name=wanted.name,
+        name=target.name,
         value=middle,
         p20=low,
         p80=high,
-        bound=wanted.bound,
-        at_most=wanted.at_most,
+        bound=target.bound,
+        at_most=target.at_most,
         over=over,
         missing=missing,
     )
@@ -98,68 +98,68 @@ _LLAMA_CPP = {
     Storage.INT8: ("Q8_0", 1.2),
     Storage.INT4: ("Q4_1", 1.2),
 }
-"""The precision class of each storage, and how many times its decode speed is promised."""
+"""The precision class of each storage, and the target of its decode speed, in times."""
 _SMALL = {Storage.FLOAT32: (0.6, 1.6), Storage.BFLOAT16: (0.6, 1.6), Storage.INT8: (0.5, 2.0)}
 """Of a product alone: the share of the speed of memory with one row, and how many times as long four take."""
 _ONE = "decode batch 1"
 
 
-def promised(
+def targets(
     storages: Sequence[Storage], prefills: Sequence[int], batches: Sequence[int], squares: Sequence[int]
-) -> list[Wanted]:
-    """The promises about these storages, at these sizes; the longest prompt is what shorter ones are held against."""
+) -> list[Target]:
+    """Return the targets for these storages, at these sizes; shorter prompts are compared with the longest."""
     full, shorter = max(prefills), sorted(set(prefills) - {max(prefills)})
-    wanted: list[Wanted] = []
+    found: list[Target] = []
     for storage in storages:
         kind, bound = _LLAMA_CPP[storage]
-        wanted.append(_decode(storage, f"llama.cpp {kind}", bound))
+        found.append(_decode(storage, f"llama.cpp {kind}", bound))
     if Storage.INT8 in storages:
-        wanted += [_decode(Storage.INT8, EAGER, 6.0), _decode(Storage.INT8, STATIC, 4.0)]
-        wanted += _of_batches(batches)
+        found += [_decode(Storage.INT8, EAGER, 6.0), _decode(Storage.INT8, STATIC, 4.0)]
+        found += _of_batches(batches)
     if Storage.FLOAT32 in storages:
-        wanted += _of_prefill(full)
-    wanted += [_of_length(storage, length, full) for storage in storages for length in shorter]
-    return wanted + [each for storage in storages for size in squares for each in _of_small(storage, size)]
+        found += _of_prefill(full)
+    found += [_of_length(storage, length, full) for storage in storages for length in shorter]
+    return found + [each for storage in storages for size in squares for each in _of_small(storage, size)]
 
 
-def _decode(storage: Storage, other: str, bound: float) -> Wanted:
+def _decode(storage: Storage, other: str, bound: float) -> Target:
     name = f"{_ONE}, {storage} over {other}"
-    return Wanted(name=name, own=Key(own(storage), _ONE), over=(Key(other, _ONE),), bound=bound)
+    return Target(name=name, own=Key(own(storage), _ONE), over=(Key(other, _ONE),), bound=bound)
 
 
-def _of_batches(batches: Sequence[int]) -> Iterator[Wanted]:
+def _of_batches(batches: Sequence[int]) -> Iterator[Target]:
     mine = own(Storage.INT8)
     if 8 in batches:
         name = "decode batch 8, int8, all its tokens, over batch 1"
-        yield Wanted(name=name, own=Key(mine, "decode batch 8"), over=(Key(mine, _ONE),), bound=1.5)
+        yield Target(name=name, own=Key(mine, "decode batch 8"), over=(Key(mine, _ONE),), bound=1.5)
     if 32 in batches:
         name = f"decode batch 32, int8, over {GEMM} of the model's shapes"
-        yield Wanted(name=name, own=Key(mine, "decode batch 32"), over=(products_of(32),), bound=0.6)
+        yield Target(name=name, own=Key(mine, "decode batch 32"), over=(products_of(32),), bound=0.6)
 
 
-def _of_prefill(length: int) -> Iterator[Wanted]:
+def _of_prefill(length: int) -> Iterator[Target]:
     formats = tuple(Key(f"llama.cpp {kind}", f"prefill {length}") for kind, _ in _LLAMA_CPP.values())
     name = f"prefill {length}, float32 over llama.cpp's best"
-    yield Wanted(name=name, own=Key(own(Storage.FLOAT32), f"prefill {length}"), over=formats, bound=1.2)
+    yield Target(name=name, own=Key(own(Storage.FLOAT32), f"prefill {length}"), over=formats, bound=1.2)
     name = f"prefill {length}, its weight products alone, over {GEMM} of the model's shapes"
-    yield Wanted(name=name, own=Key(PRODUCTS, products_of(length).what), over=(products_of(length),), bound=0.85)
+    yield Target(name=name, own=Key(PRODUCTS, products_of(length).what), over=(products_of(length),), bound=0.85)
 
 
-def _of_length(storage: Storage, length: int, full: int) -> Wanted:
+def _of_length(storage: Storage, length: int, full: int) -> Target:
     name = f"prefill {length}, {storage} over its own {full}"
     mine = own(storage)
-    return Wanted(name=name, own=Key(mine, f"prefill {length}"), over=(Key(mine, f"prefill {full}"),), bound=0.85)
+    return Target(name=name, own=Key(mine, f"prefill {length}"), over=(Key(mine, f"prefill {full}"),), bound=0.85)
 
 
-def _of_small(storage: Storage, size: int) -> Iterator[Wanted]:
+def _of_small(storage: Storage, size: int) -> Iterator[Target]:
     if storage not in _SMALL:
         return
     share, times = _SMALL[storage]
     one, four = small(storage, size, 1), small(storage, size, 4)
     name = f"{size} x {size} {storage}, 1 row, over reading it"
-    yield Wanted(name=name, own=one, over=(reading(storage, size),), bound=share)
+    yield Target(name=name, own=one, over=(reading(storage, size),), bound=share)
     name = f"{size} x {size} {storage}, time of 4 rows over that of 1"
-    yield Wanted(name=name, own=one, over=(four,), bound=times, at_most=True)
+    yield Target(name=name, own=one, over=(four,), bound=times, at_most=True)
 
 
 def products_of(rows: int) -> Key:

@@ -1,7 +1,4 @@
-"""`twinfer bench ops`: what it takes, and what it does with it.
-
-Nothing slow is imported before `run`.
-"""
+"""`twinfer bench ops`: every op, implementation by implementation."""
 
 import argparse
 import json
@@ -13,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..spec.config import Storage
-from ..spec.errors import RequestError
+from twinfer.spec.config import Storage
+from twinfer.spec.errors import RequestError
 
 if TYPE_CHECKING:
-    from .compare import Comparison
-    from .ops import Run
-    from .rows import Row
-    from .settings import Setting, Shape
+    from twinfer.bench.compare import Comparison
+    from twinfer.bench.ops import Run
+    from twinfer.bench.rows import Row
+    from twinfer.bench.settings import Setting, Shape
 
     Selection = Sequence[tuple[Setting, Shape, Storage]]
 
-HELP = "time every op, implementation by implementation"
+NAME, HELP = "ops", "time every op, implementation by implementation"
 DESCRIPTION = """\
 Time each op's implementations in turn, on the same stored weights, and judge each on the very inputs it is timed on."""
 EPILOG = """\
@@ -59,9 +56,6 @@ ROUNDS, QUICK_ROUNDS = 15, 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser this command's options, with its description and epilog."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--op", action="append", default=[], metavar="OP", help="only this op; may be repeated")
     parser.add_argument(
         "--shape", action="append", type=shape, default=[], metavar="T=1,I=576,N=960", help="at this size; repeatable"
@@ -101,9 +95,9 @@ def shape(text: str) -> dict[str, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; the exit status."""
-    from . import charts, tables
-    from .compare import compare
-    from .rows import Accuracy, Kind, read_rows, write_rows
+    from twinfer.bench import charts, tables
+    from twinfer.bench.compare import compare
+    from twinfer.bench.rows import Accuracy, Kind, read_rows, write_rows
 
     old = None if args.compare is None else [row for row in read_rows(args.compare) if row.kind is Kind.OP]
     selection = select(args, old)
@@ -134,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
 
 def select(args: argparse.Namespace, old: "Sequence[Row] | None") -> "Selection":
     """What is to be measured. Raises `RequestError` for an op, a shape or a column that there is not."""
-    from .ops import IMPLEMENTATIONS, selected
-    from .settings import SETTINGS
+    from twinfer.bench.ops import IMPLEMENTATIONS, selected
+    from twinfer.bench.settings import SETTINGS
 
     for name in args.op:
         if name not in SETTINGS:
@@ -180,12 +174,12 @@ def _whole(given: "Shape", setting: "Setting") -> dict[str, int]:
 
 def prepare_run(args: argparse.Namespace) -> "Run":
     """What all rows share, this machine's limits among it; the compiler is started."""
-    from ..compiled.machine import check_compiler, checked_device
-    from ..oracle.check import load_implementation
-    from .compiling import start_compiler
-    from .limits import find_rulers
-    from .machine import this_machine
-    from .ops import Run
+    from twinfer.bench.compiling import start_compiler
+    from twinfer.bench.limits import find_rulers
+    from twinfer.bench.machine import this_machine
+    from twinfer.bench.ops import Run
+    from twinfer.compiled.machine import check_compiler, checked_device
+    from twinfer.oracle.check import load_implementation
 
     device = checked_device(args.device)
     check_compiler(device)
@@ -206,8 +200,8 @@ def prepare_run(args: argparse.Namespace) -> "Run":
 
 def measure(selection: "Selection", about: "Run", out: Path | None = None) -> "list[Row]":
     """The rows of everything selected; `out`, if any, holds after each op all rows so far."""
-    from .ops import measure_op
-    from .rows import write_rows
+    from twinfer.bench.ops import measure_op
+    from twinfer.bench.rows import write_rows
 
     rows: list[Row] = []
     for index, (setting, sizes, storage) in enumerate(selection, 1):
@@ -221,7 +215,7 @@ def measure(selection: "Selection", about: "Run", out: Path | None = None) -> "l
 
 def measure_slower_again(old: "Sequence[Row]", rows: "list[Row]", selection: "Selection", about: "Run") -> "list[Row]":
     """The rows, those that look slower than the old ones replaced by a second measurement."""
-    from .compare import Verdict, compare
+    from twinfer.bench.compare import Verdict, compare
 
     slower = [change.new for change in compare(old, rows).changes if change.verdict is Verdict.SLOWER]
     places = {(row.name, tuple(row.shape.items()), row.storage) for row in slower}

@@ -4,8 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..spec.config import Storage
-from ..spec.errors import RequestError
+from twinfer.spec.config import Storage
+from twinfer.spec.errors import RequestError
+
+from .options import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
@@ -31,13 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows, one JSON object a line")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-
-
-def positive(text: str) -> int:
-    """Read an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def check_out(path: Path | None) -> None:

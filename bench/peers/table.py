@@ -4,21 +4,21 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from .candidates import (
-    Candidate,
+from ..candidates import Candidate
+from ..reasons import reason
+from ..targets import EAGER, STATIC
+from .exported import Exports, transformers_llama
+from .libraries import (
     CTranslate2Candidate,
     DeepSpeedCandidate,
     LlamaCppCandidate,
     StaticCacheCandidate,
     TransformersCandidate,
 )
-from .exported import Exports, transformers_llama
-from .must_reach import EAGER, STATIC
-from .side_by_side import reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class Capacity:
     """How much the peers must hold."""
 
     decode_tokens: int
@@ -37,7 +37,7 @@ class Peer:
     """What Python imports."""
     install: str
     precision: str
-    make: Callable[[Exports, Room], Candidate]
+    make: Callable[[Exports, Capacity], Candidate]
     prefills: bool = True
     """Whether its prompts are worth timing: not where they are read as another peer reads them."""
 
@@ -48,7 +48,7 @@ def _llama_cpp(kind: str) -> Peer:
         package="llama_cpp",
         install="pip install llama-cpp-python",
         precision=kind,
-        make=lambda exports, room: LlamaCppCandidate(exports.gguf(kind), room.most_tokens, room.threads),
+        make=lambda exports, capacity: LlamaCppCandidate(exports.gguf(kind), capacity.most_tokens, capacity.threads),
     )
 
 
@@ -58,8 +58,8 @@ def _ctranslate2(quantization: str) -> Peer:
         package="ctranslate2",
         install="pip install ctranslate2",
         precision=quantization,
-        make=lambda exports, room: CTranslate2Candidate(
-            exports.transformers_folder, exports.folder / f"ctranslate2-{quantization}", quantization, room.threads
+        make=lambda exports, capacity: CTranslate2Candidate(
+            exports.transformers_folder, exports.folder / f"ctranslate2-{quantization}", quantization, capacity.threads
         ),
     )
 
@@ -72,14 +72,14 @@ PEERS: Mapping[str, Peer] = {
             package="transformers",
             install="pip install transformers",
             precision="float32",
-            make=lambda exports, room: TransformersCandidate(exports.transformers),
+            make=lambda exports, capacity: TransformersCandidate(exports.transformers),
         ),
         Peer(
             name=STATIC,
             package="transformers",
             install="pip install transformers",
             precision="float32",
-            make=lambda exports, room: StaticCacheCandidate(exports.transformers, room.decode_tokens),
+            make=lambda exports, capacity: StaticCacheCandidate(exports.transformers, capacity.decode_tokens),
             prefills=False,
         ),
         *map(_llama_cpp, ("F32", "F16", "Q8_0", "Q4_1")),
@@ -89,7 +89,9 @@ PEERS: Mapping[str, Peer] = {
             package="deepspeed",
             install="pip install deepspeed",
             precision="float32",
-            make=lambda exports, room: DeepSpeedCandidate(transformers_llama(exports.source)),  # it changes the module
+            make=lambda exports, capacity: DeepSpeedCandidate(
+                transformers_llama(exports.source)
+            ),  # it changes the module
         ),
     )
 }

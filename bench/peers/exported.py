@@ -16,10 +16,10 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from ..spec.config import Head
-from ..spec.errors import RequestError
-from ..spec.weights import WeightSource, tensors
-from .candidates import llama_cpp
+from ...spec.config import Head
+from ...spec.errors import RequestError
+from ...spec.weights import WeightSource, tensors
+from .libraries import llama_cpp
 from .llama_like import check_llama_like, plain_frequencies, rotary_base
 
 _TRANSFORMERS = {

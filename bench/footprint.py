@@ -1,7 +1,7 @@
-"""One storage of the compiled path in processes of its own, so that compile time and peak memory are its alone.
+"""Compile time and peak memory of one storage of the compiled path, each in a subprocess.
 
-The first process finds an empty cache folder and compiles; the second finds what the first has left there, and decodes.
-`python -m twinfer.bench.apart` reads a `Task` as JSON from its one argument and prints an `Outcome` as JSON.
+The first subprocess finds an empty cache folder and compiles; the second finds what the first has left there, and
+decodes.
 """
 
 import tempfile
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .child import answer_parent, run_child
 from .machine import peak_resident_bytes
+from .subprocesses import run_in_subprocess
 
 ALLOWED_TIMES, ALLOWED_MORE = 1.5, 150 * 2**20
 """Peak memory beyond an interpreter that has imported torch may be so many times the prepared weights, and so many
@@ -49,8 +49,8 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """What the two processes of one storage told."""
+class Footprint:
+    """What the two subprocesses of one storage measured."""
 
     storage: str
     compile_cold_s: float
@@ -69,8 +69,8 @@ class Figures:
         return int(ALLOWED_TIMES * self.weight_bytes) + ALLOWED_MORE
 
 
-def measure_apart(model: str, storage: str, prompt: int, steps: int) -> Figures:
-    """Run both processes; their errors are raised here."""
+def measure_footprint(model: str, storage: str, prompt: int, steps: int) -> Footprint:
+    """Run both subprocesses; their errors are raised here."""
     task = Task(model=model, storage=storage, prompt=prompt, steps=steps, start_compiler=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         cold = _run(task, cache)
@@ -78,7 +78,7 @@ def measure_apart(model: str, storage: str, prompt: int, steps: int) -> Figures:
     beyond = None
     if warm.peak_bytes is not None and warm.bare_bytes is not None:
         beyond = warm.peak_bytes - warm.bare_bytes
-    return Figures(
+    return Footprint(
         storage=storage,
         compile_cold_s=cold.compile_s,
         compile_warm_s=warm.compile_s,
@@ -93,11 +93,12 @@ def measure_apart(model: str, storage: str, prompt: int, steps: int) -> Figures:
 
 def _run(task: Task, cache: str) -> Outcome:
     environment = {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return run_child("twinfer.bench.apart", task, Outcome, task.storage, environment)
+    return run_in_subprocess(measure, task, what=task.storage, environment=environment)
 
 
-def measure(task: Task, bare_bytes: int | None) -> Outcome:
-    """Compile, read a prompt and decode."""
+def measure(task: Task) -> Outcome:
+    """Compile, read a prompt and decode; to be called in a subprocess that has done nothing yet."""
+    bare_bytes = peak_resident_bytes()
     from ..checkpoint import open_model
     from ..compiled.path import CompiledPath
     from ..spec.config import Storage
@@ -131,12 +132,3 @@ def measure(task: Task, bare_bytes: int | None) -> Outcome:
         bare_bytes=bare_bytes,
         peak_bytes=peak_resident_bytes(),
     )
-
-
-def main() -> None:
-    bare_bytes = peak_resident_bytes()
-    answer_parent(Task, lambda task: measure(task, bare_bytes))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The compiled path and its peers on one model, each peer in a process of its own, and all that the ratios need."""
+"""The compiled path and its peers on one model, each peer in a subprocess, and all that the ratios need."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,28 +9,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
-from ..compiled.weights import prepare
-from ..reference.path import ReferencePath
-from ..spec.config import Storage
-from .candidates import Candidate, PathCandidate
-from .limits import measure_limits
+from ...checkpoint import Checkpoint
+from ...compiled.weights import prepare
+from ...reference.path import ReferencePath
+from ...spec.config import Storage
+from ..candidates import Candidate, PathCandidate
+from ..limits import measure_limits
+from ..machine import this_machine
+from ..perplexity import PARAGRAPH
+from ..plan import About, Plan, own_candidates, row, samples_of
+from ..products import layer_shapes, matrix_products, memory_limit, prefill_products, small_products, step_shapes
+from ..reasons import reason
+from ..rows import Row
+from ..side_by_side import Key, Measured, Sample, Workload, greedy, interleave, prompt
+from ..targets import EAGER, own, products_of
 from .llama_like import check_llama_like
-from .machine import this_machine
-from .must_reach import EAGER, own, products_of
-from .peers import PEERS, Room, ready_peers
-from .perplexity import PARAGRAPH
-from .plan import About, Plan, own_candidates, row, samples_of
-from .products import layer_shapes, matrix_products, memory_limit, prefill_products, small_products, step_shapes
-from .remote import Remote
-from .rows import Row
-from .side_by_side import Key, Measured, Sample, Workload, greedy, interleave, prompt, reason
+from .subprocess_peer import SubprocessPeer
+from .table import PEERS, Capacity, ready_peers
 
 AGREEMENT = 16
 """Greedy tokens of everyone that are compared with the reference's."""
 Report = Callable[[str], None]
 
-start_peer: Callable[[str, str, Path, Room], AbstractContextManager[Candidate]] = Remote
+start_peer: Callable[[str, str, Path, Capacity], AbstractContextManager[Candidate]] = SubprocessPeer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,18 +96,18 @@ def measure(
     wanted; what they read is written to `folder`, the caller's.
     """
     check_llama_like(checkpoint.config)
-    room = _room(plan)
+    capacity = _capacity(plan)
     with contextlib.ExitStack() as stack:
 
         def start(name: str) -> Candidate:
-            return stack.enter_context(start_peer(name, model, folder, room))
+            return stack.enter_context(start_peer(name, model, folder, capacity))
 
         return _measure(checkpoint, plan, names, squares, start, report)
 
 
-def _room(plan: Plan) -> Room:
+def _capacity(plan: Plan) -> Capacity:
     longest = plan.prompt + max(plan.steps + 1, AGREEMENT)
-    return Room(decode_tokens=longest, most_tokens=max(longest, *plan.prefills), threads=torch.get_num_threads())
+    return Capacity(decode_tokens=longest, most_tokens=max(longest, *plan.prefills), threads=torch.get_num_threads())
 
 
 def _measure(

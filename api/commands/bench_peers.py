@@ -1,7 +1,4 @@
-"""`twinfer bench peers`: what it takes, and what it does with it.
-
-Nothing slow is imported before `run`.
-"""
+"""`twinfer bench peers`: a model beside other libraries."""
 
 import argparse
 import json
@@ -11,20 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..spec.errors import RequestError
-from . import model_options
+from twinfer.spec.errors import RequestError
+
+from . import bench_options
+from .options import positive
 
 if TYPE_CHECKING:
-    from .beside_peers import Found
-    from .must_reach import Ratio
-    from .rows import Row
-    from .timing import Timing
+    from twinfer.bench.peers.comparison import Found
+    from twinfer.bench.rows import Row
+    from twinfer.bench.targets import Ratio
+    from twinfer.bench.timing import Timing
 
-HELP = "time a model beside transformers, llama.cpp, CTranslate2 and DeepSpeed"
+NAME, HELP = "peers", "time a model beside transformers, llama.cpp, CTranslate2 and DeepSpeed"
 DESCRIPTION = """\
 Time the compiled path beside other libraries running the same weights, prompt and precision class, each library in a
-process of its own, all in turn round by round; then hold the ratios against what this project promises."""
+subprocess, all in turn round by round; then compare the ratios with this project's targets."""
 EPILOG = """\
+from a checkout: pip install -e '.[peers]'; an installed wheel does not hold the peers
+
 peers, each used if it is installed:
   transformers eager          float32, default cache and attention
   transformers static cache   float32, the decode step compiled as its documentation does; it is not timed on prompts
@@ -44,7 +45,7 @@ ratios: of tokens a second, round by round; the value is the median, the spread 
 exit status: 0, whatever the ratios are; 1 if the compiled path recompiled while it was timed, and with --require if a
 ratio is not reached or could not be measured
 
-with --json, one object: {"rows": [...], "must_reach": [{"name", "value", "p20", "p80", "bound", "at_most", "over",
+with --json, one object: {"rows": [...], "targets": [{"name", "value", "p20", "p80", "bound", "at_most", "over",
   "missing", "reached"}], "alone": [{"who", "what", "p20_s", "p50_s", "p80_s"}], "absent": {PEER: REASON},
   "agreements": {NAME: {"alone", "led", "of"}}}
   rows   as `twinfer bench ops --help` describes them
@@ -53,16 +54,13 @@ with --json, one object: {"rows": [...], "must_reach": [{"name", "value", "p20",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser this command's options, with its description and epilog."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    model_options.add_arguments(parser, steps=24)
+    bench_options.add_arguments(parser, steps=24)
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME", help="only peers whose name begins so; repeatable"
     )
     parser.add_argument(
         "--square",
-        type=model_options.positive,
+        type=positive,
         action="append",
         metavar="N",
         help="size of the square products timed alone (4096 and 8192); repeatable",
@@ -72,21 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; the exit status."""
-    from ..checkpoint import open_model
-    from .beside_peers import measure
-    from .model_tables import print_ratios, print_speeds
-    from .must_reach import promised, ratio
-    from .plan import Plan
-    from .rows import write_rows
+    from twinfer.bench.model_tables import print_ratios, print_speeds
+    from twinfer.bench.peers.comparison import measure
+    from twinfer.bench.plan import Plan
+    from twinfer.bench.rows import write_rows
+    from twinfer.bench.targets import ratio, targets
+    from twinfer.checkpoint import open_model
 
     plan, names = Plan.of(args), chosen(args.peer)
     squares = tuple(dict.fromkeys(args.square or (4096, 8192)))
-    model_options.check_out(args.out)
-    checkpoint = open_model(args.model, report=model_options.say)
+    bench_options.check_out(args.out)
+    checkpoint = open_model(args.model, report=bench_options.say)
     plan.check(checkpoint.config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        found = measure(args.model, checkpoint, plan, names, squares, Path(folder), model_options.say)
-    wanted = promised(plan.storages, plan.prefills, plan.batches, squares)
+        found = measure(args.model, checkpoint, plan, names, squares, Path(folder), bench_options.say)
+    wanted = targets(plan.storages, plan.prefills, plan.batches, squares)
     ratios = [ratio(each, found.measured, found.absent) for each in wanted]
     rows = found.rows(args.model)
     if args.out is not None:
@@ -104,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def chosen(prefixes: Sequence[str]) -> list[str]:
     """Peers whose names begin so; all of them where nothing is asked for. Raises `RequestError` for none."""
-    from .peers import PEERS
+    from twinfer.bench.peers.table import PEERS
 
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in PEERS):
@@ -117,7 +115,7 @@ def as_json(rows: "Sequence[Row]", ratios: "Sequence[Ratio]", found: "Found") ->
     models = set(found.workloads)
     return {
         "rows": [asdict(row) for row in rows],
-        "must_reach": [{**asdict(each), "reached": each.reached} for each in ratios],
+        "targets": [{**asdict(each), "reached": each.reached} for each in ratios],
         "alone": [
             {"who": key.who, "what": key.what, **quantiles(each.timing)}
             for key, each in found.measured.items()

@@ -1,9 +1,9 @@
-"""The promised ratios, computed from given speeds."""
+"""The ratios that are targets, computed from given speeds."""
 
 import pytest
 
-from twinfer.bench.must_reach import GEMM, Wanted, promised, ratio
 from twinfer.bench.side_by_side import Key, Measured
+from twinfer.bench.targets import GEMM, Target, ratio, targets
 from twinfer.bench.timing import Timing
 from twinfer.spec.config import Storage
 
@@ -14,8 +14,8 @@ def measured(*seconds: float, tokens: int = 1, error: str | None = None) -> Meas
     return Measured(timing=Timing(seconds=seconds, calls=1, error=error), tokens=tokens)
 
 
-def wanted(bound: float, *over: Key, at_most: bool = False) -> Wanted:
-    return Wanted(name="a ratio", own=OWN, over=over or (OTHER,), bound=bound, at_most=at_most)
+def wanted(bound: float, *over: Key, at_most: bool = False) -> Target:
+    return Target(name="a ratio", own=OWN, over=over or (OTHER,), bound=bound, at_most=at_most)
 
 
 def test_a_ratio_is_of_each_round_and_not_of_medians() -> None:
@@ -59,7 +59,7 @@ def test_what_is_missing_is_named_with_its_reason() -> None:
 
 def test_the_promises_are_those_that_were_made() -> None:
     """Every one, with its bound, written down here a second time."""
-    found = {each.name: each for each in promised(list(Storage), (512, 260, 300), (1, 8, 32), (4096, 8192))}
+    found = {each.name: each for each in targets(list(Storage), (512, 260, 300), (1, 8, 32), (4096, 8192))}
     bounds = {name: (each.bound, each.at_most) for name, each in found.items()}
     expected = {
         "decode batch 1, float32 over llama.cpp F32": (1.0, False),
@@ -83,14 +83,14 @@ def test_the_promises_are_those_that_were_made() -> None:
     assert bounds == expected
 
 
-def test_what_is_not_run_is_not_promised() -> None:
-    names = [each.name for each in promised([Storage.BFLOAT16], (512,), (1,), ())]
+def test_what_is_not_run_is_no_target() -> None:
+    names = [each.name for each in targets([Storage.BFLOAT16], (512,), (1,), ())]
     assert names == ["decode batch 1, bfloat16 over llama.cpp F16"]
 
 
 def test_each_promise_of_time_is_the_inverse_of_a_speed() -> None:
     """Four rows that take 1.5 times as long as one: 1.5."""
-    (promise,) = [each for each in promised([Storage.INT8], (512,), (1,), (64,)) if each.at_most]
+    (promise,) = [each for each in targets([Storage.INT8], (512,), (1,), (64,)) if each.at_most]
     one, four = promise.own, promise.over[0]
     assert ("1 row" in one.what, "4 rows" in four.what) == (True, True)
     assert ratio(promise, {one: measured(1.0), four: measured(1.5)}, {}).value == 1.5

@@ -6,7 +6,7 @@ Shapes: J rotating pairs.
 import torch
 from torch import Tensor
 
-from ..spec.config import (
+from ...spec.config import (
     Activation,
     AttentionConfig,
     LayerConfig,
@@ -17,7 +17,7 @@ from ..spec.config import (
     RotaryConfig,
     RotaryLayout,
 )
-from ..spec.errors import RequestError
+from ...spec.errors import RequestError
 
 
 def check_llama_like(config: ModelConfig) -> None:
