@@ -5,7 +5,10 @@ and build text, and nothing else.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from operator import index as as_integer
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2.ext import loopcontrols
@@ -30,6 +33,32 @@ def encode(checkpoint: "Checkpoint", prompt: str, *, chat: bool = False) -> list
     messages = [{"role": "user", "content": prompt}]
     text = render_chat(checkpoint.chat_template, messages, checkpoint.special_tokens)
     return tokenizer.encode(text, special=False)  # the template has written the special tokens
+
+
+def prompt_ids(
+    checkpoint: "Checkpoint", prompts: Sequence[str | Sequence[int]], *, chat: bool = False
+) -> list[list[int]]:
+    """Each prompt's token ids, text encoded as `encode` does it. What is ids already stays as it is."""
+    check_several("prompts", prompts)
+    return [
+        encode(checkpoint, prompt, chat=chat) if isinstance(prompt, str) else as_ids(f"prompt {index}", prompt)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def check_several(what: str, given: object) -> None:
+    """Raise `RequestError` for one text where a sequence of them is asked for: it would be taken letter by letter."""
+    if isinstance(given, str | bytes | bytearray):
+        each = what.removesuffix("s")
+        raise RequestError(f"{what} is the string {given[:40]!r}; it must be a sequence of {what}, such as [{each}]")
+
+
+def as_ids(what: str, ids: Sequence[int]) -> list[int]:
+    """The token ids as plain integers. Raises `RequestError` for anything that is no sequence of integers."""
+    if not isinstance(ids, bytes | bytearray):
+        with suppress(TypeError):
+            return [as_integer(token) for token in ids]
+    raise RequestError(f"{what} is {reprlib.repr(ids)}; it must be token ids, a sequence of integers")
 
 
 def render_chat(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:

@@ -14,6 +14,8 @@ from twinfer.spec.config import Pooling
 from twinfer.spec.decoder import Decoder, Encoder
 from twinfer.spec.errors import NumericsError, RequestError
 
+from .chat import as_ids, check_several
+
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint, EmbeddingRecipe
 
@@ -27,11 +29,13 @@ def text_ids(checkpoint: "Checkpoint", texts: Sequence[str | Sequence[int]]) -> 
     Nothing is ever cut off: raises `RequestError` for a text of more tokens than the model, or the recipe that came
     with it, is made for; also where there is no text, one says nothing, or the model has no tokenizer.
     """
-    if isinstance(texts, str):
-        raise RequestError(f"texts is the string {texts[:40]!r}; it must be a sequence of texts, such as [text]")
+    check_several("texts", texts)
     if not texts:
         raise RequestError("there are 0 texts; give at least one")
-    return [_ids(checkpoint, index, text) if isinstance(text, str) else list(text) for index, text in enumerate(texts)]
+    return [
+        _ids(checkpoint, index, text) if isinstance(text, str) else as_ids(f"text {index}", text)
+        for index, text in enumerate(texts)
+    ]
 
 
 def _ids(checkpoint: "Checkpoint", index: int, text: str) -> list[int]:

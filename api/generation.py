@@ -20,6 +20,7 @@ from twinfer.spec.config import ModelConfig
 from twinfer.spec.decoder import Decoder, Sequences, check_extensible, check_open
 from twinfer.spec.errors import RequestError
 
+from .chat import as_ids, check_several
 from .text import StopWatch, TextStream
 
 GREEDY = Sampling()
@@ -140,7 +141,7 @@ def generate(
     rows = [
         _Row(
             index=index,
-            prompt_ids=tuple(prompt),
+            prompt_ids=tuple(as_ids(f"prompt {index}", prompt)),
             limit=max_new_tokens,
             end_tokens=frozenset(end_tokens),
             sampling=sampling,
@@ -238,12 +239,14 @@ def _step(decoder: Decoder, sequences: Sequences, rows: Sequence[_Row]) -> list[
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise `RequestError` unless `generate` may be given these; needs no decoder, so ask it early."""
     check_extensible(config)
+    check_several("prompts", prompts)
     if not prompts:
         raise RequestError("there are 0 prompts; give at least one")
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
+        ids = as_ids(f"prompt {index}", prompt)
+        if not ids:
             raise RequestError(f"prompt {index} is empty; it must hold at least one token")
         if len(prompt) + max_new_tokens > config.context:
             left = config.context - len(prompt)
@@ -252,7 +255,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
                 f"{len(prompt) + max_new_tokens}; the model's context is {config.context}: "
                 + (f"ask for at most {left} new tokens, or shorten the prompt" if left > 0 else "shorten the prompt")
             )
-        for token in prompt:
+        for token in ids:
             if not 0 <= token < config.vocabulary:
                 raise RequestError(
                     f"prompt {index} holds token id {token}; ids run from 0 to {config.vocabulary - 1} in this model"
@@ -263,6 +266,9 @@ def check_stops(stop: Sequence[str], tokenizer: Streams | None) -> None:
     """Raise `RequestError` unless these can be found in the text."""
     if isinstance(stop, str):
         raise RequestError(f"stop is the string {stop!r}; it must be a sequence of strings, such as [{stop!r}]")
+    for string in stop:
+        if not isinstance(string, str):
+            raise RequestError(f"stop holds {string!r}; it must hold strings")
     if stop and tokenizer is None:
         raise RequestError(f"stop is {list(stop)!r}, but without a tokenizer there is no text to find it in")
     if "" in stop:

@@ -15,7 +15,7 @@ from twinfer.spec.errors import MachineError, RequestError
 from twinfer.spec.paper_models import PAPER_MODELS
 from twinfer.spec.weights import WeightSource
 
-from .chat import encode
+from .chat import encode, prompt_ids
 from .embedding import chosen, embed, text_ids
 from .generation import Generation, generate
 
@@ -71,7 +71,7 @@ class Model:
 
     def generate(self, prompts: Sequence[str | Sequence[int]], *, chat: bool = False, **how: Any) -> Generation:
         """`twinfer.generate` for prompts given as text (or ids), with this model's tokenizer and end tokens."""
-        ids = [self.encode(prompt, chat=chat) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = prompt_ids(self.checkpoint, prompts, chat=chat)
         end_tokens, tokenizer = self.checkpoint.end_tokens, self.checkpoint.tokenizer
         return generate(self.decoder, ids, end_tokens=end_tokens, tokenizer=tokenizer, **how)
 

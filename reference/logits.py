@@ -32,7 +32,7 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
     [-inf, 3.0, -inf, -inf]
     """
     order_V = torch.sort(logits_V, descending=True, stable=True).indices
-    return logits_V.index_fill(0, order_V[k:], -torch.inf)
+    return logits_V.index_fill(0, order_V[min(k, len(order_V)) :], -torch.inf)
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from twinfer.reference.sampling import Sampling
 from twinfer.spec.errors import RequestError
 
-from ..chat import encode
+from ..chat import prompt_ids
 from ..generation import Generation, check_prompts, check_stops
 from ..loading import Model, load, open_checkpoint
 from ..memory import peak_memory_bytes
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     with waiting() as report:
         start = time.perf_counter()
         checkpoint = open_checkpoint(args.model, report, context=args.context)
-        ids = [encode(checkpoint, prompt, chat=args.chat) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = prompt_ids(checkpoint, prompts, chat=args.chat)
         check_prompts(checkpoint.config, ids, args.max_new_tokens)  # before minutes of compiling
         check_stops(args.stop, checkpoint.tokenizer)
         opening_s = time.perf_counter() - start

@@ -6,6 +6,7 @@ import pytest
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
+import twinfer
 from twinfer.chat import encode, render_chat
 from twinfer.checkpoint import Tokenizer
 from twinfer.spec.errors import CheckpointError, RequestError
@@ -53,6 +54,20 @@ def test_broken_and_escaping_templates_are_refused(template):
 def test_a_template_can_refuse_messages():
     with pytest.raises(RequestError, match="refuses these messages: roles must alternate"):
         render_chat("{{ raise_exception('roles must alternate') }}", HELLO, {})
+
+
+@pytest.mark.parametrize("text", ["Hi!", b"Hi!"])
+def test_one_text_is_not_taken_for_many(tiny, text):
+    """Neither generating nor embedding takes a text letter by letter, or one token id for a sequence of them."""
+    model = twinfer.load(tiny, path="reference")
+    with pytest.raises(RequestError, match=r"prompts is the string b?'Hi!'; it must be a sequence of prompts"):
+        model.generate(text)
+    with pytest.raises(RequestError, match=r"texts is the string b?'Hi!'; it must be a sequence of texts"):
+        model.embed(text, pooling="mean", normalize=False)
+    with pytest.raises(RequestError, match="prompt 1 is 7; it must be token ids, a sequence of integers"):
+        model.generate(["Hi!", 7])
+    with pytest.raises(RequestError, match="text 0 is 7; it must be token ids, a sequence of integers"):
+        model.embed([7], pooling="mean", normalize=False)
 
 
 def test_begin_tokens_are_not_added_twice(tiny):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation.logits_process import (
@@ -107,7 +107,13 @@ def test_streams_differ_between_neighboring_seeds_and_prompts() -> None:
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"min_p": -0.1},
+        {"temperature": 10**400},
+        {"top_k": 2.5},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-308},
+        {"repetition_penalty": 1e308},
+        {"repetition_penalty": 10**400},
+        {"repetition_penalty": float("nan")},
     ],
 )
 def test_impossible_settings_are_refused(field: dict[str, float]) -> None:
@@ -120,6 +126,67 @@ def test_impossible_settings_are_refused(field: dict[str, float]) -> None:
 def test_logits_that_no_model_means_are_refused(logits: list[float], temperature: float) -> None:
     with pytest.raises(NumericsError, match="it must be finite"):
         next_token(torch.tensor(logits), torch.tensor([0]), Sampling(temperature=temperature), generator_for(0, 0))
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    temperature=st.sampled_from([5e-324, 1e-320, 1e-39, 1e-300]),
+    penalty=st.sampled_from([1.0, 0.01, 100.0]),
+    scale=st.sampled_from([1.0, 1e4, 1e30]),
+)
+def test_no_temperature_is_too_small(
+    seed: int, dtype: torch.dtype, temperature: float, penalty: float, scale: float
+) -> None:
+    """As the temperature goes to 0 the likeliest token is drawn, whatever the size of the logits and the penalty."""
+    logits_V = (scale * logits_of(seed, 30)).clamp(-6e4 * scale, 6e4 * scale).to(dtype)
+    assume(bool(logits_V.isfinite().all()))
+    previous_T = torch.tensor([0, 1, 29])
+    shaped_V = penalize_repetition(logits_V.double(), previous_T, penalty)
+    likeliest = (shaped_V == shaped_V.max()).nonzero().flatten().tolist()
+    cold = Sampling(temperature=temperature, repetition_penalty=penalty)
+    assert next_token(logits_V, previous_T, cold, generator_for(seed, 0)) in likeliest
+    greedy = Sampling(repetition_penalty=penalty)
+    assert next_token(logits_V, previous_T, greedy, generator_for(seed, 0)) == likeliest[0]
+
+
+@given(temperature=st.floats(0, exclude_min=True, allow_infinity=False), seed=st.integers(0, 2**31))
+def test_every_token_drawn_exists(temperature: float, seed: int) -> None:
+    """Whatever is accepted draws an id of the vocabulary, and none that was ruled out."""
+    logits_V = logits_of(seed, 8).index_fill(0, torch.tensor([0, 7]), -torch.inf)
+    sampling = Sampling(temperature=temperature, top_k=2**70)
+    assert next_token(logits_V, torch.tensor([1]), sampling, generator_for(seed, 0)) in range(1, 7)
+
+
+class _Highest:
+    """A stand-in for torch.rand whose number rounds up to 1."""
+
+    def __call__(self, *_size: object, **_how: object) -> Tensor:
+        return torch.tensor(1.0, dtype=torch.float64)
+
+
+def test_the_last_possible_token_is_the_last_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rounding lifts the threshold to the whole sum, the last token with a probability is drawn, never id V."""
+    monkeypatch.setattr(torch, "rand", _Highest())
+    assert draw(torch.tensor([0.5, 0.5, 0.0]), generator_for(0, 0)) == 1
+    assert draw(torch.tensor([0.5, 0.5]), generator_for(0, 0)) == 1
+
+
+@pytest.mark.parametrize("probabilities", [[0.5, torch.nan], [torch.inf, 0.0], [0.0, 0.0], [-1.0, 0.5]])
+def test_what_is_no_distribution_is_not_drawn_from(probabilities: list[float]) -> None:
+    with pytest.raises(NumericsError, match="their sum must be positive and finite"):
+        draw(torch.tensor(probabilities), generator_for(0, 0))
+
+
+def test_shaping_that_overflows_is_refused() -> None:
+    """Logits are looked at after shaping too: float64 ones can leave its range."""
+    with pytest.raises(NumericsError, match="the largest logit after shaping is inf"):
+        next_token(
+            torch.tensor([1e308, 0.0], dtype=torch.float64),
+            torch.tensor([0]),
+            Sampling(repetition_penalty=0.01),
+            generator_for(0, 0),
+        )
 
 
 def test_a_ruled_out_token_is_no_error() -> None:
