@@ -1,6 +1,12 @@
-"""Hypothesis profiles: `default` is quick and repeatable; `exhaustive` (HYPOTHESIS_PROFILE=exhaustive) digs."""
+"""Hypothesis profiles: `default` is quick and repeatable; `exhaustive` (HYPOTHESIS_PROFILE=exhaustive) digs.
+
+The suite runs one process a core (pytest-xdist; `-n0` runs it in one), so torch gets one thread in each of them.
+"""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
 
 from hypothesis import HealthCheck, settings
 

@@ -18,8 +18,8 @@ from twinfer.bench.products import (
 )
 from twinfer.bench.rows import Limits
 from twinfer.bench.side_by_side import Workload
-from twinfer.compiled.packing import Matrix
 from twinfer.bench.targets import reading, small
+from twinfer.compiled.packing import Matrix
 from twinfer.compiled.weights import prepare
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Head, Storage

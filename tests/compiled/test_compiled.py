@@ -37,7 +37,7 @@ from twinfer.spec.config import (
     Storage,
 )
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
 
 
 def gpt2() -> ModelConfig:

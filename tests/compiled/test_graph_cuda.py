@@ -20,7 +20,7 @@ from twinfer.spec.config import Storage
 
 from .graph_machine import cloned, same_bits, same_caches
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CONTEXT = 600
 
 
