@@ -62,7 +62,7 @@ def write(cache_SKD: Tensor, slot_R: Tensor, new_RKD: Tensor) -> None:
     cache_SKD.index_put_((slot_R,), new_RKD)
 
 
-class Seen(NamedTuple):
+class DecodeMask(NamedTuple):
     """What sequences that gain one token read; the same for all layers of one window."""
 
     read_RS: Tensor
@@ -71,15 +71,15 @@ class Seen(NamedTuple):
     """Added to the scores: 0, or -inf where a slot stands in for one that is not seen."""
 
 
-def seen(start_R: Tensor, position_R: Tensor, slot_S: Tensor, window: int | None) -> Seen:
-    """Of sequences whose new tokens are at `position_R`; `slot_S` is 0 .. S - 1 with S above every position.
+def decode_mask(start_R: Tensor, position_R: Tensor, slot_S: Tensor, window: int | None) -> DecodeMask:
+    """Return the mask for new tokens at `position_R`; `slot_S` is 0 .. S - 1 with S above every position.
 
-    >>> seen(torch.tensor([16]), torch.tensor([2]), torch.arange(4), window=2)
-    Seen(read_RS=tensor([[18, 17, 18, 18]]), added_RS=tensor([[-inf, 0., 0., -inf]]))
+    >>> decode_mask(torch.tensor([16]), torch.tensor([2]), torch.arange(4), window=2)
+    DecodeMask(read_RS=tensor([[18, 17, 18, 18]]), added_RS=tensor([[-inf, 0., 0., -inf]]))
     """
     seen_RS = _seen(position_R, slot_S, window)
     read_RS = start_R[:, None] + torch.where(seen_RS, slot_S[None, :], position_R[:, None])
-    return Seen(read_RS, torch.where(seen_RS, 0.0, -torch.inf))
+    return DecodeMask(read_RS, torch.where(seen_RS, 0.0, -torch.inf))
 
 
 def attend_decode(
@@ -87,7 +87,7 @@ def attend_decode(
     key_CKD: Tensor,
     value_CKD: Tensor,
     *,
-    seen: Seen,
+    mask: DecodeMask,
     position_R: Tensor,
     slot_S: Tensor,
     scale: float,
@@ -101,7 +101,7 @@ def attend_decode(
     """
     kv_heads = key_CKD.shape[1]
     query_RKGD = query_RHD.view(query_RHD.shape[0], kv_heads, -1, query_RHD.shape[2])
-    key_RSKD, value_RSKD = (cache_CKD[seen.read_RS] for cache_CKD in (key_CKD, value_CKD))
+    key_RSKD, value_RSKD = (cache_CKD[mask.read_RS] for cache_CKD in (key_CKD, value_CKD))
     written_out = query_RKGD.shape[2] <= _WRITTEN_OUT
     if written_out:
         score_RSKG = torch.cat([(each[:, None] * key_RSKD).sum(-1, keepdim=True) for each in query_RKGD.unbind(2)], -1)
@@ -112,7 +112,7 @@ def attend_decode(
         score_RSKG = softcap * torch.tanh(score_RSKG / softcap)
     if slope_H is not None:
         score_RSKG = score_RSKG + alibi(position_R, slot_S, slope_H).view(score_RSKG.shape)
-    score_RSKG = score_RSKG + seen.added_RS[:, :, None, None]
+    score_RSKG = score_RSKG + mask.added_RS[:, :, None, None]
     # heads last, or Inductor's vectors would run over the slots, whose values are nowhere side by side
     weight_RSKG = materialized(torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True)))
     if written_out:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..spec.config import ModelConfig
 from ..spec.errors import RequestError
+from .layers import Cache
 from .packing import own
-from .steps import Cache
 
 
 class StaticSequences:

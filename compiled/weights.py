@@ -4,14 +4,17 @@ Why it is faster: Q, K and V are one product, and so are gate and up: fewer loop
 other. A float32 copy of more than one part never exists.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig, QkNormSpan, Storage
-from ..spec.errors import ConfigError
+from ..spec.errors import ConfigError, WeightError
 from ..spec.weights import (
+    EmbeddingWeights,
+    HeadWeights,
     LayerWeights,
     LinearWeights,
     NormWeights,
@@ -31,7 +34,7 @@ class Layer(NamedTuple):
     """One layer; matrices are [outputs, inputs]."""
 
     attention_norm: Norm | None
-    """Of both inputs where attention and MLP share one."""
+    """For both inputs where attention and MLP share one."""
     qkv: Matrix
     """[(H + 2 K) * D, M]: query heads, then key heads, then value heads."""
     output: Matrix
@@ -41,8 +44,6 @@ class Layer(NamedTuple):
     """[F, M]; where gated [2 F, M], the gate's rows first."""
     down: Matrix
     mlp_output_norm: Norm | None
-    frequency_J: Tensor | None
-    """float64; layers of equal frequencies hold the same tensor."""
     slope_H: Tensor | None
     """ALiBi's, float64."""
     query_norm: Norm | None
@@ -50,35 +51,67 @@ class Layer(NamedTuple):
     key_norm: Norm | None
 
 
-class Model(NamedTuple):
-    embedding: Embedding
-    layers: tuple[Layer, ...]
-    final_norm: Norm | None
+class Rotation(NamedTuple):
+    """What makes a rotary table of positions."""
+
+    frequency_J: Tensor
+    """float64."""
+    attention_factor: float
+    """Multiplies cos and sin."""
+
+
+class Rotations(NamedTuple):
+    """The rotations of a model, which are small and stay when layers come and go."""
+
+    different: tuple[Rotation, ...]
+    of_layer: tuple[int | None, ...]
+    """For each layer the place in `different`, or None without rotary positions."""
+
+
+class Head(NamedTuple):
+    """What stands after the layers."""
+
+    norm: Norm | None
     reduction: Matrix | None
     """[E, M], where the table is not as wide as the hidden vector."""
-    head: Matrix
+    projection: Matrix
     """The very words of the token table where the head is tied; also where there is none, and then nothing reads it."""
+
+
+class Model(NamedTuple):
+    """A prepared model, or consecutive layers of one: these lack what they do not hold."""
+
+    embedding: Embedding | None
+    layers: Iterable[Layer]
+    """In order, and anew each time that it is iterated over."""
+    rotations: Rotations
+    head: Head | None
+    storage: Storage
+    device: torch.device
 
 
 def prepare(source: WeightSource, storage: Storage, device: torch.device) -> Model:
     """Read every part once, check it, round and pack it. Raises `ConfigError` for what the graphs do not compute."""
     config = source.config
     _check_computed(config)
-    embedding = _embedding(source, storage, device)
-    final_norm, reduction, head = _head(source, embedding.table, storage, device)
+    embedding = prepare_embedding(_checked_embedding(source), config, storage, device)
+    head = prepare_head(_checked_head(source), config, storage, device, tied=embedding.table)
     layers: list[Layer] = []
-    for index in range(len(config.layers)):
+    frequencies: list[Tensor | None] = []
+    for index, layer in enumerate(config.layers):
         weights = source.layer(index)
         validate_layer(weights, config, index)
-        layers.append(_layer(weights, config.layers[index], storage, device, layers))
+        layers.append(prepare_layer(weights, layer, storage, device))
+        frequencies.append(weights.attention.rotary_frequency_J)
         del weights
         return_freed_memory()
-    return Model(embedding, tuple(layers), final_norm, reduction, head)
+    return Model(embedding, tuple(layers), find_rotations(frequencies, config, device), head, storage, device)
 
 
-def _embedding(source: WeightSource, storage: Storage, device: torch.device) -> Embedding:
-    weights, config = source.embedding(), source.config
-    validate_embedding(weights, config)
+def prepare_embedding(
+    weights: EmbeddingWeights, config: ModelConfig, storage: Storage, device: torch.device
+) -> Embedding:
+    """Return what makes hidden vectors of tokens. The weights fit the config (`validate_embedding`)."""
     return Embedding(
         table=_matrix([LinearWeights(weight_NI=weights.token_VE)], storage, device),
         projection=None if weights.projection is None else _matrix([weights.projection], storage, device),
@@ -88,32 +121,14 @@ def _embedding(source: WeightSource, storage: Storage, device: torch.device) -> 
     )
 
 
-def _head(
-    source: WeightSource, table: Matrix, storage: Storage, device: torch.device
-) -> tuple[Norm | None, Matrix | None, Matrix]:
-    """Final norm, reduction and head."""
-    weights, config = source.head(), source.config
-    validate_head(weights, config)
-    head = table if weights.projection is None else _matrix([weights.projection], storage, device)
-    return (
-        prepared_norm(weights.norm, config.final_norm, device),
-        None if weights.reduction is None else _matrix([weights.reduction], storage, device),
-        head._replace(bias_N=None if weights.bias_V is None else _plain(weights.bias_V, device)),
-    )
+def prepare_layer(weights: LayerWeights, config: LayerConfig, storage: Storage, device: torch.device) -> Layer:
+    """Return one layer; no other is needed. The weights fit the config (`validate_layer`)."""
 
-
-def _layer(
-    weights: LayerWeights, config: LayerConfig, storage: Storage, device: torch.device, before: list[Layer]
-) -> Layer:
     def norm(part: NormWeights | None) -> Norm | None:
         return prepared_norm(part, config.norm, device)
 
     attention, mlp = weights.attention, weights.mlp
-    frequency_J, slope_H = attention.rotary_frequency_J, attention.alibi_slope_H
-    if frequency_J is not None:
-        same = (layer.frequency_J for layer in before if layer.frequency_J is not None)
-        here_J = frequency_J.detach().to(device, torch.float64, copy=True)
-        frequency_J = next((other_J for other_J in same if torch.equal(other_J, here_J)), here_J)
+    slope_H = attention.alibi_slope_H
     return Layer(
         attention_norm=norm(weights.attention_norm),
         qkv=_matrix([attention.query, attention.key, attention.value], storage, device),
@@ -123,11 +138,67 @@ def _layer(
         up=_matrix([mlp.up] if mlp.gate is None else [mlp.gate, mlp.up], storage, device),
         down=_matrix([mlp.down], storage, device),
         mlp_output_norm=norm(weights.mlp_output_norm),
-        frequency_J=frequency_J,
         slope_H=None if slope_H is None else slope_H.detach().to(device, torch.float64, copy=True),
         query_norm=_head_norm(attention.query_norm, config.attention, device),
         key_norm=_head_norm(attention.key_norm, config.attention, device),
     )
+
+
+def prepare_head(
+    weights: HeadWeights, config: ModelConfig, storage: Storage, device: torch.device, *, tied: Matrix | None = None
+) -> Head:
+    """Return what stands after the layers. `tied` is the token table, for weights without a head of their own.
+
+    The weights fit the config (`validate_head`).
+    """
+    if weights.projection is not None:
+        projection = _matrix([weights.projection], storage, device)
+    elif tied is not None:
+        projection = tied
+    else:
+        raise WeightError("the head is tied to the token table, which is not given; prepare it first and pass it")
+    return Head(
+        norm=prepared_norm(weights.norm, config.final_norm, device),
+        reduction=None if weights.reduction is None else _matrix([weights.reduction], storage, device),
+        projection=projection._replace(bias_N=None if weights.bias_V is None else _plain(weights.bias_V, device)),
+    )
+
+
+def find_rotations(frequencies: Sequence[Tensor | None], config: ModelConfig, device: torch.device) -> Rotations:
+    """Return the different rotations of layers with these frequencies, which are compared by value.
+
+    A layer without frequencies, or whose config has no rotary positions, has none.
+    """
+    different: list[Rotation] = []
+    of_layer: list[int | None] = []
+    for frequency_J, layer in zip(frequencies, config.layers, strict=True):
+        rotary = layer.attention.rotary
+        if frequency_J is None or rotary is None:
+            of_layer.append(None)
+            continue
+        own_J = frequency_J.detach().to(device, torch.float64, copy=True)
+        equal = (place for place, each in enumerate(different) if _is_rotation(each, own_J, rotary.attention_factor))
+        place = next(equal, len(different))
+        if place == len(different):
+            different.append(Rotation(own_J, rotary.attention_factor))
+        of_layer.append(place)
+    return Rotations(tuple(different), tuple(of_layer))
+
+
+def _is_rotation(rotation: Rotation, frequency_J: Tensor, attention_factor: float) -> bool:
+    return rotation.attention_factor == attention_factor and torch.equal(rotation.frequency_J, frequency_J)
+
+
+def _checked_embedding(source: WeightSource) -> EmbeddingWeights:
+    weights = source.embedding()
+    validate_embedding(weights, source.config)
+    return weights
+
+
+def _checked_head(source: WeightSource) -> HeadWeights:
+    weights = source.head()
+    validate_head(weights, source.config)
+    return weights
 
 
 def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) -> Matrix:

@@ -187,7 +187,7 @@ def _decode(function: Function, inputs: Inputs) -> Tensor:
             function(
                 query_BTHD[:, t].float(),
                 *slots,
-                seen=attention.seen(start_B, position_R, slot_S, len(run)),
+                mask=attention.decode_mask(start_B, position_R, slot_S, len(run)),
                 position_R=position_R,
                 slot_S=slot_S,
                 scale=inputs["scale"],
