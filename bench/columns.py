@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..compiled.linear import Matrix, matrix
-from ..compiled.packing import pack
+from ..compiled.packing import Matrix, pack
 from ..reference.quantize import (
     GroupQuantized,
     RowQuantized,
@@ -114,4 +113,4 @@ def unkept(parts: tuple[Tensor, ...], storage: Storage) -> Tensor:
 
 def matrix_of(weight_NI: Tensor, storage: Storage) -> Matrix:
     """The matrix as the compiled path's graphs take it."""
-    return matrix(pack(weight_NI, storage))
+    return pack(weight_NI, storage)

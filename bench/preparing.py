@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import attention, linear, mlp, norms, rotary, w8a8
+from ..compiled import attention, linear, mlp, norms, packing, rotary, w8a8
 from ..oracle.case import Case, Inputs
 from ..oracle.op import Op
 from ..oracle.table import OPS
@@ -88,7 +88,7 @@ class _Rows:
         """Whether one graph serves any number of rows."""
         return self.rows > 1 and not self.in_passes
 
-    def product(self, x_RI: Tensor, weights: linear.Matrix) -> Tensor:
+    def product(self, x_RI: Tensor, weights: packing.Matrix) -> Tensor:
         return (linear.linear_decode if self.few else linear.linear_prefill)(x_RI, weights, self.storage)
 
     @property
@@ -134,7 +134,7 @@ def prepare_linear(case: Case, storage: Storage) -> Prepared:
     def reference(x: Tensor, parts: tuple[Tensor, ...]) -> Any:
         return op.reference(x=x, weights=LinearWeights(weight_NI=unkept(parts, storage)))
 
-    def arranged(x_RI: Tensor, matrix: linear.Matrix) -> Tensor:
+    def arranged(x_RI: Tensor, matrix: packing.Matrix) -> Tensor:
         return rows.product(x_RI, matrix)
 
     return Prepared(
@@ -190,7 +190,7 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
         gate, up, down = (LinearWeights(weight_NI=unkept(part, storage)) for part in parts)
         return op.reference(x_BTM=x_BTM, weights=MlpWeights(gate=gate, up=up, down=down), config=config)
 
-    def arranged(x_RI: Tensor, gate_up: linear.Matrix, down: linear.Matrix) -> Tensor:
+    def arranged(x_RI: Tensor, gate_up: packing.Matrix, down: packing.Matrix) -> Tensor:
         return rows.product(mlp.gated(rows.product(x_RI, gate_up), config.activation), down)
 
     def changed(change: Callable[[Tensor], Tensor]) -> MlpWeights:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..spec.config import ModelConfig, Storage
-from .linear import Matrix, lookup
+from .linear import lookup
 from .norms import Norm, norm
+from .packing import Matrix
 
 Product = Callable[[Tensor, Matrix, Storage], Tensor]
 """`linear_decode` or `linear_prefill`."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..spec.config import Storage
-from .linear import Matrix, linear_prefill
-from .packing import ROWS
+from .linear import linear_prefill
+from .packing import ROWS, Matrix
 
 _BLOCK_WEIGHTS = 2**21  # 8 MiB of float32
 

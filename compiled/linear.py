@@ -26,7 +26,7 @@ of a part of the matrix are that part's.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ from .packing import (
     PLACES,
     RAISED,
     ROWS,
-    Packed,
-    as_graph_input,
+    Matrix,
     columns_of,
     lowering,
     place_values,
@@ -62,24 +61,6 @@ _MANY_INPUTS = 8192
 
 _MOST_INPUTS = 16384
 """As many of them are multiplied at a time."""
-
-
-class Matrix(NamedTuple):
-    """A stored matrix as a graph sees it: `Packed` with the words bit-cast to float32."""
-
-    word: Tensor
-    scale_N: Tensor | None
-    scale_BGU: Tensor | None
-    min_BGU: Tensor | None
-    bias_N: Tensor | None
-    outputs: int
-
-
-def matrix(packed: Packed) -> Matrix:
-    """The same memory, for graphs."""
-    return Matrix(
-        as_graph_input(packed), packed.scale_N, packed.scale_BGU, packed.min_BGU, packed.bias_N, packed.outputs
-    )
 
 
 def passes(rows: int, storage: Storage) -> list[list[int]]:

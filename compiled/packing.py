@@ -2,8 +2,8 @@
 
 Why it is faster: a decode step reads every weight once and does two operations with it, so it is as fast as memory;
 fewer bytes a weight is more tokens a second. What it relies on: Inductor's CPU code loads float32 vectors directly but
-integer vectors through a stack copy, so words are handed to a graph as float32 and bit-cast there (`as_graph_input`);
-outside they are int32, because as float32 some words are NaN and not equal to themselves.
+integer vectors through a stack copy, so a `Matrix` holds its words as float32, and graphs bit-cast them back
+(`place_values`). As float32 some words are NaN: compare words after `.view(torch.int32)`, never as they lie.
 
 Words stand in blocks of U rows, the rows of a block side by side: [B, J, U]. So a vector holds words of U outputs,
 one activation multiplies all of them, and no product ends with a sum across a vector. Float32 is not packed: its rows
@@ -22,7 +22,7 @@ G groups a row.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,30 +53,28 @@ GROUP_WORDS = INT4_GROUP // PLACES[Storage.INT4]
 _PIECE_ROWS = 512  # rows packed at a time, which bounds the scratch: the token table is larger than a layer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Packed:
-    """A matrix [N, I] as stored."""
+class Matrix(NamedTuple):
+    """A matrix [N, I] as stored, in the form that a graph takes."""
 
-    storage: Storage
-    outputs: int
-    inputs: int
     word: Tensor
-    """int32 [B, J, U]; where storage is float32, the weights themselves, [N, I]."""
-    scale_N: Tensor | None = None
-    """float32, for int8 only: weight = code * scale."""
-    scale_BGU: Tensor | None = None
-    """float32, for int4 only: weight = code * step + low, with code 0 .. 15 of the reference."""
-    min_BGU: Tensor | None = None
+    """Words [B, J, U], bit-cast to float32; where storage is float32, the weights themselves, [N, I]."""
+    scale_N: Tensor | None
+    """float32, for int8 only: weight = quantized value * scale."""
+    scale_BGU: Tensor | None
+    """float32, for int4 only: weight = quantized value * scale + min, with values 0 .. 15 as in the reference."""
+    min_BGU: Tensor | None
     """float32, for int4 only: the group's least weight."""
-    bias_N: Tensor | None = None
+    bias_N: Tensor | None
     """float32."""
+    outputs: int
 
-    def to(self, device: torch.device) -> "Packed":
+    def to(self, device: torch.device) -> "Matrix":
+        """Return the matrix on a device; parts that lie there already are not copied."""
+
         def moved(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.to(device)
 
-        return replace(
-            self,
+        return self._replace(
             word=self.word.to(device),
             scale_N=moved(self.scale_N),
             scale_BGU=moved(self.scale_BGU),
@@ -85,11 +83,11 @@ class Packed:
         )
 
 
-def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> Packed:
+def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> Matrix:
     """Round a matrix of any float dtype to its storage and pack it; the result shares no memory with it.
 
-    >>> packed = pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8)  # J = 2: columns 0 2 4 -, 1 3 - -
-    >>> packed.word[0, :, 0].tolist()  # places (1, 127, 5, 0) and (2, 4, 0, 0)
+    >>> matrix = pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8)  # J = 2: columns 0 2 4 -, 1 3 - -
+    >>> matrix.word.view(torch.int32)[0, :, 0].tolist()  # places (1, 127, 5, 0) and (2, 4, 0, 0)
     [360193, 1026]
     """
     outputs, inputs = weight_NI.shape
@@ -97,7 +95,7 @@ def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> P
     if storage is Storage.FLOAT32:
         word = torch.empty(outputs, inputs)
         word.copy_(weight_NI)
-        return Packed(storage=storage, outputs=outputs, inputs=inputs, word=word, bias_N=bias_N)
+        return Matrix(word, None, None, None, bias_N, outputs)
     blocks, groups = -(-outputs // ROWS), -(-inputs // INT4_GROUP)
     words = groups * GROUP_WORDS if storage is Storage.INT4 else -(-inputs // PLACES[storage])
     word_BJU = torch.empty(blocks, words, ROWS, dtype=torch.int32)
@@ -124,16 +122,7 @@ def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> P
             assert scale_BGU is not None
             assert min_BGU is not None
             scale_BGU[block], min_BGU[block] = in_blocks(scale_NG), in_blocks(min_NG)
-    return Packed(
-        storage=storage,
-        outputs=outputs,
-        inputs=inputs,
-        word=word_BJU,
-        scale_N=scale_N,
-        scale_BGU=scale_BGU,
-        min_BGU=min_BGU,
-        bias_N=bias_N,
-    )
+    return Matrix(own(word_BJU.view(torch.float32)), scale_N, scale_BGU, min_BGU, bias_N, outputs)
 
 
 def quantize_rows(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,12 +203,12 @@ def in_blocks(of_rows_NJ: Tensor) -> Tensor:
 
 
 def place_values(word: Tensor, storage: Storage, place: int) -> Tensor:
-    """What stands at one place of bit-cast words (`as_graph_input`), as float32: codes, or bfloat16 weights.
+    """What stands at one place of a `Matrix`'s words, as float32: codes, or bfloat16 weights.
 
     Of int8 the first shift puts the place's sign at the top of the word, the second brings it down.
 
-    >>> words = as_graph_input(pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8))
-    >>> place_values(words, Storage.INT8, 1)[0, :, 0].tolist()
+    >>> matrix = pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8)
+    >>> place_values(matrix.word, Storage.INT8, 1)[0, :, 0].tolist()
     [127.0, 4.0]
     """
     word = word.view(torch.int32)
@@ -297,11 +286,6 @@ def weights_of_rows(
         quantized_TJ.reshape(len(quantized_TJ), -1, GROUP_WORDS) * scale_TG1 + min_TG1 for quantized_TJ in places
     ]
     return torch.stack(grouped, dim=2).flatten(1)[:, :inputs]
-
-
-def as_graph_input(matrix: Packed) -> Tensor:
-    """The words bit-cast to float32, over the same memory."""
-    return own(matrix.word.view(torch.float32))
 
 
 def own(contiguous: Tensor) -> Tensor:

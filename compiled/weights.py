@@ -24,10 +24,9 @@ from ..spec.weights import (
     validate_layer,
 )
 from .embedding import Embedding
-from .linear import Matrix, matrix
 from .machine import return_freed_memory
 from .norms import Norm
-from .packing import own, pack
+from .packing import Matrix, own, pack
 
 
 class Layer(NamedTuple):
@@ -205,7 +204,7 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
     """The parts below one another, packed. Rows are quantized alone, so merging changes no code."""
     weight_NI = parts[0].weight_NI if len(parts) == 1 else torch.cat([part.weight_NI for part in parts])
     biases = [part.bias_N for part in parts if part.bias_N is not None]
-    return matrix(pack(weight_NI.detach(), storage, torch.cat(biases).detach() if biases else None).to(device))
+    return pack(weight_NI.detach(), storage, torch.cat(biases).detach() if biases else None).to(device)
 
 
 def prepared_norm(weights: NormWeights | None, config: NormConfig | None, device: torch.device) -> Norm | None:

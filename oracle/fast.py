@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import attention, embedding, head, linear, mlp, norms, packing, rotary
-from ..compiled.linear import Matrix
+from ..compiled.packing import Matrix
 from ..compiled.weights import prepared_norm
 from ..reference.attention import visible
 from ..reference.cache import KVCache
@@ -25,10 +25,10 @@ from .op import Fast, Function
 def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
     """The weights packed in the narrowest storage that holds them all exactly, so that packing rounds nothing."""
     for storage in (Storage.INT4, Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
-        packed = [packing.pack(part.weight_NI.float(), storage, part.bias_N) for part in parts]
-        matrices = [linear.matrix(each) for each in packed]
+        matrices = [packing.pack(part.weight_NI.float(), storage, part.bias_N) for part in parts]
         unpacked = [
-            linear.expanded(matrix, storage, each.inputs) for matrix, each in zip(matrices, packed, strict=True)
+            linear.expanded(matrix, storage, part.weight_NI.shape[1])
+            for matrix, part in zip(matrices, parts, strict=True)
         ]
         if all(torch.equal(each, part.weight_NI.float()) for each, part in zip(unpacked, parts, strict=True)):
             return matrices, storage

@@ -4,7 +4,6 @@ Shapes: as in the reference's files.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +27,8 @@ def _quantize_groups(function: Function, inputs: Inputs) -> GroupQuantized:
 def _expand(function: Function, inputs: Inputs) -> Tensor:
     quantized: RowQuantized = inputs["quantized"]
     rows, columns = quantized.quantized_NI.shape
-    of_codes = packing.pack(torch.ones(rows, columns), Storage.INT8)  # of its size; words and scales are replaced
-    of_codes.word.copy_(packing.in_blocks(packing.pack_planar(quantized.quantized_NI, bits=8)))
-    matrix = linear.matrix(of_codes)._replace(scale_N=quantized.scale_N)
+    word_BJU = packing.in_blocks(packing.pack_planar(quantized.quantized_NI, bits=8)).contiguous()
+    matrix = packing.Matrix(word_BJU.view(torch.float32), quantized.scale_N, None, None, None, rows)
     out: Tensor = function(matrix, Storage.INT8, columns)
     dtype: torch.dtype = inputs["dtype"]
     return out.to(dtype)
@@ -39,20 +37,18 @@ def _expand(function: Function, inputs: Inputs) -> Tensor:
 def _expand_groups(function: Function, inputs: Inputs) -> Tensor:
     quantized: GroupQuantized = inputs["quantized"]
     rows, columns = quantized.quantized_NI.shape
-    of_codes = packing.pack(torch.ones(rows, columns), Storage.INT4)  # of its size; all it holds is replaced
-    of_codes.word.copy_(packing.in_blocks(packing.pack_grouped(quantized.quantized_NI.to(torch.int32))))
-    matrix = linear.matrix(of_codes)._replace(
-        scale_BGU=packing.in_blocks(quantized.scale_NG),
-        min_BGU=packing.in_blocks(quantized.min_NG),
-    )
+    word_BJU = packing.in_blocks(packing.pack_grouped(quantized.quantized_NI.to(torch.int32))).contiguous()
+    scale_BGU, min_BGU = packing.in_blocks(quantized.scale_NG), packing.in_blocks(quantized.min_NG)
+    matrix = packing.Matrix(word_BJU.view(torch.float32), None, scale_BGU, min_BGU, None, rows)
     out: Tensor = function(matrix, Storage.INT4, columns)
     dtype: torch.dtype = inputs["dtype"]
     return out.to(dtype)
 
 
 def _pack(function: Function, inputs: Inputs) -> Tensor:
-    packed: Any = function(inputs["weight_NI"], inputs["storage"])
-    return linear.expanded(linear.matrix(packed), inputs["storage"], packed.inputs).to(inputs["dtype"])
+    weight_NI: Tensor = inputs["weight_NI"]
+    matrix: packing.Matrix = function(weight_NI, inputs["storage"])
+    return linear.expanded(matrix, inputs["storage"], weight_NI.shape[1]).to(inputs["dtype"])
 
 
 QUANTIZE_ROWS = (Fast(packing.quantize_rows, _quantize),)

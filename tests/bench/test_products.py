@@ -19,7 +19,7 @@ from twinfer.bench.products import (
 )
 from twinfer.bench.rows import Limits
 from twinfer.bench.side_by_side import Workload
-from twinfer.compiled.linear import Matrix
+from twinfer.compiled.packing import Matrix
 from twinfer.compiled.weights import prepare
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Head, Storage

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from twinfer.compiled import linear
 from twinfer.compiled.head import head_prefill
-from twinfer.compiled.linear import Matrix, expanded, linear_decode, linear_prefill, lookup, matrix, passes
-from twinfer.compiled.packing import as_graph_input, pack, place_values
+from twinfer.compiled.linear import expanded, linear_decode, linear_prefill, lookup, passes
+from twinfer.compiled.packing import pack, place_values
 from twinfer.spec.config import Storage
 
 seeds = st.integers(0, 2**31)
@@ -39,10 +39,6 @@ def of_step_1(weight_NI: Tensor) -> Tensor:
     weight_NI = weight_NI.clamp(-7, 8)
     weight_NI[:, ::64], weight_NI[:, 1::64] = -7, 8
     return weight_NI
-
-
-def matrix_of(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> Matrix:
-    return matrix(pack(weight_NI, storage, bias_N))
 
 
 def stored(weight_NI: Tensor, storage: Storage) -> Tensor:
@@ -81,7 +77,7 @@ def test_unpacking_gives_what_is_stored(seed: int, rows: int, inputs: int, stora
     """Codes, scales and roundings by a brute-force reimplementation; a row of zeros among them."""
     weight_NI = normal(seed, rows, inputs) * spread
     weight_NI[0] *= 0
-    unpacked = expanded(matrix_of(weight_NI, storage), storage, inputs)
+    unpacked = expanded(pack(weight_NI, storage), storage, inputs)
     assert bits(unpacked + 0.0) == bits(stored(weight_NI, storage) + 0.0)  # + 0.0: code 0 has no sign
 
 
@@ -93,26 +89,26 @@ def test_packing_again_changes_nothing(seed: int, rows: int, inputs: int, storag
         weight_NI = torch.cat([integers(seed, rows, inputs), torch.full((rows, 1), 127.0)], 1) / 8
     if storage is Storage.INT4:
         weight_NI = of_step_1(integers(seed, rows, inputs)) / 8
-    unpacked = expanded(matrix_of(weight_NI, storage), storage, weight_NI.shape[1])
+    unpacked = expanded(pack(weight_NI, storage), storage, weight_NI.shape[1])
     assert bits(unpacked + 0.0) == bits(weight_NI + 0.0)
 
 
 def test_halves_round_to_even() -> None:
-    packed = pack(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]), Storage.INT8)
-    words_BJU = as_graph_input(packed)
+    words_BJU = pack(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]), Storage.INT8).word
     codes = torch.cat([place_values(words_BJU, Storage.INT8, place)[0] for place in range(4)])
     assert codes[:7, 0].tolist() == [127, 0, 2, 2, 0, -2, -2]
 
 
-def test_words_are_integers_and_equal_themselves() -> None:
-    """As float32 this word would be NaN, unequal to itself; and packing shares no memory with its input."""
-    weight_NI = torch.full((1, 4), -1.0)
+def test_words_keep_every_bit_where_they_are_no_numbers() -> None:
+    """As float32 this word is NaN, and still the same integer in a copy; packing shares no memory with its input."""
+    weight_NI = torch.tensor([[-1.0, 1.0, -127.0, 127.0]])
     packed = pack(weight_NI, Storage.INT8)
-    assert packed.word.dtype is torch.int32
-    assert torch.equal(packed.word, packed.word.clone())
+    moved = packed.to(torch.device("cpu"))._replace(word=packed.word.clone())
+    for matrix in (packed, moved):
+        assert matrix.word.view(torch.int32)[0, 0, 0].item() == 0x7F8101FF  # a signaling NaN
     plain = pack(weight_NI, Storage.FLOAT32)
     weight_NI.zero_()
-    assert plain.word.tolist() == [[-1.0] * 4]
+    assert plain.word.tolist() == [[-1.0, 1.0, -127.0, 127.0]]
 
 
 def of_size(rows: int, inputs: int, outputs: int, storage: Storage, many_registers: bool = True) -> Any:
@@ -155,7 +151,7 @@ def test_products_read_the_stored_matrix(
     x_RI, bias_N = integers(seed + 1, rows, inputs), integers(seed + 2, outputs) if bias else None
     right_RN = (x_RI @ weight_NI.T + (0 if bias_N is None else bias_N)) * 2.0**power
     x_RI, bias_N = x_RI * 2.0**power, None if bias_N is None else bias_N * 2.0**power
-    packed = matrix_of(weight_NI, storage, bias_N)
+    packed = pack(weight_NI, storage, bias_N)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "_MANY_REGISTERS", many_registers)
         assert torch.equal(linear_decode(x_RI, packed, storage), right_RN)
@@ -168,7 +164,7 @@ def test_products_read_the_stored_matrix(
 @pytest.mark.parametrize("power", [-100, 100])
 def test_tiny_and_huge_activations_round_as_others_do(power: int) -> None:
     """Int4's are lowered where its codes stand high in their words: not so far that bits are lost."""
-    packed, x_RI = matrix_of(normal(0, 20, 130), Storage.INT4), normal(1, 2, 130)
+    packed, x_RI = pack(normal(0, 20, 130), Storage.INT4), normal(1, 2, 130)
     scaled_RN = linear_decode(x_RI * 2.0**power, packed, Storage.INT4)
     assert bits(scaled_RN) == bits(linear_decode(x_RI, packed, Storage.INT4) * 2.0**power)
 
@@ -177,7 +173,7 @@ def test_tiny_and_huge_activations_round_as_others_do(power: int) -> None:
 def test_lookup_gives_stored_rows(seed: int, tokens: int, vocabulary: int, hidden: int, storage: Storage) -> None:
     table = normal(seed, vocabulary, hidden)
     token_T = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
-    looked_up = lookup(token_T, matrix_of(table, storage), storage, hidden)
+    looked_up = lookup(token_T, pack(table, storage), storage, hidden)
     assert bits(looked_up + 0.0) == bits(stored(table, storage)[token_T] + 0.0)
 
 
@@ -185,5 +181,5 @@ def test_lookup_gives_stored_rows(seed: int, tokens: int, vocabulary: int, hidde
 def test_blocks_do_not_show(storage: Storage) -> None:
     """Matrices are packed in blocks of rows: one with a ragged last block equals its rows packed alone."""
     weight_NI = normal(0, 512 * 2 + 3, 5)
-    whole, tail = matrix_of(weight_NI, storage), matrix_of(weight_NI[1008:], storage)
+    whole, tail = pack(weight_NI, storage), pack(weight_NI[1008:], storage)
     assert bits(expanded(whole, storage, 5)[1008:]) == bits(expanded(tail, storage, 5))
