@@ -24,6 +24,7 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
+from .compute import COMPUTE_DTYPES, DEFAULT
 from .graph import DecodeGraphs, device_of_graphs
 from .head import head_prefill, scale_and_cap
 from .layers import Cache
@@ -67,7 +68,7 @@ class CompiledPath:
         source: WeightSource,
         *,
         storage: Storage | str = Storage.FLOAT32,
-        compute: torch.dtype = torch.float32,
+        compute: torch.dtype = DEFAULT,
         device: str | torch.device = "cpu",
         mode: Mode | str = Mode.COMPILED,
         captured: bool = True,
@@ -75,12 +76,12 @@ class CompiledPath:
     ) -> None:
         if storage not in list(Storage):
             raise RequestError(f"storage is {storage!r}; it must be one of {', '.join(Storage)}")
-        if compute is not torch.float32:
-            raise RequestError(f"compute is {compute}; the compiled path offers torch.float32 alone")
+        if compute not in COMPUTE_DTYPES:
+            raise RequestError(f"compute is {compute}; it must be one of {', '.join(map(str, COMPUTE_DTYPES))}")
         on = checked_device(device)
         _check_mode(mode, on)
         with pinned(torch.get_num_threads()):
-            model = prepare(source, Storage(storage), on)
+            model = prepare(source, Storage(storage), on, compute)
         self._begin(model, source.config, Mode(mode), captured, report)
 
     @classmethod
@@ -110,7 +111,8 @@ class CompiledPath:
         report: Callable[[str], None] | None,
     ) -> None:
         self.model = model
-        self._config, self._storage, self._device, self._mode = config, model.storage, model.device, mode
+        self._config, self._mode = config, mode
+        self._storage, self._device, self._compute = model.storage, model.device, model.compute
         self._threads = torch.get_num_threads()
         self._report = report or (lambda line: None)
         with pinned(self._threads):
@@ -159,7 +161,7 @@ class CompiledPath:
         """Start `batch` empty sequences with room for `reserve` tokens each; all memory is taken here."""
         protocol.check_open(self._config, self.max_batch, batch, reserve)
         with pinned(self._threads):
-            sequences = StaticSequences(self._config, batch, reserve, self._device)
+            sequences = StaticSequences(self._config, batch, reserve, self._device, self._compute)
         sequences.owner = self
         return sequences
 
@@ -237,11 +239,11 @@ class CompiledPath:
         given = self._config, self._storage, self._pieces(name)
         match name:
             case Program.ENCODE:
-                return encode_program(*given)
+                return encode_program(*given, compute=self._compute)
             case Program.PREFILL:
-                return prefill_program(*given)
+                return prefill_program(*given, compute=self._compute)
             case Program.DECODE | Program.DECODE_ROWS | Program.DECODE_MANY:
-                return decode_program(*given, many=name is Program.DECODE_MANY)
+                return decode_program(*given, compute=self._compute, many=name is Program.DECODE_MANY)
 
     def _pieces(self, name: Program) -> Piece:
         """Return what makes the pieces of a program."""
@@ -255,7 +257,7 @@ class CompiledPath:
                 self._report(f"compiling {name} ({reason})")
             told = True
 
-        described = f"{name} {self._storage} {self._config}"
+        described = f"{name} {self._storage} {self._compute} {self._config}"
         return Pieces(described, compiling, keep_guards=self._mode is Mode.GUARDED)
 
     def _decode(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
@@ -299,7 +301,7 @@ class CompiledPath:
             hidden_TE, logits_1V = program(self.model, sequences.caches, piece_T, position_T, start_1, slot_S)
             if every_position:
                 assert self.model.head is not None
-                logits_TV = head_prefill(hidden_TE, self.model.head.projection, self._storage)
+                logits_TV = head_prefill(hidden_TE.to(logits_1V.dtype), self.model.head.projection, self._storage)
                 every.append(scale_and_cap(logits_TV, self._config.logit_scale, self._config.logit_softcap))
             begin = end
         return logits_1V[0], torch.cat(every) if every else logits_1V[:0]
@@ -348,7 +350,8 @@ class CompiledPath:
             type_T, cu_seqlens = torch.zeros_like(token_T), torch.arange(0, tokens + 1, 20)
             return self.model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
         different = dict.fromkeys(self._config.layers)  # layers of one config may share a cache, which saves memory
-        sequences = StaticSequences(replace(self._config, layers=tuple(different)), rows, capacity, self._device)
+        part = replace(self._config, layers=tuple(different))
+        sequences = StaticSequences(part, rows, capacity, self._device, self._compute)
         cache_of = dict(zip(different, sequences.caches, strict=True))
         caches = tuple(cache_of[layer] for layer in self._config.layers)
         start_R = torch.arange(rows, device=self._device) * capacity

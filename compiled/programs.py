@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .artifacts import KERNELS, ready
+from .compute import DEFAULT
 from .cpu_graph import kernels_noticed
 from .steps import DynamicDims, P, R
 
@@ -115,7 +116,7 @@ class pinned:
     def __enter__(self) -> None:
         threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
         others = torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu")
-        if not others and threads == self._threads and dtype is torch.float32:
+        if not others and threads == self._threads and dtype is DEFAULT:
             self._grad = torch.is_grad_enabled()
             if self._grad:
                 torch.set_grad_enabled(False)
@@ -128,9 +129,9 @@ class pinned:
             if threads != self._threads:
                 stack.callback(torch.set_num_threads, threads)
                 torch.set_num_threads(self._threads)
-            if dtype is not torch.float32:
+            if dtype is not DEFAULT:
                 stack.callback(torch.set_default_dtype, dtype)
-                torch.set_default_dtype(torch.float32)
+                torch.set_default_dtype(DEFAULT)
             self._before = stack.pop_all()
 
     def __exit__(self, *_: object) -> None:

@@ -18,10 +18,12 @@ hidden, E table width, V vocabulary.
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..spec.config import LayerConfig, ModelConfig, Storage
 from .attention import DecodeMask, decode_mask, mask
+from .compute import DEFAULT, accumulation_dtype
 from .embedding import Embedding, Product, embed
 from .head import scale_and_cap
 from .layers import Cache, Table, decode_layer, encode_layer, prefill_layer
@@ -82,25 +84,36 @@ class Prefilled(NamedTuple):
 
 
 def decode_positions(
-    rotations: Sequence[Rotation], windows: Sequence[int | None], step_3R: Tensor, slot_S: Tensor
+    rotations: Sequence[Rotation],
+    windows: Sequence[int | None],
+    step_3R: Tensor,
+    slot_S: Tensor,
+    compute: torch.dtype = DEFAULT,
 ) -> DecodePositions:
     """Return tables, masks and slots for a step: tokens (not looked at), their positions, their sequences' slots."""
     _, position_R, start_R = step_3R.unbind()
-    tables = [rotary_table(position_R, *each) for each in rotations]
+    tables = [rotary_table(position_R, *each, accumulation_dtype(compute)) for each in rotations]
     masks = [decode_mask(start_R, position_R, slot_S, each) for each in windows]
     return DecodePositions(tables, masks, position_R.clone(), start_R + position_R)
 
 
 def prefill_positions(
-    rotations: Sequence[Rotation], windows: Sequence[int | None], position_T: Tensor, start_1: Tensor, slot_S: Tensor
+    rotations: Sequence[Rotation],
+    windows: Sequence[int | None],
+    position_T: Tensor,
+    start_1: Tensor,
+    slot_S: Tensor,
+    compute: torch.dtype = DEFAULT,
 ) -> PrefillPositions:
     """Return tables, masks and slots for tokens of one sequence, whose first slot is `start_1`."""
-    tables = [rotary_table(position_T, *each) for each in rotations]
+    tables = [rotary_table(position_T, *each, accumulation_dtype(compute)) for each in rotations]
     masks = [mask(position_T, slot_S, window) for window in windows]
     return PrefillPositions(tables, masks, start_1 + position_T, start_1 + slot_S)
 
 
-def decode_program(config: ModelConfig, storage: Storage, piece: Piece, *, many: bool = False) -> Callable[..., Tensor]:
+def decode_program(
+    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT, many: bool = False
+) -> Callable[..., Tensor]:
     """Return a function (model, caches, step_3R, slot_S, x_RM=None) -> logits [R, V].
 
     A step is three integers for each sequence: its new token, that token's position, and the sequence's first slot. R
@@ -114,8 +127,9 @@ def decode_program(config: ModelConfig, storage: Storage, piece: Piece, *, many:
         embedding: Embedding | None, rotations: tuple[Rotation, ...], step_3R: Tensor, slot_S: Tensor
     ) -> tuple[Tensor | None, DecodePositions]:
         token_R, position_R, _ = step_3R.unbind()
-        x_RM = None if embedding is None else embed(token_R, position_R, embedding, config, storage, product)
-        return x_RM, decode_positions(rotations, windows, step_3R, slot_S)
+        given = config, storage, product, None, compute
+        x_RM = None if embedding is None else embed(token_R, position_R, embedding, *given)
+        return x_RM, decode_positions(rotations, windows, step_3R, slot_S, compute)
 
     def layer_of(layer: LayerConfig) -> Callable[..., Tensor]:
         def decode(
@@ -158,7 +172,9 @@ def decode_program(config: ModelConfig, storage: Storage, piece: Piece, *, many:
     return decode
 
 
-def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Callable[..., Prefilled]:
+def prefill_program(
+    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT
+) -> Callable[..., Prefilled]:
     """Return a function (model, caches, token_T, position_T, start_1, slot_S, x_TM=None) -> `Prefilled`."""
     windows = _windows(config)
 
@@ -170,8 +186,9 @@ def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Call
         start_1: Tensor,
         slot_S: Tensor,
     ) -> tuple[Tensor | None, PrefillPositions]:
-        x_TM = None if embedding is None else embed(token_T, position_T, embedding, config, storage, linear_prefill)
-        return x_TM, prefill_positions(rotations, windows, position_T, start_1, slot_S)
+        given = config, storage, linear_prefill, None, compute
+        x_TM = None if embedding is None else embed(token_T, position_T, embedding, *given)
+        return x_TM, prefill_positions(rotations, windows, position_T, start_1, slot_S, compute)
 
     def layer_of(layer: LayerConfig) -> Callable[..., Tensor]:
         def prefill(
@@ -220,7 +237,9 @@ def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Call
     return prefill
 
 
-def encode_program(config: ModelConfig, storage: Storage, piece: Piece) -> Callable[..., Tensor]:
+def encode_program(
+    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT
+) -> Callable[..., Tensor]:
     """Return a function (model, token_T, type_T, position_T, cu_seqlens, x_TM=None) -> hidden vectors [T, E].
 
     They are normalized, and there is one for every token of texts that follow each other, which `cu_seqlens` parts as
@@ -234,9 +253,9 @@ def encode_program(config: ModelConfig, storage: Storage, piece: Piece) -> Calla
         type_T: Tensor | None,
         position_T: Tensor,
     ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-        given = config, storage, linear_prefill, type_T
+        given = config, storage, linear_prefill, type_T, compute
         x_TM = None if embedding is None else embed(token_T, position_T, embedding, *given)
-        return x_TM, [rotary_table(position_T, *each) for each in rotations]
+        return x_TM, [rotary_table(position_T, *each, accumulation_dtype(compute)) for each in rotations]
 
     def layer_of(layer: LayerConfig) -> Callable[..., Tensor]:
         def encode(x_TM: Tensor, weights: Layer, table: Table, cu_seqlens: Tensor) -> Tensor:
@@ -288,4 +307,6 @@ def _for_projection(x_TM: Tensor, head: Head, config: ModelConfig, storage: Stor
 
 
 def _logits(hidden_RE: Tensor, head: Head, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
-    return scale_and_cap(product(hidden_RE, head.projection, storage), config.logit_scale, config.logit_softcap)
+    """Return logits in the accumulation dtype: in a narrow one neighboring tokens would tie."""
+    wide_RE = hidden_RE.to(accumulation_dtype(hidden_RE.dtype))
+    return scale_and_cap(product(wide_RE, head.projection, storage), config.logit_scale, config.logit_softcap)

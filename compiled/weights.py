@@ -23,6 +23,7 @@ from ..spec.weights import (
     validate_head,
     validate_layer,
 )
+from .compute import DEFAULT, accumulation_dtype
 from .embedding import Embedding
 from .machine import return_freed_memory
 from .norms import Norm
@@ -87,44 +88,56 @@ class Model(NamedTuple):
     head: Head | None
     storage: Storage
     device: torch.device
+    compute: torch.dtype
 
 
-def prepare(source: WeightSource, storage: Storage, device: torch.device) -> Model:
+def prepare(source: WeightSource, storage: Storage, device: torch.device, compute: torch.dtype = DEFAULT) -> Model:
     """Read every part once, check it, round and pack it. Raises `ConfigError` for what the graphs do not compute."""
     config = source.config
     _check_computed(config)
-    embedding = prepare_embedding(_checked_embedding(source), config, storage, device)
-    head = prepare_head(_checked_head(source), config, storage, device, tied=embedding.table)
+    embedding = prepare_embedding(_checked_embedding(source), config, storage, device, compute)
+    head = prepare_head(_checked_head(source), config, storage, device, compute, tied=embedding.table)
     layers: list[Layer] = []
     frequencies: list[Tensor | None] = []
     for index, layer in enumerate(config.layers):
         weights = source.layer(index)
         validate_layer(weights, config, index)
-        layers.append(prepare_layer(weights, layer, storage, device))
+        layers.append(prepare_layer(weights, layer, storage, device, compute))
         frequencies.append(weights.attention.rotary_frequency_J)
         del weights
         return_freed_memory()
-    return Model(embedding, tuple(layers), find_rotations(frequencies, config, device), head, storage, device)
+    rotations = find_rotations(frequencies, config, device)
+    return Model(embedding, tuple(layers), rotations, head, storage, device, compute)
 
 
 def prepare_embedding(
-    weights: EmbeddingWeights, config: ModelConfig, storage: Storage, device: torch.device
+    weights: EmbeddingWeights,
+    config: ModelConfig,
+    storage: Storage,
+    device: torch.device,
+    compute: torch.dtype = DEFAULT,
 ) -> Embedding:
     """Return what makes hidden vectors of tokens. The weights fit the config (`validate_embedding`)."""
     return Embedding(
         table=_matrix([LinearWeights(weight_NI=weights.token_VE)], storage, device),
         projection=None if weights.projection is None else _matrix([weights.projection], storage, device),
-        position_PM=None if weights.position_PM is None else _plain(weights.position_PM, device),
-        type_YM=None if weights.type_YM is None else _plain(weights.type_YM, device),
-        norm=prepared_norm(weights.norm, config.embedding_norm, device),
+        position_PM=None if weights.position_PM is None else _plain(weights.position_PM, device, compute),
+        type_YM=None if weights.type_YM is None else _plain(weights.type_YM, device, compute),
+        norm=prepared_norm(weights.norm, config.embedding_norm, device, compute),
     )
 
 
-def prepare_layer(weights: LayerWeights, config: LayerConfig, storage: Storage, device: torch.device) -> Layer:
+def prepare_layer(
+    weights: LayerWeights,
+    config: LayerConfig,
+    storage: Storage,
+    device: torch.device,
+    compute: torch.dtype = DEFAULT,
+) -> Layer:
     """Return one layer; no other is needed. The weights fit the config (`validate_layer`)."""
 
     def norm(part: NormWeights | None) -> Norm | None:
-        return prepared_norm(part, config.norm, device)
+        return prepared_norm(part, config.norm, device, compute)
 
     attention, mlp = weights.attention, weights.mlp
     slope_H = attention.alibi_slope_H
@@ -138,13 +151,19 @@ def prepare_layer(weights: LayerWeights, config: LayerConfig, storage: Storage, 
         down=_matrix([mlp.down], storage, device),
         mlp_output_norm=norm(weights.mlp_output_norm),
         slope_H=None if slope_H is None else slope_H.detach().to(device, torch.float64, copy=True),
-        query_norm=_head_norm(attention.query_norm, config.attention, device),
-        key_norm=_head_norm(attention.key_norm, config.attention, device),
+        query_norm=_head_norm(attention.query_norm, config.attention, device, compute),
+        key_norm=_head_norm(attention.key_norm, config.attention, device, compute),
     )
 
 
 def prepare_head(
-    weights: HeadWeights, config: ModelConfig, storage: Storage, device: torch.device, *, tied: Matrix | None = None
+    weights: HeadWeights,
+    config: ModelConfig,
+    storage: Storage,
+    device: torch.device,
+    compute: torch.dtype = DEFAULT,
+    *,
+    tied: Matrix | None = None,
 ) -> Head:
     """Return what stands after the layers. `tied` is the token table, for weights without a head of their own.
 
@@ -157,9 +176,11 @@ def prepare_head(
     else:
         raise WeightError("the head is tied to the token table, which is not given; prepare it first and pass it")
     return Head(
-        norm=prepared_norm(weights.norm, config.final_norm, device),
+        norm=prepared_norm(weights.norm, config.final_norm, device, compute),
         reduction=None if weights.reduction is None else _matrix([weights.reduction], storage, device),
-        projection=projection._replace(bias_N=None if weights.bias_V is None else _plain(weights.bias_V, device)),
+        projection=projection._replace(
+            bias_N=None if weights.bias_V is None else _plain(weights.bias_V, device, compute)
+        ),
     )
 
 
@@ -207,25 +228,29 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
     return pack(weight_NI.detach(), storage, torch.cat(biases).detach() if biases else None).to(device)
 
 
-def prepared_norm(weights: NormWeights | None, config: NormConfig | None, device: torch.device) -> Norm | None:
-    """Float32 vectors; a gain stored as its distance from 1 is made whole here, so no graph does it."""
+def prepared_norm(
+    weights: NormWeights | None, config: NormConfig | None, device: torch.device, compute: torch.dtype = DEFAULT
+) -> Norm | None:
+    """Return vectors in the accumulation dtype. A gain stored as its distance from 1 is made whole here, not in graphs."""
     if weights is None or config is None:
         return None
     gain_M = 1 + weights.gain_M.to(torch.float64) if config.gain_from_one else weights.gain_M
-    bias_M = None if weights.bias_M is None else _plain(weights.bias_M, device)
-    return Norm(_plain(gain_M, device), bias_M)
+    bias_M = None if weights.bias_M is None else _plain(weights.bias_M, device, compute)
+    return Norm(_plain(gain_M, device, compute), bias_M)
 
 
-def _head_norm(weights: NormWeights | None, config: AttentionConfig, device: torch.device) -> Norm | None:
-    flat = prepared_norm(weights, config.qk_norm, device)
+def _head_norm(
+    weights: NormWeights | None, config: AttentionConfig, device: torch.device, compute: torch.dtype
+) -> Norm | None:
+    flat = prepared_norm(weights, config.qk_norm, device, compute)
     if flat is None or config.qk_norm_span is QkNormSpan.ALL_HEADS:
         return flat
     bias_M = None if flat.bias_M is None else own(flat.bias_M.view(-1, config.head_size))
     return Norm(own(flat.gain_M.view(-1, config.head_size)), bias_M)
 
 
-def _plain(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.detach().to(device, torch.float32, copy=True).contiguous()
+def _plain(tensor: Tensor, device: torch.device, compute: torch.dtype) -> Tensor:
+    return tensor.detach().to(device, accumulation_dtype(compute), copy=True).contiguous()
 
 
 def _check_computed(config: ModelConfig) -> None:

@@ -65,6 +65,7 @@ def stages(source: RandomSource, storage: Storage, cuts: list[int]) -> list[tupl
             head=prepare_head(source.head(), config, storage, CPU, tied=embedding.table) if not found else None,
             storage=storage,
             device=CPU,
+            compute=torch.float32,
         )
         found.insert(0, (model, part))
     return found
