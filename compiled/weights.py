@@ -231,7 +231,7 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
 def prepared_norm(
     weights: NormWeights | None, config: NormConfig | None, device: torch.device, compute: torch.dtype = DEFAULT
 ) -> Norm | None:
-    """Return vectors in the accumulation dtype. A gain stored as its distance from 1 is made whole here, not in graphs."""
+    """Return vectors in the accumulation dtype; a gain stored as its distance from 1 is made whole once."""
     if weights is None or config is None:
         return None
     gain_M = 1 + weights.gain_M.to(torch.float64) if config.gain_from_one else weights.gain_M
