@@ -27,7 +27,7 @@ from .compute import DEFAULT, accumulation_dtype
 from .embedding import Embedding
 from .machine import return_freed_memory
 from .norms import Norm
-from .packing import Matrix, own, pack
+from .packing import Matrix, own, pack, quantize
 
 
 class Layer(NamedTuple):
@@ -225,7 +225,8 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
     """The parts below one another, packed. Rows are quantized alone, so merging changes no code."""
     weight_NI = parts[0].weight_NI if len(parts) == 1 else torch.cat([part.weight_NI for part in parts])
     biases = [part.bias_N for part in parts if part.bias_N is not None]
-    return pack(weight_NI.detach(), storage, torch.cat(biases).detach() if biases else None).to(device)
+    quantized = quantize(weight_NI.detach(), storage)
+    return pack(quantized, torch.cat(biases).detach() if biases else None).to(device)
 
 
 def prepared_norm(

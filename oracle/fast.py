@@ -25,7 +25,7 @@ from .op import Fast, Function
 def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
     """The weights packed in the narrowest storage that holds them all exactly, so that packing rounds nothing."""
     for storage in (Storage.INT4, Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
-        matrices = [packing.pack(part.weight_NI.float(), storage, part.bias_N) for part in parts]
+        matrices = [packing.pack(packing.quantize(part.weight_NI.float(), storage), part.bias_N) for part in parts]
         unpacked = [
             linear.expanded(matrix, storage, part.weight_NI.shape[1])
             for matrix, part in zip(matrices, parts, strict=True)
