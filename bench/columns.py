@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..compiled.packing import Matrix, pack
+from ..compiled.packing import Matrix, pack, quantize
 from ..reference.quantize import (
     GroupQuantized,
     RowQuantized,
@@ -113,4 +113,4 @@ def unkept(parts: tuple[Tensor, ...], storage: Storage) -> Tensor:
 
 def matrix_of(weight_NI: Tensor, storage: Storage) -> Matrix:
     """The matrix as the compiled path's graphs take it."""
-    return pack(weight_NI, storage)
+    return pack(quantize(weight_NI, storage))

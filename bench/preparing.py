@@ -285,7 +285,7 @@ def prepare_attention(case: Case, storage: Storage) -> Prepared:
             query,
             key_CKD,
             value_CKD,
-            seen=attention.seen(start_R, position_R, slot_S, None),
+            mask=attention.decode_mask(start_R, position_R, slot_S, None),
             position_R=position_R,
             slot_S=slot_S,
             scale=scale,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..compiled.linear import linear_decode, linear_prefill, product
-from ..compiled.packing import Matrix, pack
+from ..compiled.packing import Matrix, pack, quantize
 from ..compiled.programs import graph, pinned
 from ..compiled.weights import Layer, Model
 from ..spec.config import INT4_GROUP, Head, ModelConfig, Storage
@@ -113,7 +113,7 @@ def _matrices(layer: Layer) -> list[Matrix]:
 
 def small_products(storage: Storage, size: int) -> Iterator[tuple[Key, Sample]]:
     """A square product for one row and for four, the matrix always read from memory: many copies take turns."""
-    weight = pack(torch.randn(size, size, generator=torch.Generator().manual_seed(0)), storage)
+    weight = pack(quantize(torch.randn(size, size, generator=torch.Generator().manual_seed(0)), storage))
     for rows in (1, 4):
 
         def program(x_RI: Tensor, weight: Matrix) -> Tensor:

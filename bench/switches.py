@@ -66,7 +66,7 @@ _ONEDNN = (
 )
 
 SWITCHES = (
-    Switch(name="CPU graphs", without="each step calls the compiled pieces", options={"graphs": "off"}),
+    Switch(name="CPU graphs", without="each step calls the compiled pieces", options={"captured": False}),
     Switch(
         name="four rows a pass",
         without="each row reads the weights anew",

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .compute import DEFAULT, accumulation_dtype
 from .linear import materialized, multiplies_fast, product
 
 _BLOCK = 320
@@ -62,7 +63,7 @@ def write(cache_SKD: Tensor, slot_R: Tensor, new_RKD: Tensor) -> None:
     cache_SKD.index_put_((slot_R,), new_RKD)
 
 
-class Seen(NamedTuple):
+class DecodeMask(NamedTuple):
     """What sequences that gain one token read; the same for all layers of one window."""
 
     read_RS: Tensor
@@ -71,15 +72,15 @@ class Seen(NamedTuple):
     """Added to the scores: 0, or -inf where a slot stands in for one that is not seen."""
 
 
-def seen(start_R: Tensor, position_R: Tensor, slot_S: Tensor, window: int | None) -> Seen:
-    """Of sequences whose new tokens are at `position_R`; `slot_S` is 0 .. S - 1 with S above every position.
+def decode_mask(start_R: Tensor, position_R: Tensor, slot_S: Tensor, window: int | None) -> DecodeMask:
+    """Return the mask for new tokens at `position_R`; `slot_S` is 0 .. S - 1 with S above every position.
 
-    >>> seen(torch.tensor([16]), torch.tensor([2]), torch.arange(4), window=2)
-    Seen(read_RS=tensor([[18, 17, 18, 18]]), added_RS=tensor([[-inf, 0., 0., -inf]]))
+    >>> decode_mask(torch.tensor([16]), torch.tensor([2]), torch.arange(4), window=2)
+    DecodeMask(read_RS=tensor([[18, 17, 18, 18]]), added_RS=tensor([[-inf, 0., 0., -inf]]))
     """
     seen_RS = _seen(position_R, slot_S, window)
     read_RS = start_R[:, None] + torch.where(seen_RS, slot_S[None, :], position_R[:, None])
-    return Seen(read_RS, torch.where(seen_RS, 0.0, -torch.inf))
+    return DecodeMask(read_RS, torch.where(seen_RS, 0.0, -torch.inf))
 
 
 def attend_decode(
@@ -87,7 +88,7 @@ def attend_decode(
     key_CKD: Tensor,
     value_CKD: Tensor,
     *,
-    seen: Seen,
+    mask: DecodeMask,
     position_R: Tensor,
     slot_S: Tensor,
     scale: float,
@@ -99,9 +100,9 @@ def attend_decode(
     The few query heads that share a key head are written out one by one, and of values so are parts of a vector's
     length: each key is read once for all heads, each value once and whole.
     """
-    kv_heads = key_CKD.shape[1]
-    query_RKGD = query_RHD.view(query_RHD.shape[0], kv_heads, -1, query_RHD.shape[2])
-    key_RSKD, value_RSKD = (cache_CKD[seen.read_RS] for cache_CKD in (key_CKD, value_CKD))
+    kv_heads, dtype = key_CKD.shape[1], accumulation_dtype(query_RHD.dtype)
+    query_RKGD = query_RHD.to(dtype).view(query_RHD.shape[0], kv_heads, -1, query_RHD.shape[2])
+    key_RSKD, value_RSKD = (cache_CKD[mask.read_RS].to(dtype) for cache_CKD in (key_CKD, value_CKD))
     written_out = query_RKGD.shape[2] <= _WRITTEN_OUT
     if written_out:
         score_RSKG = torch.cat([(each[:, None] * key_RSKD).sum(-1, keepdim=True) for each in query_RKGD.unbind(2)], -1)
@@ -111,8 +112,8 @@ def attend_decode(
     if softcap is not None:
         score_RSKG = softcap * torch.tanh(score_RSKG / softcap)
     if slope_H is not None:
-        score_RSKG = score_RSKG + alibi(position_R, slot_S, slope_H).view(score_RSKG.shape)
-    score_RSKG = score_RSKG + seen.added_RS[:, :, None, None]
+        score_RSKG = score_RSKG + alibi(position_R, slot_S, slope_H, dtype).view(score_RSKG.shape)
+    score_RSKG = score_RSKG + mask.added_RS[:, :, None, None]
     # heads last, or Inductor's vectors would run over the slots, whose values are nowhere side by side
     weight_RSKG = materialized(torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True)))
     if written_out:
@@ -121,7 +122,7 @@ def attend_decode(
         out_RKGD = torch.cat(sums, -1).view(query_RKGD.shape)
     else:
         out_RKGD = (weight_RSKG[..., None] * value_RSKD[:, :, :, None]).sum(1)
-    return (out_RKGD / weight_RSKG.sum(1)[..., None]).reshape(query_RHD.shape)
+    return (out_RKGD / weight_RSKG.sum(1)[..., None]).reshape(query_RHD.shape).to(query_RHD.dtype)
 
 
 def _parts(group: int, head_size: int) -> int:
@@ -151,10 +152,12 @@ def attend_prefill(
     slope_H: Tensor | None = None,
 ) -> Tensor:
     """The last T queries of one sequence over its S slots, all of them written; `mask_TS` from `mask`; [T, H, D]."""
-    key_KSD, value_KSD = _by_head(key_CKD[slot_S]), _by_head(value_CKD[slot_S])
-    query_KTGD = _by_head((query_THD * scale).view(query_THD.shape[0], key_CKD.shape[1], -1, query_THD.shape[2]))
+    dtype = accumulation_dtype(query_THD.dtype)
+    key_KSD, value_KSD = _by_head(key_CKD[slot_S].to(dtype)), _by_head(value_CKD[slot_S].to(dtype))
+    scaled_THD = query_THD.to(dtype) * scale
+    query_KTGD = _by_head(scaled_THD.view(query_THD.shape[0], key_CKD.shape[1], -1, query_THD.shape[2]))
     out_THD: Tensor = torch.ops.twinfer.attend_blocks(query_KTGD, key_KSD, value_KSD, mask_TS, window, softcap, slope_H)
-    return out_THD
+    return out_THD.to(query_THD.dtype)
 
 
 def _by_head(x_TK: Tensor) -> Tensor:
@@ -181,10 +184,10 @@ def _attend_blocks(
     before = key_KSD.shape[1] - tokens
     out_THD = query_KTGD.new_empty(tokens, kv_heads * group, size)
     for block, seen in _blocks(tokens, before, causal=True, window=window):
-        added_HTS = mask_TS[None, block, seen]
+        added_HTS = mask_TS[None, block, seen].to(query_KTGD.dtype)
         if slope_H is not None:
             position_T, position_S = _positions(block, seen, before, slope_H.device)
-            added_HTS = added_HTS + alibi(position_T, position_S, slope_H).permute(2, 0, 1)
+            added_HTS = added_HTS + alibi(position_T, position_S, slope_H, query_KTGD.dtype).permute(2, 0, 1)
         operands = query_KTGD[:, block], key_KSD[:, seen], value_KSD[:, seen], added_HTS
         _attend_block(*operands, softcap, out_THD[block])
     return out_THD
@@ -203,10 +206,12 @@ def attend_varlen(
     slope_H: Tensor | None = None,
 ) -> Tensor:
     """Every query over the keys of its own text; [T, H, D]. `cu_seqlens` [N + 1] is on the CPU: its values are read."""
-    query_KTGD = _by_head((query_THD * scale).view(query_THD.shape[0], key_TKD.shape[1], -1, query_THD.shape[2]))
-    operands = query_KTGD, _by_head(key_TKD), _by_head(value_TKD), cu_seqlens
+    dtype = accumulation_dtype(query_THD.dtype)
+    scaled_THD = query_THD.to(dtype) * scale
+    query_KTGD = _by_head(scaled_THD.view(query_THD.shape[0], key_TKD.shape[1], -1, query_THD.shape[2]))
+    operands = query_KTGD, _by_head(key_TKD.to(dtype)), _by_head(value_TKD.to(dtype)), cu_seqlens
     out_THD: Tensor = torch.ops.twinfer.attend_varlen(*operands, causal, window, softcap, slope_H)
-    return out_THD
+    return out_THD.to(query_THD.dtype)
 
 
 @torch.library.custom_op("twinfer::attend_varlen", mutates_args=())
@@ -232,9 +237,9 @@ def _attend_varlen(
             added_HTS = None
             if causal or window is not None:  # and ALiBi is only where attention is causal
                 position_T, position_S = _positions(block, seen, 0, query_KTGD.device)
-                added_HTS = mask(position_T, position_S, window, causal=causal)[None]
+                added_HTS = mask(position_T, position_S, window, causal=causal)[None].to(query_KTGD.dtype)
                 if slope_H is not None:
-                    added_HTS = added_HTS + alibi(position_T, position_S, slope_H).permute(2, 0, 1)
+                    added_HTS = added_HTS + alibi(position_T, position_S, slope_H, query_KTGD.dtype).permute(2, 0, 1)
             operands = query_KtGD[:, block], key_KSD[:, seen], value_KSD[:, seen], added_HTS
             _attend_block(*operands, softcap, out_THD[begin + block.start : begin + block.stop])
     return out_THD
@@ -299,10 +304,10 @@ def _(query_KTGD: Tensor, *_: object) -> Tensor:
     return query_KTGD.new_empty(tokens, kv_heads * group, size)
 
 
-def alibi(position_R: Tensor, slot_S: Tensor, slope_H: Tensor) -> Tensor:
-    """What ALiBi adds to the scores, float32 [R, S, H]; multiplied in the slopes' dtype, float64."""
+def alibi(position_R: Tensor, slot_S: Tensor, slope_H: Tensor, dtype: torch.dtype = DEFAULT) -> Tensor:
+    """What ALiBi adds to the scores, [R, S, H]; multiplied in the slopes' dtype, float64."""
     distance_RS = slot_S[None, :] - position_R[:, None]
-    return (distance_RS[..., None] * slope_H).to(torch.float32)
+    return (distance_RS[..., None] * slope_H).to(dtype)
 
 
 def mask(position_T: Tensor, slot_S: Tensor, window: int | None, *, causal: bool = True) -> Tensor:

@@ -2,7 +2,7 @@
 
 Why it is faster: a small model at a small batch waits for its kernels to be launched; a replay launches them all at
 once (the paper's section III-D). What it relies on: a decode step reads no value on the host and writes its caches in
-place (`capture_checks` looks for both), and everything that it reads or writes lies where it lay at capture. So a graph
+place (tests look for both), and everything that it reads or writes lies where it lay at capture. So a graph
 belongs to one tuple of caches and to one bucket of sizes, rows R and slots S:
 
 - R is how many rows the step has.
@@ -17,7 +17,7 @@ All CUDA graphs share one memory pool, which grows to what the largest bucket ne
 They use it in turn: a path runs one step at a time, on one stream.
 
 The rules above are tested on a stand-in for `Device`, on CPU graphs, and for `CudaDevice` on a GPU, where there is one:
-docs/graphs.md says what was seen on an H100. `InductorGraphs` failed there, was changed, and has not been run since.
+docs/graphs.md says what was seen on an H100.
 
 Shapes: R sequences that gain one token, S slots read, C slots of a cache, K key/value heads, D head size, V vocabulary.
 """
@@ -25,16 +25,13 @@ Shapes: R sequences that gain one token, S slots read, C slots of a cache, K key
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ..spec.errors import RequestError
 from .cpu_graph import CpuGraphs
-from .steps import Cache
+from .layers import Cache
 from .weights import Model
 
 _LEAST_SLOTS = 128
@@ -45,26 +42,6 @@ _MOST_GRAPHS = 16
 
 _WARM_UPS = 3
 """Runs before a capture, as torch's examples and DeepSpeed do: the first ones load kernels and choose among them."""
-
-
-class Graphs(StrEnum):
-    """Who captures the decode step."""
-
-    OWN = "own"
-    """This module."""
-    INDUCTOR = "inductor"
-    """Inductor's own CUDA graphs, as `torch.compile(mode="reduce-overhead")` has them; to compare with."""
-    OFF = "off"
-    """Nobody: kernels are launched one by one."""
-
-
-def chosen(wanted: Graphs | str, device: torch.device) -> Graphs:
-    """Who captures on this device. Raises `RequestError` for an unknown choice, and for one that it cannot have."""
-    if wanted not in list(Graphs):
-        raise RequestError(f"graphs is {wanted!r}; it must be one of {', '.join(Graphs)}")
-    if wanted == Graphs.INDUCTOR and device.type != "cuda":
-        raise RequestError(f'graphs is "inductor" and the device {device}; use a CUDA device, or "own" or "off"')
-    return Graphs(wanted)
 
 
 def bucket(longest: int, capacity: int) -> int:
@@ -121,8 +98,7 @@ class Device(Protocol):
         """
 
 
-_stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream  # untyped in torch, as is the next
-_next_step: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
+_stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream  # untyped in torch
 
 
 class CudaDevice:
@@ -292,57 +268,9 @@ class DecodeGraphs:
         return logits_RV.clone()
 
 
-class InductorGraphs:
-    """The same step by Inductor's graphs, which the programs were compiled with (`programs.graph`)."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        keep_in_place(model)
-
-    def slots(self, longest: int, capacity: int) -> int:
-        """As `DecodeGraphs.slots`."""
-        return bucket(longest, capacity)
-
-    def step(
-        self,
-        program: Callable[..., Tensor],
-        caches: tuple[Cache, ...],
-        step: Step,
-        slot_S: Tensor,
-    ) -> Tensor:
-        """As `DecodeGraphs.step`; Inductor captures anew for each S and for caches at other addresses."""
-        begin_step(caches)
-        step_3R = torch.tensor(step, device=slot_S.device)
-        return program(self._model, caches, step_3R, slot_S).clone()
-
-
-def decode_graphs(
-    by_whom: Graphs, model: Model, device: torch.device, report: Callable[[str], None]
-) -> DecodeGraphs | InductorGraphs | None:
-    """What runs the decode step of this model, or None where its program is simply called."""
-    match by_whom:
-        case Graphs.OWN:
-            return DecodeGraphs(model, CudaDevice(device) if device.type == "cuda" else CpuGraphs(), report=report)
-        case Graphs.INDUCTOR:
-            return InductorGraphs(model)
-        case Graphs.OFF:
-            return None
-
-
-def begin_step(caches: tuple[Cache, ...]) -> None:
-    """Tell Inductor's graphs that a step on these begins, before the program is called: the first time, too.
-
-    Until a step is marked they take each piece for a step of its own, which overwrites what the one before handed on.
-    """
-    keep_in_place(caches)
-    _next_step()
-
-
-def keep_in_place(tree: Any) -> None:
-    """Tell torch that these tensors stay where they are, or Inductor would copy all weights before each replay."""
-    for each in pytree.tree_leaves(tree):
-        if isinstance(each, Tensor):
-            torch._dynamo.mark_static_address(each, guard=False)
+def device_of_graphs(device: torch.device) -> Device:
+    """Return what captures calls on this device."""
+    return CudaDevice(device) if device.type == "cuda" else CpuGraphs()
 
 
 def _forms(caches: tuple[Cache, ...]) -> list[Any]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..spec.config import Storage
+from .compute import DEFAULT, accumulation_dtype
 from .packing import (
     GROUP_WORDS,
     PLACES,
@@ -77,10 +78,15 @@ def passes(rows: int, storage: Storage) -> list[list[int]]:
 
 
 def linear_decode(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """x @ weight.T + bias for a few rows, float32 [R, N], the weights read once and never expanded.
+    """x @ weight.T + bias for a few rows, in x's dtype [R, N], the weights read once and never expanded.
 
     R is small and fixed in a graph (`passes`): every row's sums are written out in it.
     """
+    wide_RI = x_RI.to(accumulation_dtype(x_RI.dtype))
+    return _linear_decode(wide_RI, weights, storage).to(x_RI.dtype)
+
+
+def _linear_decode(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     if storage is Storage.FLOAT32:
         x_RI = materialized(x_RI)
         rows, inputs = x_RI.shape
@@ -208,27 +214,34 @@ def _added(terms: list[Tensor]) -> Tensor:
 
 
 def linear_prefill(x_TI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """x @ weight.T + bias for many rows, float32 [T, N]."""
-    return product(x_TI, expanded(weights, storage, x_TI.shape[1]), weights.bias_N)
+    """x @ weight.T + bias for many rows, in x's dtype [T, N]."""
+    wide_TI = x_TI.to(accumulation_dtype(x_TI.dtype))
+    return product(wide_TI, expanded(weights, storage, x_TI.shape[1], wide_TI.dtype), weights.bias_N).to(x_TI.dtype)
 
 
-def expanded(weights: Matrix, storage: Storage, inputs: int) -> Tensor:
-    """The matrix [N, I] in float32; if it was packed with the outputs side by side, as a block of words has them."""
+def expanded(weights: Matrix, storage: Storage, inputs: int, dtype: torch.dtype = DEFAULT) -> Tensor:
+    """The matrix [N, I] in float32 or float64.
+
+    If it was packed, it has the outputs side by side, as a block of words has them.
+    """
     if storage is Storage.FLOAT32:
-        return weights.word
-    scale_BU = _in_blocks(weights.scale_N)
-    weight_IN = columns_of(weights.word, scale_BU, weights.scale_BGU, weights.min_BGU, storage)
-    return weight_IN[:inputs, : weights.outputs].contiguous().t()
+        return weights.word.to(dtype)
+    scales = _in_blocks(weights.scale_N), weights.scale_BGU, weights.min_BGU
+    scale_BU, scale_BGU, min_BGU = (None if each is None else each.to(dtype) for each in scales)
+    weight_IN = columns_of(weights.word, scale_BU, scale_BGU, min_BGU, storage)
+    return weight_IN[:inputs, : weights.outputs].contiguous().t().to(dtype)
 
 
-def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int) -> Tensor:
-    """Rows of the stored token table, float32 [T, M]."""
+def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int, dtype: torch.dtype = DEFAULT) -> Tensor:
+    """Rows of the stored token table, float32 or float64 [T, M]."""
     if storage is Storage.FLOAT32:
-        return table.word[token_T]
+        return table.word[token_T].to(dtype)
     block_T, row_T = token_T // ROWS, token_T % ROWS
-    scale_T = None if table.scale_N is None else table.scale_N[token_T]
-    scale_TG, min_TG = (None if each is None else each[block_T, :, row_T] for each in (table.scale_BGU, table.min_BGU))
-    return weights_of_rows(table.word[block_T, :, row_T], scale_T, scale_TG, min_TG, storage, hidden)
+    scale_T = None if table.scale_N is None else table.scale_N[token_T].to(dtype)
+    scale_TG, min_TG = (
+        None if each is None else each[block_T, :, row_T].to(dtype) for each in (table.scale_BGU, table.min_BGU)
+    )
+    return weights_of_rows(table.word[block_T, :, row_T], scale_T, scale_TG, min_TG, storage, hidden).to(dtype)
 
 
 _has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # untyped in torch, as is the next but one
@@ -240,13 +253,13 @@ _Library: Callable[..., Any] = torch.library.Library
 
 def multiplies_fast(x: Tensor) -> bool:
     """Whether `product` is oneDNN's for such a tensor."""
-    return x.device.type == "cpu" and _onednn is not None
+    return x.device.type == "cpu" and x.dtype is torch.float32 and _onednn is not None
 
 
 def product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
-    """x @ weight.T + bias by the fastest matrix product of torch, float32 [T, N]."""
+    """x @ weight.T + bias by the fastest matrix product of torch, in x's dtype [T, N]."""
     if not multiplies_fast(x_TI):
-        return functional.linear(x_TI, weight_NI, bias_N)
+        return functional.linear(x_TI, weight_NI.to(x_TI.dtype), None if bias_N is None else bias_N.to(x_TI.dtype))
     if not torch.compiler.is_compiling():
         return _product(x_TI, weight_NI, bias_N)
     out_TN: Tensor = torch.ops.twinfer.product(x_TI, weight_NI, bias_N)

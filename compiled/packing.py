@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..spec.config import INT4_GROUP, Storage
+from ..spec.errors import RequestError
 
 PLACES = {Storage.BFLOAT16: 2, Storage.INT8: 4, Storage.INT4: 8}
 """How many weights one 32-bit word holds."""
@@ -83,28 +84,79 @@ class Matrix(NamedTuple):
         )
 
 
-def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> Matrix:
-    """Round a matrix of any float dtype to its storage and pack it; the result shares no memory with it.
+class Quantized(NamedTuple):
+    """A matrix [N, I] with the scales that its storage gives it, to be cut and packed.
 
-    >>> matrix = pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8)  # J = 2: columns 0 2 4 -, 1 3 - -
-    >>> matrix.word.view(torch.int32)[0, :, 0].tolist()  # places (1, 127, 5, 0) and (2, 4, 0, 0)
+    Cut first and packed then, its parts are stored as they are in the whole: int8 keeps the scales of whole rows, and
+    int4 is cut on the borders of its groups. Values are rounded by `pack`, 512 rows at a time, so that a token table
+    is never held a second time.
+    """
+
+    weight_NI: Tensor
+    """Any float dtype, not yet rounded; cuts are views of it."""
+    storage: Storage
+    scale_N: Tensor | None
+    """float32, for int8 only: those of whole rows, whichever columns are left."""
+
+    def rows(self, begin: int, end: int) -> "Quantized":
+        """Return rows begin .. end - 1."""
+        _check_cut("rows", begin, end, self.weight_NI.shape[0])
+        return self._replace(
+            weight_NI=self.weight_NI[begin:end], scale_N=None if self.scale_N is None else self.scale_N[begin:end]
+        )
+
+    def columns(self, begin: int, end: int) -> "Quantized":
+        """Return columns begin .. end - 1. Raises `RequestError` for a cut through a group of int4."""
+        inputs = self.weight_NI.shape[1]
+        _check_cut("columns", begin, end, inputs)
+        if self.storage is Storage.INT4 and (begin % INT4_GROUP or (end % INT4_GROUP and end != inputs)):
+            raise RequestError(
+                f"columns {begin} to {end} of {inputs} cut a group of int4; "
+                f"begin and end must be multiples of {INT4_GROUP}, or the end {inputs}"
+            )
+        return self._replace(weight_NI=self.weight_NI[:, begin:end])
+
+
+def _check_cut(which: str, begin: int, end: int, size: int) -> None:
+    if not 0 <= begin < end <= size:
+        raise RequestError(f"{which} {begin} to {end} of {size}; must be 0 <= begin < end <= {size}")
+
+
+def quantize(weight_NI: Tensor, storage: Storage) -> Quantized:
+    """Find the scales of a matrix of any float dtype, which the result does not copy.
+
+    >>> whole = quantize(torch.tensor([[1.0, 2.0, 127.0], [3.0, 4.0, 254.0]]), Storage.INT8)
+    >>> whole.columns(0, 2).scale_N  # not 2 / 127 and 4 / 127
+    tensor([1., 2.])
+    """
+    if storage is not Storage.INT8:
+        return Quantized(weight_NI, storage, None)
+    scale_N = torch.empty(weight_NI.shape[0], dtype=torch.float32, device=weight_NI.device)
+    for first in range(0, len(scale_N), _PIECE_ROWS):
+        piece = slice(first, first + _PIECE_ROWS)
+        scale_N[piece] = row_scales(weight_NI[piece])
+    return Quantized(weight_NI, storage, scale_N)
+
+
+def pack(quantized: Quantized, bias_N: Tensor | None = None) -> Matrix:
+    """Round a matrix to its storage and pack it; the result shares no memory with it.
+
+    >>> matrix = pack(quantize(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8))
+    >>> matrix.word.view(torch.int32)[0, :, 0].tolist()  # J = 2: places (1, 127, 5, 0) and (2, 4, 0, 0)
     [360193, 1026]
     """
+    weight_NI, storage, scale_N = quantized
     outputs, inputs = weight_NI.shape
     bias_N = None if bias_N is None else bias_N.to(torch.float32, copy=True)
     if storage is Storage.FLOAT32:
-        word = torch.empty(outputs, inputs)
+        word = torch.empty(outputs, inputs, dtype=torch.float32)
         word.copy_(weight_NI)
         return Matrix(word, None, None, None, bias_N, outputs)
     blocks, groups = -(-outputs // ROWS), -(-inputs // INT4_GROUP)
     words = groups * GROUP_WORDS if storage is Storage.INT4 else -(-inputs // PLACES[storage])
     word_BJU = torch.empty(blocks, words, ROWS, dtype=torch.int32)
-    scale_N = torch.empty(outputs) if storage is Storage.INT8 else None
-    scale_BGU, min_BGU = (
-        (torch.empty(blocks, groups, ROWS), torch.empty(blocks, groups, ROWS))
-        if storage is Storage.INT4
-        else (None, None)
-    )
+    scale_BGU = torch.empty(blocks, groups, ROWS, dtype=torch.float32) if storage is Storage.INT4 else None
+    min_BGU = None if scale_BGU is None else torch.empty_like(scale_BGU)
     for first in range(0, outputs, _PIECE_ROWS):
         piece = slice(first, min(first + _PIECE_ROWS, outputs))
         block = slice(first // ROWS, -(-piece.stop // ROWS))
@@ -112,32 +164,40 @@ def pack(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> M
         if storage is Storage.BFLOAT16:
             word_BJU[block] = in_blocks(pack_planar(piece_NI.to(torch.bfloat16).view(torch.int16), bits=16))
         elif storage is Storage.INT8:
-            quantized_NI, piece_scale_N = quantize_rows(piece_NI)
-            word_BJU[block] = in_blocks(pack_planar(quantized_NI, bits=8))
             assert scale_N is not None
-            scale_N[piece] = piece_scale_N
+            word_BJU[block] = in_blocks(pack_planar(round_rows(piece_NI, scale_N[piece]), bits=8))
         else:
             quantized_NI, scale_NG, min_NG = quantize_groups(piece_NI)
             word_BJU[block] = in_blocks(pack_grouped(quantized_NI))
             assert scale_BGU is not None
             assert min_BGU is not None
             scale_BGU[block], min_BGU[block] = in_blocks(scale_NG), in_blocks(min_NG)
+    scale_N = None if scale_N is None else scale_N.to(word_BJU.device, copy=True)
     return Matrix(own(word_BJU.view(torch.float32)), scale_N, scale_BGU, min_BGU, bias_N, outputs)
 
 
 def quantize_rows(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 codes and one float32 scale a row: scale = max|row| / 127, code = row / scale, half to even.
+    """Return symmetric int8 values and one float32 scale a row.
 
-    A row of zeros has scale 0 and codes 0, and so has a row so small that its scale underflows.
+    A row of zeros has scale 0 and values 0, and so has a row so small that its scale underflows.
 
     >>> quantize_rows(torch.tensor([[254.0, -5.0, 3.0]]))[0].tolist()  # scale 2: 127, -2.5, 1.5
     [[127, -2, 2]]
     """
-    weight_NI = weight_NI.to(torch.float32)
-    scale_N = weight_NI.abs().amax(1) / 127
-    quantized_NI = (weight_NI / scale_N[:, None]).round()
+    scale_N = row_scales(weight_NI)
+    return round_rows(weight_NI, scale_N), scale_N
+
+
+def row_scales(weight_NI: Tensor) -> Tensor:
+    """Return max|row| / 127, float32 [N]."""
+    return weight_NI.to(torch.float32).abs().amax(1) / 127
+
+
+def round_rows(weight_NI: Tensor, scale_N: Tensor) -> Tensor:
+    """Return weight / scale rounded half to even, int8 in -127 .. 127; 0 where the scale is 0."""
+    quantized_NI = (weight_NI.to(torch.float32) / scale_N[:, None]).round()
     quantized_NI = torch.where(scale_N[:, None] > 0, quantized_NI, 0).clamp(-127, 127)
-    return quantized_NI.to(torch.int8), scale_N
+    return quantized_NI.to(torch.int8)
 
 
 def quantize_groups(weight_NI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +267,7 @@ def place_values(word: Tensor, storage: Storage, place: int) -> Tensor:
 
     Of int8 the first shift puts the place's sign at the top of the word, the second brings it down.
 
-    >>> matrix = pack(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8)
+    >>> matrix = pack(quantize(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8))
     >>> place_values(matrix.word, Storage.INT8, 1)[0, :, 0].tolist()
     [127.0, 4.0]
     """

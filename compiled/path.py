@@ -12,6 +12,7 @@ Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from enum import StrEnum
 from itertools import accumulate
 from typing import Any, Literal, overload
 
@@ -23,13 +24,15 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
-from .graph import DecodeGraphs, Graphs, InductorGraphs, begin_step, chosen, decode_graphs
+from .compute import COMPUTE_DTYPES, DEFAULT
+from .graph import DecodeGraphs, device_of_graphs
 from .head import head_prefill, scale_and_cap
+from .layers import Cache
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
-from .programs import Pieces, dynamic, pinned
+from .programs import Pieces, Program, pinned
 from .sequences import StaticSequences
-from .steps import Cache, Piece, as_is, decode_program, encode_program, prefill_program
+from .steps import Piece, decode_program, eager, encode_program, prefill_program
 from .weights import Model, prepare
 
 _PREFILL_TOKENS = 512
@@ -38,56 +41,87 @@ _PREFILL_TOKENS = 512
 _ENCODE_TOKENS = 512
 """As many tokens are encoded at once, or one text if it is longer."""
 
+_DECODE = (Program.DECODE, Program.DECODE_ROWS, Program.DECODE_MANY)
+
+
+class Mode(StrEnum):
+    """How a path runs its programs."""
+
+    COMPILED = "compiled"
+    EAGER = "eager"
+    """Operator by operator, as they are written."""
+    GUARDED = "guarded"
+    """Compiled, and with torch's guards at each call, which would show a program that fits only some sizes."""
+
 
 class CompiledPath:
     """Implements `twinfer.spec.decoder.Decoder` and `Encoder`.
 
-    Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage or
-    compute dtype, for an unknown `graphs` or one that the device cannot have, and what the source raises; all before
-    the weights are read, the last excepted. `report` is told, in a line of text, what takes long. `graphs` says who
-    captures the decode step: if nothing is said, `graph` does.
+    Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage,
+    compute dtype or mode, and what the source raises; all before the weights are read, the last excepted. Unless
+    `captured` is false, decode steps that are compiled are captured and replayed (`graph`). `report` gets a line of
+    text about whatever takes long.
     """
 
     def __init__(
         self,
         source: WeightSource,
         *,
-        storage: Storage = Storage.FLOAT32,
-        compute: torch.dtype = torch.float32,
+        storage: Storage | str = Storage.FLOAT32,
+        compute: torch.dtype = DEFAULT,
         device: str | torch.device = "cpu",
-        graphs: Graphs | str = Graphs.OWN,
+        mode: Mode | str = Mode.COMPILED,
+        captured: bool = True,
         report: Callable[[str], None] | None = None,
-        _eager: bool = False,
-        _keep_guards: bool = False,
     ) -> None:
         if storage not in list(Storage):
             raise RequestError(f"storage is {storage!r}; it must be one of {', '.join(Storage)}")
-        if compute is not torch.float32:
-            raise RequestError(f"compute is {compute}; the compiled path offers torch.float32 alone")
-        self._device = checked_device(device)
-        by_whom = chosen(graphs, self._device)
-        if not _eager:
-            check_compiler(self._device)
-        self._config = source.config
-        self._storage = Storage(storage)
+        if compute not in COMPUTE_DTYPES:
+            raise RequestError(f"compute is {compute}; it must be one of {', '.join(map(str, COMPUTE_DTYPES))}")
+        on = checked_device(device)
+        _check_mode(mode, on)
+        with pinned(torch.get_num_threads()):
+            model = prepare(source, Storage(storage), on, compute)
+        self._begin(model, source.config, Mode(mode), captured, report)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Model,
+        config: ModelConfig,
+        *,
+        mode: Mode | str = Mode.COMPILED,
+        captured: bool = True,
+        report: Callable[[str], None] | None = None,
+    ) -> "CompiledPath":
+        """Return a path of a model that is prepared already, and whole. Paths may share one."""
+        if model.embedding is None or model.head is None:
+            raise RequestError("the model lacks its embedding or its head; a path needs the whole model")
+        _check_mode(mode, model.device)
+        path = cls.__new__(cls)
+        path._begin(model, config, Mode(mode), captured, report)
+        return path
+
+    def _begin(
+        self,
+        model: Model,
+        config: ModelConfig,
+        mode: Mode,
+        captured: bool,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        self.model = model
+        self._config, self._mode = config, mode
+        self._storage, self._device, self._compute = model.storage, model.device, model.compute
         self._threads = torch.get_num_threads()
         self._report = report or (lambda line: None)
         with pinned(self._threads):
-            self._model = prepare(source, self._storage, self._device)
-            self._slots = torch.arange(max(2, self._config.context), device=self._device)
-        self._graphs = decode_graphs(Graphs.OFF if _eager else by_whom, self._model, self._device, self._report)
-        self._eager, self._keep_guards = _eager, _keep_guards
-        makers: dict[str, Callable[[Piece], Callable[..., Any]]] = {
-            "encode": lambda piece: encode_program(self._config, self._storage, piece)
-        }
-        if self._config.extensible:
-            makers["prefill"] = lambda piece: prefill_program(self._config, self._storage, piece)
-            makers["decode"] = lambda piece: decode_program(self._config, self._storage, piece)
-            makers["decode rows"] = lambda piece: decode_program(self._config, self._storage, piece)
-            if self._storage is Storage.FLOAT32:  # `linear` says why
-                makers["decode many"] = lambda piece: decode_program(self._config, self._storage, piece, many=True)
-        self._programs = {name: make(self._pieces(name)) for name, make in makers.items()}
-        self._uncompiled = set() if _eager else set(self._programs)
+            self._slots = torch.arange(max(2, config.context), device=model.device)
+        self._graphs: DecodeGraphs | None = None
+        if captured and mode is not Mode.EAGER:
+            self._graphs = DecodeGraphs(model, device_of_graphs(model.device), report=self._report)
+        self._programs = {name: self._made(name) for name in self._names()}
+        self._uncompiled = set() if mode is Mode.EAGER else set(self._programs)
 
     @property
     def config(self) -> ModelConfig:
@@ -104,7 +138,7 @@ class CompiledPath:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the prepared weights; a tied head counts once."""
-        leaves = pytree.tree_leaves(self._model)
+        leaves = pytree.tree_leaves(self.model)
         storages = {each.untyped_storage() for each in leaves if isinstance(each, Tensor)}
         return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
@@ -117,17 +151,17 @@ class CompiledPath:
         """
         begin = time.perf_counter()
         with pinned(self._threads):
-            later = {"encode"} if self._config.extensible else set()
-            later |= set() if batches else {"decode rows", "decode many"}
+            later = {Program.ENCODE} if self._config.extensible else set()
+            later |= set() if batches else {Program.DECODE_ROWS, Program.DECODE_MANY}
             for name in (each for each in self._programs if each not in later):
-                self._ready(name)
+                self.program(name)
         return time.perf_counter() - begin
 
     def open(self, batch: int, reserve: int) -> StaticSequences:
         """Start `batch` empty sequences with room for `reserve` tokens each; all memory is taken here."""
         protocol.check_open(self._config, self.max_batch, batch, reserve)
         with pinned(self._threads):
-            sequences = StaticSequences(self._config, batch, reserve, self._device)
+            sequences = StaticSequences(self._config, batch, reserve, self._device, self._compute)
         sequences.owner = self
         return sequences
 
@@ -191,14 +225,30 @@ class CompiledPath:
         type_T = torch.zeros_like(token_T) if types is None else joined(types)
         position_T = joined([self._slots[:length] for length in lengths])
         cu_seqlens = torch.tensor([0, *accumulate(lengths * 2 if lone else lengths)])
-        program = self._ready("encode")
-        hidden_TW = program(self._model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens)
+        program = self.program(Program.ENCODE)
+        hidden_TW = program(self.model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens)
         return list(hidden_TW[: sum(lengths)].split(lengths))
 
-    def _pieces(self, name: str) -> Piece:
-        """What makes the pieces of the program of this name."""
-        if self._eager:
-            return as_is
+    def _names(self) -> list[Program]:
+        if not self._config.extensible:
+            return [Program.ENCODE]
+        many = [Program.DECODE_MANY] if self._storage is Storage.FLOAT32 else []  # `linear` says why
+        return [Program.ENCODE, Program.PREFILL, Program.DECODE, Program.DECODE_ROWS, *many]
+
+    def _made(self, name: Program) -> Callable[..., Any]:
+        given = self._config, self._storage, self._pieces(name)
+        match name:
+            case Program.ENCODE:
+                return encode_program(*given, compute=self._compute)
+            case Program.PREFILL:
+                return prefill_program(*given, compute=self._compute)
+            case Program.DECODE | Program.DECODE_ROWS | Program.DECODE_MANY:
+                return decode_program(*given, compute=self._compute, many=name is Program.DECODE_MANY)
+
+    def _pieces(self, name: Program) -> Piece:
+        """Return what makes the pieces of a program."""
+        if self._mode is Mode.EAGER:
+            return eager
         told = False
 
         def compiling(reason: str) -> None:
@@ -207,8 +257,8 @@ class CompiledPath:
                 self._report(f"compiling {name} ({reason})")
             told = True
 
-        described = f"{name} {self._storage} {self._config}"
-        return Pieces(described, compiling, keep_guards=self._keep_guards, capturing=self._inductor_captures(name))
+        described = f"{name} {self._storage} {self._compute} {self._config}"
+        return Pieces(described, compiling, keep_guards=self._mode is Mode.GUARDED)
 
     def _decode(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
         """One token for each of these sequences; logits [R, V].
@@ -227,17 +277,14 @@ class CompiledPath:
         lengths, capacity = sequences.lengths, sequences.capacity
         positions = [lengths[row] for row in rows]
         step = tokens, positions, [row * capacity for row in rows]
-        name = {1: "decode", PASS_ROWS: "decode rows"}.get(len(rows), "decode many")
-        program, longest = self._ready(name), max(positions) + 1
+        name = {1: Program.DECODE, PASS_ROWS: Program.DECODE_ROWS}.get(len(rows), Program.DECODE_MANY)
+        program, longest = self.program(name), max(positions) + 1
         if self._graphs is not None:
             slot_S = self._slots[: self._graphs.slots(longest, capacity)]
             return self._graphs.step(program, sequences.caches, step, slot_S)
         slot_S, step_3R = self._slots[: max(2, longest)], torch.tensor(step, device=self._device)
-        logits_RV: Tensor = program(self._model, sequences.caches, step_3R, slot_S)
+        logits_RV: Tensor = program(self.model, sequences.caches, step_3R, slot_S)
         return logits_RV
-
-    def _inductor_captures(self, name: str) -> bool:
-        return isinstance(self._graphs, InductorGraphs) and name.startswith("decode")
 
     def _prefill(
         self, sequences: StaticSequences, row: int, token_T: Tensor, every_position: bool
@@ -245,29 +292,28 @@ class CompiledPath:
         """Several tokens for one sequence, in even pieces; the last logits [V] and, if asked for, all [T, V]."""
         begin = sequences.lengths[row]
         start_1 = torch.tensor([row * sequences.capacity], device=self._device)
-        program = self._ready("prefill")
+        program = self.program(Program.PREFILL)
         every: list[Tensor] = []
         logits_1V = sequences.last_BV[:0]
         for piece_T in token_T.tensor_split(-(-len(token_T) // _PREFILL_TOKENS)):
             end = begin + len(piece_T)
             position_T, slot_S = self._slots[begin:end], self._slots[:end]
-            logits_1V, hidden_TW = program(self._model, sequences.caches, piece_T, position_T, start_1, slot_S)
+            hidden_TW, logits_1V = program(self.model, sequences.caches, piece_T, position_T, start_1, slot_S)
             if every_position:
-                logits_TV = head_prefill(hidden_TW, self._model.head, self._storage)
+                assert self.model.head is not None
+                logits_TV = head_prefill(hidden_TW.to(logits_1V.dtype), self.model.head.projection, self._storage)
                 every.append(scale_and_cap(logits_TV, self._config.logit_scale, self._config.logit_softcap))
             begin = end
         return logits_1V[0], torch.cat(every) if every else logits_1V[:0]
 
-    def _ready(self, name: str) -> Callable[..., Any]:
-        """The program of this name, compiled."""
+    def program(self, name: Program) -> Callable[..., Any]:
+        """Return a program, compiled; `steps` says what it takes."""
         program = self._programs[name]
         if name in self._uncompiled:
             arguments = self._example(name)
-            if self._inductor_captures(name):
-                begin_step(arguments[1])
             program(*arguments)
             self._uncompiled.discard(name)
-            if isinstance(self._graphs, DecodeGraphs) and name.startswith("decode"):
+            if self._graphs is not None and name in _DECODE:
                 self._check_graphs(self._graphs, program, *arguments)
         return program
 
@@ -291,32 +337,35 @@ class CompiledPath:
             self._report("decoding without graphs: a replay differs from the plain call; is this torch supported?")
             self._graphs = None
 
-    def _example(self, name: str) -> tuple[Any, ...]:
-        """Arguments of the program, with sequences of their own; sizes that vary are marked and differ from each other.
+    def _example(self, name: Program) -> tuple[Any, ...]:
+        """Return arguments of a program, with sequences of their own; dynamic dims differ in size from each other.
 
         Loops over sizes that are small here would be compiled as serial ones.
         """
-        rows = {"decode rows": PASS_ROWS, "decode many": PASS_ROWS + 2}.get(name, 1)
+        rows = {Program.DECODE_ROWS: PASS_ROWS, Program.DECODE_MANY: PASS_ROWS + 2}.get(name, 1)
         tokens, slots, capacity = 160, 224, 352
         token_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
         position_T = torch.arange(tokens, device=self._device) % self._config.context
-        dynamic(token_T, position_T)
-        if name == "encode":
+        if name is Program.ENCODE:
             type_T, cu_seqlens = torch.zeros_like(token_T), torch.arange(0, tokens + 1, 20)
-            dynamic(type_T, cu_seqlens)
-            return self._model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
+            return self.model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
         different = dict.fromkeys(self._config.layers)  # layers of one config may share a cache, which saves memory
-        sequences = StaticSequences(replace(self._config, layers=tuple(different)), rows, capacity, self._device)
+        part = replace(self._config, layers=tuple(different))
+        sequences = StaticSequences(part, rows, capacity, self._device, self._compute)
         cache_of = dict(zip(different, sequences.caches, strict=True))
         caches = tuple(cache_of[layer] for layer in self._config.layers)
-        for cache in sequences.caches:
-            dynamic(*cache)
         start_R = torch.arange(rows, device=self._device) * capacity
         slot_S = torch.arange(slots, device=self._device)
-        if name == "prefill":
-            dynamic(slot_S)
-            return self._model, caches, token_T, position_T, start_R, slot_S
-        return self._model, caches, torch.stack([0 * start_R, 0 * start_R, start_R]), slot_S
+        if name is Program.PREFILL:
+            return self.model, caches, token_T, position_T, start_R, slot_S
+        return self.model, caches, torch.stack([0 * start_R, 0 * start_R, start_R]), slot_S
+
+
+def _check_mode(mode: Mode | str, device: torch.device) -> None:
+    if mode not in list(Mode):
+        raise RequestError(f"mode is {mode!r}; it must be one of {', '.join(Mode)}")
+    if mode != Mode.EAGER:
+        check_compiler(device)
 
 
 def _runs(lengths: list[int], most: int) -> Iterator[slice]:

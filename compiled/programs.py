@@ -7,16 +7,33 @@ dynamic (the marking fails if the graph were special to one), and everything els
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable
-from typing import Any
+from enum import StrEnum
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .artifacts import KERNELS, ready
+from .compute import DEFAULT
 from .cpu_graph import kernels_noticed
-from .steps import Varying
+from .steps import DynamicDims, P, R
+
+
+class Program(StrEnum):
+    """The programs of a path, by the names that it reports."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    """For one sequence."""
+    DECODE_ROWS = "decode rows"
+    """For the few sequences that share a pass over the weights."""
+    DECODE_MANY = "decode many"
+    """For any number of more sequences."""
+    ENCODE = "encode"
+
 
 OPTIONS: dict[str, Any] = {
     "size_asserts": False,
@@ -26,15 +43,12 @@ OPTIONS: dict[str, Any] = {
 }
 """For these graphs, not set globally; the first three are checks at run time of what the path has checked already."""
 
-CAPTURING: dict[str, Any] = {"triton.cudagraphs": True}
-"""What `torch.compile(mode="reduce-overhead")` stands for; a mode cannot be given beside options."""
-
 _compile: Callable[..., Any] = torch.compile  # its type stub does not know isolate_recompiles
 
 
-def graph(function: Callable[..., Any], *, keep_guards: bool = False, capturing: bool = False) -> Callable[..., Any]:
-    """The function under torch.compile; nothing is compiled before its first call. `capturing`: with CUDA graphs."""
-    options = OPTIONS | CAPTURING if capturing else dict(OPTIONS)
+def graph(function: Callable[..., Any], *, keep_guards: bool = False) -> Callable[..., Any]:
+    """Return the function under torch.compile; nothing is compiled before its first call."""
+    options = dict(OPTIONS)
     if not keep_guards:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     # Pieces of other paths share this one's code: without guards, only isolation keeps their graphs apart. And with
@@ -52,17 +66,14 @@ class Pieces:
     words, why a piece has to be compiled.
     """
 
-    def __init__(
-        self, described: str, compiling: Callable[[str], None], *, keep_guards: bool = False, capturing: bool = False
-    ) -> None:
+    def __init__(self, described: str, compiling: Callable[[str], None], *, keep_guards: bool = False) -> None:
         self._described = described
         self._compiling = compiling
         self._keep_guards = keep_guards
-        self._capturing = capturing
         self._made = 0
 
-    def __call__(self, function: Callable[..., Any], varying: Varying) -> Callable[..., Any]:
-        program = graph(function, keep_guards=self._keep_guards, capturing=self._capturing)
+    def __call__(self, function: Callable[P, R], dynamic: DynamicDims) -> Callable[P, R]:
+        program = graph(function, keep_guards=self._keep_guards)
         described = f"{self._described} {self._made} {function.__name__}"
         self._made += 1
         compiled: Callable[..., Any] | None = None
@@ -70,29 +81,24 @@ class Pieces:
         def piece(*arguments: Any) -> Any:
             nonlocal compiled
             if compiled is None:
-                _mark(arguments, varying)
+                mark_dynamic(function, arguments, dynamic)
                 with kernels_noticed():
-                    if self._keep_guards or self._capturing:  # whether a kept program keeps them is not known
-                        compiled = program
-                    else:
-                        compiled = ready(program, arguments, described, self._compiling)
+                    fresh = self._keep_guards  # whether a kept program keeps guards is not known
+                    compiled = program if fresh else ready(program, arguments, described, self._compiling)
                     return compiled(*arguments)
             return compiled(*arguments)
 
-        return piece
+        return cast(Callable[P, R], piece)
 
 
-def _mark(arguments: tuple[Any, ...], varying: Varying) -> None:
-    for axis, numbers in enumerate(varying):
-        for each in pytree.tree_leaves([arguments[number] for number in numbers]):
+def mark_dynamic(function: Callable[..., Any], arguments: tuple[Any, ...], dynamic: DynamicDims) -> None:
+    """Mark the dimensions that change from call to call. Raises `KeyError` where the function has no such argument."""
+    named = inspect.signature(function).bind(*arguments).arguments
+    for name, dims in dynamic.items():
+        for each in pytree.tree_leaves(named[name]):
             if isinstance(each, Tensor):
-                torch._dynamo.mark_dynamic(each, axis)
-
-
-def dynamic(*tensors: Tensor) -> None:
-    """Say that the first dimension of these varies from call to call."""
-    for tensor in tensors:
-        torch._dynamo.mark_dynamic(tensor, 0)
+                for dim in dims:
+                    torch._dynamo.mark_dynamic(each, dim)
 
 
 class pinned:
@@ -110,7 +116,7 @@ class pinned:
     def __enter__(self) -> None:
         threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
         others = torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu")
-        if not others and threads == self._threads and dtype is torch.float32:
+        if not others and threads == self._threads and dtype is DEFAULT:
             self._grad = torch.is_grad_enabled()
             if self._grad:
                 torch.set_grad_enabled(False)
@@ -123,9 +129,9 @@ class pinned:
             if threads != self._threads:
                 stack.callback(torch.set_num_threads, threads)
                 torch.set_num_threads(self._threads)
-            if dtype is not torch.float32:
+            if dtype is not DEFAULT:
                 stack.callback(torch.set_default_dtype, dtype)
-                torch.set_default_dtype(torch.float32)
+                torch.set_default_dtype(DEFAULT)
             self._before = stack.pop_all()
 
     def __exit__(self, *_: object) -> None:

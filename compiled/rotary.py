@@ -7,21 +7,26 @@ import torch
 from torch import Tensor
 
 from ..spec.config import RotaryLayout
+from .compute import DEFAULT
 
 
-def rotary_table(position_T: Tensor, frequency_J: Tensor, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """attention_factor * cos and sin of position * frequency, float32 [T, J] each.
+def rotary_table(
+    position_T: Tensor, frequency_J: Tensor, attention_factor: float = 1.0, dtype: torch.dtype = DEFAULT
+) -> tuple[Tensor, Tensor]:
+    """Return attention_factor * cos and sin of position * frequency in this dtype, [T, J] each.
 
     Angles are computed in the frequencies' dtype, float64.
 
     In float32 the angle of position 8000 would be off by 2.4e-4 radians.
     """
     angle_TJ = position_T[:, None].to(frequency_J.dtype) * frequency_J[None, :]
-    return (attention_factor * angle_TJ.cos()).to(torch.float32), (attention_factor * angle_TJ.sin()).to(torch.float32)
+    return (attention_factor * angle_TJ.cos()).to(dtype), (attention_factor * angle_TJ.sin()).to(dtype)
 
 
 def rotate(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, layout: RotaryLayout) -> Tensor:
     """Each pair (a, b) of the first 2 J elements becomes (a cos - b sin, b cos + a sin); the others pass.
+
+    The result is rounded to x's dtype once.
 
     Half-split pairs element j with j + J, interleaved 2 j with 2 j + 1. A quarter turn, both ways round:
 
@@ -40,7 +45,7 @@ def rotate(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, layout: RotaryLayout) 
     turned_a_THJ = a_THJ * cos_T1J - b_THJ * sin_T1J
     turned_b_THJ = b_THJ * cos_T1J + a_THJ * sin_T1J
     if layout is RotaryLayout.HALF_SPLIT:
-        turned = torch.cat((turned_a_THJ, turned_b_THJ), -1)
+        turned = torch.cat((turned_a_THJ, turned_b_THJ), -1).to(x_THD.dtype)
     else:
-        turned = torch.stack((turned_a_THJ, turned_b_THJ), -1).flatten(-2)
+        turned = torch.stack((turned_a_THJ, turned_b_THJ), -1).flatten(-2).to(x_THD.dtype)
     return torch.cat((turned, x_THD[..., 2 * pairs :]), -1) if 2 * pairs < x_THD.shape[-1] else turned

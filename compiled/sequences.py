@@ -11,20 +11,29 @@ Shapes: B sequences, C capacity, K key/value heads, D head size, V vocabulary.
 import torch
 from torch import Tensor
 
-from ..spec.config import ModelConfig
+from ..spec.config import AttentionConfig, ModelConfig
 from ..spec.errors import RequestError
+from .compute import DEFAULT, accumulation_dtype
+from .layers import Cache
 from .packing import own
-from .steps import Cache
 
 
 class StaticSequences:
     """Implements `twinfer.spec.decoder.Sequences` for the compiled path."""
 
-    def __init__(self, config: ModelConfig, batch: int, reserve: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        reserve: int,
+        device: torch.device,
+        compute: torch.dtype = DEFAULT,
+    ) -> None:
         self.owner: object = None
         self.capacity = max(2, reserve)  # a graph's S is at least 2, and it reads S slots
-        self.caches = tuple(_empty(config, index, batch * self.capacity, device) for index in range(len(config.layers)))
-        self.last_BV = torch.zeros(batch, config.vocabulary, device=device)
+        slots = batch * self.capacity
+        self.caches = tuple(_empty(layer.attention, slots, device, compute) for layer in config.layers)
+        self.last_BV = torch.zeros(batch, config.vocabulary, dtype=accumulation_dtype(compute), device=device)
         self._config = config
         self._lengths = [0] * batch
         self._closed = False
@@ -62,7 +71,6 @@ class StaticSequences:
         return own(new_BCKD.flatten(0, 1))
 
 
-def _empty(config: ModelConfig, layer: int, slots: int, device: torch.device) -> Cache:
-    attention = config.layers[layer].attention
-    shape = (slots, attention.kv_heads, attention.head_size)
-    return Cache(torch.zeros(shape, device=device), torch.zeros(shape, device=device))
+def _empty(config: AttentionConfig, slots: int, device: torch.device, compute: torch.dtype) -> Cache:
+    shape = slots, config.kv_heads, config.head_size
+    return Cache(*(torch.zeros(shape, dtype=compute, device=device) for _ in Cache._fields))

@@ -25,7 +25,7 @@ from .op import Fast, Function
 def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
     """The weights packed in the narrowest storage that holds them all exactly, so that packing rounds nothing."""
     for storage in (Storage.INT4, Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
-        matrices = [packing.pack(part.weight_NI.float(), storage, part.bias_N) for part in parts]
+        matrices = [packing.pack(packing.quantize(part.weight_NI.float(), storage), part.bias_N) for part in parts]
         unpacked = [
             linear.expanded(matrix, storage, part.weight_NI.shape[1])
             for matrix, part in zip(matrices, parts, strict=True)
@@ -187,7 +187,7 @@ def _decode(function: Function, inputs: Inputs) -> Tensor:
             function(
                 query_BTHD[:, t].float(),
                 *slots,
-                seen=attention.seen(start_B, position_R, slot_S, len(run)),
+                mask=attention.decode_mask(start_B, position_R, slot_S, len(run)),
                 position_R=position_R,
                 slot_S=slot_S,
                 scale=inputs["scale"],

@@ -47,7 +47,7 @@ def _expand_groups(function: Function, inputs: Inputs) -> Tensor:
 
 def _pack(function: Function, inputs: Inputs) -> Tensor:
     weight_NI: Tensor = inputs["weight_NI"]
-    matrix: packing.Matrix = function(weight_NI, inputs["storage"])
+    matrix: packing.Matrix = function(packing.quantize(weight_NI, inputs["storage"]))
     return linear.expanded(matrix, inputs["storage"], weight_NI.shape[1]).to(inputs["dtype"])
 
 

@@ -95,7 +95,7 @@ def test_in_float32_transformers_and_the_compiled_path_lie_within_the_budget(
     theirs: BertModel, eager: twinfer.Model, exact: twinfer.Model, ids: list[list[int]]
 ) -> None:
     """Of our truth: token by token for hidden vectors, text by text for pooled ones."""
-    compiled = replace(eager, decoder=CompiledPath(eager.checkpoint.source, _eager=True))
+    compiled = replace(eager, decoder=CompiledPath(eager.checkpoint.source, mode="eager"))
     hidden = their_hidden(theirs, ids)
 
     def judge(candidate: Tensor, own: Tensor, truth: Tensor) -> None:

@@ -30,7 +30,7 @@ def tiny(tmp_path: Path) -> str:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_path, "CompiledPath", partial(CompiledPath, _eager=True))
+    monkeypatch.setattr(compiled_path, "CompiledPath", partial(CompiledPath, mode="eager"))
 
 
 def outcome(**changes: Any) -> Outcome:

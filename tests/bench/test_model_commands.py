@@ -57,7 +57,7 @@ def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Limits(read_bytes_per_s=4e10, read_by="sum", gemm_flops_per_s=2e11, gemm_by="square")
     monkeypatch.setattr(limits, "measure_limits", lambda: found)
     monkeypatch.setattr(comparison, "measure_limits", lambda: found)
-    monkeypatch.setattr(plan, "CompiledPath", partial(CompiledPath, _eager=True))
+    monkeypatch.setattr(plan, "CompiledPath", partial(CompiledPath, mode="eager"))
     monkeypatch.setattr(products, "graph", lambda program, **_: program)
     monkeypatch.setattr(products, "LEAST_SAMPLE_S", 1e-5)
     monkeypatch.setattr(side_by_side, "PAUSE_S", 0.0)
@@ -260,7 +260,7 @@ def test_model_prints_both_tables(
 def test_model_times_the_path_without_each_of_its_optimizations(
     tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled_path, "CompiledPath", partial(CompiledPath, _eager=True))
+    monkeypatch.setattr(compiled_path, "CompiledPath", partial(CompiledPath, mode="eager"))
     status, out = run(
         capsys, "model", tiny, *SIZES, "--storage", "float32", "--storage", "int8", "--switches", "--json"
     )

@@ -67,16 +67,16 @@ def test_a_path_without_one_answers_alike(switch: Any, monkeypatch: pytest.Monke
     source, before, made = RandomSource(llama(), 3), state(), []
 
     def watched(*arguments: Any, **options: Any) -> CompiledPath:
-        made.append((state(), inductor.force_disable_caches, options.get("graphs")))
-        return CompiledPath(*arguments, **options, _eager=True)
+        made.append((state(), inductor.force_disable_caches, options.get("captured")))
+        return CompiledPath(*arguments, **options, mode="eager")
 
     monkeypatch.setattr(compiled_path, "CompiledPath", watched)
-    right = answers(PathCandidate(CompiledPath(source, storage=Storage.INT8, _eager=True)))
+    right = answers(PathCandidate(CompiledPath(source, storage=Storage.INT8, mode="eager")))
     assert answers(SwitchedOff(source, Storage.INT8, switch)) == right
     assert state() == before
     with switch.off():
         off = state()
-    assert made == [(off, True, "off" if switch.name == "CPU graphs" else None)]
+    assert made == [(off, True, False if switch.name == "CPU graphs" else None)]
 
 
 def test_it_answers_with_the_switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_it_answers_with_the_switch_off(monkeypatch: pytest.MonkeyPatch) -> None
         return passes(rows, storage)
 
     monkeypatch.setattr(compiled_path, "passes", counted)
-    monkeypatch.setattr(compiled_path, "CompiledPath", partial(CompiledPath, _eager=True))
+    monkeypatch.setattr(compiled_path, "CompiledPath", partial(CompiledPath, mode="eager"))
     (switch,) = (each for each in SWITCHES if each.name == "four rows a pass")
     answers(SwitchedOff(RandomSource(llama(), 3), Storage.INT8, switch))
     assert set(seen) == {5}

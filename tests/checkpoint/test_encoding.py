@@ -12,7 +12,7 @@ from torch import Tensor
 from twinfer.checkpoint.config_json import from_json, to_json
 from twinfer.checkpoint.native.encoding import dequantized, encode, quantized
 from twinfer.checkpoint.native.group_encoding import dequantized_groups, quantized_groups
-from twinfer.compiled.packing import pack
+from twinfer.compiled.packing import pack, quantize
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import draw_model_config
 from twinfer.oracle.trial import same_bits
@@ -40,7 +40,7 @@ def test_codes_and_peaks_quantize_to_themselves(rows: list[list[float]]) -> None
     again_NI = dequantized(*quantized(weight_NI))
     assert same_bits(quantized(weight_NI)[0], quantized(again_NI)[0])
     assert same_bits(*(stored(each, Storage.INT8, torch.float64) for each in (weight_NI, again_NI)))
-    one, other = (pack(each, Storage.INT8) for each in (weight_NI, again_NI))
+    one, other = (pack(quantize(each, Storage.INT8)) for each in (weight_NI, again_NI))
     assert same_bits(one.word, other.word)
     assert one.scale_N is not None
     assert other.scale_N is not None
@@ -89,7 +89,7 @@ def test_groups_quantize_to_themselves(seed: int, inputs: int, draw: Any) -> Non
     again_NI = dequantized_groups(*quantized_groups(weight_NI), inputs)
     assert same_bits(quantized_groups(weight_NI)[0], quantized_groups(again_NI)[0])
     assert same_bits(*(stored(each, Storage.INT4, torch.float64) for each in (weight_NI, again_NI)))
-    one, other = (pack(each, Storage.INT4) for each in (weight_NI, again_NI))
+    one, other = (pack(quantize(each, Storage.INT4)) for each in (weight_NI, again_NI))
     assert same_bits(one.word, other.word)
     for name in ("scale_BGU", "min_BGU"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from twinfer.compiled import graph
 from twinfer.compiled.graph import DecodeGraphs, Step, bucket
+from twinfer.compiled.layers import Cache
 from twinfer.compiled.sequences import StaticSequences
-from twinfer.compiled.steps import Cache, decode_program
+from twinfer.compiled.steps import decode_program, eager
 from twinfer.compiled.weights import prepare
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
@@ -38,11 +39,6 @@ CPU = torch.device("cpu")
 CONTEXT = 20
 MOST = 2
 """Graphs kept."""
-
-
-def as_is(function: Any, *_: Any) -> Any:
-    """For a program whose parts are not compiled: the stand-in sees operators, not what they were compiled to."""
-    return function
 
 
 all_rows = st.lists(st.booleans(), min_size=3, max_size=3)
@@ -87,7 +83,7 @@ class GraphMachine(RuleBasedStateMachine):
         config = draw_model_config(RandomPicker(seed), context=CONTEXT)
         self.config = config = replace(config, layers=config.layers[:2])
         self.model = prepare(RandomSource(config, seed), Storage.FLOAT32, CPU)
-        self.program = decode_program(config, Storage.FLOAT32, as_is)
+        self.program = decode_program(config, Storage.FLOAT32, eager)
         self.device = StandIn()
         self.graphs = self.graphs_of(self.model, self.device, MOST)
         self.slots = torch.arange(CONTEXT)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twinfer.compiled import artifacts as artifacts
-from twinfer.compiled.programs import dynamic, graph
+from twinfer.compiled.programs import graph
 
 
 def program(weights: tuple[Tensor, Tensor | None], x_TM: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def program(weights: tuple[Tensor, Tensor | None], x_TM: Tensor) -> Tensor:
 def arguments(*, tokens: int = 5, biased: bool = True, marked: bool = True) -> tuple[Any, ...]:
     x_TM = torch.arange(tokens * 4.0).view(tokens, 4)
     if marked:
-        dynamic(x_TM)
+        torch._dynamo.mark_dynamic(x_TM, 0)
     return (torch.arange(12.0).view(4, 3), torch.ones(3) if biased else None), x_TM
 
 

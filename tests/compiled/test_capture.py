@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.compiled.capture_checks import value_read, violations
 from twinfer.compiled.sequences import StaticSequences
-from twinfer.compiled.steps import as_is, decode_program
+from twinfer.compiled.steps import decode_program, eager
 from twinfer.compiled.weights import prepare
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.spec.config import Storage
+
+from .capture_checks import value_read, violations
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ def decode_case(seed: int, storage: Storage, rows: int) -> tuple[Callable[..., A
     model = prepare(RandomSource(config, seed), storage, CPU)
     sequences = StaticSequences(config, rows, 9, CPU)
     step_3R = torch.stack([torch.zeros(rows, dtype=torch.int64), torch.full((rows,), 3), 9 * torch.arange(rows)])
-    return decode_program(config, storage, as_is), (model, sequences.caches, step_3R, torch.arange(7))
+    return decode_program(config, storage, eager), (model, sequences.caches, step_3R, torch.arange(7))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -105,7 +105,7 @@ GUARDED = 0
 def twins(which: int, device: str) -> tuple[CompiledPath, Baseline]:
     config, storage = POOL[which]
     source = RandomSource(config, seed=which)
-    path = CompiledPath(source, storage=storage, device=device, _keep_guards=which == GUARDED)
+    path = CompiledPath(source, storage=storage, device=device, mode="guarded" if which == GUARDED else "compiled")
     path.compile()
     return path, Baseline.of(source, storage=storage, device=device)
 

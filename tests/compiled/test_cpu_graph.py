@@ -15,6 +15,7 @@ from twinfer.compiled import cpu_graph as tape
 from twinfer.compiled.cpu_graph import CpuGraph, CpuGraphs
 from twinfer.compiled.graph import DecodeGraphs, Step
 from twinfer.compiled.path import CompiledPath
+from twinfer.compiled.programs import Program
 from twinfer.oracle.models import RandomSource
 
 from ..bench.tiny_llama import llama
@@ -43,7 +44,7 @@ def of_kernels(
 ) -> tuple[CompiledPath, CountedTapes]:
     """The path with a fresh device that counts."""
     device = CountedTapes()
-    path._graphs = DecodeGraphs(path._model, device, report=report)
+    path._graphs = DecodeGraphs(path.model, device, report=report)
     return path, device
 
 
@@ -62,7 +63,7 @@ def test_tapes_of_kernels_give_what_the_programs_give(path: CompiledPath, batch:
             return result
 
     taped = decoded(of_kernels(path)[0], [1, 2, 3], 140, batch)
-    path._graphs = Called(path._model, CpuGraphs())
+    path._graphs = Called(path.model, CpuGraphs())
     called = decoded(path, [1, 2, 3], 140, batch)
     assert all(map(same_bits, taped, called))
 
@@ -129,7 +130,7 @@ def test_a_tape_keeps_no_caches(path: CompiledPath) -> None:
 @pytest.mark.parametrize("missed", ["all kernels", "the last call"])
 def test_tapes_that_miss_something_are_not_trusted(missed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path then decodes without them, says so, and gives what it gives without any."""
-    right = decoded(compiled_path(graphs="off"), [1, 2, 3], 5)
+    right = decoded(compiled_path(captured=False), [1, 2, 3], 5)
     if missed == "all kernels":
         monkeypatch.setattr(tape, "_KERNEL", "no_such_prefix")
     else:
@@ -145,10 +146,10 @@ def test_tapes_that_miss_something_are_not_trusted(missed: str, monkeypatch: pyt
 @pytest.mark.parametrize("disabled", [False, True])
 def test_others_that_compile_with_fresh_caches_do_no_harm(disabled: bool) -> None:
     """Inductor then forgets the modules of our kernels, as it does at each piece where caches are disabled."""
-    right = decoded(compiled_path(graphs="off"), [1, 2, 3], 140)
+    right = decoded(compiled_path(captured=False), [1, 2, 3], 140)
     path, device = of_kernels(compiled_path())
     with torch._inductor.config.patch(force_disable_caches=disabled):
-        path._ready("decode")
+        path.program(Program.DECODE)
     assert path._graphs is not None
     sequences = path.open(1, 290)
     for token in (1, 2, 3):

@@ -14,6 +14,7 @@ from torch import Tensor
 from twinfer.compiled import attention
 from twinfer.compiled import path as path_module
 from twinfer.compiled.path import CompiledPath
+from twinfer.compiled.programs import Program
 from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import Picker, RandomPicker
 from twinfer.oracle.encodings import assert_encodings_agree, compare_encodings, draw_texts
@@ -80,7 +81,7 @@ def test_any_texts_give_what_the_reference_gives(case: tuple[Any, ...]) -> None:
         patch.setattr(path_module, "_ENCODE_TOKENS", together)
         patch.setattr(attention, "_BLOCK", block)
         patch.setattr(attention, "_PRODUCT_ROWS", product_rows)
-        path = CompiledPath(source, storage=storage, _eager=True)
+        path = CompiledPath(source, storage=storage, mode="eager")
         assert_encodings_agree(Baseline.of(source, storage=storage), path, texts, types)
 
 
@@ -88,7 +89,7 @@ def test_any_texts_give_what_the_reference_gives(case: tuple[Any, ...]) -> None:
 def test_what_stands_in_other_texts_does_not_matter(seed: int) -> None:
     """Bit by bit, as long as their lengths stay; and the tokens handed over are untouched."""
     config = draw_encoder_config(RandomPicker(seed))
-    path = CompiledPath(RandomSource(config, seed), _eager=True)
+    path = CompiledPath(RandomSource(config, seed), mode="eager")
     generator = torch.Generator().manual_seed(seed)
     first, second, third = (torch.randint(config.vocabulary, (n,), generator=generator) for n in (4, 3, 3))
     copy = first.clone()
@@ -98,7 +99,7 @@ def test_what_stands_in_other_texts_does_not_matter(seed: int) -> None:
 
 
 def test_hidden_vectors_belong_to_the_caller() -> None:
-    path = CompiledPath(RandomSource(bert()), _eager=True)
+    path = CompiledPath(RandomSource(bert()), mode="eager")
     token_T = torch.arange(5)
     first = path.encode([token_T, token_T[:1]])
     copies = [each.clone() for each in first]
@@ -109,11 +110,11 @@ def test_hidden_vectors_belong_to_the_caller() -> None:
 
 
 def test_no_texts_are_no_vectors() -> None:
-    assert CompiledPath(RandomSource(bert()), _eager=True).encode([]) == []
+    assert CompiledPath(RandomSource(bert()), mode="eager").encode([]) == []
 
 
 def test_what_an_encoder_cannot_do_is_refused() -> None:
-    path, one = CompiledPath(RandomSource(bert()), _eager=True), torch.zeros(1, dtype=torch.int64)
+    path, one = CompiledPath(RandomSource(bert()), mode="eager"), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RequestError, match="encode whole texts instead"):
         path.open(1, 4)
     with pytest.raises(RequestError, match="give it at least one"):
@@ -179,9 +180,9 @@ def test_no_fault_of_the_path_is_missed(fault: Callable[[Arguments], Arguments])
         pick = RandomPicker(seed)
         config = draw_encoder_config(pick)
         source, (texts, types) = RandomSource(config, seed), draw_texts(pick, config)
-        path = CompiledPath(source, _eager=True)
-        correct = path._programs["encode"]
-        path._programs["encode"] = lambda *given, correct=correct: correct(*fault(given))
+        path = CompiledPath(source, mode="eager")
+        correct = path._programs[Program.ENCODE]
+        path._programs[Program.ENCODE] = lambda *given, correct=correct: correct(*fault(given))
         if not compare_encodings(Baseline.of(source), path, texts, types).holds:
             return
     pytest.fail(f"{fault.__name__}: passed 30 draws")
@@ -230,7 +231,7 @@ def parallel(source: RandomSource, **options: Any) -> CompiledPath:
 @cache
 def compiled() -> tuple[CompiledPath, Baseline]:
     source = RandomSource(bert())
-    path = parallel(source, _keep_guards=True)
+    path = parallel(source, mode="guarded")
     return path, Baseline.of(source, storage=Storage.BFLOAT16)
 
 

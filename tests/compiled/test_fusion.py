@@ -17,7 +17,6 @@ import torch
 from torch._inductor.async_compile import AsyncCompile
 
 from twinfer.bench.kernels import watched
-from twinfer.compiled.graph import Graphs
 from twinfer.compiled.packing import ROWS
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle.models import RandomSource
@@ -133,7 +132,7 @@ def kernels_of_a_layer() -> list[str]:
         loaded: Callable[..., Any] = load(compiler, argtypes, source_code)
         return loaded
 
-    path = CompiledPath(RandomSource(llama(), seed=1), storage=Storage.INT8, graphs=Graphs.OFF)
+    path = CompiledPath(RandomSource(llama(), seed=1), storage=Storage.INT8, captured=False)
     one_T, sequences = torch.arange(1), path.open(1, 8)
     with mock.patch.object(AsyncCompile, "cpp_pybinding", loading), watched() as kernels:
         path.extend(sequences, [one_T])

@@ -10,11 +10,10 @@ from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
 
 from twinfer.compiled import graph
-from twinfer.compiled.graph import DecodeGraphs, Graphs, bucket, chosen, keep_in_place
+from twinfer.compiled.graph import DecodeGraphs, bucket
 from twinfer.compiled.path import CompiledPath
-from twinfer.compiled.programs import CAPTURING
 from twinfer.compiled.sequences import StaticSequences
-from twinfer.compiled.steps import decode_program
+from twinfer.compiled.steps import decode_program, eager
 from twinfer.compiled.weights import prepare
 from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import RandomPicker
@@ -23,9 +22,8 @@ from twinfer.oracle.paths import assert_paths_agree
 from twinfer.oracle.schedule import draw_schedule
 from twinfer.oracle.strategies import drawn
 from twinfer.spec.config import Storage
-from twinfer.spec.errors import RequestError
 
-from .graph_machine import CPU, GraphMachine, as_is, cloned, same_bits, same_caches
+from .graph_machine import CPU, GraphMachine, cloned, same_bits, same_caches
 from .stand_in import CaptureError, CountedTapes, StandIn
 
 TestGraphs = GraphMachine.TestCase
@@ -165,7 +163,7 @@ def test_a_captured_step_is_the_plain_step(
     """Of any model in any storage: at capture, and at a later replay on other tokens and positions."""
     config = draw_model_config(RandomPicker(seed), context=16)
     model = prepare(RandomSource(config, seed), storage, CPU)
-    program = decode_program(config, storage, as_is)
+    program = decode_program(config, storage, eager)
     sequences = StaticSequences(config, len(lengths), 12, CPU)
     device = device_of()
     graphs = DecodeGraphs(model, device)
@@ -195,9 +193,9 @@ def test_a_path_that_decodes_by_graphs_gives_what_the_reference_gives(case: tupl
     """Within the budget, for a bucket's sums run over more slots than they need."""
     config, schedule, seed, storage = case
     source = RandomSource(config, seed)
-    path = CompiledPath(source, storage=storage, _eager=True)
+    path = CompiledPath(source, storage=storage, mode="eager")
     device = StandIn()
-    path._graphs = DecodeGraphs(path._model, device, 3)
+    path._graphs = DecodeGraphs(path.model, device, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph, "_LEAST_SLOTS", 4)
         assert_paths_agree(Baseline.of(source, storage=storage), path, schedule)
@@ -206,9 +204,9 @@ def test_a_path_that_decodes_by_graphs_gives_what_the_reference_gives(case: tupl
 def test_a_path_captures_once_for_each_bucket() -> None:
     """128 slots from position 2 to 127, then 140, which is the capacity."""
     config = draw_model_config(RandomPicker(4), context=140)
-    path = CompiledPath(RandomSource(config, 4), _eager=True)
+    path = CompiledPath(RandomSource(config, 4), mode="eager")
     device = StandIn()
-    path._graphs = DecodeGraphs(path._model, device)
+    path._graphs = DecodeGraphs(path.model, device)
     sequences = path.open(1, 140)
     captures = []
     for tokens in (2, 1, 1, 120, 1, 1, 4, 1, 1):
@@ -224,65 +222,12 @@ def test_a_bucket_holds_its_sequences_and_wastes_less_than_half(longest: int, ro
 
 
 @pytest.mark.parametrize(
-    ("wanted", "cpu", "cuda"),
-    [
-        ("off", Graphs.OFF, Graphs.OFF),
-        ("own", Graphs.OWN, Graphs.OWN),
-        (Graphs.INDUCTOR, None, Graphs.INDUCTOR),
-    ],
+    ("mode", "captured", "expected"),
+    [("compiled", True, True), ("guarded", True, True), ("compiled", False, False), ("eager", True, False)],
 )
-def test_who_captures(wanted: str, cpu: Graphs | None, cuda: Graphs) -> None:
-    """Asking for graphs where there can be none is an error, not nothing."""
-    assert chosen(wanted, torch.device("cuda", 0)) is cuda
-    if cpu is None:
-        with pytest.raises(RequestError, match=r'graphs is "inductor" and the device cpu; .* or "off"'):
-            chosen(wanted, CPU)
-    else:
-        assert chosen(wanted, CPU) is cpu
-
-
-def test_an_unknown_choice_is_refused_before_the_weights_are_read() -> None:
-    config = draw_model_config(RandomPicker(0))
-    source = RandomSource(config, 0)
-    source.layer = None  # type: ignore[method-assign, assignment]
-    with pytest.raises(RequestError, match="graphs is 'inductr'; it must be one of own, inductor, off"):
-        CompiledPath(source, graphs="inductr", _eager=True)
-
-
-def test_inductor_captures_as_reduce_overhead_does() -> None:
-    assert torch._inductor.list_mode_options("reduce-overhead") == CAPTURING
-
-
-@torch.no_grad()
-def test_inductor_is_told_that_weights_and_caches_stay_where_they_are() -> None:
-    """Else it would not capture, for caches are written, and would copy every weight before a replay."""
-    config = draw_model_config(RandomPicker(1), context=16)
-    model = prepare(RandomSource(config, 1), Storage.FLOAT32, CPU)
-    caches = StaticSequences(config, 1, 9, CPU).caches
-    step_3R = torch.zeros(3, 1, dtype=torch.int64)
-    keep_in_place((model, caches))
-    static = traced_static_inputs(
-        decode_program(config, Storage.FLOAT32, as_is), (model, caches, step_3R, torch.arange(8))
-    )
-    stays = {each.data_ptr() for each in torch.utils._pytree.tree_leaves((model, caches)) if isinstance(each, Tensor)}
-    assert static
-    assert stays == static, "and the step's own inputs do not"
-
-
-def traced_static_inputs(program: Any, arguments: tuple[Any, ...]) -> set[int]:
-    """Addresses of the inputs that Inductor takes to stay in place, and that a program reads."""
-    found: set[int] = set()
-
-    def compile_nothing(traced: Any, inputs: list[Any], **facts: Any) -> Any:
-        found.update(traced_addresses[index] for index in facts["static_input_idxs"])
-        return traced
-
-    def backend(traced: Any, inputs: list[Any]) -> Any:
-        traced_addresses[:] = [each.data_ptr() for each in inputs]
-        return compile_fx(traced, inputs, inner_compile=compile_nothing)
-
-    from torch._inductor.compile_fx import compile_fx
-
-    traced_addresses: list[int] = []
-    torch.compile(program, backend=backend, fullgraph=True, dynamic=False)(*arguments)
-    return found
+def test_steps_are_captured_where_they_are_compiled_and_unless_the_caller_says_no(
+    mode: str, captured: bool, expected: bool
+) -> None:
+    config = draw_model_config(RandomPicker(4), context=140)
+    path = CompiledPath(RandomSource(config, 4), mode=mode, captured=captured)
+    assert (path._graphs is not None) == expected

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.compiled.graph import CudaDevice, DecodeGraphs, Graphs, Step, bucket
+from twinfer.compiled.graph import CudaDevice, DecodeGraphs, Step, bucket
+from twinfer.compiled.layers import Cache
 from twinfer.compiled.linear import PASS_ROWS
 from twinfer.compiled.path import CompiledPath
-from twinfer.compiled.steps import Cache
+from twinfer.compiled.programs import Program
 from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
@@ -24,9 +25,9 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 CONTEXT = 600
 
 
-def path_of(storage: Storage = Storage.FLOAT32, graphs: Graphs = Graphs.OWN) -> CompiledPath:
+def path_of(storage: Storage = Storage.FLOAT32, captured: bool = True) -> CompiledPath:
     config = draw_model_config(RandomPicker(3), context=CONTEXT)
-    return CompiledPath(RandomSource(config, 3), storage=storage, device="cuda", graphs=graphs)
+    return CompiledPath(RandomSource(config, 3), storage=storage, device="cuda", captured=captured)
 
 
 def given(path: CompiledPath, rows: int, capacity: int, position: int) -> tuple[Step, Tensor]:
@@ -51,14 +52,14 @@ def noisy(path: CompiledPath, rows: int, capacity: int) -> tuple[Cache, ...]:
 def test_a_captured_step_is_the_plain_compiled_step(storage: Storage, rows: int) -> None:
     """To the bit, at capture and later, in every bucket; and nothing that was handed out changes."""
     path = path_of(storage)
-    program = path._ready("decode" if rows == 1 else "decode rows")
-    graphs = DecodeGraphs(path._model, CudaDevice(path.device))
+    program = path.program(Program.DECODE if rows == 1 else Program.DECODE_ROWS)
+    graphs = DecodeGraphs(path.model, CudaDevice(path.device))
     caches = noisy(path, rows, CONTEXT)
     held: list[tuple[Tensor, Tensor]] = []
     for position in (5, 6, 7, 200, 500, 8, 201):
         step, slot_S = given(path, rows, CONTEXT, position)
         plain = cloned(caches)
-        plain_RV = program(path._model, plain, torch.tensor(step, device="cuda"), slot_S)
+        plain_RV = program(path.model, plain, torch.tensor(step, device="cuda"), slot_S)
         logits_RV = graphs.step(program, caches, step, slot_S)
         assert same_bits(logits_RV, plain_RV)
         assert same_caches(caches, plain)
@@ -70,13 +71,13 @@ def test_a_captured_step_is_the_plain_compiled_step(storage: Storage, rows: int)
 def test_evicting_one_graph_leaves_the_others_valid() -> None:
     """Two are kept; a third caches' step lets the least recently used go, whose memory others may then use."""
     path = path_of()
-    program = path._ready("decode rows")
-    graphs = DecodeGraphs(path._model, CudaDevice(path.device), most=2)
+    program = path.program(Program.DECODE_ROWS)
+    graphs = DecodeGraphs(path.model, CudaDevice(path.device), most=2)
     groups = [noisy(path, PASS_ROWS, CONTEXT) for _ in range(3)]
     for turn, number in enumerate((0, 1, 0, 2, 0, 1, 2, 2, 1)):
         step, slot_S = given(path, PASS_ROWS, CONTEXT, 10 + turn)
         plain = cloned(groups[number])
-        plain_RV = program(path._model, plain, torch.tensor(step, device="cuda"), slot_S)
+        plain_RV = program(path.model, plain, torch.tensor(step, device="cuda"), slot_S)
         assert same_bits(graphs.step(program, groups[number], step, slot_S), plain_RV)
         assert same_caches(groups[number], plain)
 
@@ -85,8 +86,8 @@ def test_evicting_one_graph_leaves_the_others_valid() -> None:
 def test_a_capture_that_breaks_off_leaves_the_caches_as_they_were() -> None:
     """Reading a value breaks the capture off, after warm-up has written; and the next step can be captured."""
     path = path_of()
-    program = path._ready("decode")
-    graphs = DecodeGraphs(path._model, CudaDevice(path.device))
+    program = path.program(Program.DECODE)
+    graphs = DecodeGraphs(path.model, CudaDevice(path.device))
     caches = noisy(path, 1, CONTEXT)
     (step, slot_S), before = given(path, 1, CONTEXT, 9), cloned(caches)
 
@@ -97,7 +98,7 @@ def test_a_capture_that_breaks_off_leaves_the_caches_as_they_were() -> None:
     with pytest.raises(RuntimeError):
         graphs.step(reads_a_value, caches, step, slot_S)
     assert same_caches(caches, before)
-    plain_RV = program(path._model, cloned(caches), torch.tensor(step, device="cuda"), slot_S)
+    plain_RV = program(path.model, cloned(caches), torch.tensor(step, device="cuda"), slot_S)
     assert same_bits(graphs.step(program, caches, step, slot_S), plain_RV)
 
 
@@ -105,8 +106,8 @@ def test_a_capture_that_breaks_off_leaves_the_caches_as_they_were() -> None:
 def test_the_pool_grows_to_the_largest_bucket_and_the_logits_of_each() -> None:
     """The largest first: what smaller ones need is there already, but for logits and the allocator's rounding."""
     path = path_of()
-    program = path._ready("decode")
-    graphs = DecodeGraphs(path._model, CudaDevice(path.device))
+    program = path.program(Program.DECODE)
+    graphs = DecodeGraphs(path.model, CudaDevice(path.device))
     caches = noisy(path, 1, CONTEXT)
     reserved = []
     for position in (500, 250, 120):
@@ -134,11 +135,11 @@ def test_closed_sequences_keep_no_memory() -> None:
     assert all(each() is None for each in caches)
 
 
-@pytest.mark.parametrize("graphs", list(Graphs))
+@pytest.mark.parametrize("captured", [True, False])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_any_schedule_gives_what_the_reference_gives(graphs: Graphs, seed: int) -> None:
-    """Whoever captures: open, extend, growth and closing, judged by the budget."""
-    path = path_of(graphs=graphs)
+def test_any_schedule_gives_what_the_reference_gives(captured: bool, seed: int) -> None:
+    """Captured or not: open, extend, growth and closing, judged by the budget."""
+    path = path_of(captured=captured)
     config = path.config
     schedule = draw_schedule(RandomPicker(seed), config)
     assert_paths_agree(Baseline.of(RandomSource(config, 3), storage=Storage.FLOAT32), path, schedule)

@@ -32,7 +32,7 @@ storages = st.sampled_from(Storage)
 
 
 def eager(config: ModelConfig, seed: int, storage: Storage = Storage.FLOAT32) -> CompiledPath:
-    return CompiledPath(RandomSource(config, seed), storage=storage, _eager=True)
+    return CompiledPath(RandomSource(config, seed), storage=storage, mode="eager")
 
 
 def tokens(config: ModelConfig, seed: int, length: int) -> Tensor:
@@ -66,7 +66,7 @@ def test_any_schedule_gives_what_the_reference_gives(case: tuple[Any, ...]) -> N
         patch.setattr(path_module, "_PREFILL_TOKENS", piece)
         patch.setattr(attention, "_BLOCK", block)
         patch.setattr(attention, "_PRODUCT_ROWS", product_rows)
-        path = CompiledPath(source, storage=storage, _eager=True)
+        path = CompiledPath(source, storage=storage, mode="eager")
         assert_paths_agree(Baseline.of(source, storage=storage), path, schedule)
 
 
@@ -203,7 +203,7 @@ def test_the_weights_handed_over_are_never_written_nor_kept(storage: Storage) ->
     parts = [source.embedding(), source.head(), *(source.layer(index) for index in range(len(config.layers)))]
     every = [tensor for part in parts for _, tensor in tensors(part)]
     copies = [tensor.clone() for tensor in every]
-    path = CompiledPath(source, storage=storage, _eager=True)
+    path = CompiledPath(source, storage=storage, mode="eager")
     first = path.extend(path.open(1, 4), [tokens(config, 0, 4)])
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(every, copies, strict=True))
     for tensor in every:
@@ -214,8 +214,10 @@ def test_the_weights_handed_over_are_never_written_nor_kept(storage: Storage) ->
 def test_a_tied_head_shares_the_tables_memory() -> None:
     for seed in range(8):
         config = _some_config(seed)
-        model = eager(config, seed)._model
-        shared = model.head.word.data_ptr() == model.embedding.table.word.data_ptr()
+        model = eager(config, seed).model
+        assert model.embedding is not None
+        assert model.head is not None
+        shared = model.head.projection.word.data_ptr() == model.embedding.table.word.data_ptr()
         assert shared == (config.head is Head.TIED)
 
 
@@ -290,7 +292,8 @@ def test_impossible_openings_are_refused(batch: int, reserve: int) -> None:
     ("options", "error", "says"),
     [
         ({"storage": "int3"}, RequestError, "float32, bfloat16, int8"),
-        ({"compute": torch.float16}, RequestError, "torch.float32 alone"),
+        ({"compute": torch.int8}, RequestError, "torch.float32, torch.bfloat16, torch.float16, torch.float64"),
+        ({"mode": "eagre"}, RequestError, "compiled, eager, guarded"),
         ({"device": "nowhere"}, RequestError, "nowhere"),
         ({"device": "meta"}, RequestError, "meta"),
         ({"device": "cuda:77"}, MachineError, "cuda:77"),
@@ -303,7 +306,7 @@ def test_what_is_not_offered_is_refused_before_anything_is_read(
         config = _some_config()
 
     with pytest.raises(error, match=says):
-        CompiledPath(Unread(), _eager=True, **options)  # type: ignore[arg-type]
+        CompiledPath(Unread(), **{"mode": "eager", **options})  # type: ignore[arg-type]
 
 
 def test_a_missing_compiler_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

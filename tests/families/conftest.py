@@ -288,7 +288,7 @@ def agrees() -> Callable[..., None]:
             assert difference <= AGREEMENT, f"{'with' if cached else 'without'} cache: {difference:.2e}; {config}"
             seen.worst[cached] = max(seen.worst.get(cached, 0.0), difference)
         schedule = draw_schedule(RandomPicker(seed), twins.source.config)
-        compared = assert_paths_agree(Baseline.of(twins.source), CompiledPath(twins.source, _eager=True), schedule)
+        compared = assert_paths_agree(Baseline.of(twins.source), CompiledPath(twins.source, mode="eager"), schedule)
         seen.compiled = max(seen.compiled, compared.largest_ratio)
 
     return check
@@ -337,7 +337,7 @@ def encodes() -> Callable[..., None]:
             distance = twins.distance(padded=padded)
             assert distance <= AGREEMENT, f"{'padded' if padded else 'alone'}: {distance:.2e}; {config}"
             seen.worst[False] = max(seen.worst.get(False, 0.0), distance)
-        path = CompiledPath(twins.source, _eager=True)
+        path = CompiledPath(twins.source, mode="eager")
         compared = assert_encodings_agree(Baseline.of(twins.source), path, *twins.texts())
         seen.compiled = max(seen.compiled, compared.largest_ratio)
 

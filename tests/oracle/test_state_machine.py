@@ -30,7 +30,7 @@ class TwinPaths(RuleBasedStateMachine):
         self.config = config
         self.opened = 0
         self.comparison = Comparison(
-            Baseline.of(source, storage=storage), CompiledPath(source, storage=storage, _eager=True)
+            Baseline.of(source, storage=storage), CompiledPath(source, storage=storage, mode="eager")
         )
 
     @rule(

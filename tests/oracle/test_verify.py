@@ -25,7 +25,7 @@ def source_of(seed: int) -> RandomSource:
 def test_the_compiled_path_holds(storage: Storage) -> None:
     """Its graphs run eagerly here; every stage is told."""
     source, told = source_of(1), list[str]()
-    candidate = CompiledPath(source, storage=storage, _eager=True)
+    candidate = CompiledPath(source, storage=storage, mode="eager")
     result = verify(source, storage=storage, candidate=candidate, schedules=2, cases=5, report=told.append)
     assert result.holds
     assert result.storage is storage
@@ -39,7 +39,7 @@ def test_the_compiled_path_holds(storage: Storage) -> None:
 def test_an_encoder_holds_and_one_on_other_weights_fails() -> None:
     config = draw_encoder_config(RandomPicker(2))
     source = RandomSource(config, 2)
-    candidate = CompiledPath(source, _eager=True)
+    candidate = CompiledPath(source, mode="eager")
     result = verify(source, candidate=candidate, schedules=3, cases=1)
     assert result.holds
     assert result.free_run is None
@@ -50,7 +50,7 @@ def test_an_encoder_holds_and_one_on_other_weights_fails() -> None:
 def test_a_path_on_other_weights_fails() -> None:
     """Float32 weights where int8 ones are claimed: a difference of storage, not of rounding."""
     source = source_of(1)
-    result = verify(source, storage=Storage.INT8, candidate=CompiledPath(source, _eager=True), schedules=2, cases=1)
+    result = verify(source, storage=Storage.INT8, candidate=CompiledPath(source, mode="eager"), schedules=2, cases=1)
     assert not result.holds
     assert "times what the budget allows" in result.model.failures[0]
 
