@@ -10,7 +10,7 @@ Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal, overload
@@ -23,6 +23,7 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
+from .artifacts import KERNELS
 from .graph import DecodeGraphs, Graphs, InductorGraphs, begin_step, chosen, decode_graphs
 from .head import head_prefill, scale_and_cap
 from .linear import PASS_ROWS, passes
@@ -45,7 +46,8 @@ class CompiledPath:
     Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage or
     compute dtype, for an unknown `graphs` or one that the device cannot have, and what the source raises; all before
     the weights are read, the last excepted. `report` is told, in a line of text, what takes long. `graphs` says who
-    captures the decode step: if nothing is said, `graph` does.
+    captures the decode step: if nothing is said, `graph` does. `kernels` are options of Inductor's other than
+    this path's own (`artifacts.KERNELS`), for a benchmark of what each is worth; it keeps no such program on disk.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class CompiledPath:
         device: str | torch.device = "cpu",
         graphs: Graphs | str = Graphs.OWN,
         report: Callable[[str], None] | None = None,
+        kernels: Mapping[str, Any] = KERNELS,
         _eager: bool = False,
         _keep_guards: bool = False,
     ) -> None:
@@ -76,7 +79,7 @@ class CompiledPath:
             self._model = prepare(source, self._storage, self._device)
             self._slots = torch.arange(max(2, self._config.context), device=self._device)
         self._graphs = decode_graphs(Graphs.OFF if _eager else by_whom, self._model, self._device, self._report)
-        self._eager, self._keep_guards = _eager, _keep_guards
+        self._eager, self._keep_guards, self._kernels = _eager, _keep_guards, kernels
         makers: dict[str, Callable[[Piece], Callable[..., Any]]] = {
             "encode": lambda piece: encode_program(self._config, self._storage, piece)
         }
@@ -208,7 +211,13 @@ class CompiledPath:
             told = True
 
         described = f"{name} {self._storage} {self._config}"
-        return Pieces(described, compiling, keep_guards=self._keep_guards, capturing=self._inductor_captures(name))
+        return Pieces(
+            described,
+            compiling,
+            keep_guards=self._keep_guards,
+            capturing=self._inductor_captures(name),
+            kernels=self._kernels,
+        )
 
     def _decode(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
         """One token for each of these sequences; logits [R, V].

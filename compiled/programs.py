@@ -7,7 +7,7 @@ dynamic (the marking fails if the graph were special to one), and everything els
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,9 +32,18 @@ CAPTURING: dict[str, Any] = {"triton.cudagraphs": True}
 _compile: Callable[..., Any] = torch.compile  # its type stub does not know isolate_recompiles
 
 
-def graph(function: Callable[..., Any], *, keep_guards: bool = False, capturing: bool = False) -> Callable[..., Any]:
-    """The function under torch.compile; nothing is compiled before its first call. `capturing`: with CUDA graphs."""
-    options = OPTIONS | CAPTURING if capturing else dict(OPTIONS)
+def graph(
+    function: Callable[..., Any],
+    *,
+    keep_guards: bool = False,
+    capturing: bool = False,
+    kernels: Mapping[str, Any] = KERNELS,
+) -> Callable[..., Any]:
+    """The function under torch.compile; nothing is compiled before its first call. `capturing`: with CUDA graphs.
+
+    `kernels` are options of Inductor's that differ from this path's own.
+    """
+    options = {**OPTIONS, **kernels, **(CAPTURING if capturing else {})}
     if not keep_guards:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     # Pieces of other paths share this one's code: without guards, only isolation keeps their graphs apart. And with
@@ -53,16 +62,25 @@ class Pieces:
     """
 
     def __init__(
-        self, described: str, compiling: Callable[[str], None], *, keep_guards: bool = False, capturing: bool = False
+        self,
+        described: str,
+        compiling: Callable[[str], None],
+        *,
+        keep_guards: bool = False,
+        capturing: bool = False,
+        kernels: Mapping[str, Any] = KERNELS,
     ) -> None:
         self._described = described
         self._compiling = compiling
         self._keep_guards = keep_guards
         self._capturing = capturing
+        self._kernels = kernels
         self._made = 0
 
     def __call__(self, function: Callable[..., Any], varying: Varying) -> Callable[..., Any]:
-        program = graph(function, keep_guards=self._keep_guards, capturing=self._capturing)
+        program = graph(function, keep_guards=self._keep_guards, capturing=self._capturing, kernels=self._kernels)
+        # Whether a kept program keeps guards or captures is not known, and it is loaded for this path's own kernels.
+        kept = not self._keep_guards and not self._capturing and {**OPTIONS, **self._kernels} == OPTIONS
         described = f"{self._described} {self._made} {function.__name__}"
         self._made += 1
         compiled: Callable[..., Any] | None = None
@@ -72,10 +90,7 @@ class Pieces:
             if compiled is None:
                 _mark(arguments, varying)
                 with kernels_noticed():
-                    if self._keep_guards or self._capturing:  # whether a kept program keeps them is not known
-                        compiled = program
-                    else:
-                        compiled = ready(program, arguments, described, self._compiling)
+                    compiled = ready(program, arguments, described, self._compiling) if kept else program
                     return compiled(*arguments)
             return compiled(*arguments)
 

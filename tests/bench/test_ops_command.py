@@ -175,7 +175,7 @@ def test_reduce_overhead_says_that_it_captures_nothing_here(capsys: pytest.Captu
         (["--op", "linear", "--shape", "T=1,N"], "no shape"),
         (["--op", "linear", "--shape", "T=0,I=1,N=1"], "below 1"),
         (["--shape", "T=1"], "--op names 0"),
-        (["--op", "linear", "--column", "fastest"], "the columns are eager, compiled"),
+        (["--op", "linear", "--column", "fastest"], "the columns are eager, torch.compile"),
         (["--impl", "a:b"], "--impl is a function of one op"),
         (["--op", "rotate", "--storage", "int8"], "nothing is left to time"),
         (["--op", "rotate", "--rounds", "0"], "--rounds is 0"),
