@@ -39,7 +39,7 @@ class Known(Tensor):
     [[2.0, -1.0], [6.0, 1.0]]
     """
 
-    def clamp(self, *bounds: Any) -> "Known":  # type: ignore[override]
+    def clamp(self, *bounds: Any) -> "Known":
         value, scale = split(self)
         return join(value.clamp(*bounds), scale)
 
