@@ -8,7 +8,7 @@ the baseline and the machine's fastest ways to read and to multiply. A row is sl
     seconds              new 20th percentile > old 80th + CALL_S; on the same machine only
 
 so the spreads must lie apart, and by more than what two runs of the same code differ beyond their spreads: where memory
-happens to lie changes from process to process, not from round to round. No ruler is right alone. Where the baseline's
+happens to lie changes from process to process, not from round to round. No single one is right. Where the baseline's
 temporaries just fit a cache that other programs share, it was seen to be 2.7 times as fast an hour later; where memory
 became slow, what waits for it lost a quarter against a baseline that computes. Faster is the same, old for new. (What
 became slower by as much as the machine became faster stays unseen.) Of another machine a warning tells.
@@ -103,7 +103,7 @@ def judge(old: Row, new: Row) -> Verdict:
 
 
 def _slower(before: Row, after: Row) -> bool:
-    """Whether every ruler that there is says that a row takes longer than it did."""
+    """Whether every measure that there is says that a row takes longer than it did."""
     ratio = _fell(before.speed_up_p20, after.speed_up_p80)
     share = _fell(_share(before, before.p80_s), _share(after, after.p20_s))
     longer = None

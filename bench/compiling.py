@@ -10,7 +10,6 @@ from itertools import count
 from tempfile import TemporaryDirectory
 from types import FunctionType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch._dynamo import utils as dynamo
@@ -18,6 +17,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
 from .columns import Arguments, Column
+from .hooks import replaced
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 """torch.compile with its options."""
@@ -114,7 +114,7 @@ def _graphs() -> int:
 def _generated_code() -> Iterator[list[str]]:
     """Every program text that Inductor generates meanwhile, C++ kernels included."""
     code: list[str] = []
-    with mock.patch.object(GraphLowering, "save_output_code", code.append):
+    with replaced(GraphLowering, "save_output_code", code.append):
         yield code
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CodeCacheFuture, PyCodeCache
+
+from .hooks import replaced
 
 _PARALLEL_LOOP = re.compile(r"#pragma omp for")
 
@@ -76,5 +77,5 @@ def watched() -> Iterator[Kernels]:
         return timed
 
     PyCodeCache.cache_clear()  # what has been loaded before would not be loaded again
-    with mock.patch.object(AsyncCompile, "cpp_pybinding", loading):
+    with replaced(AsyncCompile, "cpp_pybinding", loading):
         yield kernels

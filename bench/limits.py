@@ -18,7 +18,7 @@ from torch.nn import functional
 from ..compiled.linear import product
 from .machine import last_level_cache_bytes
 from .rows import Limits
-from .timing import Timing, interleave
+from .timing import Timing, interleave, sample_of
 
 LEAST_BUFFER = 256 * 2**20
 _CACHES_IN_BUFFER = 8
@@ -30,8 +30,8 @@ Way = tuple[Callable[[], object], int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ruler:
-    """The way that was best."""
+class Probe:
+    """A roofline probe: the way of reading, or of multiplying, that was best."""
 
     name: str
     call: Callable[[], object]
@@ -42,11 +42,11 @@ class Ruler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rulers:
+class Probes:
     """The best way to read and the best way to multiply, to be timed again in turn with what they measure."""
 
-    read: Ruler
-    gemm: Ruler
+    read: Probe
+    gemm: Probe
 
     @property
     def calls(self) -> dict[str, Callable[[], object]]:
@@ -57,26 +57,26 @@ class Rulers:
         rates = [self.read.rate, self.gemm.rate]
         if timings is not None:
             taken = [min(timings[name].seconds) for name in self.calls]
-            rates = [ruler.amount / seconds for ruler, seconds in zip((self.read, self.gemm), taken, strict=True)]
+            rates = [probe.amount / seconds for probe, seconds in zip((self.read, self.gemm), taken, strict=True)]
         return Limits(
             read_bytes_per_s=rates[0], read_by=self.read.name, gemm_flops_per_s=rates[1], gemm_by=self.gemm.name
         )
 
 
 @torch.no_grad()
-def find_rulers(
+def find_probes(
     device: torch.device | str = "cpu",
     *,
     shapes: Sequence[tuple[int, int, int]] = (),
     rounds: int = 7,
     compiled: bool = True,
-) -> Rulers:
+) -> Probes:
     """Try every way of reading and multiplying, and keep the best.
 
     `shapes` are further products (T, I, N) to try beside the square one, such as a model's own. `compiled` = False
     leaves out the way of reading that has to be compiled first, for a quick look: the limit may then be too low.
     """
-    return Rulers(
+    return Probes(
         read=_best(_ways_to_read(device, compiled), rounds, device),
         gemm=_best(_ways_to_multiply(device, [(SQUARE, SQUARE, SQUARE), *shapes]), rounds, device),
     )
@@ -86,7 +86,7 @@ def measure_limits(
     device: torch.device | str = "cpu", *, shapes: Sequence[tuple[int, int, int]] = (), rounds: int = 7
 ) -> Limits:
     """The most that any way of reading and of multiplying reached now."""
-    return find_rulers(device, shapes=shapes, rounds=rounds).limits()
+    return find_probes(device, shapes=shapes, rounds=rounds).limits()
 
 
 def share_of_limit(bytes: int, flops: int, seconds: float, limits: Limits) -> float:
@@ -99,13 +99,13 @@ def share_of_limit(bytes: int, flops: int, seconds: float, limits: Limits) -> fl
     return max(bytes / limits.read_bytes_per_s, flops / limits.gemm_flops_per_s) / seconds
 
 
-def _best(ways: Mapping[str, Way], rounds: int, device: torch.device | str) -> Ruler:
+def _best(ways: Mapping[str, Way], rounds: int, device: torch.device | str) -> Probe:
     """The way of which any sample was the fastest of all ways'."""
-    timings = interleave({name: call for name, (call, _) in ways.items()}, rounds, device)
+    timings = interleave({name: sample_of(call, device) for name, (call, _) in ways.items()}, rounds)
     rates = {name: ways[name][1] / min(timing.seconds) for name, timing in timings.items()}
     best = max(rates, key=lambda name: rates[name])
     call, amount = ways[best]
-    return Ruler(name=best, call=call, amount=amount, rate=rates[best])
+    return Probe(name=best, call=call, amount=amount, rate=rates[best])
 
 
 def _ways_to_read(device: torch.device | str, compiled: bool) -> dict[str, Way]:

@@ -14,29 +14,29 @@ from ..oracle.trial import Status, Trial, Verdict, leaves
 from ..spec.config import Storage
 from .columns import Arguments, Column, in_turn, moved, nbytes
 from .compiling import Compile, Compiled, compile_program
-from .limits import Rulers, share_of_limit
+from .limits import Probes, share_of_limit
 from .machine import forget_peak, peak_resident_bytes, resident_bytes
 from .preparing import Prepared
 from .reasons import reason
 from .rows import Accuracy, Kind, Limits, Machine, Row, written
 from .settings import Setting, Shape
-from .timing import Timing, interleave, paired_ratios, quantile
+from .timing import Timing, interleave, paired_ratios, quantile, sample_of
 
 EAGER = "eager"
 """The reference as it stands: what speed-ups are over."""
-COMPILED = "compiled"
+TORCH_COMPILE = "torch.compile"
 """The reference under torch.compile as it comes."""
 MAX_AUTOTUNE = "max-autotune"
 REDUCE_OVERHEAD = "reduce-overhead"
-ARRANGED = "arranged"
+COMPILED = "compiled"
 """What the compiled path's graphs call, compiled as they are."""
-IMPLEMENTATIONS = (EAGER, COMPILED, MAX_AUTOTUNE, REDUCE_OVERHEAD, ARRANGED)
+IMPLEMENTATIONS = (EAGER, TORCH_COMPILE, MAX_AUTOTUNE, REDUCE_OVERHEAD, COMPILED)
 
 _COMPILES: Mapping[str, Compile] = {
-    COMPILED: torch.compile,
+    TORCH_COMPILE: torch.compile,
     MAX_AUTOTUNE: lambda program: torch.compile(program, mode="max-autotune"),
     REDUCE_OVERHEAD: lambda program: torch.compile(program, mode="reduce-overhead"),
-    ARRANGED: programs.graph,
+    COMPILED: programs.graph,
 }
 AFFORDABLE = 2**27
 """Numbers in an op's inputs up to which the float64 truth is computed; 8192 x 8192 is half of it."""
@@ -46,7 +46,7 @@ AFFORDABLE = 2**27
 class Run:
     """What all rows of one run share."""
 
-    rulers: Rulers
+    probes: Probes
     machine: Machine
     device: torch.device
     rounds: int
@@ -87,7 +87,7 @@ def measure_op(setting: Setting, shape: Shape, storage: Storage, run: Run) -> li
     for name, column in _columns(prepared, run).items():
         if name == REDUCE_OVERHEAD and run.device.type == "cpu":
             untimed.append(
-                about.row(name, note="no CUDA graphs on a CPU, so the program is that of compiled; not timed")
+                about.row(name, note="no CUDA graphs on a CPU, so the program is that of torch.compile; not timed")
             )
             continue
         try:
@@ -97,18 +97,19 @@ def measure_op(setting: Setting, shape: Shape, storage: Storage, run: Run) -> li
                 raise
             untimed.append(about.row(name, error=reason(error)))
     calls = {name: in_turn(entry.call, entry.copies) for name, entry in entries.items()}
-    # The rulers leave the caches full of theirs: whatever comes next is called once more than is counted.
-    timings = interleave({**run.rulers.calls, "": calls[EAGER], **calls}, run.rounds, run.device)
-    limits = run.rulers.limits(timings)
+    # The probes leave the caches full of theirs: whatever comes next is called once more than is counted.
+    every = {**run.probes.calls, "": calls[EAGER], **calls}
+    timings = interleave({name: sample_of(call, run.device) for name, call in every.items()}, run.rounds)
+    limits = run.probes.limits(timings)
     timed = [about.timed(name, entry, timings[name], timings[EAGER], limits) for name, entry in entries.items()]
     return timed + untimed
 
 
 def _columns(prepared: Prepared, run: Run) -> dict[str, Column]:
     """By implementation, those that are wanted."""
-    columns = dict.fromkeys((EAGER, COMPILED, MAX_AUTOTUNE, REDUCE_OVERHEAD), prepared.reference)
-    if prepared.arranged is not None:
-        columns[ARRANGED] = prepared.arranged
+    columns = dict.fromkeys((EAGER, TORCH_COMPILE, MAX_AUTOTUNE, REDUCE_OVERHEAD), prepared.reference)
+    if prepared.compiled is not None:
+        columns[COMPILED] = prepared.compiled
     for name, function in run.functions.items():
         given = prepared.given
         columns[name] = Column(program=function, arguments=given.arguments, from_memory=given.from_memory)

@@ -18,7 +18,7 @@ from .candidates import Candidate, PathCandidate
 from .limits import share_of_limit
 from .products import flops, layer_shapes, step_shapes
 from .rows import Kind, Limits, Machine, Row
-from .side_by_side import Key, Measured, Sample, Workload, prompt, sample
+from .side_by_side import Key, Measured, ModelSample, Workload, prompt, sample
 from .targets import own
 from .timing import paired_ratios, quantile
 
@@ -101,7 +101,7 @@ def own_candidates(
 
 def samples_of(
     candidates: Mapping[str, Candidate], workloads: Mapping[str, Sequence[Workload]], vocabulary: int
-) -> dict[Key, Sample]:
+) -> dict[Key, ModelSample]:
     """What is to be sampled of each candidate, one workload of all of them after the other."""
     every = dict.fromkeys(workload for each in workloads.values() for workload in each)
     return {

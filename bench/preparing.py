@@ -32,7 +32,7 @@ class Prepared:
     """The inputs as anyone's function is given them: weights as stored, in float32."""
     reference: Column
     """The op's reference on the stored form, which it de-quantizes itself."""
-    arranged: Column | None
+    compiled: Column | None
     """The functions that the compiled path's graphs call; None where they never compute such a case."""
     bytes: int
 
@@ -134,7 +134,7 @@ def prepare_linear(case: Case, storage: Storage) -> Prepared:
     def reference(x: Tensor, parts: tuple[Tensor, ...]) -> Any:
         return op.reference(x=x, weights=LinearWeights(weight_NI=unkept(parts, storage)))
 
-    def arranged(x_RI: Tensor, matrix: packing.Matrix) -> Tensor:
+    def compiled(x_RI: Tensor, matrix: packing.Matrix) -> Tensor:
         return rows.product(x_RI, matrix)
 
     return Prepared(
@@ -148,8 +148,8 @@ def prepare_linear(case: Case, storage: Storage) -> Prepared:
             arguments={"x": x, "parts": kept(weights.weight_NI, storage)},
             from_memory=("parts",),
         ),
-        arranged=rows.column(
-            arranged, x.flatten(0, 1), {"matrix": matrix_of(weights.weight_NI, storage)}, note=rows.name
+        compiled=rows.column(
+            compiled, x.flatten(0, 1), {"matrix": matrix_of(weights.weight_NI, storage)}, note=rows.name
         ),
         bytes=_bytes(op, case, [weights.weight_NI], storage),
     )
@@ -164,11 +164,11 @@ def prepare_linear_w8a8(case: Case, storage: Storage) -> Prepared:
     form = w8a8.form_here(torch.device("cpu"))
     quantized_NI = weights.quantized_NI if form is w8a8.Form.INT8 else weights.quantized_NI.float()
 
-    def arranged(x: Tensor, codes: w8a8.Codes) -> Tensor:
+    def compiled(x: Tensor, codes: w8a8.Codes) -> Tensor:
         return w8a8.linear_w8a8(x, codes, form)
 
     column = Column(
-        program=arranged,
+        program=compiled,
         arguments={"x": x, "codes": w8a8.Codes(quantized_NI, weights.scale_N, None)},
         from_memory=("codes",),
         note=f"linear_w8a8, products in {form}",
@@ -190,7 +190,7 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
         gate, up, down = (LinearWeights(weight_NI=unkept(part, storage)) for part in parts)
         return op.reference(x_BTM=x_BTM, weights=MlpWeights(gate=gate, up=up, down=down), config=config)
 
-    def arranged(x_RI: Tensor, gate_up: packing.Matrix, down: packing.Matrix) -> Tensor:
+    def compiled(x_RI: Tensor, gate_up: packing.Matrix, down: packing.Matrix) -> Tensor:
         return rows.product(mlp.gated(rows.product(x_RI, gate_up), config.activation), down)
 
     def changed(change: Callable[[Tensor], Tensor]) -> MlpWeights:
@@ -210,8 +210,8 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
             arguments={"x_BTM": x_BTM, "parts": tuple(kept(each, storage) for each in three)},
             from_memory=("parts",),
         ),
-        arranged=rows.column(
-            arranged,
+        compiled=rows.column(
+            compiled,
             x_BTM.flatten(0, 1),
             {"gate_up": matrix_of(torch.cat(three[:2]), storage), "down": matrix_of(three[2], storage)},
             note=f"{rows.name} for gate and up as one, gated, {rows.name}",
@@ -226,11 +226,11 @@ def prepare_rms_norm(case: Case, storage: Storage) -> Prepared:
     x: Tensor = inputs["x"]
     epsilon = inputs["epsilon"]
 
-    def arranged(x_TM: Tensor, gain_M: Tensor) -> Tensor:
+    def compiled(x_TM: Tensor, gain_M: Tensor) -> Tensor:
         return norms.rms_norm(x_TM, gain_M, epsilon)
 
     column = Column(
-        program=arranged,
+        program=compiled,
         arguments={"x_TM": x.flatten(0, 1), "gain_M": inputs["weights"].gain_M},
         as_reference=lambda out: out.view(x.shape),
         note="rms_norm",
@@ -243,10 +243,10 @@ def prepare_activation(case: Case, storage: Storage) -> Prepared:
     inputs = op.inputs(case)
     kind: Activation = inputs["kind"]
 
-    def arranged(x: Tensor) -> Tensor:
+    def compiled(x: Tensor) -> Tensor:
         return mlp.activation(x, kind)
 
-    column = Column(program=arranged, arguments={"x": inputs["x"]}, note="activation")
+    column = Column(program=compiled, arguments={"x": inputs["x"]}, note="activation")
     return _stored_nowhere(op, case, inputs, column)
 
 
@@ -257,11 +257,11 @@ def prepare_rotate(case: Case, storage: Storage) -> Prepared:
     layout = inputs["layout"]
     cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"], inputs["attention_factor"])
 
-    def arranged(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
+    def compiled(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
         return rotary.rotate(x_THD, cos_TJ, sin_TJ, layout)
 
     column = Column(
-        program=arranged,
+        program=compiled,
         arguments={"x_THD": x_BTHD.flatten(0, 1), "cos_TJ": cos_TJ, "sin_TJ": sin_TJ},
         as_reference=lambda out: out.view(x_BTHD.shape),
         note="rotate, its table of cos and sin made before",
@@ -319,8 +319,8 @@ def prepare_attention(case: Case, storage: Storage) -> Prepared:
 
 
 def _stored_nowhere(
-    op: Op, case: Case, inputs: Inputs, arranged: Column | None, from_memory: tuple[str, ...] = ()
+    op: Op, case: Case, inputs: Inputs, compiled: Column | None, from_memory: tuple[str, ...] = ()
 ) -> Prepared:
     """Of an op whose inputs no storage changes."""
     plain = _plain(op, inputs, from_memory)
-    return Prepared(case=case, inputs=inputs, given=plain, reference=plain, arranged=arranged, bytes=op.bytes(case.n))
+    return Prepared(case=case, inputs=inputs, given=plain, reference=plain, compiled=compiled, bytes=op.bytes(case.n))

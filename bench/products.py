@@ -20,7 +20,7 @@ from ..spec.config import INT4_GROUP, Head, ModelConfig, Storage
 from ..spec.counts import Count
 from .columns import Column, in_turn
 from .rows import Limits
-from .side_by_side import Key, Measured, Sample
+from .side_by_side import Key, Measured, ModelSample
 from .targets import PRODUCTS, products_of, reading, small
 from .timing import LEAST_SAMPLE_S, Timing
 
@@ -57,7 +57,7 @@ def flops(shapes: Mapping[Shape, int], rows: int) -> int:
 
 
 @torch.no_grad()
-def matrix_products(shapes: Mapping[Shape, int], rows: int) -> Sample:
+def matrix_products(shapes: Mapping[Shape, int], rows: int) -> ModelSample:
     """What all these products take if each is done by whichever way of torch's is fastest at that moment.
 
     Either operand first, and oneDNN's product, which the compiled path uses too: a limit is only one if nothing is
@@ -82,10 +82,10 @@ def matrix_products(shapes: Mapping[Shape, int], rows: int) -> Sample:
             total += count * min(map(_seconds, ways))
         return total
 
-    return Sample(take=take, tokens=rows)
+    return ModelSample(take=take, tokens=rows)
 
 
-def prefill_products(model: Model, config: ModelConfig, rows: int) -> tuple[Key, Sample]:
+def prefill_products(model: Model, config: ModelConfig, rows: int) -> tuple[Key, ModelSample]:
     """What the layers' products take, of float32 weights, compiled as in the prefill graph and nothing between them."""
     program = graph(_layer_products, keep_guards=True)
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def prefill_products(model: Model, config: ModelConfig, rows: int) -> tuple[Key,
                 program(xs, matrices)
             return time.perf_counter() - start
 
-    return Key(PRODUCTS, products_of(rows).what), Sample(take=take, tokens=rows)
+    return Key(PRODUCTS, products_of(rows).what), ModelSample(take=take, tokens=rows)
 
 
 def _layer_products(xs: Sequence[Tensor], matrices: Sequence[Matrix]) -> list[Tensor]:
@@ -111,7 +111,7 @@ def _matrices(layer: Layer) -> list[Matrix]:
     return [layer.qkv, layer.output, layer.up, layer.down]
 
 
-def small_products(storage: Storage, size: int) -> Iterator[tuple[Key, Sample]]:
+def small_products(storage: Storage, size: int) -> Iterator[tuple[Key, ModelSample]]:
     """A square product for one row and for four, the matrix always read from memory: many copies take turns."""
     weight = pack(quantize(torch.randn(size, size, generator=torch.Generator().manual_seed(0)), storage))
     for rows in (1, 4):
@@ -126,7 +126,7 @@ def small_products(storage: Storage, size: int) -> Iterator[tuple[Key, Sample]]:
         def take(column: Column = column, compiled: Callable[..., object] = compiled) -> float:
             return _pinned_seconds(in_turn(compiled, column.copies()))  # gigabytes where a cache is large: not kept
 
-        yield small(storage, size, rows), Sample(take=take)
+        yield small(storage, size, rows), ModelSample(take=take)
 
 
 def memory_limit(storage: Storage, size: int, limits: Limits, rounds: int) -> tuple[Key, Measured]:

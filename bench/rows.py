@@ -14,7 +14,7 @@ from typing import Any
 
 from ..spec.errors import RequestError
 
-SCHEMA = "twinfer.bench/1"
+SCHEMA = "twinfer.bench/2"
 """Changes with the meaning of any field; rows of two schemas are never compared."""
 
 

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from .candidates import Candidate
-from .reasons import reason
-from .timing import Timing
+from .timing import Sample, Timing, interleave
 
 PAUSE_S = 0.25
-_RECOMPILED = "Detected recompile"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +58,16 @@ class Key:
     who: str
     what: str
 
+    def __str__(self) -> str:
+        return f"{self.who}, {self.what}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """How to take one."""
+class ModelSample(Sample):
+    """How to take a sample of a model at work, or of what its speed is compared with."""
 
-    take: Callable[[], float]
-    """Returns seconds, of `tokens` tokens (or rows, or whatever a ratio is to be about)."""
     tokens: int = 1
+    """Tokens (or rows, or whatever a ratio is to be about) that the seconds are for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +90,10 @@ class TimesItself(Protocol):
     def seconds(self, prompt_T: Tensor, workload: Workload) -> float: ...
 
 
-def sample(candidate: Candidate, prompt_T: Tensor, workload: Workload) -> Sample:
+def sample(candidate: Candidate, prompt_T: Tensor, workload: Workload) -> ModelSample:
     """Of a model at work."""
     timed = candidate.seconds if isinstance(candidate, TimesItself) else functools.partial(seconds_of, candidate)
-    return Sample(take=lambda: timed(prompt_T, workload), tokens=workload.tokens)
+    return ModelSample(take=lambda: timed(prompt_T, workload), tokens=workload.tokens)
 
 
 def seconds_of(candidate: Candidate, prompt_T: Tensor, workload: Workload) -> float:
@@ -120,47 +120,15 @@ def greedy(candidate: Candidate, prompt_T: Tensor, new: int) -> list[int]:
     return [tokens[0] for tokens in candidate.answer(prompt_T, new)]
 
 
-def interleave(
-    samples: Mapping[Key, Sample],
+def measure_in_turn(
+    samples: Mapping[Key, ModelSample],
     rounds: int,
     *,
     may_fail: Collection[str] = (),
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[Key, Measured]:
-    """Take every sample once uncounted, when things may still compile, then `rounds` times, all in turn.
-
-    Whoever compiles in a counted round gets an error in place of times. So do those in `may_fail`, by name, for
-    anything that they raise; of others it is raised.
-    """
-    seconds: dict[Key, list[float]] = {key: [] for key in samples}
-    errors: dict[Key, str] = {}
-
-    def take_all(counted: bool) -> None:
-        for key, each in samples.items():
-            if key in errors:
-                continue
-            time.sleep(PAUSE_S)
-            try:
-                taken = each.take()
-            except Exception as error:
-                recompiled = isinstance(error, RuntimeError) and _RECOMPILED in str(error)
-                if not recompiled and key.who not in may_fail:
-                    raise
-                errors[key] = reason(error)
-                continue
-            if counted:
-                seconds[key].append(taken)
-
-    report("warming up, which is not counted")
-    take_all(counted=False)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for turn in range(1, rounds + 1):
-            report(f"round {turn} of {rounds}")
-            take_all(counted=True)
-    return {
-        key: Measured(
-            timing=Timing(seconds=() if key in errors else tuple(seconds[key]), calls=1, error=errors.get(key)),
-            tokens=samples[key].tokens,
-        )
-        for key in samples
-    }
+    """Take all samples in turn, as `interleave` does, with pauses between; whoever is in `may_fail` may fail."""
+    timings = interleave(
+        samples, rounds, pause_s=PAUSE_S, may_fail={key for key in samples if key.who in may_fail}, report=report
+    )
+    return {key: Measured(timing=timing, tokens=samples[key].tokens) for key, timing in timings.items()}

@@ -3,7 +3,6 @@
 from .embedding_recipe import EmbeddingRecipe
 from .live import from_transformers
 from .model import Checkpoint, open_model
-from .native.convert import convert
 from .tokenizer import Tokenizer, TokenStream
 
-__all__ = ["Checkpoint", "EmbeddingRecipe", "TokenStream", "Tokenizer", "convert", "from_transformers", "open_model"]
+__all__ = ["Checkpoint", "EmbeddingRecipe", "TokenStream", "Tokenizer", "from_transformers", "open_model"]

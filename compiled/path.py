@@ -10,7 +10,7 @@ Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import accumulate
@@ -24,6 +24,7 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
+from .artifacts import KERNELS
 from .compute import COMPUTE_DTYPES, DEFAULT
 from .graph import DecodeGraphs, device_of_graphs
 from .head import head_prefill, scale_and_cap
@@ -59,8 +60,9 @@ class CompiledPath:
 
     Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage,
     compute dtype or mode, and what the source raises; all before the weights are read, the last excepted. Unless
-    `captured` is false, decode steps that are compiled are captured and replayed (`graph`). `report` gets a line of
-    text about whatever takes long.
+    `captured` is false, decode steps that are compiled are captured and replayed (`graph`). `kernels` are options of
+    Inductor other than this path's own (`artifacts.KERNELS`), for a benchmark of what each is worth; no such program is
+    kept on disk. `report` gets a line of text about whatever takes long.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class CompiledPath:
         device: str | torch.device = "cpu",
         mode: Mode | str = Mode.COMPILED,
         captured: bool = True,
+        kernels: Mapping[str, Any] = KERNELS,
         report: Callable[[str], None] | None = None,
     ) -> None:
         if storage not in list(Storage):
@@ -82,7 +85,7 @@ class CompiledPath:
         _check_mode(mode, on)
         with pinned(torch.get_num_threads()):
             model = prepare(source, Storage(storage), on, compute)
-        self._begin(model, source.config, Mode(mode), captured, report)
+        self._begin(model, source.config, Mode(mode), captured, kernels, report)
 
     @classmethod
     def from_model(
@@ -92,6 +95,7 @@ class CompiledPath:
         *,
         mode: Mode | str = Mode.COMPILED,
         captured: bool = True,
+        kernels: Mapping[str, Any] = KERNELS,
         report: Callable[[str], None] | None = None,
     ) -> "CompiledPath":
         """Return a path of a model that is prepared already, and whole. Paths may share one."""
@@ -99,7 +103,7 @@ class CompiledPath:
             raise RequestError("the model lacks its embedding or its head; a path needs the whole model")
         _check_mode(mode, model.device)
         path = cls.__new__(cls)
-        path._begin(model, config, Mode(mode), captured, report)
+        path._begin(model, config, Mode(mode), captured, kernels, report)
         return path
 
     def _begin(
@@ -108,10 +112,11 @@ class CompiledPath:
         config: ModelConfig,
         mode: Mode,
         captured: bool,
+        kernels: Mapping[str, Any],
         report: Callable[[str], None] | None,
     ) -> None:
         self.model = model
-        self._config, self._mode = config, mode
+        self._config, self._mode, self._kernels = config, mode, kernels
         self._storage, self._device, self._compute = model.storage, model.device, model.compute
         self._threads = torch.get_num_threads()
         self._report = report or (lambda line: None)
@@ -258,7 +263,7 @@ class CompiledPath:
             told = True
 
         described = f"{name} {self._storage} {self._compute} {self._config}"
-        return Pieces(described, compiling, keep_guards=self._mode is Mode.GUARDED)
+        return Pieces(described, compiling, keep_guards=self._mode is Mode.GUARDED, kernels=self._kernels)
 
     def _decode(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
         """One token for each of these sequences; logits [R, V].

@@ -8,7 +8,7 @@ dynamic (the marking fails if the graph were special to one), and everything els
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, cast
 
@@ -46,9 +46,14 @@ OPTIONS: dict[str, Any] = {
 _compile: Callable[..., Any] = torch.compile  # its type stub does not know isolate_recompiles
 
 
-def graph(function: Callable[..., Any], *, keep_guards: bool = False) -> Callable[..., Any]:
-    """Return the function under torch.compile; nothing is compiled before its first call."""
-    options = dict(OPTIONS)
+def graph(
+    function: Callable[..., Any], *, keep_guards: bool = False, kernels: Mapping[str, Any] = KERNELS
+) -> Callable[..., Any]:
+    """Return the function under torch.compile; nothing is compiled before its first call.
+
+    `kernels` are options of Inductor that differ from this path's own.
+    """
+    options = {**OPTIONS, **kernels}
     if not keep_guards:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     # Pieces of other paths share this one's code: without guards, only isolation keeps their graphs apart. And with
@@ -66,14 +71,24 @@ class Pieces:
     words, why a piece has to be compiled.
     """
 
-    def __init__(self, described: str, compiling: Callable[[str], None], *, keep_guards: bool = False) -> None:
+    def __init__(
+        self,
+        described: str,
+        compiling: Callable[[str], None],
+        *,
+        keep_guards: bool = False,
+        kernels: Mapping[str, Any] = KERNELS,
+    ) -> None:
         self._described = described
         self._compiling = compiling
         self._keep_guards = keep_guards
+        self._kernels = kernels
         self._made = 0
 
     def __call__(self, function: Callable[P, R], dynamic: DynamicDims) -> Callable[P, R]:
-        program = graph(function, keep_guards=self._keep_guards)
+        program = graph(function, keep_guards=self._keep_guards, kernels=self._kernels)
+        # Whether a kept program keeps guards is not known, and it is loaded for this path's own kernels.
+        kept = not self._keep_guards and {**OPTIONS, **self._kernels} == OPTIONS
         described = f"{self._described} {self._made} {function.__name__}"
         self._made += 1
         compiled: Callable[..., Any] | None = None
@@ -83,8 +98,7 @@ class Pieces:
             if compiled is None:
                 mark_dynamic(function, arguments, dynamic)
                 with kernels_noticed():
-                    fresh = self._keep_guards  # whether a kept program keeps guards is not known
-                    compiled = program if fresh else ready(program, arguments, described, self._compiling)
+                    compiled = ready(program, arguments, described, self._compiling) if kept else program
                     return compiled(*arguments)
             return compiled(*arguments)
 

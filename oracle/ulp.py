@@ -1,4 +1,4 @@
-"""The unit in the last place: the one ruler that every report measures errors with."""
+"""The unit in the last place: the unit in which every report gives errors."""
 
 import math
 

@@ -84,8 +84,8 @@ def measure(checkpoint: "Checkpoint", model: str, plan: "Plan", *, switches: boo
     from twinfer.bench.limits import measure_limits
     from twinfer.bench.machine import this_machine
     from twinfer.bench.plan import About, own_candidates, row, samples_of
-    from twinfer.bench.side_by_side import Key, interleave
-    from twinfer.bench.switches import SWITCHES, SwitchedOff
+    from twinfer.bench.side_by_side import Key, measure_in_turn
+    from twinfer.bench.switches import SWITCHES, switched_off
     from twinfer.bench.targets import own
 
     bench_options.say("measuring this machine's limits")
@@ -97,10 +97,10 @@ def measure(checkpoint: "Checkpoint", model: str, plan: "Plan", *, switches: boo
         implementation = f"without {switch.name}"
         bench_options.say(f"compiling {storage} {implementation}: {switch.without}")
         kinds.append((f"{own(storage)} {implementation}", storage, implementation, switch.without))
-        candidates[kinds[-1][0]] = SwitchedOff(checkpoint.source, storage, switch)
+        candidates[kinds[-1][0]] = switched_off(checkpoint.source, storage, switch)
     workloads = dict.fromkeys(candidates, plan.workloads)
     samples = samples_of(candidates, workloads, checkpoint.config.vocabulary)
-    measured = interleave(samples, plan.rounds, report=bench_options.say)
+    measured = measure_in_turn(samples, plan.rounds, report=bench_options.say)
     about = About(
         name=checkpoint.name,
         config=checkpoint.config,

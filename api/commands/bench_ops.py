@@ -27,10 +27,10 @@ Time each op's implementations in turn, on the same stored weights, and judge ea
 EPILOG = """\
 implementations, each a column:
   eager            the reference as it stands; speed-ups are over it
-  compiled         the reference under torch.compile
+  torch.compile    the reference under torch.compile
   max-autotune     and under its modes of that name
   reduce-overhead  (on a CPU there are no CUDA graphs, and this is not timed)
-  arranged         what the compiled path's own graphs call, compiled as they are
+  compiled         what the compiled path's own graphs call, compiled as they are
   MODULE:FUNCTION  yours, from --impl; called like the reference, by keyword (`twinfer ops` lists the arguments), the
                    weights as float32 tensors of the stored values
 The letters of --shape are those of `twinfer ops`; B is 1 unless it is given. Weights and caches are copied until they
@@ -175,7 +175,7 @@ def _whole(given: "Shape", setting: "Setting") -> dict[str, int]:
 def prepare_run(args: argparse.Namespace) -> "Run":
     """What all rows share, this machine's limits among it; the compiler is started."""
     from twinfer.bench.compiling import start_compiler
-    from twinfer.bench.limits import find_rulers
+    from twinfer.bench.limits import find_probes
     from twinfer.bench.machine import this_machine
     from twinfer.bench.ops import Run
     from twinfer.compiled.machine import check_compiler, checked_device
@@ -188,7 +188,7 @@ def prepare_run(args: argparse.Namespace) -> "Run":
     _say("starting the compiler, measuring this machine's limits")
     start_compiler(device)
     return Run(
-        rulers=find_rulers(device, rounds=min(rounds, 7), compiled=not args.quick),
+        probes=find_probes(device, rounds=min(rounds, 7), compiled=not args.quick),
         machine=this_machine(device),
         device=device,
         rounds=rounds,

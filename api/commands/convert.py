@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from twinfer.checkpoint import convert
+    from twinfer.converting import convert
 
     with waiting() as report:
         checkpoint = open_checkpoint(args.model, report, context=args.context)

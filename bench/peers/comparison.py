@@ -21,7 +21,7 @@ from ..plan import About, Plan, own_candidates, row, samples_of
 from ..products import layer_shapes, matrix_products, memory_limit, prefill_products, small_products, step_shapes
 from ..reasons import reason
 from ..rows import Row
-from ..side_by_side import Key, Measured, Sample, Workload, greedy, interleave, prompt
+from ..side_by_side import Key, Measured, ModelSample, Workload, greedy, measure_in_turn, prompt
 from ..targets import EAGER, own, products_of
 from .llama_like import check_llama_like
 from .subprocess_peer import SubprocessPeer
@@ -128,7 +128,7 @@ def _measure(
     workloads = {name: plan.workloads if name in paths else _of_peer(name, plan) for name in candidates}
     samples = samples_of(candidates, workloads, checkpoint.config.vocabulary)
     samples.update(_products(checkpoint, plan, squares))
-    measured = interleave(samples, plan.rounds, may_fail=set(peers), report=report)
+    measured = measure_in_turn(samples, plan.rounds, may_fail=set(peers), report=report)
     measured.update(memory_limit(each, size, limits, plan.rounds) for each in plan.storages for size in squares)
     return Found(
         plan=plan,
@@ -188,10 +188,10 @@ def _of_peer(name: str, plan: Plan) -> list[Workload]:
     return [plan.decode, Workload(prompt=max(plan.prefills))] if PEERS[name].prefills else [plan.decode]
 
 
-def _products(checkpoint: Checkpoint, plan: Plan, squares: Sequence[int]) -> dict[Key, Sample]:
+def _products(checkpoint: Checkpoint, plan: Plan, squares: Sequence[int]) -> dict[Key, ModelSample]:
     """What ratios of products are made of, as far as the plan has their storages."""
     config, longest = checkpoint.config, max(plan.prefills)
-    samples: dict[Key, Sample] = {}
+    samples: dict[Key, ModelSample] = {}
     if Storage.INT8 in plan.storages and 32 in plan.batches:
         samples[products_of(32)] = matrix_products(step_shapes(config), 32)
     if Storage.FLOAT32 in plan.storages:

@@ -8,10 +8,20 @@ from ...spec.errors import RequestError
 from ..config_json import to_json
 from ..model import Checkpoint
 from . import folder as twinfer_folder
+from .encoding import Quantizers
 
 
-def convert(checkpoint: Checkpoint, folder: Path, storage: Storage, report: Callable[[str], None]) -> int:
+def convert(
+    checkpoint: Checkpoint,
+    folder: Path,
+    storage: Storage,
+    report: Callable[[str], None],
+    *,
+    quantizers: Quantizers,
+) -> int:
     """Write a model as a folder that needs nothing else, one part in memory at a time; returns the bytes written.
+
+    It is quantized by `quantizers`, those of a path: `twinfer.converting.convert` brings the reference's.
 
     Opened again with the same storage it is the same model, bit by bit. Raises `RequestError` where it is kept in
     another storage already, and what `twinfer_folder.write` raises.
@@ -30,5 +40,11 @@ def convert(checkpoint: Checkpoint, folder: Path, storage: Storage, report: Call
         "no_tokenizer": checkpoint.no_tokenizer,
     }
     return twinfer_folder.write(
-        checkpoint.source, folder, storage, about=about, tokenizer=checkpoint.tokenizer, report=report
+        checkpoint.source,
+        folder,
+        storage,
+        quantizers=quantizers,
+        about=about,
+        tokenizer=checkpoint.tokenizer,
+        report=report,
     )

@@ -1,5 +1,7 @@
 """How the twinfer form keeps a tensor in a file, by storage, such that reading it back changes nothing.
 
+Who writes brings the quantizers of a path (`Quantizers`): quantizing is the paths' work, and is not defined here again.
+
 A path rounds matrices to its storage when it reads them. So the form must give back numbers whose rounding is what
 the original's was. In float32 and bfloat16 the rounded numbers do. In int8 the codes times the scale nearly always do:
 the scale is the row's largest magnitude / 127, and in float32 127 times it, divided by 127 again, is the same number
@@ -8,10 +10,13 @@ row's peak, which is what codes of the largest magnitude become:
 
     scale = peak / 127      weight = sign(code) * peak where |code| is the row's largest, else code * scale
 
-In int4 it keeps the least and the largest weight of each group (`kept_groups` says why).
+In int4 it keeps the least and the largest weight of each group (`group_encoding` says why).
 
 Shapes: N rows, I columns, G groups of a row.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +24,20 @@ from torch import Tensor
 from ...spec.config import INT4_GROUP, Storage
 from ...spec.errors import WeightError
 from ...spec.shapes import Shapes, is_buffer, is_matrix
-from .group_encoding import dequantized_groups, quantized_groups
+from .group_encoding import dequantized_groups, encoded_groups
+
+Quantize = Callable[[Tensor], Tensor]
+"""Quantized values of a float32 matrix [N, I], integers of its shape."""
+
+
+class Quantizers(NamedTuple):
+    """How a path quantizes a matrix."""
+
+    rows: Quantize
+    """int8: each row by its absmax, values of -127 .. 127."""
+    groups: Quantize
+    """int4: each group of a row between its least and its largest weight, values of 0 .. 15."""
+
 
 ABSMAX = ".absmax_N"
 """Ends the name of the tensor of peaks that stands beside one of int8 codes."""
@@ -55,8 +73,8 @@ def _matrix_layout(name: str, rows: int, inputs: int, storage: Storage) -> dict[
             return {name: ("U8", (rows, -(-inputs // 2))), name + MIN: of_groups, name + MAX: of_groups}
 
 
-def encode(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
-    """What a file holds for the weight of that name. Raises `WeightError` for what int8 and int4 cannot keep."""
+def encode(name: str, tensor: Tensor, storage: Storage, quantizers: Quantizers) -> dict[str, Tensor]:
+    """Return what a file holds for the weight of that name. Raises `WeightError` for what int8 and int4 cannot keep."""
     if is_buffer(name):
         return {name: tensor}
     if not is_matrix(name):
@@ -67,9 +85,10 @@ def encode(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
         case Storage.BFLOAT16:
             return {name: tensor.to(torch.bfloat16)}
         case Storage.INT8:
-            return dict(zip((name, name + ABSMAX), quantized(tensor.to(torch.float32), name), strict=True))
+            of_rows = encoded_rows(tensor.to(torch.float32), quantizers.rows, name)
+            return dict(zip((name, name + ABSMAX), of_rows, strict=True))
         case Storage.INT4:
-            of_groups = quantized_groups(tensor.to(torch.float32), name)
+            of_groups = encoded_groups(tensor.to(torch.float32), quantizers.groups, name)
             return dict(zip((name, name + MIN, name + MAX), of_groups, strict=True))
 
 
@@ -86,25 +105,19 @@ def decode(found: dict[str, Tensor], shapes: Shapes, storage: Storage) -> dict[s
     return weights
 
 
-def quantized(weight_NI: Tensor, name: str = "weight_NI") -> tuple[Tensor, Tensor]:
-    """Symmetric int8 codes, rounded half to even, and the peak of each row.
-
-    >>> quantized(torch.tensor([[254.0, -5.0, 3.0]]))  # scale 2: 127, -2.5, 1.5
-    (tensor([[127,  -2,   2]], dtype=torch.int8), tensor([254.]))
-    """
+def encoded_rows(weight_NI: Tensor, quantize: Quantize, name: str = "weight_NI") -> tuple[Tensor, Tensor]:
+    """Return int8 values and the absmax of each row. Raises `WeightError` where a row holds something not finite."""
     absmax_N = weight_NI.abs().amax(-1)
     if not bool(absmax_N.isfinite().all()):
         row = int((~absmax_N.isfinite()).nonzero()[0])
-        raise WeightError(f"{name} holds {float(absmax_N[row])} in row {row}; int8 keeps finite numbers alone")
-    scale_N1 = (absmax_N / 127)[:, None]
-    quantized_NI = torch.where(scale_N1 > 0, weight_NI / scale_N1, 0.0).round().clamp(-127, 127)
-    return quantized_NI.to(torch.int8), absmax_N
+        raise WeightError(f"{name} holds {float(absmax_N[row])} in row {row}; int8 keeps finite numbers only")
+    return quantize(weight_NI).to(torch.int8), absmax_N
 
 
 def dequantized(quantized_NI: Tensor, absmax_N: Tensor) -> Tensor:
-    """Float32 numbers that quantize to these very codes and peaks.
+    """Return float32 numbers that quantize to these very values and absmaxes.
 
-    >>> dequantized(*quantized(torch.tensor([[254.0, -5.0, 3.0]])))
+    >>> dequantized(torch.tensor([[127, -2, 2]], dtype=torch.int8), torch.tensor([254.0]))  # the scale is 2
     tensor([[254.,  -4.,   4.]])
     """
     size_NI = quantized_NI.to(torch.int32).abs()

@@ -42,7 +42,7 @@ from ..fields import Fields
 from ..source import cut, limited
 from ..synced import sync
 from ..tokenizer import Tokenizer, read_tokenizer
-from .encoding import decode, encode, layout
+from .encoding import Quantizers, decode, encode, layout
 
 Part = TypeVar("Part", EmbeddingWeights, LayerWeights, HeadWeights)
 
@@ -59,6 +59,7 @@ def write(
     folder: Path,
     storage: Storage,
     *,
+    quantizers: Quantizers,
     about: dict[str, Any],
     tokenizer: Tokenizer | None,
     report: Callable[[str], None],
@@ -80,7 +81,7 @@ def write(
                 _write_text(temporary / TOKENIZER, tokenizer.inner.to_str())
             for name, part in _parts(source):
                 report(f"writing {name} of {len(source.config.layers)} layers")
-                _write_part(temporary / f"{name}{ENDING}", part, storage)
+                _write_part(temporary / f"{name}{ENDING}", part, storage, quantizers)
                 del part
             return _put_in_place(temporary, folder)
         finally:
@@ -102,12 +103,12 @@ def _check_place(config: ModelConfig, folder: Path, storage: Storage) -> None:
         raise RequestError(f"{parent} has {free:,} bytes free; the model takes {needed:,} in {storage}: make room")
 
 
-def _write_part(path: Path, part: Any, storage: Storage) -> None:
+def _write_part(path: Path, part: Any, storage: Storage, quantizers: Quantizers) -> None:
     """Tensors that share memory, which the library refuses, are copied."""
     of_part: dict[str, Tensor] = {}
     places: set[int] = set()
     for each in tensors(part):
-        for name, tensor in encode(*each, storage).items():
+        for name, tensor in encode(*each, storage, quantizers).items():
             tensor = tensor.contiguous()
             of_part[name] = tensor.clone() if tensor.data_ptr() in places else tensor
             places.add(of_part[name].data_ptr())

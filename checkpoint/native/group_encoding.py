@@ -14,6 +14,8 @@ float32 is coarser than the step, back to the weight that the code came from.
 Shapes: N rows, I columns, G groups of a row, C columns of a group, W = ceil(I / 2) bytes of a row.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,15 @@ from ...spec.config import INT4_GROUP
 from ...spec.errors import WeightError
 
 
-def quantized_groups(weight_NI: Tensor, name: str = "weight_NI") -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as bytes [N, W], and the least and largest weight of each group, [N, G], of a float32 matrix.
+def encoded_groups(
+    weight_NI: Tensor, quantize: Callable[[Tensor], Tensor], name: str = "weight_NI"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values as bytes [N, W], and the least and largest weight of each group, [N, G], of a float32 matrix.
 
     Raises `WeightError` where a group holds something not finite, or its range is not.
 
-    >>> byte_NW, min_NG, max_NG = quantized_groups(torch.tensor([[0.0, 15.0, 2.5, 10.0, 3.0]]))
+    >>> values_NI = torch.tensor([[0, 15, 2, 10, 3]])
+    >>> byte_NW, min_NG, max_NG = encoded_groups(torch.tensor([[0.0, 15.0, 2.5, 10.0, 3.0]]), lambda weight: values_NI)
     >>> [hex(byte) for byte in byte_NW[0].tolist()], min_NG.tolist(), max_NG.tolist()
     (['0xf', '0x2a', '0x30'], [[0.0]], [[15.0]])
     """
@@ -37,18 +42,16 @@ def quantized_groups(weight_NI: Tensor, name: str = "weight_NI") -> tuple[Tensor
         row = int((~range_NG.isfinite()).nonzero()[0, 0])
         raise WeightError(
             f"{name} holds weights from {float(weight_NI[row].amin())} to {float(weight_NI[row].amax())} in row {row}; "
-            f"int4 keeps finite numbers alone, and no more than {torch.finfo(torch.float32).max:.3g} apart"
+            f"int4 keeps finite numbers only, and no more than {torch.finfo(torch.float32).max:.3g} apart"
         )
-    scale_NG1 = (range_NG / 15)[..., None]
-    quantized_NGC = torch.where(scale_NG1 > 0, (weight_NGC - min_NG[..., None]) / scale_NG1, 0.0).round().clamp(0, 15)
-    quantized_NI = quantized_NGC.to(torch.uint8).flatten(1)[:, : weight_NI.shape[1]]
-    return _two_to_a_byte(quantized_NI), min_NG, max_NG
+    return _two_to_a_byte(quantize(weight_NI).to(torch.uint8)), min_NG, max_NG
 
 
 def dequantized_groups(byte_NW: Tensor, min_NG: Tensor, max_NG: Tensor, inputs: int) -> Tensor:
-    """Float32 numbers [N, inputs] that quantize to these very codes and steps.
+    """Return float32 numbers [N, inputs] that quantize to these very values and scales.
 
-    >>> dequantized_groups(*quantized_groups(torch.tensor([[0.0, 15.0, 2.5, 10.0, 3.0]])), inputs=5)
+    >>> byte_NW = torch.tensor([[0x0F, 0x2A, 0x30]], dtype=torch.uint8)
+    >>> dequantized_groups(byte_NW, torch.tensor([[0.0]]), torch.tensor([[15.0]]), inputs=5)
     tensor([[ 0., 15.,  2., 10.,  3.]])
     """
     quantized_NI = torch.stack((byte_NW >> 4, byte_NW & 15), -1).flatten(1)[:, :inputs]

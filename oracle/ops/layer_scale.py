@@ -1,121 +1,100 @@
 """The sizes of what is rounded on the way through a layer and through its attention, to first order.
 
-Shapes: B batch, T new tokens, S tokens before them, M hidden, H query heads, K key/value heads, D head size, F
-intermediate, J rotating pairs.
+The reference's own layer is run, so that no norm, residual or cache can stand elsewhere here than there. It is run on a
+batch of twice as many sequences: first the values, then for each the scale to which it is known. A residual sum is then
+the sum of values and of scales alike, and so is a cache that grows; each component is replaced by one that computes the
+values as the reference does, and the scales by that component's own rule.
+
+Shapes: B batch, T new tokens, S tokens before them, M hidden, H query heads, K key/value heads, D head size.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from ...reference import attention as attention_file
-from ...reference.cache import KVCache, append
-from ...reference.components import DEFAULT
-from ...reference.layer import self_attention
+from ...reference import mlp as mlp_file
+from ...reference.attention import attention
+from ...reference.cache import KVCache
+from ...reference.components import Components
+from ...reference.layer import layer, self_attention
 from ...reference.linear import linear
-from ...reference.mlp import mlp
-from ...reference.positions import alibi, rotate
-from ...spec.config import AttentionConfig, NormPlacement, QkNormSpan, Residual
-from ...spec.weights import AttentionWeights, LayerWeights, LinearWeights, NormWeights
+from ...reference.positions import rotate
+from ...spec.config import MlpConfig, NormConfig
+from ...spec.weights import LinearWeights, MlpWeights, NormWeights
 from ..case import Inputs
 from ..scale import attention_scale, linear_scale, norm_with_scale
 from .mlp import mlp_scale
 from .positions import rotate_scale
 
-Known = tuple[Tensor, Tensor]
-"""A value, and the scale to which it is known."""
+
+class Known(Tensor):
+    """Values, and after them along the batch the scales to which they are known; in float64.
+
+    >>> known = join(torch.tensor([[5.0, -1.0]]), torch.tensor([[6.0, 1.0]]))
+    >>> (known + 0.5 * known).tolist()
+    [[7.5, -1.5], [9.0, 1.5]]
+    >>> known.clamp(-2.0, 2.0).tolist()  # a value is as well known after as before
+    [[2.0, -1.0], [6.0, 1.0]]
+    """
+
+    def clamp(self, *bounds: Any) -> "Known":
+        value, scale = split(self)
+        return join(value.clamp(*bounds), scale)
 
 
-def self_attention_with_scale(
-    x_BTM: Tensor, scale_x: Tensor, weights: AttentionWeights, config: AttentionConfig, cache: KVCache
-) -> list[Tensor]:
-    """The scales of the output, the keys and the values; in float64."""
-    position_S = torch.arange(cache.length + x_BTM.shape[1])
-    position_T = position_S[cache.length :]
-
-    def heads(value: Tensor) -> Tensor:
-        return rearrange(value, "b t (h d) -> b t h d", d=config.head_size)
-
-    def projected(part: LinearWeights, part_norm: NormWeights | None, turns: bool) -> Known:
-        known = linear(x_BTM, part), linear_scale(scale_x, part)
-        if config.qkv_clip is not None:
-            known = known[0].clamp(-config.qkv_clip, config.qkv_clip), known[1]
-        if config.qk_norm is not None and part_norm is not None:
-            known = _head_norm_with_scale(*known, part_norm, config)
-        value, scale = (heads(each) for each in known)
-        if turns and config.rotary is not None and weights.rotary_frequency_J is not None:
-            turn = (position_T, weights.rotary_frequency_J, config.rotary.layout, config.rotary.attention_factor)
-            value, scale = rotate(value, *turn), rotate_scale(scale, *turn)
-        return value, scale
-
-    query, scale_q = projected(weights.query, weights.query_norm, turns=True)
-    key, scale_k = projected(weights.key, weights.key_norm, turns=True)
-    value, scale_v = projected(weights.value, None, turns=False)
-    slope_H = weights.alibi_slope_H
-    grown = append(cache, key, value)
-    scales = append(KVCache(cache.key_BSKD.abs(), cache.value_BSKD.abs()), scale_k, scale_v)
-    scale_out = attention_scale(
-        query,
-        grown.key_BSKD,
-        grown.value_BSKD,
-        visible_TS=attention_file.visible(position_T, position_S, causal=config.causal, window=config.window),
-        scale=config.scale,
-        softcap=config.softcap,
-        bias_HTS=None if slope_H is None else alibi(slope_H, position_T, position_S),
-        scales=(scale_q, scales.key_BSKD, scales.value_BSKD),
-    )
-    out = linear_scale(rearrange(scale_out, "b t h d -> b t (h d)"), weights.output)
-    return [out, scales.key_BSKD, scales.value_BSKD]
+def join(value: Tensor, scale: Tensor) -> Known:
+    """Return both as one batch."""
+    return torch.cat([value, scale]).as_subclass(Known)
 
 
-def _head_norm_with_scale(value: Tensor, scale: Tensor, weights: NormWeights, config: AttentionConfig) -> Known:
-    assert config.qk_norm is not None
-    if config.qk_norm_span is QkNormSpan.ALL_HEADS:
-        return norm_with_scale(value, scale, weights, config.qk_norm)
-    apart, size = "b t (h d) -> b t h d", config.head_size
-    bias_HD = None if weights.bias_M is None else weights.bias_M.view(-1, size)
-    of_heads = NormWeights(gain_M=weights.gain_M.view(-1, size), bias_M=bias_HD)
-    normed = norm_with_scale(rearrange(value, apart, d=size), rearrange(scale, apart, d=size), of_heads, config.qk_norm)
-    return normed[0].flatten(2), normed[1].flatten(2)
+def split(known: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values and their scales."""
+    value, scale = known.as_subclass(Tensor).chunk(2)
+    return value, scale
+
+
+def _norm(x: Tensor, weights: NormWeights, config: NormConfig, /) -> Tensor:
+    return join(*norm_with_scale(*split(x), weights, config))
+
+
+def _linear(x: Tensor, weights: LinearWeights, /) -> Tensor:
+    value, scale = split(x)
+    return join(linear(value, weights), linear_scale(scale, weights))
+
+
+def _rotate(x_BTHD: Tensor, /, *turn: Any) -> Tensor:
+    value, scale = split(x_BTHD)
+    return join(rotate(value, *turn), rotate_scale(scale, *turn))
+
+
+def _attention(query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, /, **options: Any) -> Tensor:
+    given = [split(each) for each in (query_BTHD, key_BSKD, value_BSKD)]
+    values, (scale_q, scale_k, scale_v) = [value for value, _ in given], [scale for _, scale in given]
+    return join(attention(*values, **options), attention_scale(*values, **options, scales=(scale_q, scale_k, scale_v)))
+
+
+def _mlp(x_BTM: Tensor, weights: MlpWeights, config: MlpConfig, /, *, linear: object) -> Tensor:
+    value, scale = split(x_BTM)
+    return join(mlp_file.mlp(value, weights, config), mlp_scale(scale, weights))
+
+
+_SCALES = Components(norm=_norm, linear=_linear, rotate=_rotate, attention=_attention, mlp=_mlp)
+
+
+def known_after(function: Callable[..., tuple[Tensor, KVCache]], exact: Inputs) -> list[tuple[Tensor, Tensor]]:
+    """Return what the reference's layer or its attention gives, output, keys and values, each with its scales."""
+    x_BTM: Tensor = exact["x_BTM"]
+    old: KVCache = exact["cache"]
+    cache = KVCache(join(old.key_BSKD, old.key_BSKD.abs()), join(old.value_BSKD, old.value_BSKD.abs()))
+    out, grown = function(join(x_BTM, x_BTM.abs()), exact["weights"], exact["config"], cache, _SCALES)
+    return [split(each) for each in (out, grown.key_BSKD, grown.value_BSKD)]
 
 
 def scale_of_self_attention(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return self_attention_with_scale(
-        exact["x_BTM"], exact["x_BTM"].abs(), exact["weights"], exact["config"], exact["cache"]
-    )
+    return [scale for _, scale in known_after(self_attention, exact)]
 
 
 def scale_of_layer(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    config, cache = exact["config"], exact["cache"]
-    weights: LayerWeights = exact["weights"]
-    x: Known = exact["x_BTM"], exact["x_BTM"].abs()
-    of_cache: list[Tensor] = []
-
-    def normed(known: Known, part: NormWeights | None) -> Known:
-        return known if part is None else norm_with_scale(*known, part, config.norm)
-
-    def attended(known: Known) -> Known:
-        of_attention = self_attention_with_scale(*known, weights.attention, config.attention, cache)
-        of_cache.extend(of_attention[1:])
-        return self_attention(known[0], weights.attention, config.attention, cache, DEFAULT)[0], of_attention[0]
-
-    def fed(known: Known) -> Known:
-        return mlp(known[0], weights.mlp, config.mlp), mlp_scale(known[1], weights.mlp)
-
-    def added(one: Known, other: Known) -> Known:
-        return one[0] + config.residual_scale * other[0], one[1] + config.residual_scale * other[1]
-
-    def joined(one: Known, other: Known, part: NormWeights | None) -> Known:
-        if config.norm_placement is NormPlacement.POST_NORM:
-            return normed(added(one, other), part)
-        return added(one, normed(other, part))
-
-    on_stream = config.norm_placement is NormPlacement.STREAM_NORM
-    read = normed(x, weights.attention_norm)
-    if config.residual is Residual.SEQUENTIAL:
-        middle = joined(read if on_stream else x, attended(read), weights.attention_output_norm)
-        second = normed(middle, weights.mlp_norm)
-        out = joined(second if on_stream else middle, fed(second), weights.mlp_output_norm)
-    else:
-        out = added(added(x, attended(read)), fed(normed(x, weights.mlp_norm) if weights.mlp_norm else read))
-    return [out[1], *of_cache]
+    return [scale for _, scale in known_after(layer, exact)]

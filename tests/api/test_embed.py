@@ -17,8 +17,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import twinfer
 from twinfer import embedding
-from twinfer.checkpoint import Checkpoint, convert, open_model
+from twinfer.checkpoint import Checkpoint, open_model
 from twinfer.commands.main import main
+from twinfer.converting import convert
 from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import NumericsError, RequestError

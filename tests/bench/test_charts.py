@@ -23,7 +23,7 @@ def rows(make_row: MakeRow) -> list[Row]:
         make_row(shape={"T": 8}, speed_up=12.0),
         make_row(storage="float32", **even),
         make_row(storage="float32", speed_up=0.5),
-        make_row(storage="float32", implementation="compiled", speed_up=2.0),
+        make_row(storage="float32", implementation="torch.compile", speed_up=2.0),
         make_row(implementation="reduce-overhead", speed_up=None, gflop_per_s=None),
     ]
 
@@ -37,9 +37,9 @@ def test_bars_are_geometric_means(rows: list[Row]) -> None:
             place = round(bar.get_x() + bar.get_width() / 2)
             heights[bars.get_label(), axes.get_xticklabels()[place].get_text()] = bar.get_height()
     assert heights == {
-        ("arranged", "linear\nint8"): pytest.approx(6.0, rel=1e-12),
-        ("arranged", "linear\nfloat32"): 0.5,
-        ("compiled", "linear\nfloat32"): 2.0,
+        ("compiled", "linear\nint8"): pytest.approx(6.0, rel=1e-12),
+        ("compiled", "linear\nfloat32"): 0.5,
+        ("torch.compile", "linear\nfloat32"): 2.0,
     }
 
 
@@ -48,7 +48,7 @@ def test_points_lie_under_the_machines_limit(rows: list[Row]) -> None:
     axes = roofline(rows).axes[0]
     points = {tuple(point) for drawn in axes.collections for point in drawn.get_offsets().tolist()}
     assert points == {(2.0, 12.0)}
-    assert {drawn.get_label() for drawn in axes.collections} == {"eager", "arranged", "compiled"}
+    assert {drawn.get_label() for drawn in axes.collections} == {"eager", "compiled", "torch.compile"}
     (line,) = axes.lines
     across, up = line.get_xdata(), line.get_ydata()
     assert list(zip(across, up, strict=True)) == [(2.0, 80.0), (5.0, 200.0), (10.0, 200.0)]

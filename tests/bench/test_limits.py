@@ -1,7 +1,6 @@
 """What counts as a limit, how a share of it is made, and what the system says of memory."""
 
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinfer.bench import limits, machine
-from twinfer.bench.limits import Ruler, Rulers, share_of_limit
+from twinfer.bench.limits import Probe, Probes, share_of_limit
 from twinfer.bench.rows import Limits
-from twinfer.bench.timing import Timing
+from twinfer.bench.timing import Sample, Timing
 
 _rate = st.floats(1e3, 1e15)
 
@@ -42,10 +41,11 @@ def test_at_the_limit_the_share_is_one(read: float, gemm: float, bytes: int, flo
 def test_a_limit_is_the_best_sample_of_the_best_way(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = {"steady": (2.0, 2.0, 2.0), "lucky once": (9.0, 1.0, 9.0), "more bytes": (4.0, 4.0, 4.0)}
 
-    def timed(candidates: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, Timing]:
-        return {name: Timing(seconds=taken[name], calls=1) for name in candidates}
+    def timed(samples: dict[str, Sample], rounds: int) -> dict[str, Timing]:
+        return {name: Timing(seconds=taken[name], calls=1) for name in samples}
 
     monkeypatch.setattr(limits, "interleave", timed)
+    monkeypatch.setattr(limits, "sample_of", lambda call, device: Sample(take=lambda: 0.0))
     ways = {"steady": (lambda: None, 100), "lucky once": (lambda: None, 100), "more bytes": (lambda: None, 600)}
     best = limits._best(ways, 3, "cpu")
     assert (best.name, best.rate, best.amount) == ("more bytes", 150.0, 600)
@@ -56,13 +56,13 @@ def test_a_limit_is_the_best_sample_of_the_best_way(monkeypatch: pytest.MonkeyPa
 
 def test_limits_are_those_of_the_rounds() -> None:
     """The machine when a row was timed counts, not when the ways were tried."""
-    read = Ruler(name="sum", call=lambda: None, amount=100, rate=50.0)
-    gemm = Ruler(name="square", call=lambda: None, amount=600, rate=200.0)
-    rulers = Rulers(read=read, gemm=gemm)
-    assert rulers.limits() == Limits(read_bytes_per_s=50.0, read_by="sum", gemm_flops_per_s=200.0, gemm_by="square")
+    read = Probe(name="sum", call=lambda: None, amount=100, rate=50.0)
+    gemm = Probe(name="square", call=lambda: None, amount=600, rate=200.0)
+    probes = Probes(read=read, gemm=gemm)
+    assert probes.limits() == Limits(read_bytes_per_s=50.0, read_by="sum", gemm_flops_per_s=200.0, gemm_by="square")
     seconds = [(4.0, 5.0), (6.0, 2.0)]
-    timings = {name: Timing(seconds=each, calls=1) for name, each in zip(rulers.calls, seconds, strict=True)}
-    assert rulers.limits(timings) == Limits(
+    timings = {name: Timing(seconds=each, calls=1) for name, each in zip(probes.calls, seconds, strict=True)}
+    assert probes.limits(timings) == Limits(
         read_bytes_per_s=25.0, read_by="sum", gemm_flops_per_s=300.0, gemm_by="square"
     )
 

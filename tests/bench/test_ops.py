@@ -40,9 +40,9 @@ CASES = [
 
 @pytest.mark.parametrize(("setting", "shape", "storage"), CASES)
 def test_every_column_keeps_the_ops_guarantee(setting: Setting, shape: dict[str, int], storage: Storage) -> None:
-    """On the same stored weights: the reference on the stored form, on what anyone is given, and the arranged one."""
+    """On the same stored weights: the reference on the stored form, on what anyone is given, and the compiled one."""
     prepared = setting.prepare(setting.case(shape, seed=3), storage)
-    columns = [prepared.reference, prepared.given, prepared.arranged]
+    columns = [prepared.reference, prepared.given, prepared.compiled]
     truth = ops._remembered(setting.op.reference)
     for column in columns:
         assert column is not None
@@ -141,16 +141,16 @@ def test_rows_are_given_as_the_path_gives_them(
     """Rows of a decode step in passes of four, of float32 in one; more by a graph for any number, compiled on 24."""
     setting = SETTINGS["linear"]
     shape = {"B": 1, "T": tokens, "I": 70, "N": 5}
-    arranged = setting.prepare(setting.case(shape, seed=0), storage).arranged
-    assert arranged is not None
-    assert arranged.varying == ({"x_RI": (0,)} if example == 24 else {})
-    assert (None if arranged.example is None else len(arranged.example["x_RI"])) == example
+    compiled = setting.prepare(setting.case(shape, seed=0), storage).compiled
+    assert compiled is not None
+    assert compiled.varying == ({"x_RI": (0,)} if example == 24 else {})
+    assert (None if compiled.example is None else len(compiled.example["x_RI"])) == example
     seen: list[int] = []
 
     def call(x_RI: Tensor, matrix: Any) -> Tensor:
         seen.append(len(x_RI))
-        return arranged.program(x_RI=x_RI, matrix=matrix)
+        return compiled.program(x_RI=x_RI, matrix=matrix)
 
-    result = arranged.passes(call)(**arranged.arguments)
+    result = compiled.passes(call)(**compiled.arguments)
     assert seen == passes
-    assert torch.equal(result, arranged.program(**arranged.arguments))
+    assert torch.equal(result, compiled.program(**compiled.arguments))

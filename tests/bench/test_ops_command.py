@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from twinfer.bench import compiling, limits, ops
-from twinfer.bench.limits import Ruler, Rulers, share_of_limit
+from twinfer.bench.limits import Probe, Probes, share_of_limit
 from twinfer.bench.rows import Accuracy, Row, read_rows, write_rows
 from twinfer.commands import bench_ops
 from twinfer.commands.main import main
@@ -44,11 +44,11 @@ def recompiling(*, x, kind):
 
 @pytest.fixture(autouse=True)
 def prepared_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rulers are found in tests of their own; these are quick to call."""
+    """Probes are found in tests of their own; these are quick to call."""
     values = torch.ones(1000)
-    read = Ruler(name="sum", call=lambda: values.sum(), amount=values.nbytes, rate=1.0)
-    gemm = Ruler(name="dot", call=lambda: values @ values, amount=2000, rate=1.0)
-    monkeypatch.setattr(limits, "find_rulers", lambda *_, **__: Rulers(read=read, gemm=gemm))
+    read = Probe(name="sum", call=lambda: values.sum(), amount=values.nbytes, rate=1.0)
+    gemm = Probe(name="dot", call=lambda: values @ values, amount=2000, rate=1.0)
+    monkeypatch.setattr(limits, "find_probes", lambda *_, **__: Probes(read=read, gemm=gemm))
     monkeypatch.setattr(compiling, "start_compiler", lambda device: None)
 
 
@@ -72,13 +72,13 @@ def test_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Rows, file, charts; and the command that a row names measures that row again."""
     out = tmp_path / "rows.jsonl"
     status, printed = run(
-        capsys, *TINY, "--column", "arranged", "--out", str(out), "--charts", str(tmp_path), "--seed", "7"
+        capsys, *TINY, "--column", "compiled", "--out", str(out), "--charts", str(tmp_path), "--seed", "7"
     )
     assert status == 0
     rows = read_rows(out)
-    assert [row.implementation for row in rows] == ["eager", "arranged"]
+    assert [row.implementation for row in rows] == ["eager", "compiled"]
     assert [json.loads(row.to_json()) for row in rows] == printed["rows"]
-    eager, arranged = rows
+    eager, compiled = rows
     assert eager.speed_up == 1
     for row in rows:
         assert row.accuracy is Accuracy.PASSED
@@ -97,15 +97,15 @@ def test_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert row.share_of_limit == share_of_limit(row.bytes, row.flops or 0, row.p50_s, row.limits)
         assert row.seed == 7
         assert row.machine.torch == torch.__version__
-    assert (arranged.graphs, arranged.graph_breaks, arranged.recompiles) == (1, (), 0)
-    assert arranged.compile_cold_s is not None
-    assert arranged.compile_warm_s is not None
-    assert arranged.compile_cold_s > arranged.compile_warm_s > 0
+    assert (compiled.graphs, compiled.graph_breaks, compiled.recompiles) == (1, (), 0)
+    assert compiled.compile_cold_s is not None
+    assert compiled.compile_warm_s is not None
+    assert compiled.compile_cold_s > compiled.compile_warm_s > 0
     assert eager.graphs is None
-    assert printed["geometric_means"] == {"arranged": pytest.approx(arranged.speed_up, rel=1e-12)}
+    assert printed["geometric_means"] == {"compiled": pytest.approx(compiled.speed_up, rel=1e-12)}
     assert {"roofline.png", "speed-ups.png"} <= {path.name for path in tmp_path.iterdir()}
 
-    program, *words = shlex.split(arranged.repro)
+    program, *words = shlex.split(compiled.repro)
     assert program == "twinfer"
     status, again = run(capsys, *words)
     assert status == 0
@@ -175,7 +175,7 @@ def test_reduce_overhead_says_that_it_captures_nothing_here(capsys: pytest.Captu
         (["--op", "linear", "--shape", "T=1,N"], "no shape"),
         (["--op", "linear", "--shape", "T=0,I=1,N=1"], "below 1"),
         (["--shape", "T=1"], "--op names 0"),
-        (["--op", "linear", "--column", "fastest"], "the columns are eager, compiled"),
+        (["--op", "linear", "--column", "fastest"], "the columns are eager, torch.compile"),
         (["--impl", "a:b"], "--impl is a function of one op"),
         (["--op", "rotate", "--storage", "int8"], "nothing is left to time"),
         (["--op", "rotate", "--rounds", "0"], "--rounds is 0"),
@@ -236,9 +236,9 @@ def test_a_regression_fails_and_is_named(
     measured = Measured([make_row((1.0, 1.1, 1.2)), make_row((2.8, 3.0, 3.1), **mlp)], [make_row(second)])
     monkeypatch.setattr(bench_ops, "measure", measured)
     assert main(["bench", "ops", "--compare", str(old)]) == status
-    assert measured.asked == [(["linear", "mlp"], None), (["linear"], frozenset({"arranged"}))]
+    assert measured.asked == [(["linear", "mlp"], None), (["linear"], frozenset({"compiled"}))]
     shown = capsys.readouterr().out
-    assert ("linear B=1,T=1,I=576,N=960 int8 arranged: slower" in shown) == (status == 1)
+    assert ("linear B=1,T=1,I=576,N=960 int8 compiled: slower" in shown) == (status == 1)
     assert f"{status} regressions; {2 - status} of 2 rows the same within noise" in shown
 
 
@@ -262,6 +262,6 @@ def test_a_file_of_another_schema_is_refused(
     capsys: pytest.CaptureFixture[str], make_row: Callable[..., Row], tmp_path: Path
 ) -> None:
     old = tmp_path / "old.jsonl"
-    old.write_text(make_row().to_json().replace("twinfer.bench/1", "twinfer.bench/9"))
+    old.write_text(make_row().to_json().replace("twinfer.bench/2", "twinfer.bench/9"))
     assert main(["bench", "ops", "--compare", str(old)]) == 2
     assert "schema is 'twinfer.bench/9'" in capsys.readouterr().err

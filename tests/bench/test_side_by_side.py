@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.bench import side_by_side
-from twinfer.bench.side_by_side import Key, Sample, Workload, greedy, interleave, prompt, sample
+from twinfer.bench import side_by_side, timing
+from twinfer.bench.side_by_side import Key, ModelSample, Workload, greedy, measure_in_turn, prompt, sample
 
 A, B = Key("a", "decode batch 1"), Key("b", "decode batch 1")
 
@@ -29,6 +29,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(side_by_side, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
     return clock
 
 
@@ -44,14 +45,14 @@ class Fake:
             yield [step] * batch
 
 
-def numbered(calls: list[str], name: str, seconds: list[float]) -> Sample:
+def numbered(calls: list[str], name: str, seconds: list[float]) -> ModelSample:
     following = iter(seconds)
 
     def take() -> float:
         calls.append(name)
         return next(following)
 
-    return Sample(take=take, tokens=4)
+    return ModelSample(take=take, tokens=4)
 
 
 def test_a_prompt_is_timed_without_steps_and_steps_without_the_prompt(clock: Clock) -> None:
@@ -102,7 +103,7 @@ def test_greedy_tokens_are_those_of_the_first_sequence(clock: Clock) -> None:
 def test_rounds_take_turns_and_the_first_is_not_counted(clock: Clock) -> None:
     calls: list[str] = []
     samples = {A: numbered(calls, "a", [100.0, 1.0, 2.0, 8.0]), B: numbered(calls, "b", [100.0, 4.0, 4.0, 4.0])}
-    measured = interleave(samples, 3)
+    measured = measure_in_turn(samples, 3)
     assert calls == ["a", "b"] * 4
     assert measured[A].timing.seconds == (1.0, 2.0, 8.0)
     assert measured[A].rates == [4.0, 2.0, 0.5]
@@ -118,7 +119,7 @@ def test_a_peer_that_fails_has_a_reason_and_the_rest_goes_on(clock: Clock, fails
             raise OSError("no\nroom")
         return 1.0
 
-    measured = interleave({A: Sample(take=take), B: numbered(calls, "b", [1.0] * 4)}, 3, may_fail={"a"})
+    measured = measure_in_turn({A: ModelSample(take=take), B: numbered(calls, "b", [1.0] * 4)}, 3, may_fail={"a"})
     assert measured[A].timing.error == "OSError: no room"
     assert measured[A].rates == []
     assert measured[B].timing.seconds == (1.0, 1.0, 1.0)
@@ -129,7 +130,7 @@ def test_what_may_not_fail_raises(clock: Clock) -> None:
         raise OSError("no room")
 
     with pytest.raises(OSError, match="no room"):
-        interleave({A: Sample(take=take)}, 3, may_fail={"b"})
+        measure_in_turn({A: ModelSample(take=take)}, 3, may_fail={"b"})
 
 
 def test_compiling_in_a_counted_round_is_an_error(clock: Clock) -> None:
@@ -141,7 +142,7 @@ def test_compiling_in_a_counted_round_is_an_error(clock: Clock) -> None:
         program(torch.ones(next(sizes)))
         return 1.0
 
-    measured = interleave({A: Sample(take=take), B: Sample(take=lambda: 2.0)}, 3)
+    measured = measure_in_turn({A: ModelSample(take=take), B: ModelSample(take=lambda: 2.0)}, 3)
     error = measured[A].timing.error
     assert error is not None
     assert "recompile" in error
@@ -150,6 +151,6 @@ def test_compiling_in_a_counted_round_is_an_error(clock: Clock) -> None:
 
 
 def test_there_is_a_pause_between_samples(clock: Clock) -> None:
-    interleave({A: Sample(take=lambda: 1.0), B: Sample(take=lambda: 1.0)}, 3)
+    measure_in_turn({A: ModelSample(take=lambda: 1.0), B: ModelSample(take=lambda: 1.0)}, 3)
     assert clock.now == pytest.approx(8 * side_by_side.PAUSE_S, abs=1e-12)
     assert time.perf_counter() > 0

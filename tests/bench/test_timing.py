@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.bench import timing
-from twinfer.bench.timing import Timing, geometric_mean, interleave, paired_ratios, quantile
+from twinfer.bench.timing import Timing, geometric_mean, interleave, paired_ratios, quantile, sample_of
 
 _seconds = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=20)
 
@@ -35,7 +35,7 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def test_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each round calls each candidate its number of times; the time is that of one call."""
+    """Each round, the first of which does not count, calls each its number of times; the time is that of one call."""
     monkeypatch.setattr(timing, "_calls_of_a_sample", lambda candidate, on_gpu: 2 if candidate is a else 1)
     clock, called = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
@@ -48,8 +48,8 @@ def test_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         called.append("b")
         clock[0] += 5
 
-    timings = interleave({"a": a, "b": b}, rounds=2)
-    assert "".join(called) == "aabaab"
+    timings = interleave({"a": sample_of(a), "b": sample_of(b)}, rounds=2)
+    assert "".join(called) == 3 * "aab"
     assert timings["a"] == Timing(seconds=(3.0, 3.0), calls=2)
     assert timings["b"] == Timing(seconds=(5.0, 5.0), calls=1)
 
@@ -85,7 +85,7 @@ def test_what_recompiles_while_it_is_timed_fails_by_name() -> None:
         compiled(torch.ones(2), calls)
 
     still = torch.compile(lambda x: x + 1, backend="eager")
-    timings = interleave({"growing": growing, "still": lambda: still(torch.ones(2))}, rounds=3)
+    timings = interleave({"growing": sample_of(growing), "still": sample_of(lambda: still(torch.ones(2)))}, rounds=3)
     error = timings["growing"].error
     assert error is not None
     assert "growing recompiled while it was timed" in error
@@ -102,8 +102,8 @@ def test_other_failures_are_not_hidden() -> None:
         nonlocal calls
         calls += 1
         time.sleep(timing.LEAST_SAMPLE_S)
-        if calls > 2:
+        if calls > 3:
             raise RuntimeError("out of luck")
 
     with pytest.raises(RuntimeError, match="out of luck"):
-        interleave({"failing": failing}, rounds=1)
+        interleave({"failing": sample_of(failing)}, rounds=1)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from twinfer.checkpoint import Checkpoint, Tokenizer, convert, open_model
+from twinfer.checkpoint import Checkpoint, Tokenizer, open_model
 from twinfer.checkpoint.native import folder as twinfer_folder
+from twinfer.converting import convert
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.trial import same_bits

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twinfer.checkpoint import convert, open_model
+from twinfer.checkpoint import open_model
+from twinfer.converting import convert
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import TwinferError

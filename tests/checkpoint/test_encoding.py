@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.checkpoint.config_json import from_json, to_json
-from twinfer.checkpoint.native.encoding import dequantized, encode, quantized
-from twinfer.checkpoint.native.group_encoding import dequantized_groups, quantized_groups
+from twinfer.checkpoint.native.encoding import Quantizers, dequantized, encode, encoded_rows
+from twinfer.checkpoint.native.group_encoding import dequantized_groups, encoded_groups
+from twinfer.compiled import packing
 from twinfer.compiled.packing import pack, quantize
+from twinfer.converting import REFERENCE
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import draw_model_config
 from twinfer.oracle.trial import same_bits
@@ -23,9 +25,16 @@ from twinfer.spec.errors import ConfigError, WeightError
 TINY = float(torch.finfo(torch.float32).smallest_normal)
 """Rows of about this size have scales that are denormal, or zero."""
 
+COMPILED = Quantizers(
+    rows=lambda weight_NI: packing.quantize_rows(weight_NI)[0],
+    groups=lambda weight_NI: packing.quantize_groups(weight_NI)[0],
+)
+quantizers = pytest.mark.parametrize("quantizers", [REFERENCE, COMPILED], ids=["reference", "compiled"])
+
 seeds = st.integers(0, 2**20)
 
 
+@quantizers
 @given(
     rows=st.lists(
         st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9), min_size=1
@@ -34,11 +43,11 @@ seeds = st.integers(0, 2**20)
 @example(rows=[[0.0, -0.0]])
 @example(rows=[[200 * 2**-149, 2**-149, -3 * 2**-149], [TINY, TINY / 3, -TINY / 127], [3e38, 1.0, -2e38]])
 @settings(max_examples=300)
-def test_codes_and_peaks_quantize_to_themselves(rows: list[list[float]]) -> None:
+def test_values_and_absmaxes_quantize_to_themselves(quantizers: Quantizers, rows: list[list[float]]) -> None:
     """On both paths, down to rows whose scale is denormal or zero."""
     weight_NI = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    again_NI = dequantized(*quantized(weight_NI))
-    assert same_bits(quantized(weight_NI)[0], quantized(again_NI)[0])
+    again_NI = dequantized(*encoded_rows(weight_NI, quantizers.rows))
+    assert same_bits(*(encoded_rows(each, quantizers.rows)[0] for each in (weight_NI, again_NI)))
     assert same_bits(*(stored(each, Storage.INT8, torch.float64) for each in (weight_NI, again_NI)))
     one, other = (pack(quantize(each, Storage.INT8)) for each in (weight_NI, again_NI))
     assert same_bits(one.word, other.word)
@@ -48,17 +57,17 @@ def test_codes_and_peaks_quantize_to_themselves(rows: list[list[float]]) -> None
 
 
 def test_codes_times_scales_would_not_do() -> None:
-    """What the peaks are for: of this row, codes times scale have another scale, and so other codes."""
+    """What the absmaxes are for: of this row, codes times scale have another scale, and so other codes."""
     weight_NI = torch.tensor([[572 * 2.0**-149, 100 * 2.0**-149]])
     quotient = stored(weight_NI, Storage.INT8, torch.float32)
     assert not same_bits(stored(quotient, Storage.INT8, torch.float32), quotient)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_int8_keeps_finite_numbers_alone(value: float) -> None:
+def test_int8_keeps_finite_numbers_only(value: float) -> None:
     weight_NI = torch.tensor([[1.0], [value]])
     with pytest.raises(WeightError, match=r"mlp\.up\.weight_NI holds (inf|nan) in row 1; int8 keeps finite"):
-        encode("mlp.up.weight_NI", weight_NI, Storage.INT8)
+        encode("mlp.up.weight_NI", weight_NI, Storage.INT8, REFERENCE)
 
 
 def narrow_rows(seed: int, inputs: int) -> Tensor:
@@ -80,14 +89,15 @@ def wide_rows(seed: int, inputs: int) -> Tensor:
     return (torch.randn(64, inputs, generator=generator).double() * 2.0**power_NI).float()
 
 
+@quantizers
 @given(seed=seeds, inputs=st.integers(1, 150), draw=st.sampled_from([narrow_rows, wide_rows]))
 @settings(max_examples=200)
-def test_groups_quantize_to_themselves(seed: int, inputs: int, draw: Any) -> None:
+def test_groups_quantize_to_themselves(quantizers: Quantizers, seed: int, inputs: int, draw: Any) -> None:
     """On both paths, from a group whose step is zero or denormal, or finer than float32 there, to the widest."""
     weight_NI = draw(seed, inputs)
     assert bool((weight_NI.diff() != 0).any()) or inputs < 3
-    again_NI = dequantized_groups(*quantized_groups(weight_NI), inputs)
-    assert same_bits(quantized_groups(weight_NI)[0], quantized_groups(again_NI)[0])
+    again_NI = dequantized_groups(*encoded_groups(weight_NI, quantizers.groups), inputs)
+    assert same_bits(*(encoded_groups(each, quantizers.groups)[0] for each in (weight_NI, again_NI)))
     assert same_bits(*(stored(each, Storage.INT4, torch.float64) for each in (weight_NI, again_NI)))
     one, other = (pack(quantize(each, Storage.INT4)) for each in (weight_NI, again_NI))
     assert same_bits(one.word, other.word)
@@ -109,16 +119,16 @@ def test_codes_times_steps_would_not_do() -> None:
         ([1.0, torch.inf], "holds weights from 1.0 to inf in row 1; int4 keeps finite"),
         ([-torch.inf, 1.0], "holds weights from -inf to 1.0 in row 1; int4 keeps finite"),
         ([1.0, torch.nan], "holds weights from nan to nan in row 1; int4 keeps finite"),
-        ([-3e38, 3e38], r"in row 1; int4 keeps finite numbers alone, and no more than 3.4e\+38 apart"),
+        ([-3e38, 3e38], r"in row 1; int4 keeps finite numbers only, and no more than 3.4e\+38 apart"),
     ],
 )
-def test_int4_keeps_finite_ranges_alone(row: list[float], message: str) -> None:
+def test_int4_keeps_finite_ranges_only(row: list[float], message: str) -> None:
     with pytest.raises(WeightError, match=r"mlp\.up\.weight_NI .*" + message):
-        encode("mlp.up.weight_NI", torch.tensor([[1.0, 2.0], row]), Storage.INT4)
+        encode("mlp.up.weight_NI", torch.tensor([[1.0, 2.0], row]), Storage.INT4, REFERENCE)
 
 
 def test_the_even_index_lies_in_the_high_four_bits() -> None:
-    byte_NW, _, _ = quantized_groups(torch.arange(16.0)[None])
+    byte_NW, _, _ = encoded_groups(torch.arange(16.0)[None], REFERENCE.groups)
     assert [f"{byte:02x}" for byte in byte_NW[0].tolist()] == ["01", "23", "45", "67", "89", "ab", "cd", "ef"]
 
 

@@ -15,10 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from twinfer.checkpoint import Checkpoint, convert, families, from_transformers, open_model
+from twinfer.checkpoint import Checkpoint, families, from_transformers, open_model
 from twinfer.checkpoint.families import FAMILIES
 from twinfer.checkpoint.family import Family
 from twinfer.compiled.path import CompiledPath
+from twinfer.converting import convert
 from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.encodings import Texts, assert_encodings_agree
