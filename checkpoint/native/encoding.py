@@ -19,6 +19,7 @@ from torch import Tensor
 from ...spec.config import INT4_GROUP, Storage
 from ...spec.errors import WeightError
 from ...spec.shapes import Shapes, is_buffer, is_matrix
+from ...spec.shard import Slices, index_of
 from .group_encoding import dequantized_groups, quantized_groups
 
 ABSMAX = ".absmax_N"
@@ -53,6 +54,32 @@ def _matrix_layout(name: str, rows: int, inputs: int, storage: Storage) -> dict[
         case Storage.INT4:
             of_groups = "F32", (rows, -(-inputs // INT4_GROUP))
             return {name: ("U8", (rows, -(-inputs // 2))), name + MIN: of_groups, name + MAX: of_groups}
+
+
+def layout_slices(slices: Slices, storage: Storage) -> dict[str, tuple[slice, ...]]:
+    """What a rank reads of each tensor of a file: quantized values are the same, and scaled the same, on any rank.
+
+    Scales belong to whole rows or groups, so columns take the scales of their rows along. Columns 128 to 191 in int4
+    are bytes 64 to 95, and group 2:
+
+    >>> layout_slices({"down.weight_NI": (None, slice(128, 192))}, Storage.INT4)["down.weight_NI"]
+    (slice(None, None, None), slice(64, 96, None))
+    """
+    cuts: dict[str, tuple[slice, ...]] = {}
+    for name, each in slices.items():
+        cuts[name] = index_of(each)
+        if is_matrix(name) and storage is Storage.INT8:
+            cuts[name + ABSMAX] = cuts[name][:1]
+        elif is_matrix(name) and storage is Storage.INT4:
+            rows, columns = cuts[name]
+            cuts[name] = rows, _coarser(columns, 2)
+            cuts[name + MIN] = cuts[name + MAX] = rows, _coarser(columns, INT4_GROUP)
+    return cuts
+
+
+def _coarser(columns: slice, size: int) -> slice:
+    """Columns as numbers of bytes or groups that hold so many of them."""
+    return slice(None) if columns.stop is None else slice(columns.start // size, -(-columns.stop // size))
 
 
 def encode(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
@@ -102,13 +129,14 @@ def quantized(weight_NI: Tensor, name: str = "weight_NI") -> tuple[Tensor, Tenso
 
 
 def dequantized(quantized_NI: Tensor, absmax_N: Tensor) -> Tensor:
-    """Float32 numbers that quantize to these very codes and peaks.
+    """Float32 numbers that quantize to these very codes and peaks, of whole rows or of some of their columns.
 
     >>> dequantized(*quantized(torch.tensor([[254.0, -5.0, 3.0]])))
     tensor([[254.,  -4.,   4.]])
     """
     size_NI = quantized_NI.to(torch.int32).abs()
-    largest_N1 = size_NI.amax(-1, keepdim=True)
-    weight_NI = quantized_NI.to(torch.float32) * (absmax_N / 127)[:, None]
+    scale_N = absmax_N / 127
+    largest_N1 = torch.where(scale_N > 0, absmax_N / scale_N, 0.0).round().clamp_max(127)[:, None]  # of the whole row
+    weight_NI = quantized_NI.to(torch.float32) * scale_N[:, None]
     at_peak_NI = (size_NI == largest_N1) & (largest_N1 > 0)
     return torch.where(at_peak_NI, torch.copysign(absmax_N[:, None].expand(quantized_NI.shape), weight_NI), weight_NI)
