@@ -53,3 +53,6 @@ class LiveModule:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().to("cpu")
+
+    def read_slice(self, name: str, cuts: tuple[slice, ...]) -> Tensor:
+        return self._tensors[name].detach()[cuts].to("cpu")

@@ -40,6 +40,10 @@ class TensorStore(Protocol):
         """The tensor, in the file's own float dtype or float32; it may share memory with the file."""
         ...
 
+    def read_slice(self, name: str, cuts: tuple[slice, ...]) -> Tensor:
+        """A part of the tensor, one range for each dimension; reads no more than the file's form requires."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffers:

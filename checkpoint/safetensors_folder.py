@@ -52,6 +52,10 @@ class SafetensorsFolder:
         tensor: Tensor = self._file_of[name].get_tensor(name)
         return tensor
 
+    def read_slice(self, name: str, cuts: tuple[slice, ...]) -> Tensor:
+        tensor: Tensor = self._file_of[name].get_slice(name)[cuts]
+        return tensor
+
 
 def _files(folder: Path) -> dict[Path, set[str]]:
     """The folder's weight files, each with the tensors that the index says it holds."""

@@ -3,7 +3,7 @@
 What it hands out may be views of the mapped file: a whole model is never held here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..spec.config import LayerConfig, ModelConfig
 from ..spec.errors import ConfigError
+from ..spec.shard import Shard, Slices, embedding_slices, head_slices, index_of, layer_slices
 from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble
 from .plan import Buffers, Reading, TensorStore, plan
+from .sliced_reading import read_slices
 from .table import Heads, Table
 
 
@@ -41,18 +43,33 @@ class FileSource:
         self.notes = tuple(dict.fromkeys(notes))
         """What whoever opens the model should know, though nothing is wrong."""
 
-    def embedding(self) -> EmbeddingWeights:
-        return cut(assemble(EmbeddingWeights, self._read(self._plan.embedding, None)), self.config)
+    def embedding(self, shard: Shard | None = None) -> EmbeddingWeights:
+        slices = None if shard is None else embedding_slices(self.config, shard)
+        return cut(assemble(EmbeddingWeights, self._read(self._plan.embedding, {}, slices)), self.config)
 
-    def layer(self, index: int) -> LayerWeights:
-        weights = self._read(self._plan.layers[index], self.config.layers[index])
-        return assemble(LayerWeights, {**weights, **self._buffers.layers[index]})
+    def layer(self, index: int, shard: Shard | None = None) -> LayerWeights:
+        slices = None if shard is None else layer_slices(self.config, index, shard)
+        buffers = self._buffers.layers[index]
+        return assemble(LayerWeights, self._read(self._plan.layers[index], buffers, slices, self.config.layers[index]))
 
-    def head(self) -> HeadWeights:
-        return assemble(HeadWeights, {**self._read(self._plan.head, None), **self._buffers.head})
+    def head(self, shard: Shard | None = None) -> HeadWeights:
+        slices = None if shard is None else head_slices(self.config, shard)
+        return assemble(HeadWeights, self._read(self._plan.head, self._buffers.head, slices))
 
-    def _read(self, readings: tuple[Reading, ...], layer: LayerConfig | None) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = {}
+    def _read(
+        self,
+        readings: tuple[Reading, ...],
+        buffers: Mapping[str, Tensor],
+        slices: Slices | None,
+        layer: LayerConfig | None = None,
+    ) -> dict[str, Tensor]:
+        """A part's weights by name, buffers among them; with slices, what they say of each."""
+        if slices is not None:
+            weights = {name: buffer[index_of(slices[name])] for name, buffer in buffers.items()}
+            for reading in readings:
+                weights |= read_slices(self._store, reading, slices, layer)
+            return weights
+        weights = dict(buffers)
         for reading in readings:
             tensor = self._rows(reading)
             if reading.stored.reorder is not None:

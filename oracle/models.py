@@ -28,7 +28,8 @@ from ..spec.config import (
     RotaryLayout,
 )
 from ..spec.shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
-from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble
+from ..spec.shard import Shard, embedding_slices, head_slices, layer_slices
+from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble, sliced
 from .case import Picker
 
 
@@ -133,15 +134,18 @@ class RandomSource:
         self._seed = seed
         self._dtype = dtype
 
-    def embedding(self) -> EmbeddingWeights:
-        return assemble(EmbeddingWeights, self._drawn("embedding", embedding_shapes(self.config)))
+    def embedding(self, shard: Shard | None = None) -> EmbeddingWeights:
+        weights = assemble(EmbeddingWeights, self._drawn("embedding", embedding_shapes(self.config)))
+        return weights if shard is None else sliced(weights, embedding_slices(self.config, shard))
 
-    def layer(self, index: int) -> LayerWeights:
+    def layer(self, index: int, shard: Shard | None = None) -> LayerWeights:
         shapes = layer_shapes(self.config.layers[index], self.config.hidden)
-        return assemble(LayerWeights, self._drawn(f"layer {index}", shapes))
+        weights = assemble(LayerWeights, self._drawn(f"layer {index}", shapes))
+        return weights if shard is None else sliced(weights, layer_slices(self.config, index, shard))
 
-    def head(self) -> HeadWeights:
-        return assemble(HeadWeights, self._drawn("head", head_shapes(self.config)))
+    def head(self, shard: Shard | None = None) -> HeadWeights:
+        weights = assemble(HeadWeights, self._drawn("head", head_shapes(self.config)))
+        return weights if shard is None else sliced(weights, head_slices(self.config, shard))
 
     def _drawn(self, part: str, shapes: Shapes) -> dict[str, Tensor]:
         return {name: self._tensor(part, name, shape) for name, shape in shapes.items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import WeightError
 from .shapes import Shapes, embedding_shapes, head_shapes, is_buffer, layer_shapes
+from .shard import Shard, Slices, embedding_slices, head_slices, index_of, layer_slices, sliced_shapes
 
 Part = TypeVar("Part")
 
@@ -113,35 +114,46 @@ class WeightSource(Protocol):
 
     Tensors come in any float dtype, on the CPU, and may share storage with the source (a memory-mapped file, a live
     module): read them, never write to them. Calling twice gives equal values, not necessarily the same tensor.
-    Each raises `CheckpointError` or `WeightError` where the part cannot be had.
+    With a shard, only what belongs to that rank is handed out, and no more is read than the file's form requires;
+    `config` stays that of the whole model. Each raises `CheckpointError` or `WeightError` where the part cannot be
+    had, and `RequestError` where so many ranks cannot share the model.
     """
 
     @property
     def config(self) -> ModelConfig: ...
 
-    def embedding(self) -> EmbeddingWeights: ...
+    def embedding(self, shard: Shard | None = None) -> EmbeddingWeights: ...
 
-    def layer(self, index: int) -> LayerWeights: ...
+    def layer(self, index: int, shard: Shard | None = None) -> LayerWeights: ...
 
-    def head(self) -> HeadWeights: ...
+    def head(self, shard: Shard | None = None) -> HeadWeights: ...
 
 
-def validate_embedding(weights: EmbeddingWeights, config: ModelConfig) -> None:
+def sliced(weights: Part, slices: Slices) -> Part:
+    """What a rank holds of a whole part, as views of it."""
+    named = dict(tensors(weights))
+    return assemble(type(weights), {name: named[name][index_of(cuts)] for name, cuts in slices.items()})
+
+
+def validate_embedding(weights: EmbeddingWeights, config: ModelConfig, shard: Shard | None = None) -> None:
     """Raise `WeightError` naming the first tensor that does not fit the config; likewise the two below."""
-    _check(weights, embedding_shapes(config), "embedding")
+    shapes = embedding_shapes(config)
+    _check(weights, sliced_shapes(shapes, embedding_slices(config, shard)) if shard else shapes, "embedding")
 
 
-def validate_layer(weights: LayerWeights, config: ModelConfig, index: int) -> None:
+def validate_layer(weights: LayerWeights, config: ModelConfig, index: int, shard: Shard | None = None) -> None:
     layer = config.layers[index]
     if layer.mlp.experts != 1:
         raise WeightError(
             f"layer {index} mlp has {layer.mlp.experts} experts; weights of dense MLPs alone are known, so it must be 1"
         )
-    _check(weights, layer_shapes(layer, config.hidden), f"layer {index}")
+    shapes = layer_shapes(layer, config.hidden)
+    _check(weights, sliced_shapes(shapes, layer_slices(config, index, shard)) if shard else shapes, f"layer {index}")
 
 
-def validate_head(weights: HeadWeights, config: ModelConfig) -> None:
-    _check(weights, head_shapes(config), "head")
+def validate_head(weights: HeadWeights, config: ModelConfig, shard: Shard | None = None) -> None:
+    shapes = head_shapes(config)
+    _check(weights, sliced_shapes(shapes, head_slices(config, shard)) if shard else shapes, "head")
 
 
 def tensors(weights: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -129,13 +129,29 @@ class GgufFile:
         return values
 
     def read(self, name: str) -> Tensor:
-        """Read some rows at a time: the library's arithmetic takes several times the memory of its result."""
         tensor, shape = self._tensors[name], self.shapes[name]
         if len(tensor.shape) < 2:
             return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+        return self._dequantized(tensor, shape, tensor.data)
+
+    def read_slice(self, name: str, cuts: tuple[slice, ...]) -> Tensor:
+        """Rows are read alone; of columns, the blocks that they lie in."""
+        tensor, shape = self._tensors[name], self.shapes[name]
+        if len(tensor.shape) < 2:
+            return self.read(name)[cuts]
+        rows, columns = (range(size)[cut] for size, cut in zip(shape, cuts, strict=True))
+        block, _ = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        first, end = columns.start // block, -(-columns.stop // block)
+        per_block = tensor.data.shape[1] * block // shape[1]
+        data = tensor.data[rows.start : rows.stop, first * per_block : end * per_block]
+        out = self._dequantized(tensor, (len(rows), (end - first) * block), data)
+        return out[:, columns.start - first * block : columns.stop - first * block]
+
+    def _dequantized(self, tensor: Any, shape: tuple[int, ...], data: Any) -> Tensor:
+        """Read some rows at a time: the library's arithmetic takes several times the memory of its result."""
         out = np.empty(shape, np.float32)
         for first in range(0, shape[0], _ROWS):
-            out[first : first + _ROWS] = dequantize(tensor.data[first : first + _ROWS], tensor.tensor_type)
+            out[first : first + _ROWS] = dequantize(data[first : first + _ROWS], tensor.tensor_type)
         self._header.forget_pages()
         return torch.from_numpy(out)
 

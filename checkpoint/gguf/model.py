@@ -50,4 +50,5 @@ class _Without:
         self.where = file.where
         self.shapes = {name: shape for name, shape in file.shapes.items() if name not in names}
         self.read = file.read
+        self.read_slice = file.read_slice
         self.unreadable = file.unreadable

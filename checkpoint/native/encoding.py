@@ -24,6 +24,7 @@ from torch import Tensor
 from ...spec.config import INT4_GROUP, Storage
 from ...spec.errors import WeightError
 from ...spec.shapes import Shapes, is_buffer, is_matrix
+from ...spec.shard import Slices, index_of
 from .group_encoding import dequantized_groups, encoded_groups
 
 Quantize = Callable[[Tensor], Tensor]
@@ -73,6 +74,32 @@ def _matrix_layout(name: str, rows: int, inputs: int, storage: Storage) -> dict[
             return {name: ("U8", (rows, -(-inputs // 2))), name + MIN: of_groups, name + MAX: of_groups}
 
 
+def layout_slices(slices: Slices, storage: Storage) -> dict[str, tuple[slice, ...]]:
+    """What a rank reads of each tensor of a file: quantized values are the same, and scaled the same, on any rank.
+
+    Scales belong to whole rows or groups, so columns take the scales of their rows along. Columns 128 to 191 in int4
+    are bytes 64 to 95, and group 2:
+
+    >>> layout_slices({"down.weight_NI": (None, slice(128, 192))}, Storage.INT4)["down.weight_NI"]
+    (slice(None, None, None), slice(64, 96, None))
+    """
+    cuts: dict[str, tuple[slice, ...]] = {}
+    for name, each in slices.items():
+        cuts[name] = index_of(each)
+        if is_matrix(name) and storage is Storage.INT8:
+            cuts[name + ABSMAX] = cuts[name][:1]
+        elif is_matrix(name) and storage is Storage.INT4:
+            rows, columns = cuts[name]
+            cuts[name] = rows, _coarser(columns, 2)
+            cuts[name + MIN] = cuts[name + MAX] = rows, _coarser(columns, INT4_GROUP)
+    return cuts
+
+
+def _coarser(columns: slice, size: int) -> slice:
+    """Columns as numbers of bytes or groups that hold so many of them."""
+    return slice(None) if columns.stop is None else slice(columns.start // size, -(-columns.stop // size))
+
+
 def encode(name: str, tensor: Tensor, storage: Storage, quantizers: Quantizers) -> dict[str, Tensor]:
     """Return what a file holds for the weight of that name. Raises `WeightError` for what int8 and int4 cannot keep."""
     if is_buffer(name):
@@ -115,13 +142,14 @@ def encoded_rows(weight_NI: Tensor, quantize: Quantize, name: str = "weight_NI")
 
 
 def dequantized(quantized_NI: Tensor, absmax_N: Tensor) -> Tensor:
-    """Return float32 numbers that quantize to these very values and absmaxes.
+    """Return float32 numbers that quantize to these very values and absmaxes, of whole rows or of some columns.
 
     >>> dequantized(torch.tensor([[127, -2, 2]], dtype=torch.int8), torch.tensor([254.0]))  # the scale is 2
     tensor([[254.,  -4.,   4.]])
     """
     size_NI = quantized_NI.to(torch.int32).abs()
-    largest_N1 = size_NI.amax(-1, keepdim=True)
-    weight_NI = quantized_NI.to(torch.float32) * (absmax_N / 127)[:, None]
+    scale_N = absmax_N / 127
+    largest_N1 = torch.where(scale_N > 0, absmax_N / scale_N, 0.0).round().clamp_max(127)[:, None]  # of the whole row
+    weight_NI = quantized_NI.to(torch.float32) * scale_N[:, None]
     at_peak_NI = (size_NI == largest_N1) & (largest_N1 > 0)
     return torch.where(at_peak_NI, torch.copysign(absmax_N[:, None].expand(quantized_NI.shape), weight_NI), weight_NI)

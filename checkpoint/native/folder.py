@@ -26,6 +26,15 @@ from ...spec.config import ModelConfig, Storage
 from ...spec.counts import total
 from ...spec.errors import CheckpointError, RequestError
 from ...spec.shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
+from ...spec.shard import (
+    Shard,
+    Slices,
+    check_ranks,
+    embedding_slices,
+    head_slices,
+    layer_slices,
+    sliced_shapes,
+)
 from ...spec.weights import (
     EmbeddingWeights,
     HeadWeights,
@@ -42,7 +51,7 @@ from ..fields import Fields
 from ..source import cut, limited
 from ..synced import sync
 from ..tokenizer import Tokenizer, read_tokenizer
-from .encoding import Quantizers, decode, encode, layout
+from .encoding import Quantizers, decode, encode, layout, layout_slices
 
 Part = TypeVar("Part", EmbeddingWeights, LayerWeights, HeadWeights)
 
@@ -164,14 +173,20 @@ class TwinferFolder:
         self._shapes |= {_layer_name(i): layer_shapes(each, config.hidden) for i, each in enumerate(config.layers)}
         self._check()
 
-    def embedding(self) -> EmbeddingWeights:
-        return cut(self._read(EmbeddingWeights, "embedding"), self.config)
+    def embedding(self, shard: Shard | None = None) -> EmbeddingWeights:
+        self._check_cuts(shard)
+        slices = None if shard is None else embedding_slices(self.config, shard)
+        return cut(self._read(EmbeddingWeights, "embedding", slices), self.config)
 
-    def layer(self, index: int) -> LayerWeights:
-        return self._read(LayerWeights, _layer_name(index))
+    def layer(self, index: int, shard: Shard | None = None) -> LayerWeights:
+        self._check_cuts(shard)
+        slices = None if shard is None else layer_slices(self.config, index, shard)
+        return self._read(LayerWeights, _layer_name(index), slices)
 
-    def head(self) -> HeadWeights:
-        return self._read(HeadWeights, "head")
+    def head(self, shard: Shard | None = None) -> HeadWeights:
+        self._check_cuts(shard)
+        slices = None if shard is None else head_slices(self.config, shard)
+        return self._read(HeadWeights, "head", slices)
 
     def tokenizer(self) -> Tokenizer | None:
         path = self._folder / TOKENIZER
@@ -195,15 +210,26 @@ class TwinferFolder:
                         f"be {wanted}: {REMEDY}"
                     )
 
+    def _check_cuts(self, shard: Shard | None) -> None:
+        if shard is not None:
+            check_ranks(self.config, shard.ranks, self.storage)
+
     def _header(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         with self._opened(name) as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (an open file is no dict)
+            slices = {_today(key): file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (an open file is no dict)
             return {key: (str(each.get_dtype()), tuple(each.get_shape())) for key, each in slices.items()}
 
-    def _read(self, kind: type[Part], name: str) -> Part:
+    def _read(self, kind: type[Part], name: str, slices: Slices | None) -> Part:
+        shapes = self._shapes[name]
         with self._opened(name) as file:
-            found: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return assemble(kind, decode(found, self._shapes[name], self.storage))
+            names = {_today(key): key for key in file.keys()}  # noqa: SIM118
+            if slices is None:
+                found: dict[str, Tensor] = {key: file.get_tensor(own) for key, own in names.items()}
+            else:
+                shapes = sliced_shapes(shapes, slices)
+                cuts = layout_slices(slices, self.storage)
+                found = {key: file.get_slice(names[key])[index] for key, index in cuts.items()}
+        return assemble(kind, decode(found, shapes, self.storage))
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
@@ -215,6 +241,11 @@ class TwinferFolder:
                 yield file
         except SafetensorError as error:
             raise CheckpointError(f"{path} is truncated or corrupt: {error}; {REMEDY}") from None
+
+
+def _today(name: str) -> str:
+    """A tensor's name, also where an older version wrote it, which called the width of the token table E."""
+    return name.replace("token_VE", "token_VW")
 
 
 def _layer_name(index: int) -> str:

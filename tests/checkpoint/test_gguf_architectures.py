@@ -32,6 +32,7 @@ from twinfer.spec.errors import ConfigError, TwinferError, WeightError
 
 from ..families.conftest import AGREEMENT, widened
 from ..families.examples import drawn
+from ..shards import assert_shards_join
 from .gguf_converter import Config, Rows, kept, offset
 from .gguf_kind import ROPES, Kind
 from .gguf_kinds_gpt import GPT_KINDS
@@ -98,6 +99,7 @@ class Written:
 
     def ours(self) -> Tensor:
         source = open_model(str(self.path)).source
+        assert_shards_join(source)
         path = ReferencePath(source, compute=torch.float64)
         if not source.config.extensible:
             return path.encode([self.token_T])[0]

@@ -30,6 +30,8 @@ from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, WeightSource, tensors
 
+from ..shards import assert_shards_join
+
 AGREEMENT = 1e-9
 """Largest relative difference of two float64 computations of one model.
 
@@ -135,6 +137,7 @@ class Twins:
             self.theirs.save_pretrained(folder)
             self.source: WeightSource = open_model(folder).source
             assert_same_model(self.source, from_transformers(self.theirs))
+            assert_shards_join(self.source)
         vocabulary, context = self.source.config.vocabulary, self.source.config.context
         lengths = tuple(min(length, context) for length in lengths)
         self.prompts = [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]

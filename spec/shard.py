@@ -1,0 +1,198 @@
+"""Which rows or columns of which tensor belong to one of the ranks that share a model, by the tensors' dotted names.
+
+Tensor slicing as in Megatron-LM (Shoeybi et al. 2019, section 3; the paper's section IV-A): the matrices that read the
+hidden vector are cut by rows, those that write it by columns, so a layer needs two all-reduces and nothing else.
+
+    rows       query, key, value, gate and up, with biases; gains of queries and keys; ALiBi slopes; token table; head
+    columns    attention output and down; their biases belong to rank 0 and are absent elsewhere
+    whole      norms, positions, token types, rotary frequencies, projections to and from the token table's width
+
+Heads stay whole, and every query head stays with the key/value head that it reads. Where there are more ranks than
+key/value heads, ranks that share a head all hold it. Example: 8 query heads over 2 key/value heads of 16 elements, an
+MLP of 96, and 1000 tokens, on 4 ranks. Rank 3 holds
+
+    query heads 6 and 7        rows 96..128 of query, and the same columns of the attention output
+    key/value head 1           rows 16..32 of key and value, which rank 2 holds too
+    a quarter of the MLP       rows 72..96 of gate and up, and the same columns of down
+    a quarter of the tokens    rows 750..1000 of token table and head
+
+A vocabulary need not divide: of 1001 tokens the ranks hold 251, 251, 251 and 248. Everything else must.
+"""
+
+from dataclasses import dataclass, replace
+
+from .config import INT4_GROUP, LayerConfig, ModelConfig, Storage
+from .errors import RequestError
+from .shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
+
+Slices = dict[str, tuple[slice | None, ...]]
+"""For each tensor that a rank holds, what it holds of each dimension; None is all of it."""
+
+_LAYER_ROWS = (
+    *("attention.query.", "attention.key.", "attention.value.", "mlp.gate.", "mlp.up."),
+    *("attention.query_norm.", "attention.key_norm.", "attention.alibi_slope_H"),
+)
+_LAYER_COLUMNS = ("attention.output.", "mlp.down.")
+_OF_KV_HEADS = ("attention.key.", "attention.value.", "attention.key_norm.")
+_EMBEDDING_ROWS = ("token_VW",)
+_HEAD_ROWS = ("projection.", "bias_V")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """What belongs to one rank of several that share a model."""
+
+    rank: int
+    """Counted from 0."""
+    ranks: int
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise RequestError(f"Shard.ranks is {self.ranks}; it must be at least 1")
+        if not 0 <= self.rank < self.ranks:
+            raise RequestError(f"Shard.rank is {self.rank}; of {self.ranks} ranks it must be 0 to {self.ranks - 1}")
+
+
+def embedding_slices(config: ModelConfig, shard: Shard) -> Slices:
+    """What the rank holds of the embedding. Raises `RequestError` as `check_ranks`; likewise the two below."""
+    check_ranks(config, shard.ranks)
+    return _slices(embedding_shapes(config), shard, _EMBEDDING_ROWS, ())
+
+
+def layer_slices(config: ModelConfig, index: int, shard: Shard) -> Slices:
+    """What the rank holds of a layer.
+
+    >>> from twinfer.spec.paper_models import PAPER_MODELS
+    >>> held = layer_slices(PAPER_MODELS["gpt2-1.5b"].config, 0, Shard(rank=1, ranks=5))  # 25 heads of 64
+    >>> held["attention.query.weight_NI"], held["mlp.down.weight_NI"], held["mlp_norm.gain_M"]
+    ((slice(320, 640, None), None), (None, slice(1280, 2560, None)), (None,))
+    >>> "mlp.down.bias_N" in held
+    False
+    """
+    check_ranks(config, shard.ranks)
+    layer = config.layers[index]
+    kv_heads = layer.attention.kv_heads
+    return _slices(layer_shapes(layer, config.hidden), shard, _LAYER_ROWS, _LAYER_COLUMNS, kv_heads)
+
+
+def head_slices(config: ModelConfig, shard: Shard) -> Slices:
+    """What the rank holds of the head."""
+    check_ranks(config, shard.ranks)
+    return _slices(head_shapes(config), shard, _HEAD_ROWS, ())
+
+
+def index_of(cuts: tuple[slice | None, ...]) -> tuple[slice, ...]:
+    """The cuts as an index of a tensor.
+
+    >>> index_of((None, slice(0, 4)))
+    (slice(None, None, None), slice(0, 4, None))
+    """
+    return tuple(slice(None) if cut is None else cut for cut in cuts)
+
+
+def sliced_shapes(shapes: Shapes, slices: Slices) -> Shapes:
+    """The shapes of what a rank holds, from those of the whole."""
+    return {
+        name: tuple(len(range(size)[cut]) for size, cut in zip(shapes[name], index_of(cuts), strict=True))
+        for name, cuts in slices.items()
+    }
+
+
+def local_layer(layer: LayerConfig, ranks: int) -> LayerConfig:
+    """The config by which each rank computes its part of a layer: its heads, and its part of the MLP.
+
+    Biases are there as in the whole layer; those of attention output and down, on rank 0 only.
+    """
+    attention = replace(
+        layer.attention,
+        heads=layer.attention.heads // ranks,
+        kv_heads=max(1, layer.attention.kv_heads // ranks),
+    )
+    return replace(layer, attention=attention, mlp=replace(layer.mlp, width=layer.mlp.width // ranks))
+
+
+def degrees(config: ModelConfig, storage: Storage | None = None) -> tuple[int, ...]:
+    """Every number of ranks that can share the model, in that storage where one is given.
+
+    In int4 the columns are cut where groups end, so that no two ranks share a group's minimum and scale: with 128 heads
+    of 160, the columns of one head would end inside a group.
+
+    >>> from twinfer.spec.paper_models import PAPER_MODELS
+    >>> config = PAPER_MODELS["lm-530b"].config
+    >>> degrees(config), degrees(config, Storage.INT4)
+    ((1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 32, 64))
+    """
+    most = min(layer.attention.heads for layer in config.layers)
+    return tuple(ranks for ranks in range(1, most + 1) if _refusal(config, ranks, storage) is None)
+
+
+def check_ranks(config: ModelConfig, ranks: int, storage: Storage | None = None) -> None:
+    """Raise `RequestError`, naming the nearest number that can, unless so many ranks can share the model."""
+    if ranks < 1:
+        raise RequestError(f"ranks is {ranks}; it must be at least 1")
+    refusal = _refusal(config, ranks, storage)
+    if refusal is not None:
+        nearest = min(degrees(config, storage), key=lambda other: abs(other - ranks))
+        raise RequestError(f"ranks is {ranks}, but {refusal}; the nearest number that can share it is {nearest}")
+
+
+def _refusal(config: ModelConfig, ranks: int, storage: Storage | None) -> str | None:
+    """Why so many ranks cannot share the model; None if they can."""
+    for index, layer in enumerate(config.layers):
+        heads, kv_heads, width = layer.attention.heads, layer.attention.kv_heads, layer.mlp.width
+        if heads % ranks:
+            return f"layer {index} has {heads} query heads, which do not divide by it"
+        if kv_heads % ranks and ranks % kv_heads:
+            return f"layer {index} has {kv_heads} key/value heads, which neither divide by it nor it by them"
+        if width % ranks:
+            return f"layer {index} has an MLP of width {width}, which does not divide by it"
+        columns = {"attention output": heads * layer.attention.head_size, "down": width}
+        for name, size in columns.items():
+            if storage is Storage.INT4 and ranks > 1 and size // ranks % INT4_GROUP:
+                return (
+                    f"layer {index} {name} has {size} columns, so each rank would hold {size // ranks}, "
+                    f"and int4 is cut at multiples of {INT4_GROUP} only"
+                )
+    piece = -(-config.vocabulary // ranks)
+    if (ranks - 1) * piece >= config.vocabulary:
+        return f"of {config.vocabulary} tokens in pieces of {piece} the last rank would get none"
+    return None
+
+
+def _slices(
+    shapes: Shapes, shard: Shard, by_rows: tuple[str, ...], by_columns: tuple[str, ...], kv_heads: int = 1
+) -> Slices:
+    held: Slices = {}
+    for name, shape in shapes.items():
+        whole: tuple[slice | None, ...] = (None,) * len(shape)
+        if name.startswith(by_rows):
+            rows = _piece(shape[0], _among(shard, kv_heads) if name.startswith(_OF_KV_HEADS) else shard)
+            held[name] = rows, *whole[1:]
+        elif not name.startswith(by_columns):
+            held[name] = whole
+        elif len(shape) == 2:
+            held[name] = None, _piece(shape[1], shard)
+        elif shard.rank == 0:  # the bias of a matrix cut by columns is added once
+            held[name] = whole
+    return held
+
+
+def _among(shard: Shard, kv_heads: int) -> Shard:
+    """The rank among those that hold different key/value heads.
+
+    Of 4 ranks that share 2 heads, the first two hold head 0:
+
+    >>> [_among(Shard(rank=rank, ranks=4), 2).rank for rank in range(4)]
+    [0, 0, 1, 1]
+    """
+    return Shard(rank=shard.rank * kv_heads // shard.ranks, ranks=kv_heads) if kv_heads < shard.ranks else shard
+
+
+def _piece(size: int, shard: Shard) -> slice:
+    """The rank's piece of so many rows: pieces are equal but for the last, which may be shorter.
+
+    >>> [_piece(10, Shard(rank=rank, ranks=4)) for rank in (0, 3)]
+    [slice(0, 3, None), slice(9, 10, None)]
+    """
+    length = -(-size // shard.ranks)
+    return slice(shard.rank * length, min(size, (shard.rank + 1) * length))

@@ -1,0 +1,158 @@
+"""What each rank must hold of a model, found element by element from heads that are dealt out, without the table in
+`spec.shard`."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinfer.checkpoint.table import Heads, Table
+from twinfer.oracle.case import Picker
+from twinfer.oracle.models import draw_model_config
+from twinfer.oracle.trial import same_bits
+from twinfer.spec.config import AttentionConfig, LayerConfig, ModelConfig, Storage
+from twinfer.spec.shapes import is_buffer
+from twinfer.spec.shard import Shard, degrees
+from twinfer.spec.weights import (
+    EmbeddingWeights,
+    HeadWeights,
+    LayerWeights,
+    WeightSource,
+    tensors,
+    validate_embedding,
+    validate_head,
+    validate_layer,
+)
+
+Part = EmbeddingWeights | LayerWeights | HeadWeights
+FEW = (1, 2, 3, 4)
+"""Numbers of ranks that are tried, where a model can be shared by so many."""
+
+
+def parts(source: WeightSource, shard: Shard | None = None) -> Iterator[tuple[int | str, Part]]:
+    """Every part of a model, or of a rank's share, checked against its config."""
+    embedding, head, config = source.embedding(shard), source.head(shard), source.config
+    validate_embedding(embedding, config, shard)
+    validate_head(head, config, shard)
+    yield "embedding", embedding
+    for index in range(len(config.layers)):
+        layer = source.layer(index, shard)
+        validate_layer(layer, config, index, shard)
+        yield index, layer
+    yield "head", head
+
+
+def expected(part: int | str, whole: Part, config: ModelConfig, shard: Shard) -> dict[str, Tensor]:
+    """The rank's share of a whole part, picked one element after the other."""
+    held = {}
+    for name, tensor in tensors(whole):
+        rows, columns = _elements(part, name, config, shard)
+        if rows == []:
+            continue
+        share = tensor if rows is None else tensor[torch.tensor(rows)]
+        held[name] = share if columns is None else share[:, torch.tensor(columns)]
+    return held
+
+
+def _elements(
+    part: int | str, name: str, config: ModelConfig, shard: Shard
+) -> tuple[list[int] | None, list[int] | None]:
+    """Which rows and which columns; None is all, and no rows at all is a tensor that the rank does not hold."""
+    rank, ranks = shard.rank, shard.ranks
+    if name == "token_VW" or (part == "head" and name in ("projection.weight_NI", "bias_V")):
+        piece = -(-config.vocabulary // ranks)
+        return [token for token in range(config.vocabulary) if token // piece == rank], None
+    if isinstance(part, str):
+        return None, None
+    layer = config.layers[part]
+    query, key_value = _dealt(layer.attention, shard)
+    width = [element for element in range(layer.mlp.width) if element * ranks // layer.mlp.width == rank]
+    match name.split("."):
+        case ["attention", "alibi_slope_H"]:
+            return sorted({element // layer.attention.head_size for element in query}), None
+        case ["attention", "query" | "query_norm", _]:
+            return query, None
+        case ["attention", "key" | "value" | "key_norm", _]:
+            return key_value, None
+        case ["mlp", "gate" | "up", _]:
+            return width, None
+        case ["attention", "output", "weight_NI"]:
+            return None, query
+        case ["mlp", "down", "weight_NI"]:
+            return None, width
+        case [_, "output" | "down", "bias_N"]:
+            return None if rank == 0 else [], None
+    return None, None
+
+
+def _dealt(attention: AttentionConfig, shard: Shard) -> tuple[list[int], list[int]]:
+    """Elements of the query heads that the rank is dealt, and of the key/value heads that these read."""
+    heads = [head for head in range(attention.heads) if head * shard.ranks // attention.heads == shard.rank]
+    read = sorted({head // (attention.heads // attention.kv_heads) for head in heads})
+    elements = range(attention.head_size)
+    return (
+        [head * attention.head_size + element for head in heads for element in elements],
+        [head * attention.head_size + element for head in read for element in elements],
+    )
+
+
+def assert_shards_join(source: WeightSource, storage: Storage | None = None) -> list[int]:
+    """Each rank holds its elements, bit by bit, and all ranks together hold the model; returns the degrees tried."""
+    whole = dict(parts(source))
+    tried = [ranks for ranks in degrees(source.config, storage) if ranks in FEW]
+    for ranks in tried:
+        shares: dict[int | str, list[dict[str, Tensor]]] = {part: [] for part in whole}
+        for rank in range(ranks):
+            shard = Shard(rank=rank, ranks=ranks)
+            for part, share in parts(source, shard):
+                held, wanted = dict(tensors(share)), expected(part, whole[part], source.config, shard)
+                assert held.keys() == wanted.keys(), (part, shard)
+                for name, tensor in held.items():
+                    assert same_bits(tensor, wanted[name]), f"{part} {name} of rank {rank} of {ranks}"
+                shares[part].append(held)
+        for part, each in shares.items():
+            _assert_join(part, whole[part], each, source.config)
+    return tried
+
+
+def _assert_join(part: int | str, whole: Part, shares: list[dict[str, Any]], config: ModelConfig) -> None:
+    """The ranks' pieces, one after the other, are the tensor; of replicated ones, each once."""
+    for name, tensor in tensors(whole):
+        pieces = [share[name] for share in shares if name in share]
+        kv_name = name.startswith(("attention.key", "attention.value"))
+        if kv_name and isinstance(part, int):
+            copies = max(1, len(shares) // config.layers[part].attention.kv_heads)
+            pieces = pieces[::copies]
+        if pieces[0].shape == tensor.shape:
+            continue  # each rank holds all of it
+        dimension = next(i for i, size in enumerate(pieces[0].shape) if size != tensor.shape[i])
+        assert same_bits(torch.cat(pieces, dimension), tensor), f"{part} {name}"
+
+
+def shareable(pick: Picker) -> ModelConfig:
+    """A drawn config that several numbers of ranks can share, a vocabulary that few divide."""
+    config = draw_model_config(pick)
+    kv_heads, width = pick.choice([1, 2, 3, 4, 6, 12]), 12 * pick.integer(1, 3)
+
+    def widened(layer: LayerConfig) -> LayerConfig:
+        attention = replace(layer.attention, heads=12, kv_heads=kv_heads)
+        return replace(layer, attention=attention, mlp=replace(layer.mlp, width=width))
+
+    return replace(config, vocabulary=pick.integer(13, 40), layers=tuple(widened(layer) for layer in config.layers))
+
+
+def assert_reads_no_further(source: WeightSource, store: Any, table: Table) -> None:
+    once = {name for entry in table.layer if entry.heads is Heads.SHARED for name in entry.fills}
+    config = source.config
+    for ranks in (ranks for ranks in degrees(config) if ranks in FEW):
+        for rank in range(ranks):
+            store.bytes, held = 0, 0
+            for part, share in parts(source, Shard(rank=rank, ranks=ranks)):
+                for tensor_name, tensor in tensors(share):
+                    if isinstance(part, int) and tensor_name in once:
+                        held += tensor.element_size() * config.layers[part].attention.head_size
+                    elif not is_buffer(tensor_name):
+                        held += tensor.nbytes
+            assert store.bytes == held, f"rank {rank} of {ranks}"
