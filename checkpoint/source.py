@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..spec.ambient import CPU, pinned
 from ..spec.config import LayerConfig, ModelConfig
 from ..spec.errors import ConfigError
 from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble
@@ -36,7 +37,8 @@ class FileSource:
     ) -> None:
         self.config = limited(config, most_tokens)
         self._store = store
-        self._plan = plan(table, config, store, buffers, first_position)
+        with pinned(CPU):
+            self._plan = plan(table, config, store, buffers, first_position)
         self._buffers = buffers
         self.notes = tuple(dict.fromkeys(notes))
         """What whoever opens the model should know, though nothing is wrong."""
@@ -54,7 +56,8 @@ class FileSource:
     def _read(self, readings: tuple[Reading, ...], layer: LayerConfig | None) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
         for reading in readings:
-            tensor = self._rows(reading)
+            with pinned(CPU):
+                tensor = self._rows(reading)
             if reading.stored.reorder is not None:
                 assert layer is not None, "only layers hold rows in another order"
                 tensor = reading.stored.reorder(tensor, layer)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..spec import decoder as protocol
+from ..spec.ambient import pinned
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
@@ -27,7 +28,7 @@ from .graph import DecodeGraphs, Graphs, InductorGraphs, begin_step, chosen, dec
 from .head import head_prefill, scale_and_cap
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
-from .programs import Pieces, dynamic, pinned
+from .programs import Pieces, dynamic
 from .sequences import StaticSequences
 from .steps import Cache, Piece, as_is, decode_program, encode_program, prefill_program
 from .weights import Model, prepare
@@ -72,7 +73,7 @@ class CompiledPath:
         self._storage = Storage(storage)
         self._threads = torch.get_num_threads()
         self._report = report or (lambda line: None)
-        with pinned(self._threads):
+        with pinned(self._device, self._threads):
             self._model = prepare(source, self._storage, self._device)
             self._slots = torch.arange(max(2, self._config.context), device=self._device)
         self._graphs = decode_graphs(Graphs.OFF if _eager else by_whom, self._model, self._device, self._report)
@@ -116,7 +117,7 @@ class CompiledPath:
         first does.
         """
         begin = time.perf_counter()
-        with pinned(self._threads):
+        with pinned(self._device, self._threads):
             later = {"encode"} if self._config.extensible else set()
             later |= set() if batches else {"decode rows", "decode many"}
             for name in (each for each in self._programs if each not in later):
@@ -126,7 +127,7 @@ class CompiledPath:
     def open(self, batch: int, reserve: int) -> StaticSequences:
         """Start `batch` empty sequences with room for `reserve` tokens each; all memory is taken here."""
         protocol.check_open(self._config, self.max_batch, batch, reserve)
-        with pinned(self._threads):
+        with pinned(self._device, self._threads):
             sequences = StaticSequences(self._config, batch, reserve, self._device)
         sequences.owner = self
         return sequences
@@ -150,7 +151,7 @@ class CompiledPath:
         sequences.check_open()
         lengths = sequences.lengths
         tokens = protocol.checked_tokens(self._config, lengths, new_tokens)
-        with pinned(self._threads):
+        with pinned(self._device, self._threads):
             gained = [len(each) for each in tokens]
             sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
             single = [index for index, more in enumerate(gained) if more == 1]
@@ -174,7 +175,7 @@ class CompiledPath:
         """Hidden vectors of whole texts, of any lengths and number, as the protocol says."""
         protocol.check_encoding(self._config, tokens, types)
         hidden: list[Tensor] = []
-        with pinned(self._threads):
+        with pinned(self._device, self._threads):
             for run in _runs([len(each) for each in tokens], _ENCODE_TOKENS):
                 hidden += self._encode(tokens[run], None if types is None else types[run])
         return hidden

@@ -44,7 +44,7 @@ class Sampling:
 def generator_for(seed: int, prompt_index: int) -> torch.Generator:
     """The generator of one sequence. Seeds are hashed: neighboring pairs must not give overlapping streams."""
     digest = hashlib.sha256(f"{seed} {prompt_index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def shape_logits(logits_V: Tensor, previous_T: Tensor, sampling: Sampling) -> Tensor:
@@ -66,7 +66,7 @@ def shape_logits(logits_V: Tensor, previous_T: Tensor, sampling: Sampling) -> Te
 def draw(probability_V: Tensor, generator: torch.Generator) -> int:
     """Draw a token id by inverting the distribution function, in float64: one uniform number for each token."""
     cumulative_V = probability_V.to(torch.float64).cumsum(0)
-    threshold = torch.rand((), dtype=torch.float64, generator=generator) * cumulative_V[-1]
+    threshold = torch.rand((), dtype=torch.float64, device=generator.device, generator=generator) * cumulative_V[-1]
     return int(torch.searchsorted(cumulative_V, threshold, right=True))
 
 
