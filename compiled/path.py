@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..spec import decoder as protocol
-from ..spec.ambient import pinned
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
@@ -31,6 +30,7 @@ from .machine import check_compiler, checked_device
 from .programs import Pieces, dynamic
 from .sequences import StaticSequences
 from .steps import Cache, Piece, as_is, decode_program, encode_program, prefill_program
+from .turn import Turn
 from .weights import Model, prepare
 
 _PREFILL_TOKENS = 512
@@ -47,6 +47,9 @@ class CompiledPath:
     compute dtype, for an unknown `graphs` or one that the device cannot have, and what the source raises; all before
     the weights are read, the last excepted. `report` is told, in a line of text, what takes long. `graphs` says who
     captures the decode step: if nothing is said, `graph` does.
+
+    Several threads may use one path, each with sequences of its own: their calls wait for each other. In a forked
+    process it runs with one thread; compiled for several before the fork, it raises `MachineError` there.
     """
 
     def __init__(
@@ -71,9 +74,9 @@ class CompiledPath:
             check_compiler(self._device)
         self._config = source.config
         self._storage = Storage(storage)
-        self._threads = torch.get_num_threads()
+        self._turn = Turn(self._device, compiled=not _eager)
         self._report = report or (lambda line: None)
-        with pinned(self._device, self._threads):
+        with self._turn:
             self._model = prepare(source, self._storage, self._device)
             self._slots = torch.arange(max(2, self._config.context), device=self._device)
         self._graphs = decode_graphs(Graphs.OFF if _eager else by_whom, self._model, self._device, self._report)
@@ -117,7 +120,7 @@ class CompiledPath:
         first does.
         """
         begin = time.perf_counter()
-        with pinned(self._device, self._threads):
+        with self._turn:
             later = {"encode"} if self._config.extensible else set()
             later |= set() if batches else {"decode rows", "decode many"}
             for name in (each for each in self._programs if each not in later):
@@ -127,7 +130,7 @@ class CompiledPath:
     def open(self, batch: int, reserve: int) -> StaticSequences:
         """Start `batch` empty sequences with room for `reserve` tokens each; all memory is taken here."""
         protocol.check_open(self._config, self.max_batch, batch, reserve)
-        with pinned(self._device, self._threads):
+        with self._turn:
             sequences = StaticSequences(self._config, batch, reserve, self._device)
         sequences.owner = self
         return sequences
@@ -151,7 +154,7 @@ class CompiledPath:
         sequences.check_open()
         lengths = sequences.lengths
         tokens = protocol.checked_tokens(self._config, lengths, new_tokens)
-        with pinned(self._device, self._threads):
+        with self._turn:
             gained = [len(each) for each in tokens]
             sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
             single = [index for index, more in enumerate(gained) if more == 1]
@@ -175,7 +178,7 @@ class CompiledPath:
         """Hidden vectors of whole texts, of any lengths and number, as the protocol says."""
         protocol.check_encoding(self._config, tokens, types)
         hidden: list[Tensor] = []
-        with pinned(self._device, self._threads):
+        with self._turn:
             for run in _runs([len(each) for each in tokens], _ENCODE_TOKENS):
                 hidden += self._encode(tokens[run], None if types is None else types[run])
         return hidden

@@ -85,7 +85,7 @@ class ReferencePath:
 
     Matrices are held in float32 (float64 where compute is), so that narrow arithmetic never rounds a weight twice.
     Raises `RequestError` for a compute dtype that is not in `COMPUTE_DTYPES`, and `WeightError` for weights that do
-    not fit the config. What torch is set to where the path is called (autocast, inference mode, default dtype or device)
+    not fit the config. What torch is set to where it is called (autocast, inference mode, default dtype or device)
     changes nothing.
     """
 
@@ -132,14 +132,14 @@ class ReferencePath:
         self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[True]
     ) -> list[Tensor]: ...
 
-    @_pinned
     def extend(
         self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
     ) -> Tensor | list[Tensor]:
-        hidden = self.extend_hidden(sequences, new_tokens)
-        if every_position:
-            return [self.logits(hidden_TE) for hidden_TE in hidden]
-        return torch.stack([self.logits(_last_hidden(state)) for state in self._own(sequences).states])
+        with pinned(self.device):
+            hidden = self.extend_hidden(sequences, new_tokens)
+            if every_position:
+                return [self.logits(hidden_TE) for hidden_TE in hidden]
+            return torch.stack([self.logits(_last_hidden(state)) for state in self._own(sequences).states])
 
     @_pinned
     def extend_hidden(self, sequences: Sequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
