@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twinfer.reference.pooling import pool, unit_length
+from twinfer.spec.ambient import pinned
 from twinfer.spec.config import Pooling
 from twinfer.spec.decoder import Decoder, Encoder
 from twinfer.spec.errors import NumericsError, RequestError
@@ -71,7 +72,6 @@ def chosen(recipe: "EmbeddingRecipe", pooling: str | None, normalize: bool | Non
     return use_pooling, use_normalize
 
 
-@torch.no_grad()
 def embed(path: Decoder | Encoder, ids: Sequence[Sequence[int]], pooling: Pooling, normalize: bool) -> Tensor:
     """One vector for each text, [N, M], on the path's device, float32 (float64 where it computes in float64).
 
@@ -80,16 +80,17 @@ def embed(path: Decoder | Encoder, ids: Sequence[Sequence[int]], pooling: Poolin
     """
     if not isinstance(path, Encoder):
         raise RequestError(f"{type(path).__name__} encodes no texts; use path=reference")
-    vector_NM = torch.stack([pool(hidden_TM, pooling) for hidden_TM in _hidden(path, ids)])
-    if not vector_NM.isfinite().all():
-        index = int((~vector_NM.isfinite()).any(-1).nonzero()[0])
-        raise NumericsError(f"the vector of text {index} is not finite; the weights or the arithmetic overflow")
-    return unit_length(vector_NM) if normalize else vector_NM
+    with pinned(path.device):
+        vector_NM = torch.stack([pool(hidden_TM, pooling) for hidden_TM in _hidden(path, ids)])
+        if not vector_NM.isfinite().all():
+            index = int((~vector_NM.isfinite()).any(-1).nonzero()[0])
+            raise NumericsError(f"the vector of text {index} is not finite; the weights or the arithmetic overflow")
+        return unit_length(vector_NM) if normalize else vector_NM
 
 
 def _hidden(path: Encoder, ids: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     for begin in range(0, len(ids), AT_ONCE):
-        tokens = [torch.tensor(each, dtype=torch.int64) for each in ids[begin : begin + AT_ONCE]]
+        tokens = [torch.tensor(each, dtype=torch.int64, device="cpu") for each in ids[begin : begin + AT_ONCE]]
         for hidden_TM in path.encode(tokens):
             yield hidden_TM.to(torch.promote_types(hidden_TM.dtype, torch.float32))
 

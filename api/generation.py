@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twinfer.reference.sampling import Sampling, generator_for, next_token
+from twinfer.spec.ambient import CPU, pinned
 from twinfer.spec.config import ModelConfig
 from twinfer.spec.decoder import Decoder, Sequences, check_extensible, check_open
 from twinfer.spec.errors import RequestError
@@ -180,7 +181,7 @@ class _Row:
 
     def take(self, logits_V: Tensor) -> Event:
         """Choose the next token and see whether it was the last."""
-        previous_T = torch.tensor([*self.prompt_ids, *self.ids])
+        previous_T = torch.tensor([*self.prompt_ids, *self.ids], device="cpu")
         token = next_token(logits_V, previous_T, self._sampling, self._generator)
         self.ids.append(token)
         piece, stopped = "", False
@@ -195,8 +196,8 @@ class _Row:
     def due(self) -> Tensor:
         """The tokens to extend by next: the prompt, then the newest token, then nothing."""
         if self.stop is not None:
-            return torch.empty(0, dtype=torch.int64)
-        return torch.tensor(self.ids[-1:] or self.prompt_ids)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
+        return torch.tensor(self.ids[-1:] or self.prompt_ids, device="cpu")
 
     def output(self) -> Output:
         if self.stop is None:
@@ -233,7 +234,8 @@ def _run(decoder: Decoder, rows: Sequence[_Row], reserve: int, timings: Timings)
 def _step(decoder: Decoder, sequences: Sequences, rows: Sequence[_Row]) -> list[Event]:
     """Extend every row that has not stopped by what is due, and let it choose."""
     logits_BV = decoder.extend(sequences, [row.due() for row in rows]).cpu()
-    return [row.take(logits_V) for row, logits_V in zip(rows, logits_BV, strict=True) if row.stop is None]
+    with pinned(CPU):
+        return [row.take(logits_V) for row, logits_V in zip(rows, logits_BV, strict=True) if row.stop is None]
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

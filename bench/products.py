@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from ..compiled.linear import linear_decode, linear_prefill, product
 from ..compiled.packing import Matrix, pack, quantize
-from ..compiled.programs import graph, pinned
+from ..compiled.programs import graph
 from ..compiled.weights import Layer, Model
+from ..spec.ambient import CPU, pinned
 from ..spec.config import INT4_GROUP, Head, ModelConfig, Storage
 from ..spec.counts import Count
 from .columns import Column, in_turn
@@ -94,7 +95,7 @@ def prefill_products(model: Model, config: ModelConfig, rows: int) -> tuple[Key,
     given = [(_matrices(layer), [inputs[each.word.shape[1]] for each in _matrices(layer)]) for layer in model.layers]
 
     def take() -> float:
-        with pinned(torch.get_num_threads()):
+        with pinned(CPU, torch.get_num_threads()):
             start = time.perf_counter()
             for matrices, xs in given:
                 program(xs, matrices)
@@ -138,7 +139,7 @@ def memory_limit(storage: Storage, size: int, limits: Limits, rounds: int) -> tu
 
 
 def _pinned_seconds(call: Callable[[], object]) -> float:
-    with pinned(torch.get_num_threads()):
+    with pinned(CPU, torch.get_num_threads()):
         return _seconds(call)
 
 

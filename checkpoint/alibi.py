@@ -21,4 +21,4 @@ def slopes(heads: int, most: float = 8.0) -> Tensor:
 
 
 def _geometric(heads: int, most: float) -> Tensor:
-    return 2.0 ** (-most * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+    return 2.0 ** (-most * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads)

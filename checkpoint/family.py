@@ -37,7 +37,8 @@ class ParsedConfig:
 
     def buffers(self) -> Buffers:
         """What no file holds."""
-        gains = {f"{norm}.gain_M": torch.ones(self.config.hidden) for norm in self.plain_norms}
+        ones_M = torch.ones(self.config.hidden, dtype=torch.float32, device="cpu")
+        gains = {f"{norm}.gain_M": ones_M for norm in self.plain_norms}
         head = {name: gain_M for name, gain_M in gains.items() if name == "norm.gain_M"}
         every = {name: gain_M for name, gain_M in gains.items() if name not in head}
         if self.slope_H is not None:

@@ -30,8 +30,8 @@ def frequencies(base: float, size: int) -> Tensor:
     """
     if not 0 < size <= MOST_SIZE:
         raise ConfigError(f"the rotary size is {size}; it must be from 1 to {MOST_SIZE}")
-    exponent_J = torch.arange(0, size, 2, dtype=torch.float64) / size
-    return 1 / torch.tensor(base, dtype=torch.float64) ** exponent_J
+    exponent_J = torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size
+    return 1 / torch.tensor(base, dtype=torch.float64, device="cpu") ** exponent_J
 
 
 def scaled_linearly(frequency_J: Tensor, factor: float) -> Tensor:
@@ -81,7 +81,8 @@ def scaled_by_index(
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, size - 1)
     width = last - first if last != first else 0.001  # no bounds between which to blend: a step
-    scaled_J = ((torch.arange(len(frequency_J), dtype=torch.float64) - first) / width).clamp(0, 1)
+    index_J = torch.arange(len(frequency_J), dtype=torch.float64, device="cpu")
+    scaled_J = ((index_J - first) / width).clamp(0, 1)
     return frequency_J * (scaled_J / factor + (1 - scaled_J))
 
 
@@ -92,7 +93,7 @@ def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
 
 def divided(frequency_J: Tensor, divisors: Sequence[float]) -> Tensor:
     """LongRoPE's scaling (Ding et al. 2024): each pair by a divisor of its own, found by search."""
-    return frequency_J / torch.tensor(divisors, dtype=torch.float64)
+    return frequency_J / torch.tensor(divisors, dtype=torch.float64, device="cpu")
 
 
 def note_on_long_texts(context: int, original: int) -> str:

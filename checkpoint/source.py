@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..spec.ambient import CPU, pinned
 from ..spec.config import LayerConfig, ModelConfig
 from ..spec.errors import ConfigError
 from ..spec.shard import Shard, Slices, embedding_slices, head_slices, index_of, layer_slices
@@ -38,7 +39,8 @@ class FileSource:
     ) -> None:
         self.config = limited(config, most_tokens)
         self._store = store
-        self._plan = plan(table, config, store, buffers, first_position)
+        with pinned(CPU):
+            self._plan = plan(table, config, store, buffers, first_position)
         self._buffers = buffers
         self.notes = tuple(dict.fromkeys(notes))
         """What whoever opens the model should know, though nothing is wrong."""
@@ -71,7 +73,8 @@ class FileSource:
             return weights
         weights = dict(buffers)
         for reading in readings:
-            tensor = self._rows(reading)
+            with pinned(CPU):
+                tensor = self._rows(reading)
             if reading.stored.reorder is not None:
                 assert layer is not None, "only layers hold rows in another order"
                 tensor = reading.stored.reorder(tensor, layer)

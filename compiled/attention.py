@@ -38,7 +38,7 @@ _BLOCK = 320
 """The most queries of a prompt or text that are attended at once; blocks are even. Of 260 to 512 tokens 128 at a time
 are 1 to 5 % slower; 512 of a longer prompt at once are a fifth slower, since half of what they compute is masked."""
 
-_PRODUCT_ROWS = 256 if multiplies_fast(torch.empty(0)) else 2**62
+_PRODUCT_ROWS = 256 if multiplies_fast(torch.empty(0, device="cpu")) else 2**62
 """Rows of one key head, its queries times the query heads that share it, from which oneDNN's products are as fast as
 torch's fused attention: at 384 rows and 512 keys they take two thirds of its time. With AVX2 they never are: a quarter
 slower at 768 rows."""

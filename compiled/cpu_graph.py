@@ -28,6 +28,8 @@ from torch._inductor.codecache import PyCodeCache
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .turn import PROCESS
+
 _KERNEL = "cpp_fused"
 
 _LEAST_STEP = 64
@@ -41,19 +43,20 @@ _loaded: list[dict[str, Any]] = []
 @contextmanager
 def kernels_noticed() -> Iterator[None]:
     """Remember modules that are loaded meanwhile: Inductor forgets its own when anyone compiles with fresh caches."""
-    original, load = vars(PyCodeCache)["load_by_key_path"], PyCodeCache.load_by_key_path
+    with PROCESS:
+        original, load = vars(PyCodeCache)["load_by_key_path"], PyCodeCache.load_by_key_path
 
-    def loading(*arguments: Any, **options: Any) -> Any:
-        module = load(*arguments, **options)
-        if not [names for names in _loaded if names is vars(module)]:
-            _loaded.append(vars(module))
-        return module
+        def loading(*arguments: Any, **options: Any) -> Any:
+            module = load(*arguments, **options)
+            if not [names for names in _loaded if names is vars(module)]:
+                _loaded.append(vars(module))
+            return module
 
-    try:
-        PyCodeCache.load_by_key_path = staticmethod(loading)  # type: ignore[method-assign]
-        yield
-    finally:
-        PyCodeCache.load_by_key_path = original  # type: ignore[method-assign]
+        try:
+            PyCodeCache.load_by_key_path = staticmethod(loading)  # type: ignore[method-assign]
+            yield
+        finally:
+            PyCodeCache.load_by_key_path = original  # type: ignore[method-assign]
 
 
 class CpuGraph:
@@ -151,7 +154,7 @@ class CpuGraphs:
     def capture(self, call: Callable[[], Tensor], pool: None) -> tuple[CpuGraph, Tensor]:
         """Run the call and record it."""
         tape = CpuGraph()
-        with _kernels_recorded(tape), _Operators(tape):
+        with PROCESS, _kernels_recorded(tape), _Operators(tape):
             result = call()
         return tape, result
 

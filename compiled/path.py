@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..spec import decoder as protocol
+from ..spec.ambient import pinned
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
@@ -31,9 +32,10 @@ from .head import head_prefill, scale_and_cap
 from .layers import Cache
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
-from .programs import Pieces, Program, pinned
+from .programs import Pieces, Program
 from .sequences import StaticSequences
 from .steps import Piece, decode_program, eager, encode_program, prefill_program
+from .turn import Turn
 from .weights import Model, prepare
 
 _PREFILL_TOKENS = 512
@@ -63,6 +65,9 @@ class CompiledPath:
     `captured` is false, decode steps that are compiled are captured and replayed (`graph`). `kernels` are options of
     Inductor other than this path's own (`artifacts.KERNELS`), for a benchmark of what each is worth; no such program is
     kept on disk. `report` gets a line of text about whatever takes long.
+
+    Several threads may use one path, each with sequences of its own: their calls wait for each other. In a forked
+    process it runs with one thread; compiled for several before the fork, it raises `MachineError` there.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class CompiledPath:
             raise RequestError(f"compute is {compute}; it must be one of {', '.join(map(str, COMPUTE_DTYPES))}")
         on = checked_device(device)
         _check_mode(mode, on)
-        with pinned(torch.get_num_threads()):
+        with pinned(on):
             model = prepare(source, Storage(storage), on, compute)
         self._begin(model, source.config, Mode(mode), captured, kernels, report)
 
@@ -118,9 +123,9 @@ class CompiledPath:
         self.model = model
         self._config, self._mode, self._kernels = config, mode, kernels
         self._storage, self._device, self._compute = model.storage, model.device, model.compute
-        self._threads = torch.get_num_threads()
+        self._turn = Turn(model.device, compiled=mode is not Mode.EAGER)
         self._report = report or (lambda line: None)
-        with pinned(self._threads):
+        with self._turn:
             self._slots = torch.arange(max(2, config.context), device=model.device)
         self._graphs: DecodeGraphs | None = None
         if captured and mode is not Mode.EAGER:
@@ -155,7 +160,7 @@ class CompiledPath:
         first does.
         """
         begin = time.perf_counter()
-        with pinned(self._threads):
+        with self._turn:
             later = {Program.ENCODE} if self._config.extensible else set()
             later |= set() if batches else {Program.DECODE_ROWS, Program.DECODE_MANY}
             for name in (each for each in self._programs if each not in later):
@@ -165,7 +170,7 @@ class CompiledPath:
     def open(self, batch: int, reserve: int) -> StaticSequences:
         """Start `batch` empty sequences with room for `reserve` tokens each; all memory is taken here."""
         protocol.check_open(self._config, self.max_batch, batch, reserve)
-        with pinned(self._threads):
+        with self._turn:
             sequences = StaticSequences(self._config, batch, reserve, self._device, self._compute)
         sequences.owner = self
         return sequences
@@ -189,7 +194,7 @@ class CompiledPath:
         sequences.check_open()
         lengths = sequences.lengths
         tokens = protocol.checked_tokens(self._config, lengths, new_tokens)
-        with pinned(self._threads):
+        with self._turn:
             gained = [len(each) for each in tokens]
             sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
             single = [index for index, more in enumerate(gained) if more == 1]
@@ -213,7 +218,7 @@ class CompiledPath:
         """Hidden vectors of whole texts, of any lengths and number, as the protocol says."""
         protocol.check_encoding(self._config, tokens, types)
         hidden: list[Tensor] = []
-        with pinned(self._threads):
+        with self._turn:
             for run in _runs([len(each) for each in tokens], _ENCODE_TOKENS):
                 hidden += self._encode(tokens[run], None if types is None else types[run])
         return hidden

@@ -3,10 +3,9 @@
 Why it is faster: checking the properties of all of a layer's weights at each call costs much of what a small layer
 costs. The checks can go because `path` alone makes the arguments: weights never change, sizes that change are marked
 dynamic (the marking fails if the graph were special to one), and everything else that torch would check is pinned by
-`pinned`. Tests compile with the guards kept, and run every shape under `fail_on_recompile`.
+`spec.ambient.pinned`. Tests compile with the guards kept, and run every shape under `fail_on_recompile`.
 """
 
-import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .artifacts import KERNELS, ready
-from .compute import DEFAULT
 from .cpu_graph import kernels_noticed
 from .steps import DynamicDims, P, R
 
@@ -113,43 +111,3 @@ def mark_dynamic(function: Callable[..., Any], arguments: tuple[Any, ...], dynam
             if isinstance(each, Tensor):
                 for dim in dims:
                     torch._dynamo.mark_dynamic(each, dim)
-
-
-class pinned:
-    """Run with this many threads, float32 as default dtype, no autograd, inference mode or autocast; then as before.
-
-    What is so already is not set again, and autograd alone not through a stack: that takes a while at every step.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._before: contextlib.ExitStack | None = None
-        self._grad = False
-        """Whether autograd alone is to be put back."""
-
-    def __enter__(self) -> None:
-        threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-        others = torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu")
-        if not others and threads == self._threads and dtype is DEFAULT:
-            self._grad = torch.is_grad_enabled()
-            if self._grad:
-                torch.set_grad_enabled(False)
-            return
-        with contextlib.ExitStack() as stack:
-            if others:
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.autocast("cpu", enabled=False))
-            stack.enter_context(torch.no_grad())
-            if threads != self._threads:
-                stack.callback(torch.set_num_threads, threads)
-                torch.set_num_threads(self._threads)
-            if dtype is not DEFAULT:
-                stack.callback(torch.set_default_dtype, dtype)
-                torch.set_default_dtype(DEFAULT)
-            self._before = stack.pop_all()
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            self._before.close()
-        if self._grad:
-            torch.set_grad_enabled(True)

@@ -47,7 +47,7 @@ def form_here(device: torch.device) -> Form:
     """
     if device.type != "cpu":
         return Form.FLOAT32
-    extreme = torch.full((8, 8), 127, dtype=torch.int8)
+    extreme = torch.full((8, 8), 127, dtype=torch.int8, device="cpu")
     return Form.INT8 if bool((torch._int_mm(extreme, extreme) == 8 * 127**2).all()) else Form.FLOAT32
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..spec.ambient import CPU, pinned
 from .case import Case, Inputs
 
 
@@ -68,11 +69,16 @@ class Trial:
 
     @cached_property
     def truth(self) -> list[Tensor]:
-        return leaves(self.reference(**copied(self.exact_inputs)))
+        return self._of_reference(self.exact_inputs)
 
     @cached_property
     def eager(self) -> list[Tensor]:
-        return leaves(self.reference(**copied(self.inputs)))
+        return self._of_reference(self.inputs)
+
+    def _of_reference(self, inputs: Inputs) -> list[Tensor]:
+        """Whatever the caller's settings of torch: under autocast eager arithmetic would be wrong by more."""
+        with pinned(_device_of(inputs)):
+            return leaves(self.reference(**copied(inputs)))
 
     @cached_property
     def given(self) -> Inputs:
@@ -124,11 +130,24 @@ def leaves(value: Any) -> list[Tensor]:
         if isinstance(leaf, Tensor):
             found.append(leaf.detach().cpu())
         elif isinstance(leaf, int) and not isinstance(leaf, bool):
-            found.append(torch.tensor(leaf))
+            found.append(torch.tensor(leaf, device="cpu"))
         return leaf
 
     map_leaves(note, value)
     return found
+
+
+def _device_of(inputs: Inputs) -> torch.device:
+    """The device of the first tensor, or the CPU."""
+    found: list[torch.device] = []
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf.device)
+        return leaf
+
+    map_leaves(note, inputs)
+    return found[0] if found else CPU
 
 
 def copied(inputs: Inputs) -> Inputs:

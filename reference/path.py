@@ -8,13 +8,15 @@ reads (nearly always that of all), V vocabulary.
 """
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from ..spec.ambient import pinned
 from ..spec.config import ModelConfig, Storage
 from ..spec.decoder import Sequences, check_encoding, check_open, checked_tokens
 from ..spec.errors import RequestError
@@ -27,6 +29,9 @@ from .embedding import head_logits, scale_and_cap
 from .quantize import stored
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +65,19 @@ class ReferenceSequences:
         self._states = None
 
 
+def _pinned(
+    method: Callable[Concatenate["ReferencePath", P], Result],
+) -> Callable[Concatenate["ReferencePath", P], Result]:
+    """Run the method within `spec.ambient.pinned`."""
+
+    @functools.wraps(method)
+    def call(path: "ReferencePath", /, *arguments: P.args, **options: P.kwargs) -> Result:
+        with pinned(path.device):
+            return method(path, *arguments, **options)
+
+    return call
+
+
 class ReferencePath:
     """The readable path: a `Decoder`, and an `Encoder`.
 
@@ -67,7 +85,8 @@ class ReferencePath:
 
     Matrices are held in float32 (float64 where compute is), so that narrow arithmetic never rounds a weight twice.
     Raises `RequestError` for a compute dtype that is not in `COMPUTE_DTYPES`, and `WeightError` for weights that do
-    not fit the config.
+    not fit the config. What torch is set to where it is called (autocast, inference mode, default dtype or device)
+    changes nothing.
     """
 
     def __init__(
@@ -97,6 +116,7 @@ class ReferencePath:
         other.components = components
         return other
 
+    @_pinned
     def open(self, batch: int, reserve: int) -> ReferenceSequences:
         check_open(self.config, self.max_batch, batch, reserve)
         caches = empty_caches(1, self.config, self.compute, self.device)
@@ -112,16 +132,16 @@ class ReferencePath:
         self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[True]
     ) -> list[Tensor]: ...
 
-    @torch.no_grad()
     def extend(
         self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
     ) -> Tensor | list[Tensor]:
-        hidden = self.extend_hidden(sequences, new_tokens)
-        if every_position:
-            return [self.logits(hidden_TW) for hidden_TW in hidden]
-        return torch.stack([self.logits(_last_hidden(state)) for state in self._own(sequences).states])
+        with pinned(self.device):
+            hidden = self.extend_hidden(sequences, new_tokens)
+            if every_position:
+                return [self.logits(hidden_TW) for hidden_TW in hidden]
+            return torch.stack([self.logits(_last_hidden(state)) for state in self._own(sequences).states])
 
-    @torch.no_grad()
+    @_pinned
     def extend_hidden(self, sequences: Sequences, new_tokens: Sequence[Tensor]) -> list[Tensor]:
         """Extend, but stop before the head: the normalized hidden vectors of the new tokens, [T_i, W] each."""
         sequences = self._own(sequences)
@@ -135,7 +155,7 @@ class ReferencePath:
         sequences.states[:] = states
         return hidden
 
-    @torch.no_grad()
+    @_pinned
     def encode(self, tokens: Sequence[Tensor], types: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The `Encoder` protocol: hidden vectors of whole texts, each computed alone."""
         check_encoding(self.config, tokens, types)
@@ -147,7 +167,7 @@ class ReferencePath:
             hidden.append(hidden_BTW[0])
         return hidden
 
-    @torch.no_grad()
+    @_pinned
     def logits(self, hidden: Tensor) -> Tensor:
         """Score hidden vectors [..., W] from `extend_hidden`: [..., V]."""
         logits = head_logits(hidden, self.weights.projection, linear=self.components.linear)
@@ -165,6 +185,7 @@ class ReferencePath:
         hidden_BTW, caches = forward(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
         return hidden_BTW[0], caches
 
+    @_pinned
     def _read(self, source: WeightSource) -> DecoderWeights:
         config = source.config
         embedding = source.embedding()

@@ -46,7 +46,7 @@ class Sampling:
 def generator_for(seed: int, prompt_index: int) -> torch.Generator:
     """The generator of one sequence. Seeds are hashed: neighboring pairs must not give overlapping streams."""
     digest = hashlib.sha256(f"{seed} {prompt_index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def shape_logits(logits_V: Tensor, previous_T: Tensor, sampling: Sampling) -> Tensor:
@@ -79,7 +79,7 @@ def draw(probability_V: Tensor, generator: torch.Generator) -> int:
     total = cumulative_V[-1]
     if not 0 < float(total) < torch.inf:
         raise NumericsError(f"the probabilities add up to {float(total)}; their sum must be positive and finite")
-    threshold = torch.rand((), dtype=torch.float64, generator=generator) * total
+    threshold = torch.rand((), dtype=torch.float64, device=generator.device, generator=generator) * total
     last_possible = torch.searchsorted(cumulative_V, total)  # where rounding lifts the threshold to the total
     return int(torch.searchsorted(cumulative_V, threshold, right=True).minimum(last_possible))
 
