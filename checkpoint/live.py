@@ -6,7 +6,6 @@ the module changes later change here too, wherever a path has not copied them. W
 (queries, keys and values by group) or once for all heads is copied, one layer at a time.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..spec.errors import RequestError
 from .families import FAMILIES
 from .family import weights_of
-from .fields import Fields
+from .fields import Fields, parsed_json
 from .source import FileSource
 
 
@@ -31,10 +30,13 @@ def from_transformers(module: Any, *, context: int | None = None) -> FileSource:
         raise RequestError(
             f"module is a {type(module).__name__}; it must be a transformers model, a torch module with a config"
         )
-    values = json.loads(write_config())
+    where = f"{type(module).__name__}.config"
+    values = parsed_json(write_config(), where, "correct it")
     values["architectures"] = [type(module).__name__]  # the class that it is, not the one that its file was saved by
-    where = f"{type(module).__name__}.config: "
-    return weights_of(FAMILIES, Fields(values, where, most_tokens=context), LiveModule(module))
+    return weights_of(FAMILIES, Fields(values, f"{where}: ", most_tokens=context), LiveModule(module))
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class LiveModule:
@@ -42,17 +44,33 @@ class LiveModule:
 
     def __init__(self, module: torch.nn.Module):
         self.where = f"this {type(module).__name__}"
-        self._tensors: dict[str, Tensor] = dict(module.state_dict())
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(each.shape) for name, each in self._tensors.items()}
+        self._tensors: dict[str, Any] = dict(module.state_dict())
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: _shape(each) for name, each in self._tensors.items()}
 
     def unreadable(self, name: str) -> str | None:
         tensor = self._tensors[name]
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"kept as a {type(tensor).__name__}; only plain tensors can be read"
         if tensor.is_meta:
             return "on the meta device, where tensors have no values"
-        return None if tensor.is_floating_point() else f"kept as {tensor.dtype}; only floats can be read"
+        if tensor.layout is not torch.strided:
+            return f"kept as {tensor.layout}; only strided tensors can be read"
+        return (
+            None
+            if tensor.dtype in FLOATS
+            else f"kept as {tensor.dtype}; only {', '.join(map(str, FLOATS))} can be read"
+        )
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach().to("cpu")
+        tensor: Tensor = self._tensors[name].detach().to("cpu")
+        return tensor
 
     def read_slice(self, name: str, cuts: tuple[slice, ...]) -> Tensor:
-        return self._tensors[name].detach()[cuts].to("cpu")
+        tensor: Tensor = self._tensors[name].detach()[cuts].to("cpu")
+        return tensor
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """A tensor's; () for what modules keep beside tensors, and for parameters that have not been given a shape yet."""
+    known = isinstance(value, Tensor) and not torch.nn.parameter.is_lazy(value)
+    return tuple(value.shape) if known else ()

@@ -3,7 +3,7 @@
 What it hands out may be views of the mapped file: a whole model is never held here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,8 +22,8 @@ from .table import Heads, Table
 class FileSource:
     """Weights of a model in a file or folder, or of a live module.
 
-    Every name and shape is checked here, before any tensor is read; raises `WeightError` for what does not fit, and
-    `ConfigError` where more tokens are asked for than the model was made for.
+    Every name and shape is checked here, before any tensor is read or made; raises `WeightError` for what does not fit,
+    and `ConfigError` where more tokens are asked for than the model was made for.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class FileSource:
 
     def layer(self, index: int, shard: Shard | None = None) -> LayerWeights:
         slices = None if shard is None else layer_slices(self.config, index, shard)
-        buffers = self._buffers.layers[index]
+        buffers = _made(self._buffers.layers[index])
         return assemble(LayerWeights, self._read(self._plan.layers[index], buffers, slices, self.config.layers[index]))
 
     def head(self, shard: Shard | None = None) -> HeadWeights:
         slices = None if shard is None else head_slices(self.config, shard)
-        return assemble(HeadWeights, self._read(self._plan.head, self._buffers.head, slices))
+        return assemble(HeadWeights, self._read(self._plan.head, _made(self._buffers.head), slices))
 
     def _read(
         self,
@@ -93,6 +93,10 @@ class FileSource:
         if reading.stored.heads is Heads.STACKED:
             tensor = tensor.flatten()
         return tensor[reading.skip :]
+
+
+def _made(buffers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    return {name: make() for name, make in buffers.items()}
 
 
 def limited(config: ModelConfig, most_tokens: int | None) -> ModelConfig:

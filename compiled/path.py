@@ -38,6 +38,9 @@ from .steps import Piece, decode_program, eager, encode_program, prefill_program
 from .turn import Turn
 from .weights import Model, prepare
 
+_FIRST_SLOTS = 1024
+"""Numbers of slots that are made at first; the table of them doubles when more are used."""
+
 _PREFILL_TOKENS = 512
 """The longest piece of a prompt that is prefilled at once."""
 
@@ -126,7 +129,7 @@ class CompiledPath:
         self._turn = Turn(model.device, compiled=mode is not Mode.EAGER)
         self._report = report or (lambda line: None)
         with self._turn:
-            self._slots = torch.arange(max(2, config.context), device=model.device)
+            self._slots = torch.arange(_FIRST_SLOTS, device=model.device)
         self._graphs: DecodeGraphs | None = None
         if captured and mode is not Mode.EAGER:
             self._graphs = DecodeGraphs(model, device_of_graphs(model.device), report=self._report)
@@ -233,7 +236,7 @@ class CompiledPath:
 
         token_T = joined(tokens)
         type_T = torch.zeros_like(token_T) if types is None else joined(types)
-        position_T = joined([self._slots[:length] for length in lengths])
+        position_T = joined([self._slots_to(length) for length in lengths])
         cu_seqlens = torch.tensor([0, *accumulate(lengths * 2 if lone else lengths)])
         program = self.program(Program.ENCODE)
         hidden_TW = program(self.model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens)
@@ -290,11 +293,17 @@ class CompiledPath:
         name = {1: Program.DECODE, PASS_ROWS: Program.DECODE_ROWS}.get(len(rows), Program.DECODE_MANY)
         program, longest = self.program(name), max(positions) + 1
         if self._graphs is not None:
-            slot_S = self._slots[: self._graphs.slots(longest, capacity)]
+            slot_S = self._slots_to(self._graphs.slots(longest, capacity))
             return self._graphs.step(program, sequences.caches, step, slot_S)
-        slot_S, step_3R = self._slots[: max(2, longest)], torch.tensor(step, device=self._device)
+        slot_S, step_3R = self._slots_to(max(2, longest)), torch.tensor(step, device=self._device)
         logits_RV: Tensor = program(self.model, sequences.caches, step_3R, slot_S)
         return logits_RV
+
+    def _slots_to(self, count: int) -> Tensor:
+        """0 .. count - 1: the beginning of a table that doubles when it is too short; a context may be 2 ** 30."""
+        if count > len(self._slots):
+            self._slots = torch.arange(max(count, 2 * len(self._slots)), device=self._device)
+        return self._slots[:count]
 
     def _prefill(
         self, sequences: StaticSequences, row: int, token_T: Tensor, every_position: bool
@@ -307,7 +316,8 @@ class CompiledPath:
         logits_1V = sequences.last_BV[:0]
         for piece_T in token_T.tensor_split(-(-len(token_T) // _PREFILL_TOKENS)):
             end = begin + len(piece_T)
-            position_T, slot_S = self._slots[begin:end], self._slots[:end]
+            slot_S = self._slots_to(end)
+            position_T = slot_S[begin:]
             hidden_TW, logits_1V = program(self.model, sequences.caches, piece_T, position_T, start_1, slot_S)
             if every_position:
                 assert self.model.head is not None
