@@ -1,7 +1,11 @@
 """Text to token ids and back, whole or as a stream."""
 
-from collections.abc import Sequence
+import json
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -9,6 +13,17 @@ from ..spec.errors import CheckpointError, RequestError
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are not, or not yet, a character."""
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
+"""Names that a byte-fallback decoder takes for bytes."""
+
+_BYTE_SIGNS = frozenset("<>+x0123456789ABCDEFabcdef")
+
+_KNOWN = ("ByteLevel", "ByteFallback", "Metaspace", "WordPiece", "BPEDecoder", "CTC", "Fuse", "Strip", "Replace")
+"""Decoders of which is known what later tokens can change."""
+
+CONTEXT = 16
+"""Shown tokens that are decoded again with each new one: decoders treat the first token of a text otherwise."""
 
 
 class Tokenizer:
@@ -18,6 +33,9 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
+        self.decoder = None if inner.decoder is None else json.loads(inner.decoder.__getstate__())
+        """Its decoder as tokenizer.json describes it."""
+        self.falls_back = any(step["type"] == "ByteFallback" for step in _steps(self.decoder))
 
     @property
     def size(self) -> int:
@@ -37,7 +55,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, special ones written out; bytes that are no character become U+FFFD."""
-        return str(self.inner.decode(list(ids), skip_special_tokens=False))
+        try:
+            return str(self.inner.decode(list(ids), skip_special_tokens=False))
+        except (OverflowError, TypeError):
+            raise RequestError(f"ids is {reprlib.repr(ids)}; it must be a sequence of token ids") from None
 
     def id_of(self, token: str) -> int | None:
         """The id of exactly this token, or None where there is none."""
@@ -59,9 +80,11 @@ def read_tokenizer(path: Path, remedy: str) -> Tokenizer:
 
 
 class TokenStream:
-    """Decodes token by token, and holds back what may still turn out to be half a character.
+    """Decodes token by token, and holds back what later tokens may still change.
 
-    Whatever `add` and then `finish` return, joined, is what `Tokenizer.decode` makes of all the ids at once.
+    Whatever `add` and then `finish` return, joined, is what `Tokenizer.decode` makes of all the ids at once. Held back
+    are the end of a character, a run of byte-fallback tokens (`<0x0A>`, then `<0xF0>`, decode together to two
+    replacement characters) until another token ends it, and all text where `changes_later` says so.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -69,24 +92,74 @@ class TokenStream:
         self._ids: list[int] = []
         self._shown = 0
         """Of the ids, how many are shown already; they stay so that a decoder sees what stood before."""
+        self._holds_all = changes_later(tokenizer.decoder)
 
     def add(self, token: int) -> str:
         """The text that this token completes, which may be none."""
+        name = self._tokenizer.inner.id_to_token(token)
+        if name is None:  # a decoder passes over it
+            return ""
         self._ids.append(token)
-        text = self._fresh()
+        if self._holds_all or (self._tokenizer.falls_back and _BYTE.fullmatch(name)):
+            return ""
+        text = self.pending()
         if text.endswith(_INCOMPLETE):
             return ""
         return self._show(text)
 
-    def finish(self) -> str:
-        """What is still held back: U+FFFD for bytes that became no character."""
-        return self._show(self._fresh())
-
-    def _fresh(self) -> str:
+    def pending(self) -> str:
+        """What `finish` would return now."""
         before = self._tokenizer.decode(self._ids[: self._shown])
         return self._tokenizer.decode(self._ids)[len(before) :]
 
+    def finish(self) -> str:
+        """What is still held back: U+FFFD for bytes that became no character."""
+        return self._show(self.pending())
+
     def _show(self, text: str) -> str:
-        self._ids = self._ids[self._shown :]
+        self._ids = self._ids[-max(CONTEXT, len(self._ids) - self._shown) :]
         self._shown = len(self._ids)
         return text
+
+
+def changes_later(decoder: Mapping[str, Any] | None) -> bool:
+    """Return whether a decoder, as JSON, may change text that is complete once further tokens come.
+
+    True for what works on all the text at once and looks at more than one character, and for what is not known here:
+
+        >>> changes_later({"type": "Replace", "pattern": {"String": "ab"}, "content": "c"})  # inside one token
+        False
+        >>> fuse = {"type": "Fuse"}
+        >>> changes_later({"type": "Sequence", "decoders": [fuse, {"type": "Metaspace"}]})
+        False
+        >>> replace = {"type": "Replace", "pattern": {"String": "ab"}, "content": "c"}
+        >>> changes_later({"type": "Sequence", "decoders": [fuse, replace]})
+        True
+    """
+    joined = renamed = False
+    for step in _steps(decoder):
+        kind = step["type"]
+        if kind not in _KNOWN:
+            return True
+        one_sign = kind == "Replace" and len(step["pattern"].get("String", "")) == 1
+        if joined and not (one_sign or kind in ("Fuse", "Metaspace") or _strips_little(step)):
+            return True
+        if kind == "ByteFallback" and renamed:  # then a token's name does not tell whether it is a byte
+            return True
+        joined = joined or kind in ("Fuse", "ByteLevel")
+        renamed = renamed or not (
+            one_sign and step["pattern"]["String"] not in _BYTE_SIGNS and "<" not in step["content"]
+        )
+    return False
+
+
+def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    if decoder is not None and decoder["type"] == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _steps(step)
+    elif decoder is not None:
+        yield decoder
+
+
+def _strips_little(step: Mapping[str, Any]) -> bool:
+    return step["type"] == "Strip" and int(step["start"]) < CONTEXT
