@@ -3,13 +3,14 @@
 import json
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from ..spec.errors import CheckpointError, RequestError
+from ..spec.errors import CheckpointError, RequestError, TwinferError
+from .tokenizer_bounds import check_growth, check_sizes, decoder_steps, growing_steps
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are not, or not yet, a character."""
@@ -33,9 +34,10 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
-        self.decoder = None if inner.decoder is None else json.loads(inner.decoder.__getstate__())
+        self.decoder = _described(inner.decoder)
         """Its decoder as tokenizer.json describes it."""
-        self.falls_back = any(step["type"] == "ByteFallback" for step in _steps(self.decoder))
+        self._growing = growing_steps(_described(inner.normalizer))
+        self.falls_back = any(step["type"] == "ByteFallback" for step in decoder_steps(self.decoder))
 
     @property
     def size(self) -> int:
@@ -51,6 +53,7 @@ class Tokenizer:
         """
         if any("\ud800" <= sign <= "\udfff" for sign in text):
             raise RequestError(f"text {text[:40]!r} holds half a surrogate pair; it must be valid Unicode")
+        check_growth(self._growing, text)
         return list(self.inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -72,11 +75,18 @@ class Tokenizer:
 def read_tokenizer(path: Path, remedy: str) -> Tokenizer:
     """A tokenizer.json. Raises `CheckpointError`, with the remedy, where it is malformed."""
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
-    except OSError:
+        content = path.read_bytes()
+        check_sizes(json.loads(content))
+        return Tokenizer(tokenizers.Tokenizer.from_buffer(content))
+    except (OSError, TwinferError):
         raise
     except Exception as error:  # the library raises bare exceptions
         raise CheckpointError(f"{path} is no tokenizer ({error}); {remedy}") from None
+
+
+def _described(part: Any) -> dict[str, Any] | None:
+    """Return a normalizer or decoder as tokenizer.json describes it."""
+    return None if part is None else json.loads(part.__getstate__())
 
 
 class TokenStream:
@@ -137,7 +147,7 @@ def changes_later(decoder: Mapping[str, Any] | None) -> bool:
         True
     """
     joined = renamed = False
-    for step in _steps(decoder):
+    for step in decoder_steps(decoder):
         kind = step["type"]
         if kind not in _KNOWN:
             return True
@@ -151,14 +161,6 @@ def changes_later(decoder: Mapping[str, Any] | None) -> bool:
             one_sign and step["pattern"]["String"] not in _BYTE_SIGNS and "<" not in step["content"]
         )
     return False
-
-
-def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    if decoder is not None and decoder["type"] == "Sequence":
-        for step in decoder["decoders"]:
-            yield from _steps(step)
-    elif decoder is not None:
-        yield decoder
 
 
 def _strips_little(step: Mapping[str, Any]) -> bool:
