@@ -46,7 +46,7 @@ def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
     prompts.add_argument("--prompt", type=unicode_text, metavar="TEXT", help="the prompt")
     prompts.add_argument("--prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids: 504,3575,282")
     prompts.add_argument(
-        "--prompts-file", metavar="FILE", help="UTF-8 text, one prompt a line; blank lines are skipped"
+        "--prompts-file", metavar="FILE", help="UTF-8 text, one prompt a line, blank lines skipped; - is standard input"
     )
     parser.add_argument("--chat", action="store_true", help="put each prompt as a user's turn into the chat template")
     parser.add_argument(
