@@ -15,7 +15,7 @@ from twinfer.spec.errors import MachineError, RequestError
 from twinfer.spec.paper_models import PAPER_MODELS
 from twinfer.spec.weights import WeightSource
 
-from .chat import encode, prompt_ids
+from .chat import DATE, encode, prompt_ids
 from .embedding import chosen, embed, text_ids
 from .generation import Generation, generate
 
@@ -62,16 +62,18 @@ class Model:
     def config(self) -> ModelConfig:
         return self.decoder.config
 
-    def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """The prompt's token ids; with `chat`, those of a conversation that opens with it.
+    def encode(self, prompt: str, *, chat: bool = False, date: str = DATE) -> list[int]:
+        """The prompt's token ids; with `chat`, those of a conversation that opens with it, held on that date.
 
         Raises `RequestError` where the model has no tokenizer, or no chat template.
         """
-        return encode(self.checkpoint, prompt, chat=chat)
+        return encode(self.checkpoint, prompt, chat=chat, date=date)
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], *, chat: bool = False, **how: Any) -> Generation:
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], *, chat: bool = False, date: str = DATE, **how: Any
+    ) -> Generation:
         """`twinfer.generate` for prompts given as text (or ids), with this model's tokenizer and end tokens."""
-        ids = prompt_ids(self.checkpoint, prompts, chat=chat)
+        ids = prompt_ids(self.checkpoint, prompts, chat=chat, date=date)
         end_tokens, tokenizer = self.checkpoint.end_tokens, self.checkpoint.tokenizer
         return generate(self.decoder, ids, end_tokens=end_tokens, tokenizer=tokenizer, **how)
 

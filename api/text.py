@@ -11,6 +11,10 @@ class TextStream(Protocol):
         """The characters that the token completed."""
         ...
 
+    def pending(self) -> str:
+        """What `finish` would return now, while more tokens may come."""
+        ...
+
     def finish(self) -> str:
         """What is left, once no more tokens come."""
         ...
@@ -31,11 +35,12 @@ class StopWatch:
     def add(self, token: int) -> tuple[str, bool]:
         """The text that this token settled, and whether a stop string ended it."""
         text = self._held + self._stream.add(token)
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
+        spelled = text + self._stream.pending() if self._stops else text  # of the tokens so far, as decoded at once
+        found = [(spelled.find(stop) + len(stop), spelled.find(stop)) for stop in self._stops if stop in spelled]
         if found:
             _, begin = min(found)
             self._held = ""
-            return text[:begin], True
+            return spelled[:begin], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

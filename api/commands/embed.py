@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=unicode_text, action="append", default=[], metavar="TEXT", help="a text; repeatable"
     )
-    parser.add_argument("--texts", metavar="FILE", help="UTF-8 text, one text a line; blank lines are skipped")
+    parser.add_argument(
+        "--texts", metavar="FILE", help="UTF-8 text, one text a line, blank lines skipped; - is standard input"
+    )
     parser.add_argument(
         "--pooling",
         choices=[pooling.value for pooling in Pooling],

@@ -9,7 +9,7 @@ from typing import Any
 from twinfer.reference.sampling import Sampling
 from twinfer.spec.errors import RequestError
 
-from ..chat import prompt_ids
+from ..chat import DATE, prompt_ids
 from ..generation import Generation, check_prompts, check_stops
 from ..loading import Model, load, open_checkpoint
 from ..memory import peak_memory_bytes
@@ -41,9 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompt", type=unicode_text, metavar="TEXT", help="the prompt")
     prompts.add_argument("--prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids: 504,3575,282")
     prompts.add_argument(
-        "--prompts-file", metavar="FILE", help="UTF-8 text, one prompt a line; blank lines are skipped"
+        "--prompts-file", metavar="FILE", help="UTF-8 text, one prompt a line, blank lines skipped; - is standard input"
     )
     parser.add_argument("--chat", action="store_true", help="put each prompt as a user's turn into the chat template")
+    parser.add_argument(
+        "--chat-date",
+        metavar="DAY",
+        default=DATE,
+        help="the date that chat templates see, always the same unless given (default %(default)s)",
+    )
     add_arithmetic(parser)
     add_context(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most (default %(default)s)")
@@ -84,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     with waiting() as report:
         start = time.perf_counter()
         checkpoint = open_checkpoint(args.model, report, context=args.context)
-        ids = prompt_ids(checkpoint, prompts, chat=args.chat)
+        ids = prompt_ids(checkpoint, prompts, chat=args.chat, date=args.chat_date)
         check_prompts(checkpoint.config, ids, args.max_new_tokens)  # before minutes of compiling
         check_stops(args.stop, checkpoint.tokenizer)
         opening_s = time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Options that several commands share, and how their values are read."""
 
 import argparse
+import sys
 from pathlib import Path as FilePath
 
 from twinfer.spec.config import Storage
@@ -91,14 +92,28 @@ def token_ids(text: str) -> list[int]:
 
 
 def read_lines(name: str, what: str) -> list[str]:
-    """The lines of a UTF-8 text file, one prompt (or whatever it is) each, blank ones skipped."""
+    """The lines of a UTF-8 text file, one prompt (or whatever it is) each, blank ones skipped; "-" is standard input.
+
+    A byte order mark, which some editors write first, is no part of the text.
+    """
+    of = f"{what}s file {name}" if name != "-" else "standard input"
     try:
-        text = FilePath(name).read_text(encoding="utf-8")
+        content = FilePath(name).read_bytes() if name != "-" else _standard_input()
     except OSError as error:
-        raise RequestError(f"{what}s file {name} cannot be read: {error.strerror or error}") from error
+        raise RequestError(f"{of} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in its name
+        raise RequestError(f"{of} cannot be read: {error}") from error
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{what}s file {name} is not UTF-8 text: byte {error.start} is wrong") from error
-    lines = [line for line in text.split("\n") if line.strip()]
+        raise RequestError(f"{of} is not UTF-8 text: byte {error.start} is wrong") from error
+    lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()]
     if not lines:
-        raise RequestError(f"{what}s file {name} holds no {what}; write one a line")
+        raise RequestError(f"{of} holds no {what}; write one a line")
     return lines
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise RequestError("standard input is closed; give a file, or text to read there")
+    return sys.stdin.buffer.read()

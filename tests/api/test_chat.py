@@ -1,5 +1,7 @@
 """Chat templates: rendered as their authors meant them, in a sandbox."""
 
+import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,9 +9,15 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 import twinfer
-from twinfer.chat import encode, render_chat
+from twinfer.chat import encode, prompt_ids, render_chats
 from twinfer.checkpoint import Tokenizer
+from twinfer.memory import peak_memory_bytes
 from twinfer.spec.errors import CheckpointError, RequestError
+
+
+def render_chat(template, messages, special_tokens, **how):
+    return render_chats(template, [messages], special_tokens, **how)[0]
+
 
 HELLO = [{"role": "user", "content": "Hello <&>"}]
 
@@ -22,13 +30,60 @@ HELLO = [{"role": "user", "content": "Hello <&>"}]
         ("{% if add_generation_prompt %}answer:{% endif %}", "answer:"),
         ("{{ messages | tojson }}", '[{"role": "user", "content": "Hello <&>"}]'),
         ("{% for n in range(9) %}{% if n == 2 %}{% break %}{% endif %}{{ n }}{% endfor %}", "01"),
-        ("{% if strftime_now is defined %}today{% else %}no date{% endif %}", "no date"),
+        ("{{ strftime_now('%d %B %Y, %H:%M') }}", "01 January 2025, 00:00"),
+        ("{% if tools is not none %}T{% endif %}{% if documents is none %}D{% endif %}{{ tools }}", "DNone"),
+        ("{% if x is defined %}x{% endif %}{% generation %}a{{ messages[0].role }}{% endgeneration %}b", "auserb"),
+        ("{{ 'é' | tojson(ensure_ascii=True) }}{{ 'é' | tojson }}", '"\\u00e9""é"'),
+        ("{{ {'b': 1, 'a': [2]} | tojson(separators=(',', ':'), sort_keys=True) }}", '{"a":[2],"b":1}'),
+        ("{{ {'b': 1} | tojson(indent=2) }}", '{\n  "b": 1\n}'),
         ("{{ '%s' % eos_token }}|{{ unknown }}", "</s>|"),
         ("{{ raise_exception.__globals__ }}", ""),
     ],
 )
 def test_templates_render_as_the_field_does(template, text):
     assert render_chat(template, HELLO, {"bos_token": "<s>", "eos_token": "</s>"}) == text
+
+
+def test_the_date_is_an_option(tiny):
+    """Templates see the same day every day, unless another is asked for; what is no day is refused."""
+    dated = replace(tiny, chat_template="{{ strftime_now('%Y-%m-%d') }}")
+    assert tiny.tokenizer.decode(encode(dated, "hi", chat=True)) == "2025-01-01"
+    assert tiny.tokenizer.decode(encode(dated, "hi", chat=True, date="2031-12-24")) == "2031-12-24"
+    for wrong in ("today", "2025-02-30", "", None):
+        with pytest.raises(RequestError, match=f"date is {wrong!r}; it must be a day such as 2025-01-01"):
+            encode(dated, "hi", chat=True, date=wrong)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 'a' * 10**10 }}", "MemoryError"),
+        ("{{ 'a' * 10**7 }}b", "it writes 10000001 characters; it may write 10000000"),
+        ("{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "it writes 99980001 characters"),
+        ("{{ '%9999999999d' % 1 }}", "MemoryError|OverflowError"),
+        ("{{ 'a' | center(10**10) }}", "MemoryError"),
+        ("{{ [0] * 10**10 }}", "MemoryError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes more than 1 s"),
+        ("{{ 9 ** (9 ** 9) }}", "it takes more than 1 s|MemoryError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", "chat template fails"),
+    ],
+)
+def test_templates_have_bounded_time_and_memory(template, says, monkeypatch):
+    monkeypatch.setattr("twinfer.chat.MOST_SECONDS", 1)
+    before, start = peak_memory_bytes(), time.perf_counter()
+    with pytest.raises(CheckpointError, match="chat template fails") as caught:
+        render_chat(template, HELLO, {})
+    assert re.search(says, str(caught.value))
+    assert time.perf_counter() - start < 20
+    assert peak_memory_bytes() - before < 2**28
+
+
+def test_many_conversations_are_rendered_at_once(tiny):
+    """A thousand prompts take no longer than starting one subprocess, and each is rendered by itself."""
+    texts = [f"prompt {index}" for index in range(1000)]
+    ids = prompt_ids(tiny, texts, chat=True)
+    assert [tiny.tokenizer.decode(each) for each in ids] == [f"<turn>user:{text}<end>\n<turn>" for text in texts]
 
 
 @pytest.mark.parametrize(

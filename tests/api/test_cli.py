@@ -1,5 +1,6 @@
 """The command line: what it prints where, and with which exit status."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from twinfer.commands.main import COMMANDS, main
+from twinfer.commands.options import read_lines
 from twinfer.spec.counts import total
 from twinfer.spec.paper_models import PAPER_MODELS
 
@@ -169,6 +171,42 @@ def test_bad_prompts_files_are_named(content, says, capsys, tmp_path):
     prompts.write_bytes(content)
     assert main([*TINY, "--prompts-file", str(prompts)]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["prompt", "text"])
+@pytest.mark.parametrize("source", ["file", "-"])
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (b"\xef\xbb\xbffirst\nsecond\n", ["first", "second"]),
+        (b"\xef\xbb\xbf\xef\xbb\xbfx", ["\ufeffx"]),
+        (b"a\r\nb\rc\n\r\n", ["a", "b", "c"]),
+    ],
+)
+def test_files_are_read_without_a_byte_order_mark(content, lines, source, what, tmp_path, monkeypatch):
+    """Also from standard input, which is called "-"; lines end in any of the usual ways."""
+    (tmp_path / "file").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+    assert read_lines(source, what) == lines
+
+
+def test_every_command_that_reads_a_file_reads_standard_input(tiny, opens, capsys, monkeypatch):
+    opens(tiny)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbffirst\nsecond\n")))
+    assert main([*TINY, "--prompts-file", "-", "--json"]) == 0
+    outputs = json.loads(capsys.readouterr().out)["outputs"]
+    assert [output["prompt_ids"] for output in outputs] == [tiny.tokenizer.encode(t) for t in ("first", "second")]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbffirst\nsecond\n")))
+    assert main(["embed", "tiny", "--path", "reference", "--texts", "-", "--json", "--pooling", "mean"]) == 0
+    assert [text["text"] for text in json.loads(capsys.readouterr().out)["texts"]] == ["first", "second"]
+
+
+@pytest.mark.parametrize(("stdin", "says"), [(None, "is closed"), (b"", "holds no prompt"), (b"\xff", "is not UTF-8")])
+def test_bad_standard_input_is_named(stdin, says, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)))
+    assert main([*TINY, "--prompts-file", "-"]) == 2
+    assert f"standard input {says}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_opens")

@@ -1,12 +1,15 @@
 """The generation loop, against a loop that recomputes everything for each token."""
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 import twinfer
 from twinfer import Sampling, Stop, TwinferError
+from twinfer.checkpoint import Tokenizer
 from twinfer.reference.sampling import generator_for, next_token
 from twinfer.text import StopWatch
 
@@ -160,6 +163,9 @@ class Pieces:
     def add(self, token):
         return self.pieces[token]
 
+    def pending(self):
+        return ""
+
     def finish(self):
         return ""
 
@@ -185,6 +191,15 @@ def test_a_stop_string_cuts_the_text_wherever_tokens_end(pieces, stops):
         held = seen[len(shown) :]
         assert held == max((s[:n] for s in stops for n in range(len(s)) if seen.endswith(s[:n])), key=len, default="")
     assert shown + ("" if stopped else watch.rest()) == (whole[: ends[0] - longest] if ends else whole)
+
+
+def test_a_stop_string_in_bytes_ends_the_text_at_its_own_token():
+    """Byte-fallback tokens are held back from the text, as later ones may change them, but not from the watch."""
+    inner = tokenizers.Tokenizer(models.WordLevel({"<0x0A>": 0, "<0x0B>": 1, "a": 2}, unk_token="a"))
+    inner.decoder = decoders.ByteFallback()
+    watch = StopWatch(Tokenizer(inner).stream(), ["\n\n"])
+    assert [watch.add(token) for token in (2, 0, 1, 0)] == [("a", False), ("", False), ("", False), ("", False)]
+    assert watch.add(0) == ("\n\x0b", True)
 
 
 @same_fixture

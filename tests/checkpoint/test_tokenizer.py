@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import regex
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from transformers import Qwen2Tokenizer
@@ -22,6 +22,7 @@ from twinfer.checkpoint.fields import Fields
 from twinfer.checkpoint.gguf import tokenizer as gguf_tokenizer
 from twinfer.checkpoint.gguf.file import GgufFile
 from twinfer.checkpoint.tokenizer import library_errors, read_tokenizer
+from twinfer.memory import peak_memory_bytes
 from twinfer.spec.errors import CheckpointError, RequestError, TwinferError
 
 PanicException = type("PanicException", (BaseException,), {})
@@ -176,6 +177,149 @@ def test_a_stream_keeps_the_spaces_between_words(ids: list[int]) -> None:
     assert tokenizer.decode([0, 1, 2]) == "ab c"
     stream = tokenizer.stream()
     assert "".join([stream.add(token) for token in ids]) + stream.finish() == tokenizer.decode(ids)
+
+
+NAMES = [f"<0x{byte:02X}>" for byte in (0x0A, 0x41, 0xC3, 0xA9, 0xF0, 0x9F, 0xA6, 0x8A, 0xFF)]
+NAMES += [
+    "<0x+a>",
+    "<0xe2>",
+    "<0x0a>x",
+    "a",
+    "\u2581b",
+    "\u2581",
+    " ",
+    "##c",
+    ".",
+    "ab</w>",
+    "\ufffd",
+    "|",
+    "<pad>",
+    "n't",
+]
+NAMES += ["\u00c3\u010a"]  # byte level: 0xC3, then a line end
+LLAMA = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+DECODERS = {
+    "none": None,
+    "byte level": decoders.ByteLevel(),
+    "byte fallback": decoders.ByteFallback(),
+    "llama": decoders.Sequence(LLAMA),
+    "gemma": decoders.Sequence(LLAMA[:3]),
+    "unigram": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+    "word piece": decoders.WordPiece(),
+    "bpe": decoders.BPEDecoder(),
+    "ctc": decoders.CTC(),
+    "replace a pair": decoders.Replace("b.", "-"),
+    "fuse, then replace a pair": decoders.Sequence([decoders.Fuse(), decoders.Replace("a.", "-")]),
+    "fuse, then replace by pattern": decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex("a+"), "-")]),
+    "fuse, then bytes": decoders.Sequence([decoders.Fuse(), decoders.ByteFallback()]),
+    "fuse, then byte level": decoders.Sequence([decoders.Fuse(), decoders.ByteLevel()]),
+    "bpe, then bytes": decoders.Sequence(
+        [decoders.Replace("x>", ">"), decoders.Replace("a>x", "A>"), decoders.ByteFallback()]
+    ),
+    "strip much": decoders.Sequence([*LLAMA[:3], decoders.Strip(" ", 15, 0)]),
+    "strip more": decoders.Sequence([*LLAMA[:3], decoders.Strip(" ", 30, 0)]),
+}
+
+
+OFTEN = [NAMES.index(name) for name in ("a", ".", "\u2581", " ")]
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@settings(max_examples=80)
+@given(ids=st.lists(st.integers(0, len(NAMES)) | st.integers(0, 8) | st.sampled_from(OFTEN), max_size=40))
+@example(ids=[NAMES.index("a"), NAMES.index(".")])
+@example(ids=[NAMES.index("a"), NAMES.index("a"), NAMES.index("|")])
+@example(ids=[NAMES.index("<0x0A>"), NAMES.index("<0xF0>"), NAMES.index("<0x9F>")])
+@example(ids=[NAMES.index("a"), *[NAMES.index("\u2581")] * 32])
+@example(ids=[NAMES.index("<0xC3>"), NAMES.index("<0x0a>x"), NAMES.index("<0xC3>")])
+def test_a_stream_keeps_its_promise_with_every_decoder(kind: str, ids: list[int]) -> None:
+    """Pieces joined are what decoding all at once gives, also of byte-fallback tokens and of ids without a token."""
+    inner = tokenizers.Tokenizer(models.WordLevel({name: index for index, name in enumerate(NAMES)}, unk_token="a"))
+    if DECODERS[kind] is not None:
+        inner.decoder = DECODERS[kind]
+    tokenizer = Tokenizer(inner)
+    stream, shown = tokenizer.stream(), ""
+    for count, token in enumerate(ids, start=1):
+        shown += stream.add(token)
+        assert shown + stream.pending() == tokenizer.decode(ids[:count])
+    assert shown + stream.finish() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback", "llama", "gemma", "unigram", "word piece", "ctc"])
+def test_a_stream_holds_back_no_letter(kind: str) -> None:
+    """What no later token can change is shown at once; a run of bytes is shown when it ends."""
+    inner = tokenizers.Tokenizer(models.WordLevel({name: index for index, name in enumerate(NAMES)}, unk_token="a"))
+    inner.decoder = DECODERS[kind]
+    stream = Tokenizer(inner).stream()
+    letter, line = NAMES.index("a"), NAMES.index("<0x0A>")
+    assert stream.add(letter) == "a"
+    assert stream.add(letter) == ("" if kind == "ctc" else " a" if kind == "word piece" else "a")
+    if Tokenizer(inner).falls_back:
+        assert [stream.add(line), stream.add(line), stream.add(letter)] == ["", "", "\n\na"]
+
+
+def tokenizer_file(folder: Path, **parts: Any) -> Path:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model} | parts))
+    return path
+
+
+def replace_by(content: str, pattern: str = "a") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+def added(token: int, content: str, *, normalized: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    return {"id": token, "content": content, "normalized": normalized, **flags}
+
+
+TENFOLD = {"type": "Sequence", "normalizers": [replace_by("a" * 10)] * 8}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 2**31}, "merges": []}}, "token id 2147483648; ids must be"),
+        ({"added_tokens": [added(2**31, "<x>", normalized=False)]}, "token id 2147483648; ids must be below 16777216"),
+        ({"normalizer": TENFOLD, "added_tokens": [added(2, "aaa", normalized=True)]}, "normalizers may make 300"),
+        ({"decoder": {"type": "Sequence", "decoders": [replace_by("a" * 10)] * 8}}, "decoder may make 1e\\+08 char"),
+    ],
+)
+def test_files_that_cost_much_are_refused(parts: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A tokenizer file of a few hundred bytes cannot take gigabytes when it is read, written or decodes."""
+    before = peak_memory_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        read_tokenizer(tokenizer_file(tmp_path, **parts), "fetch it again")
+    assert (peak_memory_bytes() or 0) - (before or 0) < 2**26
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "message"),
+    [
+        (TENFOLD, "may make 1000000 characters of a text; they may make 100100 of it"),
+        ({"type": "Sequence", "normalizers": [TENFOLD, {"type": "NFC"}]}, "may make 1000000 characters"),
+        (replace_by("a" * 100_000), "may make 1000000 char"),
+        ({"type": "Replace", "pattern": {"Regex": "a*"}, "content": "a" * 100_000}, "may make 1100010 char"),
+        ({"type": "Prepend", "prepend": "a" * 200_000}, "may make 200010 char"),
+    ],
+)
+def test_normalizers_that_multiply_are_bounded(normalizer: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A text becomes at most ten times as long, and 100 000 characters longer; shorter ones pass as they are."""
+    tokenizer = read_tokenizer(tokenizer_file(tmp_path, normalizer=normalizer), "fetch it again")
+    before = peak_memory_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        tokenizer.encode("a" * 10)
+    assert (peak_memory_bytes() or 0) - (before or 0) < 2**26
+
+
+def test_normalizers_that_lengthen_a_little_are_used(tmp_path: Path) -> None:
+    """Growing by a few characters each, as in honest files, is no fault."""
+    steps = [replace_by("bb"), replace_by("c ", "b"), {"type": "Prepend", "prepend": "b "}]
+    normalizer = {"type": "Sequence", "normalizers": steps}
+    pre_tokenizer = {"type": "Whitespace"}
+    tokenizer = read_tokenizer(tokenizer_file(tmp_path, normalizer=normalizer, pre_tokenizer=pre_tokenizer), "")
+    assert tokenizer.encode("a") == [1, 0, 0]
 
 
 def test_bytes_without_a_token_are_left_out(tokenizer: Tokenizer) -> None:
