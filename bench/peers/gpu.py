@@ -37,7 +37,7 @@ from ...spec.config import (
 )
 from ...spec.counts import total
 from ..candidates import Candidate, PathCandidate
-from ..side_by_side import Key, Measured, Workload, interleave, prompt, sample
+from ..side_by_side import Key, Measured, Workload, measure_in_turn, prompt, sample
 from .exported import transformers_llama
 from .libraries import StaticCacheCandidate, TransformersCandidate
 
@@ -117,7 +117,7 @@ def launches_of_a_step(path: CompiledPath, device: torch.device) -> int | None:
         path.extend(sequences, [token_1])
         _synchronize(device)
     sequences.close()
-    return sum(event.count for event in profile.key_averages() if event.device_type is torch.autograd.DeviceType.CUDA)
+    return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
 
 
 def candidates(source: RandomSource, device: torch.device) -> Iterator[tuple[str, Candidate]]:
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         for workload in WORKLOADS
         if workload.batch == 1 or not isinstance(candidate, StaticCacheCandidate)
     }
-    measured = interleave(samples, args.rounds, report=lambda line: print(line, file=sys.stderr))
+    measured = measure_in_turn(samples, args.rounds, report=lambda line: print(line, file=sys.stderr))
     path = CompiledPath(source, storage=Storage.BFLOAT16, compute=COMPUTE, device=device, captured=False)
     launches = launches_of_a_step(path, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
