@@ -23,6 +23,7 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
+from .cache_folder import use_private_cache
 from .graph import DecodeGraphs, Graphs, InductorGraphs, begin_step, chosen, decode_graphs
 from .head import head_prefill, scale_and_cap
 from .linear import PASS_ROWS, passes
@@ -72,6 +73,7 @@ class CompiledPath:
         by_whom = chosen(graphs, self._device)
         if not _eager:
             check_compiler(self._device)
+            use_private_cache(report or (lambda line: None))
         self._config = source.config
         self._storage = Storage(storage)
         self._turn = Turn(self._device, compiled=not _eager)

@@ -6,6 +6,7 @@ dynamic (the marking fails if the graph were special to one), and everything els
 `spec.ambient.pinned`. Tests compile with the guards kept, and run every shape under `fail_on_recompile`.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .artifacts import KERNELS, ready
+from .cache_folder import use_private_cache
 from .cpu_graph import kernels_noticed
 from .steps import Varying
 
@@ -33,6 +35,7 @@ _compile: Callable[..., Any] = torch.compile  # its type stub does not know isol
 
 def graph(function: Callable[..., Any], *, keep_guards: bool = False, capturing: bool = False) -> Callable[..., Any]:
     """The function under torch.compile; nothing is compiled before its first call. `capturing`: with CUDA graphs."""
+    use_private_cache(warnings.warn)
     options = OPTIONS | CAPTURING if capturing else dict(OPTIONS)
     if not keep_guards:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
