@@ -55,9 +55,8 @@ def shared(folder: Path) -> str | None:
     """Who else may write in the folder, a parent, or anything within, in a few words; None if nobody may."""
     if not hasattr(os, "getuid") or not folder.exists():
         return None
-    for each in (folder, *folder.parents):
-        found = os.stat(each)
-        if reason := _another_writes(each, found, may_be_sticky=each != folder):
+    for parent in (folder, *folder.parents):
+        if reason := _another_writes(parent, os.stat(parent), may_be_sticky=parent != folder):
             return reason
     closed = not os.stat(folder).st_mode & 0o077
     for each in _within(folder):
