@@ -60,7 +60,7 @@ def ready(
     file = folder() / f"{_key(arguments, described)}.pt2"
     reason = "once; later starts find it in the cache"
     try:
-        return _load(_own(file))
+        return _load(_own(file), file.stem)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -95,10 +95,10 @@ def _own(file: Path) -> bytes:
         return opened.read()
 
 
-def _load(kept: bytes) -> Callable[..., Any]:
+def _load(kept: bytes, key: str) -> Callable[..., Any]:
     digest, body = kept[:32], kept[32:]
-    if hashlib.sha256(body).digest() != digest:
-        raise pickle.UnpicklingError("the digest differs")
+    if _digest(key, body) != digest:
+        raise pickle.UnpicklingError("its digest is that of another program or of other bytes")
     from torch._dynamo.aot_compile import AOTCompiledFunction
 
     with inductor.patch(KERNELS):
@@ -108,19 +108,24 @@ def _load(kept: bytes) -> Callable[..., Any]:
 
 
 def _keep(compiled: Any, file: Path) -> None:
-    """Write whole or not at all, the digest of what follows first."""
+    """Write whole or not at all, the digest first."""
     body: bytes = type(compiled).serialize(compiled).serialized_data
     file.parent.mkdir(parents=True, exist_ok=True)
     number, unfinished = tempfile.mkstemp(dir=file.parent)
     try:
         with os.fdopen(number, "wb") as out:
-            out.write(hashlib.sha256(body).digest() + body)
+            out.write(_digest(file.stem, body) + body)
             out.flush()
             os.fsync(out.fileno())
         os.replace(unfinished, file)
     except BaseException:
         os.unlink(unfinished)
         raise
+
+
+def _digest(key: str, body: bytes) -> bytes:
+    """Of a program and of the key that it is found by: a file under another's name counts as damaged."""
+    return hashlib.sha256(key.encode() + body).digest()
 
 
 def _key(arguments: tuple[Any, ...], described: str) -> str:

@@ -2,10 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import os
-import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -28,16 +31,39 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise `MachineError` unless torch.compile will find the C++ compiler it needs for a CPU."""
+    """Raise `MachineError` unless torch.compile will find a C++ compiler that works, which it needs for a CPU."""
     if device.type != "cpu":
         return
-    command = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    program = shlex.split(command)[0]
-    if shutil.which(program) is None:
+    command = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # one program, as torch has it
+    remedy = "install one (on Debian or Ubuntu: apt install g++), name yours in the variable CXX, or use path=reference"
+    if shutil.which(command) is None:
         raise MachineError(
-            f"the compiled path needs a C++ compiler on a CPU and {program} is not there; "
-            "install one (on Debian or Ubuntu: apt install g++), name yours in the variable CXX, or use path=reference"
+            f"the compiled path needs a C++ compiler on a CPU and {command!r} is not there, as one program; {remedy}"
         )
+    if fault := _compiler_fault(command, os.environ.get("PATH", "")):
+        raise MachineError(f"the C++ compiler {command!r} does not work ({fault}); {remedy}")
+
+
+@functools.cache
+def _compiler_fault(command: str, path: str) -> str | None:
+    """Why the compiler makes no library of a line of C++ that can be loaded; None if it does. `path`: found there."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "line.cpp"), Path(folder, "line.so")
+        source.write_text('extern "C" int line() { return 1; }\n')
+        try:
+            ran = subprocess.run(
+                [command, "-shared", "-fPIC", str(source), "-o", str(library)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=60,
+            )
+            if ran.returncode != 0:
+                return next(iter(ran.stderr.strip().splitlines()), f"it ends with status {ran.returncode}")
+            return None if ctypes.CDLL(str(library)).line() == 1 else "what it makes is wrong"
+        except (OSError, subprocess.SubprocessError, AttributeError) as error:
+            return _first_line(error)
 
 
 def return_freed_memory() -> None:

@@ -7,6 +7,7 @@ dynamic (the marking fails if the graph were special to one), and everything els
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .artifacts import KERNELS, ready
+from .cache_folder import use_private_cache
 from .cpu_graph import kernels_noticed
 from .steps import DynamicDims, P, R
 
@@ -51,6 +53,7 @@ def graph(
 
     `kernels` are options of Inductor that differ from this path's own.
     """
+    use_private_cache(warnings.warn)
     options = {**OPTIONS, **kernels}
     if not keep_guards:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe

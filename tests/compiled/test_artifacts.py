@@ -1,6 +1,5 @@
 """Programs kept on disk: found again only for what they were compiled from, and never trusted when damaged."""
 
-import hashlib
 import os
 import pickle
 import subprocess
@@ -111,6 +110,22 @@ def test_a_damaged_file_is_said_and_replaced(empty: Path, damage: Callable[[byte
     assert told == []
 
 
+def test_files_exchanged_by_name_are_said_and_replaced(empty: Path) -> None:
+    """A whole program of the same user under another program's name is not run in its place."""
+    _, _ = ready(arguments())
+    _, _ = ready(arguments(biased=False))
+    one, other = empty.iterdir()
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+    for biased in (True, False):
+        given = arguments(biased=biased)
+        compiled, (reason,) = ready(given)
+        assert "is damaged" in reason
+        assert torch.equal(compiled(*given), program(*given))
+        assert ready(given)[1] == []
+
+
 class Bomb:
     """Unpickled, it makes a file."""
 
@@ -131,7 +146,7 @@ def test_what_is_not_ours_is_not_unpickled(empty: Path, tmp_path: Path, monkeypa
     assert "is damaged" in reason
     assert not (tmp_path / "mark").exists()
 
-    file.write_bytes(hashlib.sha256(body).digest() + body)
+    file.write_bytes(artifacts._digest(file.stem, body) + body)
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
     _, (reason,) = ready(arguments())

@@ -344,7 +344,7 @@ def test_a_missing_compiler_is_named_with_the_remedy(monkeypatch: pytest.MonkeyP
     with pytest.raises(MachineError, match=r"C\+\+ compiler.*install.*path=reference"):
         CompiledPath(RandomSource(_some_config()))
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    with pytest.raises(MachineError, match="no-such-compiler is not there"):
+    with pytest.raises(MachineError, match="'no-such-compiler -O2' is not there"):
         CompiledPath(RandomSource(_some_config()))
 
 
