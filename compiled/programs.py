@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .artifacts import KERNELS, ready
-from .compute import DEFAULT
+from .artifacts import KERNELS, load_or_compile
 from .cpu_graph import kernels_noticed
 from .steps import DynamicDims, P, R
 
@@ -62,13 +61,13 @@ def graph(function: Callable[..., Any], *, keep_guards: bool = False) -> Callabl
 class Pieces:
     """Makes the pieces of one program; each is compiled, or found in the cache, when it first meets arguments.
 
-    `described` says what the arguments do not: which program, and config and storage. `compiling` is told, in a few
-    words, why a piece has to be compiled.
+    `described` says what the arguments do not: which program, and config and storage. `on_compile` is called with a
+    few words that say why a piece has to be compiled.
     """
 
-    def __init__(self, described: str, compiling: Callable[[str], None], *, keep_guards: bool = False) -> None:
+    def __init__(self, described: str, on_compile: Callable[[str], None], *, keep_guards: bool = False) -> None:
         self._described = described
-        self._compiling = compiling
+        self._on_compile = on_compile
         self._keep_guards = keep_guards
         self._made = 0
 
@@ -84,7 +83,7 @@ class Pieces:
                 mark_dynamic(function, arguments, dynamic)
                 with kernels_noticed():
                     fresh = self._keep_guards  # whether a kept program keeps guards is not known
-                    compiled = program if fresh else ready(program, arguments, described, self._compiling)
+                    compiled = program if fresh else load_or_compile(program, arguments, described, self._on_compile)
                     return compiled(*arguments)
             return compiled(*arguments)
 
@@ -116,7 +115,7 @@ class pinned:
     def __enter__(self) -> None:
         threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
         others = torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu")
-        if not others and threads == self._threads and dtype is DEFAULT:
+        if not others and threads == self._threads and dtype is torch.float32:
             self._grad = torch.is_grad_enabled()
             if self._grad:
                 torch.set_grad_enabled(False)
@@ -129,9 +128,9 @@ class pinned:
             if threads != self._threads:
                 stack.callback(torch.set_num_threads, threads)
                 torch.set_num_threads(self._threads)
-            if dtype is not DEFAULT:
+            if dtype is not torch.float32:
                 stack.callback(torch.set_default_dtype, dtype)
-                torch.set_default_dtype(DEFAULT)
+                torch.set_default_dtype(torch.float32)
             self._before = stack.pop_all()
 
     def __exit__(self, *_: object) -> None:
