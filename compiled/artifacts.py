@@ -45,16 +45,16 @@ loop shorter than threads take to wait for each other is one thread's."""
 _SOURCES = (Path(__file__).parent, Path(__file__).parent.parent / "spec")
 
 
-def ready(
-    program: Callable[..., Any], arguments: tuple[Any, ...], described: str, compiling: Callable[[str], None]
+def load_or_compile(
+    program: Callable[..., Any], arguments: tuple[Any, ...], described: str, on_compile: Callable[[str], None]
 ) -> Callable[..., Any]:
     """The compiled form of a program from `programs.graph`, for arguments that differ from these in marked sizes only.
 
-    `described` says what the arguments do not (config, storage, which program). `compiling` is told, in a few words,
-    why the program has to be compiled, if it has to.
+    `described` says what the arguments do not (config, storage, which program). `on_compile` is called with a few
+    words that say why the program has to be compiled, if it has to.
     """
     if inductor.force_disable_caches:
-        compiling("caches are disabled")
+        on_compile("caches are disabled")
         program(*arguments)
         return program
     file = folder() / f"{_key(arguments, described)}.pt2"
@@ -67,7 +67,7 @@ def ready(
         reason = f"{file} cannot be read: {error.strerror}"
     except Exception as error:  # whatever a damaged pickle raises
         reason = f"{file} is damaged: {type(error).__name__}"
-    compiling(reason)
+    on_compile(reason)
     compiled = _compile(program, arguments)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not answers
         _keep(compiled, file)

@@ -264,14 +264,14 @@ class CompiledPath:
             return eager
         told = False
 
-        def compiling(reason: str) -> None:
+        def on_compile(reason: str) -> None:
             nonlocal told
             if not told:
                 self._report(f"compiling {name} ({reason})")
             told = True
 
         described = f"{name} {self._storage} {self._compute} {self._config}"
-        return Pieces(described, compiling, keep_guards=self._mode is Mode.GUARDED, kernels=self._kernels)
+        return Pieces(described, on_compile, keep_guards=self._mode is Mode.GUARDED, kernels=self._kernels)
 
     def _decode(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
         """One token for each of these sequences; logits [R, V].

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .artifacts import KERNELS, ready
+from .artifacts import KERNELS, load_or_compile
 from .cache_folder import use_private_cache
 from .cpu_graph import kernels_noticed
 from .steps import DynamicDims, P, R
@@ -68,20 +68,20 @@ def graph(
 class Pieces:
     """Makes the pieces of one program; each is compiled, or found in the cache, when it first meets arguments.
 
-    `described` says what the arguments do not: which program, and config and storage. `compiling` is told, in a few
-    words, why a piece has to be compiled.
+    `described` says what the arguments do not: which program, and config and storage. `on_compile` is called with a
+    few words that say why a piece has to be compiled.
     """
 
     def __init__(
         self,
         described: str,
-        compiling: Callable[[str], None],
+        on_compile: Callable[[str], None],
         *,
         keep_guards: bool = False,
         kernels: Mapping[str, Any] = KERNELS,
     ) -> None:
         self._described = described
-        self._compiling = compiling
+        self._on_compile = on_compile
         self._keep_guards = keep_guards
         self._kernels = kernels
         self._made = 0
@@ -99,7 +99,7 @@ class Pieces:
             if compiled is None:
                 mark_dynamic(function, arguments, dynamic)
                 with kernels_noticed():
-                    compiled = ready(program, arguments, described, self._compiling) if kept else program
+                    compiled = load_or_compile(program, arguments, described, self._on_compile) if kept else program
                     return compiled(*arguments)
             return compiled(*arguments)
 

@@ -37,7 +37,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ready(given: tuple[Any, ...], described: str = "") -> tuple[Callable[..., Tensor], list[str]]:
     told: list[str] = []
-    return artifacts.ready(graph(program), given, described, told.append), told
+    return artifacts.load_or_compile(graph(program), given, described, told.append), told
 
 
 def test_a_kept_program_is_loaded_and_gives_the_same_bits(empty: Path) -> None:

@@ -191,13 +191,13 @@ def test_a_later_start_finds_the_programs() -> None:
 
 
 def test_what_is_compiled_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ready(program: Callable[..., Any], *_: object) -> Callable[..., Any]:
-        compiling = _[-1]
-        assert callable(compiling)
-        compiling("why")
+    def load_or_compile(program: Callable[..., Any], *_: object) -> Callable[..., Any]:
+        on_compile = _[-1]
+        assert callable(on_compile)
+        on_compile("why")
         return program
 
-    monkeypatch.setattr("twinfer.compiled.programs.ready", ready)
+    monkeypatch.setattr("twinfer.compiled.programs.load_or_compile", load_or_compile)
     told: list[str] = []
     path = CompiledPath(RandomSource(gpt2(), seed=1), report=told.append)
     with torch.compiler.set_stance("force_eager"):  # what is compiled does not matter here
