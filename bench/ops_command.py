@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ..spec.config import Storage
 from ..spec.errors import RequestError
+from ..spec.naming import dtype_name
 
 if TYPE_CHECKING:
     from .compare import Comparison
@@ -67,7 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", action="append", type=shape, default=[], metavar="T=1,I=576,N=960", help="at this size; repeatable"
     )
     parser.add_argument(
-        "--storage", action="append", choices=[each.value for each in Storage], default=[], help="only so; repeatable"
+        "--storage",
+        action="append",
+        type=dtype_name,
+        choices=[each.value for each in Storage],
+        default=[],
+        help="only so; repeatable",
     )
     parser.add_argument(
         "--column", action="append", default=[], metavar="NAME", help="only this implementation, and eager; repeatable"
