@@ -15,7 +15,8 @@ from twinfer.spec.decoder import Decoder, Path
 from twinfer.spec.errors import TwinferError
 
 from .generation import Event, Generation, Output, Stop, Timings, generate
-from .loading import Compute, Model, from_transformers, load
+from .loading import Model, from_transformers, load
+from .paths import Compute
 
 __all__ = [
     "Compute",

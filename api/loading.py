@@ -1,7 +1,7 @@
 """From a model's name to a path that is ready to extend sequences."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,39 +9,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from twinfer.reference.sampling import Sampling
 from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.decoder import Decoder, Path
 from twinfer.spec.errors import MachineError, RequestError
+from twinfer.spec.naming import dtype_name
 from twinfer.spec.paper_models import PAPER_MODELS
 from twinfer.spec.weights import WeightSource
 
 from .chat import DATE, encode, prompt_ids
 from .embedding import chosen, embed, text_ids
-from .generation import Generation, generate
+from .generation import GREEDY, Generation, generate
+from .paths import BUILDERS, Compute, Order, Report
 
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint
-    from twinfer.compiled.path import CompiledPath
-    from twinfer.reference.path import ReferencePath
 
-Report = Callable[[str], None]
-"""Told in a line each what is being waited for."""
 Choice = TypeVar("Choice", bound=StrEnum)
-
-
-class Compute(StrEnum):
-    """The arithmetic, apart from how weights are kept."""
-
-    FLOAT32 = "float32"
-    FLOAT64 = "float64"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype = getattr(torch, self.value)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,7 +46,7 @@ class Model:
     def config(self) -> ModelConfig:
         return self.decoder.config
 
-    def encode(self, prompt: str, *, chat: bool = False, date: str = DATE) -> list[int]:
+    def tokenize(self, prompt: str, *, chat: bool = False, date: str = DATE) -> list[int]:
         """The prompt's token ids; with `chat`, those of a conversation that opens with it, held on that date.
 
         Raises `RequestError` where the model has no tokenizer, or no chat template.
@@ -70,12 +54,35 @@ class Model:
         return encode(self.checkpoint, prompt, chat=chat, date=date)
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], *, chat: bool = False, date: str = DATE, **how: Any
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        chat: bool = False,
+        date: str = DATE,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
     ) -> Generation:
-        """`twinfer.generate` for prompts given as text (or ids), with this model's tokenizer and end tokens."""
+        """Extend each prompt, text or token ids, until an end token of the model, a stop string, or `max_new_tokens`.
+
+        With `chat`, a prompt of text opens a conversation, held on `date`, as the model's template writes it. `sampling` chooses the
+        tokens, by default the likeliest; what a prompt yields depends on the prompt, its index and the `seed` only.
+        Iterate over the result for events as they come, or call its `outputs()`.
+
+        Raises `RequestError` as `tokenize` and `twinfer.generate` do, before anything is allocated.
+        """
         ids = prompt_ids(self.checkpoint, prompts, chat=chat, date=date)
-        end_tokens, tokenizer = self.checkpoint.end_tokens, self.checkpoint.tokenizer
-        return generate(self.decoder, ids, end_tokens=end_tokens, tokenizer=tokenizer, **how)
+        return generate(
+            self.decoder,
+            ids,
+            max_new_tokens=max_new_tokens,
+            end_tokens=self.checkpoint.end_tokens,
+            stop=stop,
+            sampling=sampling,
+            seed=seed,
+            tokenizer=self.checkpoint.tokenizer,
+        )
 
     def embed(
         self, texts: Sequence[str | Sequence[int]], *, pooling: str | None = None, normalize: bool | None = None
@@ -95,8 +102,8 @@ class Model:
 def load(
     model: "str | Checkpoint | WeightSource",
     path: str = "compiled",
-    storage: str | None = None,
-    compute: str = "float32",
+    storage: str | torch.dtype | None = None,
+    compute: str | torch.dtype = "float32",
     device: str = "cpu",
     *,
     context: int | None = None,
@@ -108,34 +115,38 @@ def load(
     `model` is a folder, a .gguf file, a built-in name such as smollm2, a checkpoint that is already open, or a source
     of weights such as `from_transformers` gives, which has no tokenizer; `path` is compiled or reference; `storage`
     how weights are kept (float32, bfloat16, int8, int4; by default as the model was converted, else float32); `compute`
-    the arithmetic; `context` the most tokens of a sequence, where a model named here is to hold fewer than it can. The
-    compiled path compiles here, once for any prompt and batch size; without `batches`, what only several prompts at
-    once need is compiled when they come. `report` is told what takes long.
+    the arithmetic (float32, float64, bfloat16, float16); both may be given as torch dtypes too. `context` is the most
+    tokens of a sequence, where a model named here is to hold fewer than it can. The compiled path compiles here, once
+    for any prompt and batch size; without `batches`, what only several prompts at once need is compiled when they come.
+    `report` is told what takes long.
 
     Raises a `TwinferError` that says what would be right: for a value that is none of these, a model that cannot be
     used, or a machine that lacks what the path needs.
     """
     chosen_path = _choose(Path, path, "path")
-    given_storage = None if storage is None else _choose(Storage, storage, "storage")
-    chosen_compute = _choose(Compute, compute, "compute")
+    given_storage = None if storage is None else _choose(Storage, dtype_name(storage), "storage")
+    chosen_compute = _choose(Compute, dtype_name(compute), "compute")
     chosen_device = _device(device)
     start = time.perf_counter()
     checkpoint = _opened(model, context, report)
     chosen_storage = given_storage or checkpoint.storage or Storage.FLOAT32
-    decoder: Decoder
-    if chosen_path is Path.REFERENCE:
-        decoder, compile_s = _reference(checkpoint.source, chosen_storage, chosen_compute, chosen_device), 0.0
-    else:
-        decoder = compiled = _compiled(checkpoint.source, chosen_storage, chosen_compute, chosen_device, report)
-        compile_s = compiled.compile(batches=batches)
+    order = Order(
+        source=checkpoint.source,
+        storage=chosen_storage,
+        compute=chosen_compute,
+        device=chosen_device,
+        batches=batches,
+        report=report,
+    )
+    built = BUILDERS[chosen_path](order)
     return Model(
-        decoder=decoder,
+        decoder=built.decoder,
         checkpoint=checkpoint,
         path=chosen_path,
         storage=chosen_storage,
         compute=chosen_compute,
-        load_s=time.perf_counter() - start - compile_s,
-        compile_s=compile_s,
+        load_s=time.perf_counter() - start - built.compile_s,
+        compile_s=built.compile_s,
     )
 
 
@@ -176,20 +187,6 @@ def from_transformers(module: Any, *, context: int | None = None) -> WeightSourc
     from twinfer.checkpoint import from_transformers
 
     return from_transformers(module, context=context)
-
-
-def _reference(source: WeightSource, storage: Storage, compute: Compute, device: torch.device) -> "ReferencePath":
-    from twinfer.reference.path import ReferencePath
-
-    return ReferencePath(source, storage=storage, compute=compute.dtype, device=device)
-
-
-def _compiled(
-    source: WeightSource, storage: Storage, compute: Compute, device: torch.device, report: Report | None
-) -> "CompiledPath":
-    from twinfer.compiled.path import CompiledPath
-
-    return CompiledPath(source, storage=storage, compute=compute.dtype, device=device, report=report)
 
 
 def _choose(kind: type[Choice], value: str, what: str) -> Choice:

@@ -51,7 +51,7 @@ def measure(task: Task, report: Callable[[str], None] | None = None) -> Measurem
     """Load, answer the question, then time a longer prompt and its continuation, everything warm by then."""
     model = load(task.model, task.path, task.storage, batches=False, report=report)
     (answer,) = model.generate([task.question], chat=True, max_new_tokens=48).outputs()
-    timed = (model.encode(PARAGRAPH) * task.prompt_tokens)[: task.prompt_tokens]
+    timed = (model.tokenize(PARAGRAPH) * task.prompt_tokens)[: task.prompt_tokens]
     generation = generate(model.decoder, [timed], max_new_tokens=task.new_tokens)
     (continuation,) = generation.outputs()
     return Measurement(

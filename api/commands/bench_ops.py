@@ -12,6 +12,7 @@ from rich.console import Console
 
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import RequestError
+from twinfer.spec.naming import dtype_name
 
 if TYPE_CHECKING:
     from twinfer.bench.compare import Comparison
@@ -61,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", action="append", type=shape, default=[], metavar="T=1,I=576,N=960", help="at this size; repeatable"
     )
     parser.add_argument(
-        "--storage", action="append", choices=[each.value for each in Storage], default=[], help="only so; repeatable"
+        "--storage",
+        action="append",
+        type=dtype_name,
+        choices=[each.value for each in Storage],
+        default=[],
+        help="only so; repeatable",
     )
     parser.add_argument(
         "--column", action="append", default=[], metavar="NAME", help="only this implementation, and eager; repeatable"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import RequestError
+from twinfer.spec.naming import dtype_name
 
 from .options import positive
 
@@ -21,7 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
     )
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="to take medians over (%(default)s)")
     parser.add_argument(
-        "--storage", action="append", choices=[each.value for each in Storage], default=[], help="only so; repeatable"
+        "--storage",
+        action="append",
+        type=dtype_name,
+        choices=[each.value for each in Storage],
+        default=[],
+        help="only so; repeatable",
     )
     parser.add_argument(
         "--prompt", type=positive, default=32, metavar="N", help="tokens before a decode step (%(default)s)"

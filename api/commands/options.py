@@ -7,8 +7,9 @@ from pathlib import Path as FilePath
 from twinfer.spec.config import Storage
 from twinfer.spec.decoder import Path
 from twinfer.spec.errors import RequestError
+from twinfer.spec.naming import dtype_name
 
-from ..loading import Compute
+from ..paths import Compute
 
 MODEL_HELP = (
     "a folder (Hugging Face: config.json, model.safetensors; or made by twinfer convert), a .gguf file, or the "
@@ -32,6 +33,7 @@ def add_context(parser: argparse.ArgumentParser) -> None:
 def add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
+        type=dtype_name,
         choices=[storage.value for storage in Storage],
         help="how weights are kept (default: as the model was converted, else float32)",
     )
@@ -53,6 +55,7 @@ def add_arithmetic(parser: argparse.ArgumentParser) -> None:
 def add_compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compute",
+        type=dtype_name,
         choices=[compute.value for compute in Compute],
         default=Compute.FLOAT32.value,
         help="the arithmetic (default %(default)s; others are slow on CPUs without 16-bit units)",

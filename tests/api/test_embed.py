@@ -116,7 +116,7 @@ def test_many_texts_are_encoded_a_block_at_a_time(folder: Path, monkeypatch: pyt
 def test_ids_are_taken_as_they_are_up_to_the_context(folder: Path) -> None:
     """Only texts are held to what their makers allow."""
     model = twinfer.load(str(folder), "reference")
-    ids = model.encode("abc")
+    ids = model.tokenize("abc")
     assert ids == [2, 4, 5 + len(LETTERS), 6 + len(LETTERS), 3]
     assert torch.equal(model.embed([ids]), model.embed(["abc"]))
     assert model.embed([[4] * CONTEXT]).shape == (1, WIDTH)
@@ -138,7 +138,7 @@ def test_a_decoder_embeds_too(tiny: Checkpoint) -> None:
     """As far as its path encodes: the mean of its hidden vectors, not scaled."""
     model = twinfer.load(tiny, "reference", compute="float64")
     path = ReferencePath(tiny.source, compute=torch.float64)
-    (hidden_TM,) = path.encode([torch.tensor(model.encode("hello"))])
+    (hidden_TM,) = path.encode([torch.tensor(model.tokenize("hello"))])
     assert torch.equal(model.embed(["hello"])[0], hidden_TM.mean(0))
 
 

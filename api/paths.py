@@ -1,0 +1,82 @@
+"""How each path is made ready: one builder a path, and one table of them.
+
+A path is added by naming it in `spec.decoder.Path` and listing its builder in `BUILDERS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from twinfer.spec.config import Storage
+from twinfer.spec.decoder import Decoder, Path
+from twinfer.spec.weights import WeightSource
+
+Report = Callable[[str], None]
+"""Told in a line each what is being waited for."""
+
+
+class Compute(StrEnum):
+    """The arithmetic, apart from how weights are kept."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.value)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Order:
+    """What a builder is given."""
+
+    source: WeightSource
+    storage: Storage
+    compute: Compute
+    device: torch.device
+    batches: bool
+    """Whether several prompts at once are expected."""
+    report: Report | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Built:
+    """A path that is ready."""
+
+    decoder: Decoder
+    compile_s: float = 0.0
+    """Seconds to trace and compile."""
+
+
+# Paths are imported where they are needed: importing twinfer must bring no compiler.
+
+
+def _reference(order: Order) -> Built:
+    from twinfer.reference.path import ReferencePath
+
+    return Built(
+        decoder=ReferencePath(order.source, storage=order.storage, compute=order.compute.dtype, device=order.device)
+    )
+
+
+def _compiled(order: Order) -> Built:
+    from twinfer.compiled.path import CompiledPath
+
+    path = CompiledPath(
+        order.source,
+        storage=order.storage,
+        compute=order.compute.dtype,
+        device=order.device,
+        report=order.report,
+    )
+    return Built(decoder=path, compile_s=path.compile(batches=order.batches))
+
+
+BUILDERS: dict[Path, Callable[[Order], Built]] = {Path.REFERENCE: _reference, Path.COMPILED: _compiled}
+"""The builder of every path that `twinfer.load` knows."""
