@@ -1,0 +1,32 @@
+"""The parser of all commands: importing it brings torch, so `main` does so where it is ready for control-C."""
+
+import argparse
+from importlib.metadata import version
+from typing import NoReturn
+
+from twinfer.spec.errors import RequestError
+
+from . import bench, check, convert, demo, embed, generate, inspect, ops, verify
+
+COMMANDS = (demo, generate, embed, verify, inspect, convert, check, ops, bench)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are like all others: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> Parser:
+    """The parser of all commands. Each sets `run`, which takes the parsed arguments and returns the exit status."""
+    whole = Parser(
+        prog="twinfer",
+        description="Run large language models twice: on a path to read and on a path to use, proven equal.",
+        epilog="Start with: twinfer demo",
+    )
+    whole.add_argument("--version", action="version", version=f"twinfer {version('twinfer')}")
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_to(commands)
+    return whole
