@@ -16,10 +16,11 @@ def one_line(text: str) -> str:
         >>> one_line("no such  tensor:\\n\\x1b[2J")
         'no such tensor: \\\\x1b[2J'
     """
-    if len(text) > LONGEST:  # what is wrong comes first, what would be right comes last
-        text = f"{text[: LONGEST * 6 // 10]} ... {text[-LONGEST * 4 // 10 :]}"
     line = " ".join(text.split())
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
+    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: LONGEST * 6 // 10]} ... {line[-LONGEST * 4 // 10 + 5 :]}"  # the remedy comes last
 
 
 class TwinferError(ValueError):

@@ -1,8 +1,9 @@
 """The parser of all commands: importing it brings torch, so `main` does so where it is ready for control-C."""
 
 import argparse
+import sys
 from importlib.metadata import version
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from twinfer.spec.errors import RequestError
 
@@ -16,6 +17,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        """Print help or the version; the original says nothing where that fails."""
+        (sys.stderr if file is None else file).write(message)
 
 
 def parser() -> Parser:
