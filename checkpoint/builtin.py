@@ -93,7 +93,21 @@ BUILT_IN = {
 
 
 def cache_folder() -> Path:
-    """`TWINFER_CACHE` if set, else `twinfer` in the usual place for caches."""
+    """`TWINFER_CACHE` if set, else `twinfer` in the usual place for caches.
+
+    Raises `CheckpointError` where no home folder is known, or none of the user whom `TWINFER_CACHE` names.
+    """
+    try:
+        return _cache_folder()
+    except RuntimeError as error:
+        chosen = os.environ.get("TWINFER_CACHE")
+        given = f"TWINFER_CACHE is {chosen!r}" if chosen else "TWINFER_CACHE is not set"
+        raise CheckpointError(
+            f"the cache has no place: {error} {given}; set it to a folder that can be written to"
+        ) from None
+
+
+def _cache_folder() -> Path:
     if chosen := os.environ.get("TWINFER_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spec.config import ModelConfig, Storage
-from ..spec.errors import CheckpointError, RequestError, TwinferError
+from ..spec.errors import CheckpointError, RequestError
 from ..spec.weights import WeightSource
 from . import config_json, huggingface
 from .builtin import BUILT_IN, cache_folder
@@ -64,18 +64,16 @@ def open_model(model: str, *, context: int | None = None, report: Callable[[str]
         return checkpoint
     except OSError as error:
         raise CheckpointError(f"{model} cannot be read: {error.strerror or error}; check its permissions") from None
-    except TwinferError as error:
-        if str(error).isprintable():
-            raise
-        escaped = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(error))
-        raise type(error)(escaped) from None  # a name in a damaged file may hold anything, line ends included
 
 
 def _open(model: str, context: int | None, report: Callable[[str], None]) -> Checkpoint:
     if model in BUILT_IN:  # a folder of that name can still be given as ./name
         path, name = fetched(BUILT_IN[model], cache_folder(), report), model
     else:
-        path = Path(model).expanduser()
+        try:
+            path = Path(model).expanduser()
+        except RuntimeError as error:  # ~name where there is no such user, ~ where nobody has a home
+            raise CheckpointError(f"the path {model!r} cannot be followed: {error} Give it without ~") from None
         name = path.resolve().name if path.is_dir() else path.stem
     if path.is_dir():
         return _open_twinfer(path, context) if (path / DESCRIPTION).is_file() else _open_folder(path, name, context)

@@ -10,16 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from twinfer.spec.errors import one_line
+
 
 @contextmanager
 def waiting() -> Iterator[Callable[[str], None]]:
     """A function that says what is being waited for: a spinner on a terminal, plain lines elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda message: print(message, file=sys.stderr, flush=True)
+        yield lambda message: print(one_line(message), file=sys.stderr, flush=True)
         return
     with console.status("loading") as status:
-        yield lambda message: status.update(escape(message))
+        yield lambda message: status.update(escape(one_line(message)))
 
 
 def print_table(table: Table) -> None:
@@ -27,7 +29,9 @@ def print_table(table: Table) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    print(captured.get(), end="")
 
 
 def print_json(value: Any) -> None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from twinfer.spec.config import Storage
+from twinfer.spec.errors import one_line
 
 from ..loading import open_checkpoint
 from .console import print_json, waiting
@@ -19,7 +20,7 @@ examples:
 The folder holds the config as JSON, each part's weights as safetensors, and the tokenizer: it needs nothing else,
 also not the original. One layer is in memory at a time. Used with the storage that it was converted to, which is the
 default, the model is the same as the original in that storage, bit by bit. It appears whole or not at all; only a
-run that was killed leaves a hidden folder beside it, .OUT.partial-..., which can be deleted.
+run that was killed leaves a hidden folder beside it, .OUT.partial-..., which the next one that makes OUT removes.
 
 with --json, one object: {"model", "folder", "storage", "bytes"}
 """
@@ -43,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"model": args.model, "folder": str(args.out), "storage": storage.value, "bytes": size})
     else:
-        print(f"{args.out}: {checkpoint.name} in {storage}, {size:,} bytes")
+        print(f"{args.out}: {one_line(checkpoint.name)} in {storage}, {size:,} bytes")
     return 0

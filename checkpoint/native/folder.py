@@ -12,7 +12,6 @@ A folder appears whole or not at all: it is written beside its place, under a te
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +51,7 @@ from ..source import cut, limited
 from ..synced import sync
 from ..tokenizer import Tokenizer, read_tokenizer
 from .encoding import Quantizers, decode, encode, layout, layout_slices
+from .temporary import remove_abandoned, temporary_folder
 
 Part = TypeVar("Part", EmbeddingWeights, LayerWeights, HeadWeights)
 
@@ -77,12 +77,11 @@ def write(
 
     Raises `RequestError` where the folder is there already, its parent is not, or the disk is too full, before any
     weight is read, and what the source raises. Where it fails nothing is left behind; what a killed process leaves is a
-    hidden folder beside, `.NAME.partial-...`.
+    hidden folder beside, `.NAME.partial-...`, which the next one that writes NAME removes.
     """
     try:
         _check_place(source.config, folder, storage)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.partial-", dir=folder.absolute().parent))
-        try:
+        with temporary_folder(folder) as temporary:
             described = {"format": FORMAT, "storage": storage.value, "config": to_json(source.config), **about}
             described["tokenizer"] = tokenizer is not None
             _write_text(temporary / DESCRIPTION, json.dumps(described, indent=1, allow_nan=False))
@@ -93,8 +92,6 @@ def write(
                 _write_part(temporary / f"{name}{ENDING}", part, storage, quantizers)
                 del part
             return _put_in_place(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise RequestError(f"{folder} cannot be written: {error.strerror or error}") from None
     except SafetensorError as error:
@@ -107,6 +104,7 @@ def _check_place(config: ModelConfig, folder: Path, storage: Storage) -> None:
         raise RequestError(f"{folder} is there already; give a folder that does not exist yet")
     if not parent.is_dir():
         raise RequestError(f"{folder} cannot be made: {parent} is no folder; make it first")
+    remove_abandoned(folder)
     needed, free = total(config).bytes(storage), shutil.disk_usage(parent).free
     if free < needed:
         raise RequestError(f"{parent} has {free:,} bytes free; the model takes {needed:,} in {storage}: make room")

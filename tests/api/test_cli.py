@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from twinfer.commands.main import COMMANDS, main
+from twinfer.commands.main import main
 from twinfer.commands.options import read_lines
+from twinfer.commands.parser import COMMANDS
 from twinfer.spec.counts import total
 from twinfer.spec.paper_models import PAPER_MODELS
 

@@ -280,7 +280,7 @@ def test_the_command_that_measures_a_row_again_is_one(tiny: str, capsys: pytest.
     import shlex
 
     from twinfer.bench.plan import Plan
-    from twinfer.commands.main import parser
+    from twinfer.commands.parser import parser
 
     _, out = peers(capsys, tiny, "--storage", "bfloat16", "--storage", "int8", "--json")
     for row in json.loads(out)["rows"]:
