@@ -6,6 +6,7 @@ in a model, where everything else is read between two uses of them.
 Shapes: N outputs, I inputs.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..compiled.packing import Matrix, pack, quantize
+from ..oracle.case import Inputs
+from ..oracle.op import Fast
 from ..reference.quantize import (
     GroupQuantized,
     RowQuantized,
@@ -64,6 +67,48 @@ class Column:
         wanted = CACHES_IN_COPIES * (last_level_cache_bytes() or _UNKNOWN_CACHE)
         more = min(-(-wanted // size), MOST_COPIES) - 1
         return [self.arguments, *({**self.arguments, **copied(cold)} for _ in range(more))]
+
+
+def fast_column(
+    twin: Fast,
+    inputs: Inputs,
+    *,
+    from_memory: tuple[str, ...] = (),
+    varying: Mapping[str, tuple[int, ...]] | None = None,
+    note: str | None = None,
+) -> Column:
+    """Return the column of a record's fast function, called with what the record's own adapter calls it with.
+
+    The adapter is run twice: here on a function that notes its arguments, and later on one that hands back what was
+    computed from them. Where it calls several times, as for rows in passes, only the first argument may differ.
+    """
+    signature, calls = inspect.signature(twin.function), list[dict[str, Any]]()
+
+    def noting(*given: Any, **named: Any) -> Any:
+        calls.append(dict(signature.bind(*given, **named).arguments))
+        return twin.function(*given, **named)
+
+    def as_reference(out: Any) -> Any:
+        following = iter(out if len(calls) > 1 else [out])
+        return twin.adapt(lambda *_, **__: next(following), inputs)
+
+    twin.adapt(noting, inputs)
+    first = next(iter(calls[0]))
+
+    def in_passes(call: Callable[..., Any]) -> Callable[..., list[Any]]:
+        return lambda **given: [call(**{**given, first: each}) for each in given[first]]
+
+    several = len(calls) > 1
+    return Column(
+        program=twin.function,
+        arguments={**calls[0], first: [call[first] for call in calls]} if several else calls[0],
+        from_memory=from_memory,
+        as_reference=as_reference,
+        varying=varying or {},
+        example=calls[0] if several else None,
+        passes=in_passes if several else lambda call: call,
+        note=note or twin.name,
+    )
 
 
 def in_turn(call: Callable[..., object], copies: list[Arguments]) -> Callable[[], object]:

@@ -15,6 +15,7 @@ import torch
 from torch._dynamo import utils as dynamo
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
+from torch.utils import _pytree as pytree
 
 from .columns import Arguments, Column
 from .hooks import replaced
@@ -61,7 +62,8 @@ def compile_program(compile: Compile, column: Column, copies: list[Arguments]) -
     """
     program, example = column.program, copies[0] if column.example is None else column.example
     for name, axes in column.varying.items():
-        torch._dynamo.mark_dynamic(example[name], axes)
+        for leaf in pytree.tree_leaves(example[name]):
+            torch._dynamo.mark_dynamic(leaf, axes)
     with TemporaryDirectory() as folder, fresh_cache(dir=folder):
         graphs_before, breaks_before = _graphs(), len(dynamo.graph_break_reasons)
         with _generated_code() as code:

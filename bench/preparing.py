@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import attention, linear, mlp, norms, packing, rotary, w8a8
+from ..compiled import attention, linear, mlp
 from ..oracle.case import Case, Inputs
-from ..oracle.op import Op
+from ..oracle.fast import STORAGE
+from ..oracle.op import Fast, Op
 from ..oracle.table import OPS
-from ..reference.quantize import RowQuantized, stored
-from ..spec.config import INT4_GROUP, Activation, Storage
+from ..reference.quantize import stored
+from ..spec.config import INT4_GROUP, Storage
 from ..spec.counts import Count
+from ..spec.decoder import Path
 from ..spec.weights import LinearWeights, MlpWeights
-from .columns import Arguments, Column, kept, matrix_of, unkept
+from .columns import Arguments, Column, fast_column, kept, matrix_of, unkept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,11 @@ def _plain(op: Op, inputs: Inputs, from_memory: tuple[str, ...] = ()) -> Column:
         return op.reference(**given)
 
     return Column(program=reference, arguments=inputs, from_memory=from_memory)
+
+
+def twin_of(op: Op, function: Callable[..., Any]) -> Fast:
+    """Return the op's twin of the compiled path with this function."""
+    return next(twin for twin in op.fast[Path.COMPILED] if twin.function is function)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +111,17 @@ class _Rows:
 
         return all_rows if self.in_passes else call
 
+    def of_linear(self, inputs: Inputs) -> Column:
+        """The product of the record's twin for so many rows."""
+        twin = twin_of(OPS["linear"], linear.linear_decode if self.few else linear.linear_prefill)
+        column = fast_column(twin, inputs, from_memory=("weights",))
+        if not self.varies:
+            return column
+        x_name = next(iter(column.arguments))
+        x: Tensor = column.arguments[x_name]
+        example = {**column.arguments, x_name: x[:1].expand(_EXAMPLE_ROWS, -1).contiguous()}
+        return replace(column, varying={x_name: (0,)}, example=example)
+
     def column(self, program: Callable[..., Any], x_RI: Tensor, matrices: Arguments, note: str) -> Column:
         """A program (x_RI, **matrices) of these rows, compiled and called as the path does."""
         example_rows = linear.PASS_ROWS if self.in_passes else _EXAMPLE_ROWS
@@ -134,9 +152,6 @@ def prepare_linear(case: Case, storage: Storage) -> Prepared:
     def reference(x: Tensor, parts: tuple[Tensor, ...]) -> Any:
         return op.reference(x=x, weights=LinearWeights(weight_NI=unkept(parts, storage)))
 
-    def compiled(x_RI: Tensor, matrix: packing.Matrix) -> Tensor:
-        return rows.product(x_RI, matrix)
-
     return Prepared(
         case=case,
         inputs={**inputs, "weights": _by_weights(weights, lambda w: stored(w, storage, torch.float64))},
@@ -148,9 +163,7 @@ def prepare_linear(case: Case, storage: Storage) -> Prepared:
             arguments={"x": x, "parts": kept(weights.weight_NI, storage)},
             from_memory=("parts",),
         ),
-        compiled=rows.column(
-            compiled, x.flatten(0, 1), {"matrix": matrix_of(weights.weight_NI, storage)}, note=rows.name
-        ),
+        compiled=rows.of_linear({**inputs, STORAGE: storage}),
         bytes=_bytes(op, case, [weights.weight_NI], storage),
     )
 
@@ -159,20 +172,7 @@ def prepare_linear_w8a8(case: Case, storage: Storage) -> Prepared:
     """Weights are int8 whatever the storage says; activations become so on the way."""
     op = OPS["linear_w8a8"]
     inputs = op.inputs(case)
-    x: Tensor = inputs["x"]
-    weights: RowQuantized = inputs["weights"]
-    form = w8a8.form_here(torch.device("cpu"))
-    quantized_NI = weights.quantized_NI if form is w8a8.Form.INT8 else weights.quantized_NI.float()
-
-    def compiled(x: Tensor, codes: w8a8.Codes) -> Tensor:
-        return w8a8.linear_w8a8(x, codes, form)
-
-    column = Column(
-        program=compiled,
-        arguments={"x": x, "codes": w8a8.Codes(quantized_NI, weights.scale_N, None)},
-        from_memory=("codes",),
-        note=f"linear_w8a8, products in {form}",
-    )
+    column = fast_column(op.fast[Path.COMPILED][0], inputs, from_memory=("codes",))
     return _stored_nowhere(op, case, inputs, column, ("weights",))
 
 
@@ -221,100 +221,45 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
 
 
 def prepare_rms_norm(case: Case, storage: Storage) -> Prepared:
-    op = OPS["rms_norm"]
-    inputs = op.inputs(case)
-    x: Tensor = inputs["x"]
-    epsilon = inputs["epsilon"]
-
-    def compiled(x_TM: Tensor, gain_M: Tensor) -> Tensor:
-        return norms.rms_norm(x_TM, gain_M, epsilon)
-
-    column = Column(
-        program=compiled,
-        arguments={"x_TM": x.flatten(0, 1), "gain_M": inputs["weights"].gain_M},
-        as_reference=lambda out: out.view(x.shape),
-        note="rms_norm",
-    )
-    return _stored_nowhere(op, case, inputs, column)
+    return _by_its_twin("rms_norm", case)
 
 
 def prepare_activation(case: Case, storage: Storage) -> Prepared:
-    op = OPS["activation"]
-    inputs = op.inputs(case)
-    kind: Activation = inputs["kind"]
-
-    def compiled(x: Tensor) -> Tensor:
-        return mlp.activation(x, kind)
-
-    column = Column(program=compiled, arguments={"x": inputs["x"]}, note="activation")
-    return _stored_nowhere(op, case, inputs, column)
+    return _by_its_twin("activation", case)
 
 
 def prepare_rotate(case: Case, storage: Storage) -> Prepared:
-    op = OPS["rotate"]
+    return _by_its_twin("rotate", case, note="rotate, its table of cos and sin made before")
+
+
+def _by_its_twin(name: str, case: Case, note: str | None = None) -> Prepared:
+    """Prepare an op with one fast twin, which works on what caches hold."""
+    op = OPS[name]
     inputs = op.inputs(case)
-    x_BTHD: Tensor = inputs["x_BTHD"]
-    layout = inputs["layout"]
-    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"], inputs["attention_factor"])
-
-    def compiled(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
-        return rotary.rotate(x_THD, cos_TJ, sin_TJ, layout)
-
-    column = Column(
-        program=compiled,
-        arguments={"x_THD": x_BTHD.flatten(0, 1), "cos_TJ": cos_TJ, "sin_TJ": sin_TJ},
-        as_reference=lambda out: out.view(x_BTHD.shape),
-        note="rotate, its table of cos and sin made before",
-    )
-    return _stored_nowhere(op, case, inputs, column)
+    (twin,) = op.fast[Path.COMPILED]
+    return _stored_nowhere(op, case, inputs, fast_column(twin, inputs, note=note))
 
 
 def prepare_attention(case: Case, storage: Storage) -> Prepared:
     """One query a sequence as the decode graph attends; many, of one sequence, as the prefill graph does."""
     op, n = OPS["attention"], case.n
     inputs = op.inputs(case)
-    query_BTHD: Tensor = inputs["query_BTHD"]
-    scale: float = inputs["scale"]
-    caches = {"key_CKD": inputs["key_BSKD"].flatten(0, 1), "value_CKD": inputs["value_BSKD"].flatten(0, 1)}
-    common = {"query": query_BTHD.flatten(0, 1), **caches, "slot_S": torch.arange(n.S)}
-
-    def attend_decode(
-        query: Tensor, key_CKD: Tensor, value_CKD: Tensor, slot_S: Tensor, start_R: Tensor, position_R: Tensor
-    ) -> Tensor:
-        return attention.attend_decode(
-            query,
-            key_CKD,
-            value_CKD,
-            mask=attention.decode_mask(start_R, position_R, slot_S, None),
-            position_R=position_R,
-            slot_S=slot_S,
-            scale=scale,
-        )
-
-    def attend_prefill(query: Tensor, key_CKD: Tensor, value_CKD: Tensor, slot_S: Tensor, mask_TS: Tensor) -> Tensor:
-        return attention.attend_prefill(
-            query, key_CKD, value_CKD, slot_S=slot_S, mask_TS=mask_TS, scale=scale, window=None
-        )
-
-    more: dict[str, Tensor]
-    varying: dict[str, tuple[int, ...]] = dict.fromkeys((*caches, "slot_S"), (0,))
+    from_memory = ("key_CKD", "value_CKD")
+    varying: dict[str, tuple[int, ...]] = dict.fromkeys((*from_memory, "slot_S"), (0,))
     if n.T == 1:
-        program: Callable[..., Tensor] = attend_decode
-        more = {"start_R": torch.arange(n.B) * n.S, "position_R": torch.full((n.B,), n.S - 1)}
-        varying |= {name: (0,) for name in ("query", *more) if n.B > 1}
-    else:
-        program = attend_prefill
-        varying |= {"query": (0,), "mask_TS": (0, 1)}
-        more = {"mask_TS": attention.mask(torch.arange(n.S - n.T, n.S), torch.arange(n.S), None)}
-    column = Column(
-        program=program,
-        arguments={**common, **more},
-        from_memory=("key_CKD", "value_CKD"),
-        varying=varying,
-        as_reference=lambda out: out.view(query_BTHD.shape),
-        note=program.__name__,
-    )
-    computed = n.T == 1 or n.B == 1  # the prefill graph takes one sequence
+        varying |= {"mask": (0, 1), "query_RHD": (0,), "position_R": (0,)} if n.B > 1 else {"mask": (1,)}
+        column = fast_column(
+            twin_of(op, attention.attend_decode),
+            inputs,
+            from_memory=from_memory,
+            varying=varying,
+            note="attend_decode, what each query sees found before",
+        )
+        return _stored_nowhere(op, case, inputs, column, ("key_BSKD", "value_BSKD"))
+    varying |= {"query_THD": (0,), "mask_TS": (0, 1)}
+    twin = twin_of(op, attention.attend_prefill)
+    column = fast_column(twin, inputs, from_memory=from_memory, varying=varying)
+    computed = n.B == 1  # the prefill graph takes one sequence
     return _stored_nowhere(op, case, inputs, column if computed else None, ("key_BSKD", "value_BSKD"))
 
 

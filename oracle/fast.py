@@ -21,9 +21,14 @@ from ..spec.weights import EmbeddingWeights, LinearWeights, NormWeights
 from .case import Inputs
 from .op import Fast, Function
 
+STORAGE = "storage"
+"""The key, among the inputs of a product, of the storage to pack weights in that are not rounded to it yet."""
 
-def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
-    """The weights packed in the narrowest storage that holds them all exactly, so that packing rounds nothing."""
+
+def matrices_of(*parts: LinearWeights, storage: Storage | None = None) -> tuple[list[Matrix], Storage]:
+    """Return the weights packed in this storage; without one in the narrowest that holds them all exactly."""
+    if storage is not None:
+        return [linear.matrix(packing.pack(part.weight_NI.float(), storage, part.bias_N)) for part in parts], storage
     for storage in (Storage.INT4, Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
         matrices = [packing.pack(packing.quantize(part.weight_NI.float(), storage), part.bias_N) for part in parts]
         unpacked = [
@@ -35,27 +40,27 @@ def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
     raise AssertionError("float32 holds every float32 weight")
 
 
-def _few(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
-    """As a decode step has them: packed weights in passes of a few rows."""
-    (matrix,), storage = matrices_of(weights)
+def _few(function: Function, x: Tensor, weights: LinearWeights, storage: Storage | None = None) -> Tensor:
+    """Multiply as a decode step does: packed weights in passes of a few rows."""
+    (matrix,), storage = matrices_of(weights, storage=storage)
     x_RI = x.flatten(0, -2).float()
     given = linear.passes(len(x_RI), storage)
     out_RN = torch.cat([function(x_RI[rows], matrix, storage) for rows in given])[: len(x_RI)]
     return out_RN.reshape(*x.shape[:-1], -1)
 
 
-def _many(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
-    (matrix,), storage = matrices_of(weights)
+def _many(function: Function, x: Tensor, weights: LinearWeights, storage: Storage | None = None) -> Tensor:
+    (matrix,), storage = matrices_of(weights, storage=storage)
     out: Tensor = function(x.flatten(0, -2).float(), matrix, storage)
     return out.reshape(*x.shape[:-1], -1)
 
 
 def _linear_few(function: Function, inputs: Inputs) -> Tensor:
-    return _few(function, inputs["x"], inputs["weights"]).to(inputs["x"].dtype)
+    return _few(function, inputs["x"], inputs["weights"], inputs.get(STORAGE)).to(inputs["x"].dtype)
 
 
 def _linear_many(function: Function, inputs: Inputs) -> Tensor:
-    return _many(function, inputs["x"], inputs["weights"]).to(inputs["x"].dtype)
+    return _many(function, inputs["x"], inputs["weights"], inputs.get(STORAGE)).to(inputs["x"].dtype)
 
 
 def _head(function: Function, inputs: Inputs) -> Tensor:

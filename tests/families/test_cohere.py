@@ -29,45 +29,9 @@ from .llama_family import (
     window_longer,
     windowed,
 )
+from .published_config import published
 
-OLDER_COHERE2: dict[str, Any] = {
-    "architectures": ["Cohere2ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 5,
-    "cache_implementation": "hybrid",
-    "eos_token_id": 255001,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "layer_norm_eps": 1e-05,
-    "layer_switch": 4,
-    "logit_scale": 0.25,
-    "max_position_embeddings": 8192,
-    "model_type": "cohere2",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "order_of_interleaved_layers": "local_attn_first",
-    "pad_token_id": 0,
-    "position_embedding_type": "rope_gptj",
-    "rope_scaling": None,
-    "rope_theta": 50000,
-    "rotary_pct": 1.0,
-    "sliding_window": 4096,
-    "sliding_window_pattern": 4,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.48.0.dev0",
-    "use_cache": True,
-    "use_embedding_sharing": True,
-    "use_gated_activation": True,
-    "use_parallel_block": True,
-    "use_parallel_embedding": True,
-    "use_qk_norm": False,
-    "vocab_size": 256000,
-}
+OLDER_COHERE2: dict[str, Any] = published("command-r7b")
 """Command R7B's config.json."""
 
 
@@ -106,32 +70,7 @@ def test_cohere2(config: Cohere2Config, seed: int, agrees: Callable[..., None]) 
 
 
 def test_published_configs() -> None:
-    older = {
-        "architectures": ["CohereForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 5,
-        "eos_token_id": 255001,
-        "hidden_act": "silu",
-        "hidden_size": 12288,
-        "initializer_range": 0.02,
-        "intermediate_size": 33792,
-        "layer_norm_eps": 1e-05,
-        "logit_scale": 0.8333333333333334,
-        "max_position_embeddings": 8192,
-        "model_max_length": 131072,
-        "model_type": "cohere",
-        "num_attention_heads": 96,
-        "num_hidden_layers": 64,
-        "num_key_value_heads": 8,
-        "pad_token_id": 0,
-        "rope_theta": 75000000.0,
-        "torch_dtype": "float16",
-        "transformers_version": "4.40.0.dev0",
-        "use_cache": True,
-        "use_qk_norm": True,
-        "vocab_size": 256000,
-    }
+    older = published("command-r-plus")
     reads_alike(CohereConfig, older)
     reads_alike(Cohere2Config, OLDER_COHERE2)
 

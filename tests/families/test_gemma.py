@@ -16,32 +16,9 @@ from twinfer.spec.config import Activation, LayerConfig
 from twinfer.spec.errors import ConfigError
 
 from .llama_family import comparable, few, layers_with, reads_alike, rotating, seeds, sizes
+from .published_config import published
 
-OLDER = {
-    "architectures": ["GemmaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "head_dim": 256,
-    "hidden_act": "gelu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 16384,
-    "max_position_embeddings": 8192,
-    "model_type": "gemma",
-    "num_attention_heads": 8,
-    "num_hidden_layers": 18,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.38.0.dev0",
-    "use_cache": True,
-    "vocab_size": 256000,
-}
+OLDER = published("gemma-2b-first")
 """Gemma 2B's config.json as it was first published."""
 
 

@@ -14,6 +14,7 @@ from twinfer.spec.weights import EmbeddingWeights, LayerWeights
 
 from .examples import drawn
 from .llama_family import reads_alike
+from .published_config import published
 
 
 @st.composite
@@ -44,29 +45,7 @@ def test_gpt_bigcode(config: GPTBigCodeConfig, seed: int, agrees: Callable[..., 
 
 def test_published_config_reads_as_transformers_reads_it() -> None:
     """StarCoder's."""
-    older = {
-        "activation_function": "gelu",
-        "architectures": ["GPTBigCodeForCausalLM"],
-        "attention_softmax_in_fp32": True,
-        "inference_runner": 0,
-        "layer_norm_epsilon": 1e-05,
-        "max_batch_size": None,
-        "max_sequence_length": None,
-        "model_type": "gpt_bigcode",
-        "multi_query": True,
-        "n_embd": 6144,
-        "n_head": 48,
-        "n_inner": 24576,
-        "n_layer": 40,
-        "n_positions": 8192,
-        "pad_key_length": True,
-        "pre_allocate_kv_cache": False,
-        "scale_attention_softmax_in_fp32": True,
-        "scale_attn_weights": True,
-        "summary_type": "cls_index",
-        "validate_runner_input": True,
-        "vocab_size": 49152,
-    }
+    older = published("starcoder")
     reads_alike(GPTBigCodeConfig, older)
 
 

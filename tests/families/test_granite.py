@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from .llama_family import attention_with, comparable, few, layers_with, reads_alike, rotating, seeds, sizes
+from .published_config import published
 
 
 @st.composite
@@ -33,36 +34,7 @@ def test_granite(config: GraniteConfig, seed: int, agrees: Callable[..., None]) 
 
 def test_published_config() -> None:
     """Granite 3.0 2B's config.json."""
-    older = {
-        "architectures": ["GraniteForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.1,
-        "attention_multiplier": 0.015625,
-        "bos_token_id": 0,
-        "embedding_multiplier": 12.0,
-        "eos_token_id": 0,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": 8192,
-        "logits_scaling": 8.0,
-        "max_position_embeddings": 4096,
-        "mlp_bias": False,
-        "model_type": "granite",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 8,
-        "pad_token_id": 0,
-        "residual_multiplier": 0.22,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.46.0.dev0",
-        "use_cache": True,
-        "vocab_size": 49155,
-    }
+    older = published("granite-3.0-2b")
     reads_alike(GraniteConfig, older)
 
 

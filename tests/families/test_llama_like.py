@@ -14,6 +14,7 @@ from twinfer.spec.weights import LayerWeights
 
 from .examples import drawn
 from .llama_family import KINDS, comparable, few, layers_with, reads_alike, rotating, seeds, sizes, window_longer
+from .published_config import published
 
 
 @st.composite
@@ -44,63 +45,11 @@ def test_mistral(config: MistralConfig, seed: int, agrees: Callable[..., None]) 
 
 def test_published_configs() -> None:
     """LLaMA 3.1 8B's and Mistral 7B's config.json; and scalings as they were first spelled."""
-    llama = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.43.0.dev0",
-        "use_cache": True,
-        "vocab_size": 128256,
-    }
+    llama = published("llama-3.1-8b")
     reads_alike(LlamaConfig, llama)
     for kind in ("linear", "dynamic", "yarn"):
         reads_alike(LlamaConfig, llama | {"rope_scaling": {"type": kind, "factor": 2.0}})
-    mistral = {
-        "architectures": ["MistralForCausalLM"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 32768,
-        "model_type": "mistral",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-        "sliding_window": 4096,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.34.0.dev0",
-        "use_cache": True,
-        "vocab_size": 32000,
-    }
+    mistral = published("mistral-7b")
     reads_alike(MistralConfig, mistral)
     reads_alike(MistralConfig, mistral | {"sliding_window": None})
 

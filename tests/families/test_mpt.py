@@ -24,6 +24,7 @@ from twinfer.spec.weights import LayerWeights
 
 from .examples import drawn
 from .llama_family import reads_alike
+from .published_config import published
 
 
 class MptForCausalLM(transformers.MptForCausalLM):  # type: ignore[misc]
@@ -108,44 +109,7 @@ def test_wrong_mappings_are_seen(catches: Callable[..., None]) -> None:
 
 def test_published_config_reads_as_transformers_reads_it() -> None:
     """MPT-7B-StoryWriter's, whose `clip_qkv` is the whole number 6, which transformers no longer takes."""
-    older: dict[str, Any] = {
-        "architectures": ["MPTForCausalLM"],
-        "attn_config": {
-            "alibi": True,
-            "alibi_bias_max": 16,
-            "attn_impl": "torch",
-            "attn_pdrop": 0,
-            "attn_type": "multihead_attention",
-            "attn_uses_sequence_id": False,
-            "clip_qkv": 6.0,
-            "prefix_lm": False,
-            "qk_ln": False,
-            "softmax_scale": None,
-        },
-        "auto_map": {
-            "AutoConfig": "configuration_mpt.MPTConfig",
-            "AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM",
-        },
-        "d_model": 4096,
-        "emb_pdrop": 0,
-        "embedding_fraction": 1.0,
-        "expansion_ratio": 4,
-        "init_config": {"init_nonlinearity": "relu", "name": "kaiming_normal_"},
-        "init_device": "cpu",
-        "learned_pos_emb": True,
-        "logit_scale": None,
-        "max_seq_len": 65536,
-        "model_type": "mpt",
-        "n_heads": 32,
-        "n_layers": 32,
-        "no_bias": True,
-        "norm_type": "low_precision_layernorm",
-        "resid_pdrop": 0,
-        "tokenizer_name": "EleutherAI/gpt-neox-20b",
-        "use_cache": False,
-        "verbose": 0,
-        "vocab_size": 50432,
-    }
+    older: dict[str, Any] = published("mpt-7b-storywriter")
     reads_alike(MptConfig, older)
 
 

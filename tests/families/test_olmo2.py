@@ -12,6 +12,7 @@ from twinfer.spec.config import LayerConfig, NormPlacement, QkNormSpan
 from twinfer.spec.weights import LayerWeights
 
 from .llama_family import attention_with, comparable, few, reads_alike, rotating, seeds, sizes
+from .published_config import published
 
 
 @st.composite
@@ -27,30 +28,7 @@ def test_olmo2(config: Olmo2Config, seed: int, agrees: Callable[..., None]) -> N
 
 def test_published_config() -> None:
     """OLMo-2-1124-7B's config.json; and without rms_norm_eps, which then is 1e-5."""
-    older = {
-        "architectures": ["Olmo2ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "eos_token_id": 100257,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 4096,
-        "model_type": "olmo2",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 32,
-        "pad_token_id": 100277,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 500000,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "transformers_version": "4.47.0.dev0",
-        "use_cache": False,
-        "vocab_size": 100352,
-    }
+    older = published("olmo-2-7b")
     reads_alike(Olmo2Config, older)
     del older["rms_norm_eps"]
     reads_alike(Olmo2Config, older)

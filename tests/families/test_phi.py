@@ -12,6 +12,7 @@ from twinfer.spec.config import LayerConfig, Residual
 from twinfer.spec.weights import HeadWeights, LayerWeights
 
 from .llama_family import ACTIVATIONS, comparable, few, layers_with, other_layout, reads_alike, scalings, seeds
+from .published_config import published
 
 
 @st.composite
@@ -43,32 +44,7 @@ def test_phi(config: PhiConfig, seed: int, agrees: Callable[..., None]) -> None:
 
 def test_published_config_reads_as_transformers_reads_it() -> None:
     """Phi 2's."""
-    older = {
-        "_name_or_path": "microsoft/phi-2",
-        "architectures": ["PhiForCausalLM"],
-        "attention_dropout": 0.0,
-        "auto_map": {
-            "AutoConfig": "configuration_phi.PhiConfig",
-            "AutoModelForCausalLM": "modeling_phi.PhiForCausalLM",
-        },
-        "embd_pdrop": 0.0,
-        "hidden_act": "gelu_new",
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "layer_norm_eps": 1e-05,
-        "max_position_embeddings": 2048,
-        "model_type": "phi",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 32,
-        "partial_rotary_factor": 0.4,
-        "qk_layernorm": False,
-        "resid_pdrop": 0.1,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "vocab_size": 51200,
-    }
+    older = published("phi-2-first")
     reads_alike(PhiConfig, older)
     reads_alike(PhiConfig, {name: value for name, value in older.items() if name != "partial_rotary_factor"})
 

@@ -31,6 +31,7 @@ from .llama_family import (
     seeds,
     window_longer,
 )
+from .published_config import published
 
 
 @st.composite
@@ -68,39 +69,7 @@ def test_phi3(config: Phi3Config, seed: int, agrees: Callable[..., None]) -> Non
     agrees(Phi3ForCausalLM, config, seed, **comparable(config))
 
 
-PUBLISHED: dict[str, Any] = {
-    "architectures": ["Phi3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_phi3.Phi3Config",
-        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
-    },
-    "bos_token_id": 1,
-    "embd_pdrop": 0.0,
-    "eos_token_id": 32000,
-    "hidden_act": "silu",
-    "hidden_size": 3072,
-    "initializer_range": 0.02,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 4096,
-    "model_type": "phi3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "original_max_position_embeddings": 4096,
-    "pad_token_id": 32000,
-    "resid_pdrop": 0.0,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "sliding_window": 2047,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.40.2",
-    "use_cache": True,
-    "vocab_size": 32064,
-}
+PUBLISHED: dict[str, Any] = published("phi-3-mini-4k")
 LONG: dict[str, Any] = {"short_factor": [1.0 + each / 100 for each in range(48)], "long_factor": [4.0] * 48}
 MINI_4: dict[str, Any] = {
     "auto_map": PUBLISHED["auto_map"] | {"AutoTokenizer": "Xenova/gpt-4o"},

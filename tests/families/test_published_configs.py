@@ -5,8 +5,6 @@ libraries that passed it on. Phi-3's 96 divisors alone are stand-ins. How many p
 beside it, so a size that is read wrongly shows.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from twinfer.checkpoint.table import Heads
 from twinfer.spec.counts import total
 from twinfer.spec.errors import ConfigError
 
-PUBLISHED = Path(__file__).parent / "published"
+from .published_config import PUBLISHED, published
 
 PARAMETERS: dict[str, int | str] = {
     "all-minilm-l6-v2": 22_565_376,
@@ -31,6 +29,7 @@ PARAMETERS: dict[str, int | str] = {
     "command-r": 34_980_831_232,
     "command-r-08-2024": 32_296_476_672,
     "command-r7b": 8_028_033_024,
+    "command-r-plus": 103_810_674_688,
     "distilbert-base-uncased": 66_362_880,
     "distilgpt2": 81_912_576,
     "falcon-11b": "11B",
@@ -42,6 +41,7 @@ PARAMETERS: dict[str, int | str] = {
     "galactica-6.7b": "6.7B",
     "gemma-2-9b": 9_241_705_984,
     "gemma-2b": 2_506_172_416,
+    "gemma-2b-first": 2_506_172_416,
     "gemma-3-1b-it": 999_885_952,
     "gemma-3-270m": 268_098_176,
     "gpt-j-6b": 6_050_882_784,
@@ -52,25 +52,31 @@ PARAMETERS: dict[str, int | str] = {
     "granite-3.0-2b": 2_533_531_648,
     "internlm2-7b": 7_737_708_544,
     "llama-3.2-1b-unsloth": 1_235_814_400,
+    "llama-3.1-8b": 8_030_261_248,
     "llama-7b": 6_738_415_616,
     "mistral-7b": 7_241_732_096,
     "mistral-nemo-12b": 12_247_782_400,
     "mpt-7b": 6_649_286_656,
     "mpt-7b-llm-foundry": 6_649_286_656,
+    "mpt-7b-storywriter": 6_649_286_656,
     "olmo-2-7b": 7_298_617_344,
     "opt-125m": 125_239_296,
     "opt-350m": 331_196_416,
     "phi-2": 2_779_683_840,
+    "phi-2-first": 2_779_683_840,
     "phi-3-mini-128k": 3_821_079_552,
+    "phi-3-mini-4k": 3_821_079_552,
     "phi-4": 14_659_507_200,
     "pythia-160m": 162_322_944,
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
+    "qwen3-0.6b": 596_049_920,
     "roberta-base": 124_055_040,
     "smollm2-135m": 134_515_008,
     "smollm3-3b": 3_075_098_624,
     "stable-diffusion-text-encoder": 123_060_480,
     "stablelm-2-1_6b": 1_644_515_328,
+    "stablelm-2-12b": "12B",
     "stablelm-zephyr-3b": 2_795_443_200,
     "starcoder": 15_517_456_384,
     "starcoder2-15b": 15_957_889_024,
@@ -81,11 +87,6 @@ PARAMETERS: dict[str, int | str] = {
 }
 """As published, exactly, or to the digits of the model's name. Encoders without the poolers and heads that are not
 read, CLIP's text tower alone without its projection, a tied head once."""
-
-
-def published(name: str) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((PUBLISHED / f"{name}.json").read_text())
-    return values
 
 
 def understood(values: dict[str, Any]) -> ParsedConfig:

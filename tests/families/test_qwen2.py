@@ -24,6 +24,7 @@ from .llama_family import (
     window_longer,
     windowed,
 )
+from .published_config import published
 
 
 @st.composite
@@ -50,32 +51,7 @@ def test_qwen2(kind: str, data: st.DataObject, seed: int, agrees: Callable[..., 
 
 def test_published_config() -> None:
     """Qwen2.5-7B's config.json, in the style of its day."""
-    older = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "initializer_range": 0.02,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 131072,
-        "max_window_layers": 28,
-        "model_type": "qwen2",
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.40.1",
-        "use_cache": True,
-        "use_mrope": False,
-        "use_sliding_window": False,
-        "vocab_size": 152064,
-    }
+    older = published("qwen2.5-7b")
     yarn = {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}}
     reads_alike(Qwen2Config, older)
     reads_alike(Qwen2Config, older | yarn)

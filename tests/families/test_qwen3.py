@@ -12,6 +12,7 @@ from twinfer.spec.config import QkNormSpan
 from twinfer.spec.weights import LayerWeights
 
 from .llama_family import attention_with, comparable, few, reads_alike, rotating, seeds, sizes, windowed
+from .published_config import published
 
 
 @st.composite
@@ -37,34 +38,7 @@ def test_qwen3(config: Qwen3Config, seed: int, agrees: Callable[..., None]) -> N
 
 def test_published_config() -> None:
     """Qwen3-0.6B's config.json; and without head_dim, which then is 128 whatever the hidden size."""
-    older = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 1024,
-        "initializer_range": 0.02,
-        "intermediate_size": 3072,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 28,
-        "model_type": "qwen3",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.51.0",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    }
+    older = published("qwen3-0.6b")
     reads_alike(Qwen3Config, older)
     del older["head_dim"]
     reads_alike(Qwen3Config, older)

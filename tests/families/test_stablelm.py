@@ -12,6 +12,7 @@ from twinfer.spec.config import LayerConfig, Residual
 from twinfer.spec.weights import LayerWeights, NormWeights
 
 from .llama_family import ACTIVATIONS, comparable, few, layers_with, other_layout, reads_alike, scalings, seeds
+from .published_config import published
 
 
 @st.composite
@@ -45,32 +46,7 @@ def test_stablelm(config: StableLmConfig, seed: int, agrees: Callable[..., None]
 
 def test_published_config_reads_as_transformers_reads_it() -> None:
     """StableLM 2 12B's."""
-    older = {
-        "architectures": ["StableLmForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 100257,
-        "eos_token_id": 100257,
-        "hidden_act": "silu",
-        "hidden_dropout": 0.0,
-        "hidden_size": 5120,
-        "initializer_range": 0.02,
-        "intermediate_size": 13824,
-        "layer_norm_eps": 1e-05,
-        "max_position_embeddings": 4096,
-        "model_type": "stablelm",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 8,
-        "partial_rotary_factor": 0.25,
-        "qk_layernorm": True,
-        "rope_scaling": None,
-        "rope_theta": 10000,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "use_parallel_residual": True,
-        "use_qkv_bias": False,
-        "vocab_size": 100352,
-    }
+    older = published("stablelm-2-12b")
     reads_alike(StableLmConfig, older)
     reads_alike(StableLmConfig, {name: value for name, value in older.items() if name != "partial_rotary_factor"})
 
