@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import attention, linear, mlp
+from ..compiled.packing import Matrix
 from ..oracle.case import Case, Inputs
 from ..oracle.fast import STORAGE
 from ..oracle.op import Fast, Op
@@ -95,7 +96,7 @@ class _Rows:
         """Whether one graph serves any number of rows."""
         return self.rows > 1 and not self.in_passes
 
-    def product(self, x_RI: Tensor, weights: packing.Matrix) -> Tensor:
+    def product(self, x_RI: Tensor, weights: Matrix) -> Tensor:
         return (linear.linear_decode if self.few else linear.linear_prefill)(x_RI, weights, self.storage)
 
     @property
@@ -190,7 +191,7 @@ def prepare_mlp(case: Case, storage: Storage) -> Prepared:
         gate, up, down = (LinearWeights(weight_NI=unkept(part, storage)) for part in parts)
         return op.reference(x_BTM=x_BTM, weights=MlpWeights(gate=gate, up=up, down=down), config=config)
 
-    def compiled(x_RI: Tensor, gate_up: packing.Matrix, down: packing.Matrix) -> Tensor:
+    def compiled(x_RI: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
         return rows.product(mlp.gated(rows.product(x_RI, gate_up), config.activation), down)
 
     def changed(change: Callable[[Tensor], Tensor]) -> MlpWeights:

@@ -28,7 +28,8 @@ STORAGE = "storage"
 def matrices_of(*parts: LinearWeights, storage: Storage | None = None) -> tuple[list[Matrix], Storage]:
     """Return the weights packed in this storage; without one in the narrowest that holds them all exactly."""
     if storage is not None:
-        return [linear.matrix(packing.pack(part.weight_NI.float(), storage, part.bias_N)) for part in parts], storage
+        quantized = [packing.quantize(part.weight_NI.float(), storage) for part in parts]
+        return [packing.pack(each, part.bias_N) for each, part in zip(quantized, parts, strict=True)], storage
     for storage in (Storage.INT4, Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
         matrices = [packing.pack(packing.quantize(part.weight_NI.float(), storage), part.bias_N) for part in parts]
         unpacked = [

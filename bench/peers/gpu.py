@@ -117,7 +117,8 @@ def launches_of_a_step(path: CompiledPath, device: torch.device) -> int | None:
         path.extend(sequences, [token_1])
         _synchronize(device)
     sequences.close()
-    return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+    counts: list[int] = [each.count for each in profile.key_averages() if each.device_type.name == "CUDA"]
+    return sum(counts)
 
 
 def candidates(source: RandomSource, device: torch.device) -> Iterator[tuple[str, Candidate]]:
