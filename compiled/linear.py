@@ -272,10 +272,10 @@ _library._register_fake("product", _product_shape)
 
 
 def materialized(x: Tensor) -> Tensor:
-    """The same tensor, which Inductor is made to finish before its consumer runs.
+    """Return the same tensor, which Inductor is made to finish before its consumer runs.
 
-    Otherwise it would fuse what made x (a norm, an activation) into the product and repeat it for every output row. Of
-    part of another tensor Inductor would read the wrong rows.
+    Otherwise it would fuse what made x (a norm, an activation) into the product and repeat it for every output row. No
+    offset is given, so part of another tensor is read at its own.
     """
     assert x.is_contiguous()
     return x.as_strided(x.shape, x.stride())

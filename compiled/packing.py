@@ -349,6 +349,13 @@ def weights_of_rows(
 
 
 def own(contiguous: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: what enters a graph as a view drags its base along."""
+    """Return the same memory as a tensor that is no view: what enters a graph as a view drags its base along.
+
+    Part of a buffer stays at its place there:
+
+    >>> own(torch.arange(6)[2:4]).tolist()
+    [2, 3]
+    """
     bare = torch.empty(0, dtype=contiguous.dtype, device=contiguous.device)
-    return bare.set_(contiguous.untyped_storage(), 0, contiguous.shape, contiguous.stride())
+    place = contiguous.storage_offset(), contiguous.shape, contiguous.stride()
+    return bare.set_(contiguous.untyped_storage(), *place)
