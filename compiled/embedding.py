@@ -6,12 +6,14 @@ Shapes: T rows, M hidden, E table width, P positions, Y token types.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..spec.config import ModelConfig, Storage
 from .linear import lookup
 from .norms import Norm, norm
 from .packing import Matrix
+from .precision import accumulation_dtype
 
 Product = Callable[[Tensor, Matrix, Storage], Tensor]
 """`linear_decode` or `linear_prefill`."""
@@ -34,9 +36,14 @@ def embed(
     storage: Storage,
     product: Product,
     type_T: Tensor | None = None,
+    *,
+    compute: torch.dtype,
 ) -> Tensor:
-    """Hidden vectors [T, M] of tokens at their positions; without types, all are of the first, as a decoder's are."""
-    x_TM = lookup(token_T, weights.table, storage, config.table_width)
+    """Return hidden vectors [T, M] of tokens at their positions, rounded once, to compute.
+
+    Without types, all tokens are of the first, as a decoder's are.
+    """
+    x_TM = lookup(token_T, weights.table, storage, config.table_width, accumulation_dtype(compute))
     if weights.projection is not None:
         x_TM = product(x_TM, weights.projection, storage)
     if config.embedding_scale != 1.0:
@@ -47,4 +54,4 @@ def embed(
         x_TM = x_TM + weights.type_YM[0 if type_T is None else type_T]
     if weights.norm is not None and config.embedding_norm is not None:
         x_TM = norm(x_TM, weights.norm.gain_M, weights.norm.bias_M, config.embedding_norm)
-    return x_TM
+    return x_TM.to(compute)

@@ -11,17 +11,22 @@ from torch import Tensor
 from ..spec.config import Storage
 from .linear import linear_prefill
 from .packing import ROWS, Matrix
+from .precision import accumulation_dtype
 
 _BLOCK_WEIGHTS = 2**21  # 8 MiB of float32
 
 
 def head_prefill(hidden_TM: Tensor, head: Matrix, storage: Storage, *, block_weights: int = _BLOCK_WEIGHTS) -> Tensor:
-    """Logits [T, V], float32. A packed head is expanded `block_weights` elements at a time, not at once."""
+    """Return logits [T, V] in float32 or wider: rounded to 16 bits, likely tokens would tie.
+
+    A packed head is expanded `block_weights` elements at a time, not at once.
+    """
+    hidden_TM = hidden_TM.to(accumulation_dtype(hidden_TM.dtype))
     if storage is Storage.FLOAT32:
         return linear_prefill(hidden_TM, head, storage)
     tokens, hidden = hidden_TM.shape
     step = max(1, block_weights // hidden // ROWS)
-    logits_TV = torch.empty(tokens, head.outputs, device=hidden_TM.device)
+    logits_TV = hidden_TM.new_empty(tokens, head.outputs)
     for first in range(0, head.word.shape[0], step):
         piece, columns = slice(first, first + step), slice(first * ROWS, (first + step) * ROWS)
         of_piece = head._replace(

@@ -14,11 +14,11 @@ Which form, decided by storage, program and sizes, so that it is settled when a 
                                 the first caches; if no vector divides these, `product`
     a decode step, packed       the compiled loop over packed words, for 1 or 4 rows at a time (`passes`)
     more rows of float32        `product` on the weights as they lie
-    a prefill, packed           expanded to float32, then `product`
+    a prefill, packed           expanded to float32, or to 16 bits where these are multiplied, then `product`
 
 `product` is oneDNN's matrix product on a CPU with AVX-512, on the weights as they lie: where that was measured (MKL not
 using AVX-512) it was more than twice as fast as `F.linear` at 512 rows, and within a tenth of oneDNN on weights in its
-own packing. Elsewhere it is `F.linear`, which was as fast as oneDNN with AVX2.
+own packing. Elsewhere it is `F.linear`, which was as fast as oneDNN with AVX2; and so it is for dtypes but float32.
 
 Shapes: R or T rows, N outputs, I inputs, B blocks of U outputs, J words in C places, G groups of W words. B and N
 of a part of the matrix are that part's.
@@ -45,6 +45,7 @@ from .packing import (
     raised_codes,
     weights_of_rows,
 )
+from .precision import ONEDNN_DTYPE, accumulation_dtype, product_dtype
 
 PASS_ROWS = 4
 """As many rows share a pass over the weights: with them it computes about as long as it reads."""
@@ -77,10 +78,14 @@ def passes(rows: int, storage: Storage) -> list[list[int]]:
 
 
 def linear_decode(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """x @ weight.T + bias for a few rows, float32 [R, N], the weights read once and never expanded.
+    """Return x @ weight.T + bias for a few rows, [R, N] in x's dtype, the weights read once and never expanded.
 
     R is small and fixed in a graph (`passes`): every row's sums are written out in it.
     """
+    return _linear_decode(x_RI.to(accumulation_dtype(x_RI.dtype)), weights, storage).to(x_RI.dtype)
+
+
+def _linear_decode(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
     if storage is Storage.FLOAT32:
         x_RI = materialized(x_RI)
         rows, inputs = x_RI.shape
@@ -89,7 +94,7 @@ def linear_decode(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
         elif inputs % ROWS == 0:
             dots_RN = _long_dots(x_RI, weights.word)
         else:
-            return product(x_RI, weights.word, weights.bias_N)
+            return _product_in(x_RI.dtype, x_RI, weights.word, weights.bias_N)
         return dots_RN if weights.bias_N is None else dots_RN + weights.bias_N
     sums = _grouped_sums(x_RI, weights) if storage is Storage.INT4 else _planar_sums(x_RI, weights, storage)
     for part_BU, apply in ((_in_blocks(weights.scale_N), torch.mul), (_in_blocks(weights.bias_N), torch.add)):
@@ -147,7 +152,7 @@ def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor
     if len(x_RI) > 1:  # side by side what a word is multiplied with
         x_JRC = materialized(x_JRC.contiguous())
     parts = [
-        [place_values(word_BJU, storage, place) for place in range(places)]
+        [place_values(word_BJU, storage, place, x_RI.dtype) for place in range(places)]
         for word_BJU in weights.word.chunk(_streams(x_RI, storage, blocks))
     ]
     return [
@@ -174,7 +179,7 @@ def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:
     x_JRC = materialized((x_RGCW.permute(1, 3, 0, 2).flatten(0, 1) * lowering(x_RI.device)).contiguous())
     streams = _streams(x_RI, Storage.INT4, blocks)
     parts = [
-        ([raised_codes(word_BJU, place) for place in range(places)], _of_words(step), _of_words(low))
+        ([raised_codes(word_BJU, place, x_RI.dtype) for place in range(places)], _of_words(step), _of_words(low))
         for word_BJU, step, low in zip(
             *(each.chunk(streams) for each in (weights.word, weights.scale_BGU, weights.min_BGU)), strict=True
         )
@@ -208,27 +213,34 @@ def _added(terms: list[Tensor]) -> Tensor:
 
 
 def linear_prefill(x_TI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """x @ weight.T + bias for many rows, float32 [T, N]."""
-    return product(x_TI, expanded(weights, storage, x_TI.shape[1]), weights.bias_N)
+    """Return x @ weight.T + bias for many rows, [T, N] in x's dtype."""
+    dtype = product_dtype(x_TI.dtype, x_TI.device)
+    weight_NI = expanded(weights, storage, x_TI.shape[1], dtype)
+    return _product_in(dtype, x_TI, weight_NI, weights.bias_N).to(x_TI.dtype)
 
 
-def expanded(weights: Matrix, storage: Storage, inputs: int) -> Tensor:
-    """The matrix [N, I] in float32; if it was packed with the outputs side by side, as a block of words has them."""
+def _product_in(dtype: torch.dtype, x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
+    return product(x_TI.to(dtype), weight_NI.to(dtype), None if bias_N is None else bias_N.to(dtype))
+
+
+def expanded(weights: Matrix, storage: Storage, inputs: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix [N, I]; if it was packed with the outputs side by side, as a block of words has them."""
     if storage is Storage.FLOAT32:
-        return weights.word
+        return weights.word.to(dtype)
     scale_BU = _in_blocks(weights.scale_N)
-    weight_IN = columns_of(weights.word, scale_BU, weights.scale_BGU, weights.min_BGU, storage)
-    return weight_IN[:inputs, : weights.outputs].contiguous().t()
+    wide = accumulation_dtype(dtype)
+    weight_IN = columns_of(weights.word, scale_BU, weights.scale_BGU, weights.min_BGU, storage, wide)
+    return weight_IN[:inputs, : weights.outputs].to(dtype).contiguous().t()
 
 
-def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int) -> Tensor:
-    """Rows of the stored token table, float32 [T, M]."""
+def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Return rows of the stored token table, [T, M] in float32 or float64."""
     if storage is Storage.FLOAT32:
-        return table.word[token_T]
+        return table.word[token_T].to(dtype)
     block_T, row_T = token_T // ROWS, token_T % ROWS
     scale_T = None if table.scale_N is None else table.scale_N[token_T]
     scale_TG, min_TG = (None if each is None else each[block_T, :, row_T] for each in (table.scale_BGU, table.min_BGU))
-    return weights_of_rows(table.word[block_T, :, row_T], scale_T, scale_TG, min_TG, storage, hidden)
+    return weights_of_rows(table.word[block_T, :, row_T], scale_T, scale_TG, min_TG, storage, hidden, dtype)
 
 
 _has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # untyped in torch, as is the next but one
@@ -239,12 +251,12 @@ _Library: Callable[..., Any] = torch.library.Library
 
 
 def multiplies_fast(x: Tensor) -> bool:
-    """Whether `product` is oneDNN's for such a tensor."""
-    return x.device.type == "cpu" and _onednn is not None
+    """Return whether `product` is oneDNN's operator for such a tensor."""
+    return x.device.type == "cpu" and x.dtype is ONEDNN_DTYPE and _onednn is not None
 
 
 def product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
-    """x @ weight.T + bias by the fastest matrix product of torch, float32 [T, N]."""
+    """Return x @ weight.T + bias by the fastest matrix product of torch, [T, N]; all are of one dtype."""
     if not multiplies_fast(x_TI):
         return functional.linear(x_TI, weight_NI, bias_N)
     if not torch.compiler.is_compiling():

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from ..spec.config import Activation
+from .precision import accumulation_dtype
 
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
-    """The non-linearity, elementwise."""
+    """Return the non-linearity of each element, in x's dtype."""
+    return _activation(x.to(accumulation_dtype(x.dtype)), kind).to(x.dtype)
+
+
+def _activation(x: Tensor, kind: Activation) -> Tensor:
     if kind is Activation.SILU:
         return x / (1 + torch.exp(-x))
     if kind is Activation.GELU_SIGMOID:
@@ -25,6 +30,6 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
 
 
 def gated(both: Tensor, kind: Activation) -> Tensor:
-    """activation(gate) * up [T, F] of [T, 2 F], the gate first."""
-    gate_TF, up_TF = both.chunk(2, dim=1)
-    return activation(gate_TF, kind) * up_TF
+    """Return activation(gate) * up [T, F] of [T, 2 F], the gate first, rounded once."""
+    gate_TF, up_TF = both.to(accumulation_dtype(both.dtype)).chunk(2, dim=1)
+    return (_activation(gate_TF, kind) * up_TF).to(both.dtype)

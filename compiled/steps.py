@@ -27,6 +27,7 @@ from .linear import linear_decode, linear_prefill
 from .mlp import activation, gated
 from .norms import Norm, norm
 from .packing import Matrix
+from .precision import DEFAULT_COMPUTE, accumulation_dtype
 from .rotary import rotary_table, rotate
 from .weights import Layer, Model
 
@@ -80,9 +81,9 @@ def decode_program(config: ModelConfig, storage: Storage, piece: Piece, *, many:
 
     def before(embedding: Embedding, rotations: Rotations, step_3R: Tensor, slot_S: Tensor) -> Any:
         token_R, position_R, start_R = step_3R.unbind()
-        x_RM = embed(token_R, position_R, embedding, config, storage, product)
-        tables = [rotary_table(position_R, *each) for each in rotations]
-        seen_of = [seen(start_R, position_R, slot_S, each) for each in windows]
+        x_RM = embed(token_R, position_R, embedding, config, storage, product, compute=DEFAULT_COMPUTE)
+        tables = [rotary_table(position_R, *each, compute=x_RM.dtype) for each in rotations]
+        seen_of = [seen(start_R, position_R, slot_S, each, compute=x_RM.dtype) for each in windows]
         return x_RM, tables, seen_of, position_R.clone(), start_R + position_R
 
     def after(x_RM: Tensor, last: Last) -> Tensor:
@@ -115,9 +116,9 @@ def prefill_program(config: ModelConfig, storage: Storage, piece: Piece) -> Call
     def before(
         embedding: Embedding, rotations: Rotations, token_T: Tensor, position_T: Tensor, start_1: Tensor, slot_S: Tensor
     ) -> Any:
-        x_TM = embed(token_T, position_T, embedding, config, storage, linear_prefill)
-        tables = [rotary_table(position_T, *each) for each in rotations]
-        masks = [mask(position_T, slot_S, window) for window in windows]
+        x_TM = embed(token_T, position_T, embedding, config, storage, linear_prefill, compute=DEFAULT_COMPUTE)
+        tables = [rotary_table(position_T, *each, compute=x_TM.dtype) for each in rotations]
+        masks = [mask(position_T, slot_S, window, compute=x_TM.dtype) for window in windows]
         return x_TM, tables, masks, start_1 + position_T, start_1 + slot_S
 
     def after(x_TM: Tensor, last: Last) -> tuple[Tensor, Tensor]:
@@ -152,8 +153,8 @@ def encode_program(config: ModelConfig, storage: Storage, piece: Piece) -> Calla
     def before(
         embedding: Embedding, rotations: Rotations, token_T: Tensor, type_T: Tensor | None, position_T: Tensor
     ) -> Any:
-        x_TM = embed(token_T, position_T, embedding, config, storage, linear_prefill, type_T)
-        return x_TM, [rotary_table(position_T, *each) for each in rotations]
+        x_TM = embed(token_T, position_T, embedding, config, storage, linear_prefill, type_T, compute=DEFAULT_COMPUTE)
+        return x_TM, [rotary_table(position_T, *each, compute=x_TM.dtype) for each in rotations]
 
     def after(x_TM: Tensor, last: Last) -> Tensor:
         return _for_head(x_TM, last, config, storage, linear_prefill)
@@ -344,6 +345,7 @@ def _for_head(x_TM: Tensor, last: Last, config: ModelConfig, storage: Storage, p
 
 
 def _logits(hidden_RE: Tensor, last: Last, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
+    hidden_RE = hidden_RE.to(accumulation_dtype(hidden_RE.dtype))
     return scale_and_cap(product(hidden_RE, last.head, storage), config.logit_scale, config.logit_softcap)
 
 
