@@ -2,8 +2,12 @@
 
 Hidden vectors and caches are kept in the compute dtype. What happens within a component is done in the accumulation
 dtype and rounded once at its end, as in the reference; so are positions, norms and scales kept in it, and logits
-returned, since neighboring tokens would tie in a narrow dtype.
+returned, since neighboring tokens would tie in a narrow dtype. Matrix products take their operands in the product
+dtype.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +15,14 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 DEFAULT = torch.float32
 """For CPUs without 16-bit products it is the fastest."""
+
+ONEDNN_DTYPE = torch.float32
+"""The dtype whose products are oneDNN's own operator where there is one (`linear.product`)."""
+
+_has_products: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    torch.float16: lambda: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+}
 
 
 def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
@@ -20,3 +32,15 @@ def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
     (torch.float32, torch.float64)
     """
     return torch.promote_types(compute, torch.float32)
+
+
+def product_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of a matrix product's operands: compute, or float32 where a CPU has no such products."""
+    return accumulation_dtype(compute) if device.type == "cpu" and not _multiplies(compute) else compute
+
+
+@functools.cache
+def _multiplies(compute: torch.dtype) -> bool:
+    if compute not in _has_products:
+        return True
+    return torch.backends.mkldnn.is_available() and _has_products[compute]()  # type: ignore[no-untyped-call]

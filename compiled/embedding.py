@@ -1,6 +1,6 @@
 """What enters the first layer: rows of tables, added up; in a graph one pass with the first layer's norm.
 
-Shapes: T rows, M hidden, W table width, P positions, Y token types.
+Shapes: T rows, M hidden, E table width, P positions, Y token types.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..spec.config import ModelConfig, Storage
-from .compute import DEFAULT, accumulation_dtype
+from .compute import accumulation_dtype
 from .linear import lookup
 from .norms import Norm, norm
 from .packing import Matrix
@@ -22,7 +22,7 @@ Product = Callable[[Tensor, Matrix, Storage], Tensor]
 class Embedding(NamedTuple):
     table: Matrix
     projection: Matrix | None
-    """[M, W], where the table is not as wide as the hidden vector."""
+    """[M, E], where the table is not as wide as the hidden vector."""
     position_PM: Tensor | None
     type_YM: Tensor | None
     norm: Norm | None
@@ -36,11 +36,12 @@ def embed(
     storage: Storage,
     product: Product,
     type_T: Tensor | None = None,
-    compute: torch.dtype = DEFAULT,
+    *,
+    compute: torch.dtype,
 ) -> Tensor:
-    """Hidden vectors [T, M] of tokens at their positions; without types, all are of the first, as a decoder's are.
+    """Return hidden vectors [T, M] of tokens at their positions, rounded once, to compute.
 
-    Rounded once, to the compute dtype.
+    Without types, all tokens are of the first, as a decoder's are.
     """
     x_TM = lookup(token_T, weights.table, storage, config.table_width, accumulation_dtype(compute))
     if weights.projection is not None:
