@@ -255,7 +255,9 @@ def prepare_rotate(case: Case, storage: Storage) -> Prepared:
     inputs = op.inputs(case)
     x_BTHD: Tensor = inputs["x_BTHD"]
     layout = inputs["layout"]
-    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"], inputs["attention_factor"])
+    cos_TJ, sin_TJ = rotary.rotary_table(
+        inputs["position_T"], inputs["frequency_J"], inputs["attention_factor"], compute=torch.float32
+    )
 
     def arranged(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
         return rotary.rotate(x_THD, cos_TJ, sin_TJ, layout)
@@ -285,7 +287,7 @@ def prepare_attention(case: Case, storage: Storage) -> Prepared:
             query,
             key_CKD,
             value_CKD,
-            mask=attention.decode_mask(start_R, position_R, slot_S, None),
+            mask=attention.decode_mask(start_R, position_R, slot_S, None, compute=torch.float32),
             position_R=position_R,
             slot_S=slot_S,
             scale=scale,
@@ -305,7 +307,7 @@ def prepare_attention(case: Case, storage: Storage) -> Prepared:
     else:
         program = attend_prefill
         varying |= {"query": (0,), "mask_TS": (0, 1)}
-        more = {"mask_TS": attention.mask(torch.arange(n.S - n.T, n.S), torch.arange(n.S), None)}
+        more = {"mask_TS": attention.mask(torch.arange(n.S - n.T, n.S), torch.arange(n.S), None, compute=torch.float32)}
     column = Column(
         program=program,
         arguments={**common, **more},

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .compute import DEFAULT, accumulation_dtype
 from .linear import materialized, multiplies_fast, product
+from .precision import accumulation_dtype
 
 _BLOCK = 320
 """The most queries of a prompt or text that are attended at once; blocks are even. Of 260 to 512 tokens 128 at a time
@@ -72,15 +72,17 @@ class DecodeMask(NamedTuple):
     """Added to the scores: 0, or -inf where a slot stands in for one that is not seen."""
 
 
-def decode_mask(start_R: Tensor, position_R: Tensor, slot_S: Tensor, window: int | None) -> DecodeMask:
+def decode_mask(
+    start_R: Tensor, position_R: Tensor, slot_S: Tensor, window: int | None, *, compute: torch.dtype
+) -> DecodeMask:
     """Return the mask for new tokens at `position_R`; `slot_S` is 0 .. S - 1 with S above every position.
 
-    >>> decode_mask(torch.tensor([16]), torch.tensor([2]), torch.arange(4), window=2)
+    >>> decode_mask(torch.tensor([16]), torch.tensor([2]), torch.arange(4), window=2, compute=torch.float32)
     DecodeMask(read_RS=tensor([[18, 17, 18, 18]]), added_RS=tensor([[-inf, 0., 0., -inf]]))
     """
     seen_RS = _seen(position_R, slot_S, window)
     read_RS = start_R[:, None] + torch.where(seen_RS, slot_S[None, :], position_R[:, None])
-    return DecodeMask(read_RS, torch.where(seen_RS, 0.0, -torch.inf))
+    return DecodeMask(read_RS, torch.where(seen_RS, 0.0, -torch.inf).to(compute))
 
 
 def attend_decode(
@@ -100,9 +102,10 @@ def attend_decode(
     The few query heads that share a key head are written out one by one, and of values so are parts of a vector's
     length: each key is read once for all heads, each value once and whole.
     """
-    kv_heads, dtype = key_CKD.shape[1], accumulation_dtype(query_RHD.dtype)
-    query_RKGD = query_RHD.to(dtype).view(query_RHD.shape[0], kv_heads, -1, query_RHD.shape[2])
-    key_RSKD, value_RSKD = (cache_CKD[mask.read_RS].to(dtype) for cache_CKD in (key_CKD, value_CKD))
+    kv_heads = key_CKD.shape[1]
+    wide = accumulation_dtype(query_RHD.dtype)
+    query_RKGD = query_RHD.view(query_RHD.shape[0], kv_heads, -1, query_RHD.shape[2]).to(wide)
+    key_RSKD, value_RSKD = (cache_CKD[mask.read_RS].to(wide) for cache_CKD in (key_CKD, value_CKD))
     written_out = query_RKGD.shape[2] <= _WRITTEN_OUT
     if written_out:
         score_RSKG = torch.cat([(each[:, None] * key_RSKD).sum(-1, keepdim=True) for each in query_RKGD.unbind(2)], -1)
@@ -112,7 +115,7 @@ def attend_decode(
     if softcap is not None:
         score_RSKG = softcap * torch.tanh(score_RSKG / softcap)
     if slope_H is not None:
-        score_RSKG = score_RSKG + alibi(position_R, slot_S, slope_H, dtype).view(score_RSKG.shape)
+        score_RSKG = score_RSKG + alibi(position_R, slot_S, slope_H, compute=wide).view(score_RSKG.shape)
     score_RSKG = score_RSKG + mask.added_RS[:, :, None, None]
     # heads last, or Inductor's vectors would run over the slots, whose values are nowhere side by side
     weight_RSKG = materialized(torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True)))
@@ -152,12 +155,18 @@ def attend_prefill(
     slope_H: Tensor | None = None,
 ) -> Tensor:
     """The last T queries of one sequence over its S slots, all of them written; `mask_TS` from `mask`; [T, H, D]."""
-    dtype = accumulation_dtype(query_THD.dtype)
-    key_KSD, value_KSD = _by_head(key_CKD[slot_S].to(dtype)), _by_head(value_CKD[slot_S].to(dtype))
-    scaled_THD = query_THD.to(dtype) * scale
-    query_KTGD = _by_head(scaled_THD.view(query_THD.shape[0], key_CKD.shape[1], -1, query_THD.shape[2]))
-    out_THD: Tensor = torch.ops.twinfer.attend_blocks(query_KTGD, key_KSD, value_KSD, mask_TS, window, softcap, slope_H)
-    return out_THD.to(query_THD.dtype)
+    key_KSD, value_KSD = _by_head(key_CKD[slot_S]), _by_head(value_CKD[slot_S])
+    query_THD, scale = _scaled(query_THD, scale)
+    query_KTGD = _by_head(query_THD.view(query_THD.shape[0], key_CKD.shape[1], -1, query_THD.shape[2]))
+    operands = query_KTGD, key_KSD, value_KSD, mask_TS
+    out_THD: Tensor = torch.ops.twinfer.attend_blocks(*operands, window, scale, softcap, slope_H)
+    return out_THD
+
+
+def _scaled(query_THD: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return queries times scale, and what is left to scale the scores by: 16-bit queries are not rounded again."""
+    is_wide = accumulation_dtype(query_THD.dtype) is query_THD.dtype
+    return (query_THD * scale, 1.0) if is_wide else (query_THD, scale)
 
 
 def _by_head(x_TK: Tensor) -> Tensor:
@@ -172,6 +181,7 @@ def _attend_blocks(
     value_KSD: Tensor,
     mask_TS: Tensor,
     window: int | None,
+    scale: float,
     softcap: float | None,
     slope_H: Tensor | None,
 ) -> Tensor:
@@ -184,12 +194,13 @@ def _attend_blocks(
     before = key_KSD.shape[1] - tokens
     out_THD = query_KTGD.new_empty(tokens, kv_heads * group, size)
     for block, seen in _blocks(tokens, before, causal=True, window=window):
-        added_HTS = mask_TS[None, block, seen].to(query_KTGD.dtype)
+        added_HTS = mask_TS[None, block, seen]
         if slope_H is not None:
             position_T, position_S = _positions(block, seen, before, slope_H.device)
-            added_HTS = added_HTS + alibi(position_T, position_S, slope_H, query_KTGD.dtype).permute(2, 0, 1)
+            bias_TSH = alibi(position_T, position_S, slope_H, compute=query_KTGD.dtype)
+            added_HTS = added_HTS + bias_TSH.permute(2, 0, 1)
         operands = query_KTGD[:, block], key_KSD[:, seen], value_KSD[:, seen], added_HTS
-        _attend_block(*operands, softcap, out_THD[block])
+        _attend_block(*operands, scale, softcap, out_THD[block])
     return out_THD
 
 
@@ -206,12 +217,11 @@ def attend_varlen(
     slope_H: Tensor | None = None,
 ) -> Tensor:
     """Every query over the keys of its own text; [T, H, D]. `cu_seqlens` [N + 1] is on the CPU: its values are read."""
-    dtype = accumulation_dtype(query_THD.dtype)
-    scaled_THD = query_THD.to(dtype) * scale
-    query_KTGD = _by_head(scaled_THD.view(query_THD.shape[0], key_TKD.shape[1], -1, query_THD.shape[2]))
-    operands = query_KTGD, _by_head(key_TKD.to(dtype)), _by_head(value_TKD.to(dtype)), cu_seqlens
-    out_THD: Tensor = torch.ops.twinfer.attend_varlen(*operands, causal, window, softcap, slope_H)
-    return out_THD.to(query_THD.dtype)
+    query_THD, scale = _scaled(query_THD, scale)
+    query_KTGD = _by_head(query_THD.view(query_THD.shape[0], key_TKD.shape[1], -1, query_THD.shape[2]))
+    operands = query_KTGD, _by_head(key_TKD), _by_head(value_TKD), cu_seqlens
+    out_THD: Tensor = torch.ops.twinfer.attend_varlen(*operands, causal, window, scale, softcap, slope_H)
+    return out_THD
 
 
 @torch.library.custom_op("twinfer::attend_varlen", mutates_args=())
@@ -222,6 +232,7 @@ def _attend_varlen(
     cu_seqlens: Tensor,
     causal: bool,
     window: int | None,
+    scale: float,
     softcap: float | None,
     slope_H: Tensor | None,
 ) -> Tensor:
@@ -237,11 +248,12 @@ def _attend_varlen(
             added_HTS = None
             if causal or window is not None:  # and ALiBi is only where attention is causal
                 position_T, position_S = _positions(block, seen, 0, query_KTGD.device)
-                added_HTS = mask(position_T, position_S, window, causal=causal)[None].to(query_KTGD.dtype)
+                added_HTS = mask(position_T, position_S, window, causal=causal, compute=query_KTGD.dtype)[None]
                 if slope_H is not None:
-                    added_HTS = added_HTS + alibi(position_T, position_S, slope_H, query_KTGD.dtype).permute(2, 0, 1)
+                    bias_TSH = alibi(position_T, position_S, slope_H, compute=query_KTGD.dtype)
+                    added_HTS = added_HTS + bias_TSH.permute(2, 0, 1)
             operands = query_KtGD[:, block], key_KSD[:, seen], value_KSD[:, seen], added_HTS
-            _attend_block(*operands, softcap, out_THD[begin + block.start : begin + block.stop])
+            _attend_block(*operands, scale, softcap, out_THD[begin + block.start : begin + block.stop])
     return out_THD
 
 
@@ -265,13 +277,16 @@ def _attend_block(
     key_KSD: Tensor,
     value_KSD: Tensor,
     added_HTS: Tensor | None,
+    scale: float,
     softcap: float | None,
     out_THD: Tensor,
 ) -> None:
     """Into `out_THD`: by torch's fused attention, or with many rows a key head, or a cap, by products.
 
-    `added_HTS` is added to the scores, for all heads or for each.
+    `added_HTS` is added to the scores, for all heads or for each. The products' sums are not rounded to 16 bits, so
+    their operands are widened: of 16-bit queries many rows go by fused attention.
     """
+    wide = accumulation_dtype(query_KTGD.dtype)
     kv_heads, tokens, group, size = query_KTGD.shape
     out_TKGD = out_THD.view(tokens, kv_heads, group, size)
     added_KGTS = None
@@ -279,22 +294,28 @@ def _attend_block(
         if added_HTS.device.type == "cuda":  # torch's kernel reads 16 bytes at a time from wherever a part begins
             added_HTS = added_HTS.clone()
         added_KGTS = added_HTS.expand(kv_heads * group, -1, -1).view(kv_heads, group, tokens, -1)
-    by_products = query_KTGD.device.type == "cpu" and tokens * group >= _PRODUCT_ROWS
+    on_cpu = query_KTGD.device.type == "cpu"
+    by_products = on_cpu and query_KTGD.dtype is wide and tokens * group >= _PRODUCT_ROWS
+    if added_KGTS is not None and added_KGTS.dtype is not query_KTGD.dtype and not on_cpu:
+        by_products = True  # ALiBi's are not rounded to 16 bits, and fused kernels of a GPU take no others
     if softcap is None and not by_products:
         key_KGSD, value_KGSD = (each[:, None].expand(-1, group, -1, -1) for each in (key_KSD, value_KSD))
         out_KGTD = functional.scaled_dot_product_attention(
-            query_KTGD.transpose(1, 2), key_KGSD, value_KGSD, attn_mask=added_KGTS, scale=1.0
+            query_KTGD.transpose(1, 2), key_KGSD, value_KGSD, attn_mask=added_KGTS, scale=scale
         )
         out_TKGD.copy_(out_KGTD.permute(2, 0, 1, 3))
         return
     for head in range(kv_heads):
-        score_TGS = product(query_KTGD[head].flatten(0, 1), key_KSD[head], None).view(tokens, group, -1)
+        score_TGS = product(query_KTGD[head].flatten(0, 1).to(wide), key_KSD[head].to(wide), None)
+        score_TGS = score_TGS.view(tokens, group, -1)
+        if scale != 1.0:
+            score_TGS.mul_(scale)
         if softcap is not None:
             score_TGS.div_(softcap).tanh_().mul_(softcap)
         if added_KGTS is not None:
             score_TGS.add_(added_KGTS[head].transpose(0, 1))
         weight_PS = torch.softmax(score_TGS, -1).flatten(0, 1)
-        out_TKGD[:, head] = product(weight_PS, value_KSD[head].t(), None).view(tokens, group, size)
+        out_TKGD[:, head] = product(weight_PS, value_KSD[head].to(wide).t(), None).view(tokens, group, size)
 
 
 @_attend_blocks.register_fake
@@ -304,15 +325,17 @@ def _(query_KTGD: Tensor, *_: object) -> Tensor:
     return query_KTGD.new_empty(tokens, kv_heads * group, size)
 
 
-def alibi(position_R: Tensor, slot_S: Tensor, slope_H: Tensor, dtype: torch.dtype = DEFAULT) -> Tensor:
-    """What ALiBi adds to the scores, [R, S, H]; multiplied in the slopes' dtype, float64."""
+def alibi(position_R: Tensor, slot_S: Tensor, slope_H: Tensor, *, compute: torch.dtype) -> Tensor:
+    """Return what ALiBi adds to the scores, [R, S, H] in float32 or wider; multiplied in the slopes' dtype, float64."""
     distance_RS = slot_S[None, :] - position_R[:, None]
-    return (distance_RS[..., None] * slope_H).to(dtype)
+    return (distance_RS[..., None] * slope_H).to(accumulation_dtype(compute))
 
 
-def mask(position_T: Tensor, slot_S: Tensor, window: int | None, *, causal: bool = True) -> Tensor:
-    """What is added to the scores of many queries of one sequence: 0 where seen, -inf elsewhere, float32 [T, S]."""
-    return torch.where(_seen(position_T, slot_S, window, causal), 0.0, -torch.inf)
+def mask(
+    position_T: Tensor, slot_S: Tensor, window: int | None, *, causal: bool = True, compute: torch.dtype
+) -> Tensor:
+    """Return what is added to the scores of many queries of one sequence, [T, S]: 0 where seen, -inf elsewhere."""
+    return torch.where(_seen(position_T, slot_S, window, causal), 0.0, -torch.inf).to(compute)
 
 
 def _seen(position_R: Tensor, slot_S: Tensor, window: int | None, causal: bool = True) -> Tensor:

@@ -83,7 +83,10 @@ class CpuGraph:
             function, given = self.calls[call]
             arguments = list(given)
             for each in places:
-                arguments[each.argument] = new[each.number].as_strided(*each.form)
+                size, stride, offset = each.form
+                arguments[each.argument] = new[each.number].as_strided(
+                    size, stride, new[each.number].storage_offset() + offset
+                )
             self.calls[call] = function, tuple(arguments)
         return True
 
@@ -134,6 +137,7 @@ class CpuGraphs:
 
     def alias(self, tensor: Tensor) -> Tensor:
         """The same memory, all of it and in its order, which the result does not keep alive."""
+        assert tensor.is_contiguous(), tensor.stride()
         pointed_to = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
         return torch.frombuffer(pointed_to, dtype=tensor.dtype).view(tensor.shape)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..spec.config import ModelConfig, Storage
-from .compute import DEFAULT, accumulation_dtype
 from .linear import lookup
 from .norms import Norm, norm
 from .packing import Matrix
+from .precision import accumulation_dtype
 
 Product = Callable[[Tensor, Matrix, Storage], Tensor]
 """`linear_decode` or `linear_prefill`."""
@@ -36,11 +36,12 @@ def embed(
     storage: Storage,
     product: Product,
     type_T: Tensor | None = None,
-    compute: torch.dtype = DEFAULT,
+    *,
+    compute: torch.dtype,
 ) -> Tensor:
-    """Hidden vectors [T, M] of tokens at their positions; without types, all are of the first, as a decoder's are.
+    """Return hidden vectors [T, M] of tokens at their positions, rounded once, to compute.
 
-    Rounded once, to the compute dtype.
+    Without types, all tokens are of the first, as a decoder's are.
     """
     x_TM = lookup(token_T, weights.table, storage, config.table_width, accumulation_dtype(compute))
     if weights.projection is not None:

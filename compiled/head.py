@@ -11,15 +11,17 @@ from torch import Tensor
 from ..spec.config import Storage
 from .linear import linear_prefill
 from .packing import ROWS, Matrix
+from .precision import accumulation_dtype
 
 _BLOCK_WEIGHTS = 2**21  # 8 MiB of float32
 
 
 def head_prefill(hidden_TM: Tensor, head: Matrix, storage: Storage, *, block_weights: int = _BLOCK_WEIGHTS) -> Tensor:
-    """Logits [T, V], in the hidden vectors' dtype.
+    """Return logits [T, V] in float32 or wider: rounded to 16 bits, likely tokens would tie.
 
     A packed head is expanded `block_weights` elements at a time, not at once.
     """
+    hidden_TM = hidden_TM.to(accumulation_dtype(hidden_TM.dtype))
     if storage is Storage.FLOAT32:
         return linear_prefill(hidden_TM, head, storage)
     tokens, hidden = hidden_TM.shape

@@ -14,11 +14,11 @@ Which form, decided by storage, program and sizes, so that it is settled when a 
                                 the first caches; if no vector divides these, `product`
     a decode step, packed       the compiled loop over packed words, for 1 or 4 rows at a time (`passes`)
     more rows of float32        `product` on the weights as they lie
-    a prefill, packed           expanded to float32, then `product`
+    a prefill, packed           expanded to float32, or to 16 bits where these are multiplied, then `product`
 
 `product` is oneDNN's matrix product on a CPU with AVX-512, on the weights as they lie: where that was measured (MKL not
 using AVX-512) it was more than twice as fast as `F.linear` at 512 rows, and within a tenth of oneDNN on weights in its
-own packing. Elsewhere it is `F.linear`, which was as fast as oneDNN with AVX2.
+own packing. Elsewhere it is `F.linear`, which was as fast as oneDNN with AVX2; and so it is for dtypes but float32.
 
 Shapes: R or T rows, N outputs, I inputs, B blocks of U outputs, J words in C places, G groups of W words. B and N
 of a part of the matrix are that part's.
@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..spec.config import Storage
-from .compute import DEFAULT, accumulation_dtype
 from .packing import (
     GROUP_WORDS,
     PLACES,
@@ -46,6 +45,7 @@ from .packing import (
     raised_codes,
     weights_of_rows,
 )
+from .precision import ONEDNN_DTYPE, accumulation_dtype, product_dtype
 
 PASS_ROWS = 4
 """As many rows share a pass over the weights: with them it computes about as long as it reads."""
@@ -78,12 +78,11 @@ def passes(rows: int, storage: Storage) -> list[list[int]]:
 
 
 def linear_decode(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """x @ weight.T + bias for a few rows, in x's dtype [R, N], the weights read once and never expanded.
+    """Return x @ weight.T + bias for a few rows, [R, N] in x's dtype, the weights read once and never expanded.
 
     R is small and fixed in a graph (`passes`): every row's sums are written out in it.
     """
-    wide_RI = x_RI.to(accumulation_dtype(x_RI.dtype))
-    return _linear_decode(wide_RI, weights, storage).to(x_RI.dtype)
+    return _linear_decode(x_RI.to(accumulation_dtype(x_RI.dtype)), weights, storage).to(x_RI.dtype)
 
 
 def _linear_decode(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
@@ -95,7 +94,7 @@ def _linear_decode(x_RI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
         elif inputs % ROWS == 0:
             dots_RN = _long_dots(x_RI, weights.word)
         else:
-            return product(x_RI, weights.word, weights.bias_N)
+            return _product_in(x_RI.dtype, x_RI, weights.word, weights.bias_N)
         return dots_RN if weights.bias_N is None else dots_RN + weights.bias_N
     sums = _grouped_sums(x_RI, weights) if storage is Storage.INT4 else _planar_sums(x_RI, weights, storage)
     for part_BU, apply in ((_in_blocks(weights.scale_N), torch.mul), (_in_blocks(weights.bias_N), torch.add)):
@@ -153,7 +152,7 @@ def _planar_sums(x_RI: Tensor, weights: Matrix, storage: Storage) -> list[Tensor
     if len(x_RI) > 1:  # side by side what a word is multiplied with
         x_JRC = materialized(x_JRC.contiguous())
     parts = [
-        [place_values(word_BJU, storage, place) for place in range(places)]
+        [place_values(word_BJU, storage, place, x_RI.dtype) for place in range(places)]
         for word_BJU in weights.word.chunk(_streams(x_RI, storage, blocks))
     ]
     return [
@@ -180,7 +179,7 @@ def _grouped_sums(x_RI: Tensor, weights: Matrix) -> list[Tensor]:
     x_JRC = materialized((x_RGCW.permute(1, 3, 0, 2).flatten(0, 1) * lowering(x_RI.device)).contiguous())
     streams = _streams(x_RI, Storage.INT4, blocks)
     parts = [
-        ([raised_codes(word_BJU, place) for place in range(places)], _of_words(step), _of_words(low))
+        ([raised_codes(word_BJU, place, x_RI.dtype) for place in range(places)], _of_words(step), _of_words(low))
         for word_BJU, step, low in zip(
             *(each.chunk(streams) for each in (weights.word, weights.scale_BGU, weights.min_BGU)), strict=True
         )
@@ -214,34 +213,34 @@ def _added(terms: list[Tensor]) -> Tensor:
 
 
 def linear_prefill(x_TI: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """x @ weight.T + bias for many rows, in x's dtype [T, N]."""
-    wide_TI = x_TI.to(accumulation_dtype(x_TI.dtype))
-    return product(wide_TI, expanded(weights, storage, x_TI.shape[1], wide_TI.dtype), weights.bias_N).to(x_TI.dtype)
+    """Return x @ weight.T + bias for many rows, [T, N] in x's dtype."""
+    dtype = product_dtype(x_TI.dtype, x_TI.device)
+    weight_NI = expanded(weights, storage, x_TI.shape[1], dtype)
+    return _product_in(dtype, x_TI, weight_NI, weights.bias_N).to(x_TI.dtype)
 
 
-def expanded(weights: Matrix, storage: Storage, inputs: int, dtype: torch.dtype = DEFAULT) -> Tensor:
-    """The matrix [N, I] in float32 or float64.
+def _product_in(dtype: torch.dtype, x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
+    return product(x_TI.to(dtype), weight_NI.to(dtype), None if bias_N is None else bias_N.to(dtype))
 
-    If it was packed, it has the outputs side by side, as a block of words has them.
-    """
+
+def expanded(weights: Matrix, storage: Storage, inputs: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix [N, I]; if it was packed with the outputs side by side, as a block of words has them."""
     if storage is Storage.FLOAT32:
         return weights.word.to(dtype)
-    scales = _in_blocks(weights.scale_N), weights.scale_BGU, weights.min_BGU
-    scale_BU, scale_BGU, min_BGU = (None if each is None else each.to(dtype) for each in scales)
-    weight_IN = columns_of(weights.word, scale_BU, scale_BGU, min_BGU, storage)
-    return weight_IN[:inputs, : weights.outputs].contiguous().t().to(dtype)
+    scale_BU = _in_blocks(weights.scale_N)
+    wide = accumulation_dtype(dtype)
+    weight_IN = columns_of(weights.word, scale_BU, weights.scale_BGU, weights.min_BGU, storage, wide)
+    return weight_IN[:inputs, : weights.outputs].to(dtype).contiguous().t()
 
 
-def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int, dtype: torch.dtype = DEFAULT) -> Tensor:
-    """Rows of the stored token table, float32 or float64 [T, M]."""
+def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Return rows of the stored token table, [T, M] in float32 or float64."""
     if storage is Storage.FLOAT32:
         return table.word[token_T].to(dtype)
     block_T, row_T = token_T // ROWS, token_T % ROWS
-    scale_T = None if table.scale_N is None else table.scale_N[token_T].to(dtype)
-    scale_TG, min_TG = (
-        None if each is None else each[block_T, :, row_T].to(dtype) for each in (table.scale_BGU, table.min_BGU)
-    )
-    return weights_of_rows(table.word[block_T, :, row_T], scale_T, scale_TG, min_TG, storage, hidden).to(dtype)
+    scale_T = None if table.scale_N is None else table.scale_N[token_T]
+    scale_TG, min_TG = (None if each is None else each[block_T, :, row_T] for each in (table.scale_BGU, table.min_BGU))
+    return weights_of_rows(table.word[block_T, :, row_T], scale_T, scale_TG, min_TG, storage, hidden, dtype)
 
 
 _has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # untyped in torch, as is the next but one
@@ -252,14 +251,14 @@ _Library: Callable[..., Any] = torch.library.Library
 
 
 def multiplies_fast(x: Tensor) -> bool:
-    """Whether `product` is oneDNN's for such a tensor."""
-    return x.device.type == "cpu" and x.dtype is torch.float32 and _onednn is not None
+    """Return whether `product` is oneDNN's operator for such a tensor."""
+    return x.device.type == "cpu" and x.dtype is ONEDNN_DTYPE and _onednn is not None
 
 
 def product(x_TI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
-    """x @ weight.T + bias by the fastest matrix product of torch, in x's dtype [T, N]."""
+    """Return x @ weight.T + bias by the fastest matrix product of torch, [T, N]; all are of one dtype."""
     if not multiplies_fast(x_TI):
-        return functional.linear(x_TI, weight_NI.to(x_TI.dtype), None if bias_N is None else bias_N.to(x_TI.dtype))
+        return functional.linear(x_TI, weight_NI, bias_N)
     if not torch.compiler.is_compiling():
         return _product(x_TI, weight_NI, bias_N)
     out_TN: Tensor = torch.ops.twinfer.product(x_TI, weight_NI, bias_N)
@@ -285,10 +284,10 @@ _library._register_fake("product", _product_shape)
 
 
 def materialized(x: Tensor) -> Tensor:
-    """The same tensor, which Inductor is made to finish before its consumer runs.
+    """Return the same tensor, which Inductor is made to finish before its consumer runs.
 
-    Otherwise it would fuse what made x (a norm, an activation) into the product and repeat it for every output row. Of
-    part of another tensor Inductor would read the wrong rows.
+    Otherwise it would fuse what made x (a norm, an activation) into the product and repeat it for every output row. No
+    offset is given, so part of another tensor is read at its own.
     """
     assert x.is_contiguous()
     return x.as_strided(x.shape, x.stride())

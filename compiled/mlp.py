@@ -9,21 +9,15 @@ import torch
 from torch import Tensor
 
 from ..spec.config import Activation
-from .compute import accumulation_dtype
+from .precision import accumulation_dtype
 
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
-    """Apply the non-linearity elementwise; returns x's dtype."""
-    return _activated(x.to(accumulation_dtype(x.dtype)), kind).to(x.dtype)
+    """Return the non-linearity of each element, in x's dtype."""
+    return _activation(x.to(accumulation_dtype(x.dtype)), kind).to(x.dtype)
 
 
-def gated(both: Tensor, kind: Activation) -> Tensor:
-    """Return activation(gate) * up [T, F] from [T, 2 F], the gate first."""
-    gate_TF, up_TF = both.chunk(2, dim=1)
-    return activation(gate_TF, kind) * up_TF
-
-
-def _activated(x: Tensor, kind: Activation) -> Tensor:
+def _activation(x: Tensor, kind: Activation) -> Tensor:
     if kind is Activation.SILU:
         return x / (1 + torch.exp(-x))
     if kind is Activation.GELU_SIGMOID:
@@ -33,3 +27,9 @@ def _activated(x: Tensor, kind: Activation) -> Tensor:
     if kind is Activation.GELU:
         return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def gated(both: Tensor, kind: Activation) -> Tensor:
+    """Return activation(gate) * up [T, F] of [T, 2 F], the gate first, rounded once."""
+    gate_TF, up_TF = both.to(accumulation_dtype(both.dtype)).chunk(2, dim=1)
+    return (_activation(gate_TF, kind) * up_TF).to(both.dtype)

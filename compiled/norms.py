@@ -1,5 +1,6 @@
-"""Norms over the hidden axis, computed in the accumulation dtype. In a graph each fuses with the addition
-before it into one pass.
+"""Norms over the hidden axis, in x's dtype; sums and gains are float32 or wider.
+
+In a graph each fuses with the addition before it into one pass.
 
 Shapes: T rows, M hidden.
 """
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..spec.config import NormConfig, NormKind
-from .compute import accumulation_dtype
+from .precision import accumulation_dtype
 
 
 class Norm(NamedTuple):
@@ -29,8 +30,7 @@ def norm(x_TM: Tensor, gain_M: Tensor, bias_M: Tensor | None, config: NormConfig
 def rms_norm(x_TM: Tensor, gain_M: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x ** 2) + epsilon) * gain."""
     wide_TM = x_TM.to(accumulation_dtype(x_TM.dtype))
-    out_TM = wide_TM * torch.rsqrt((wide_TM * wide_TM).mean(-1, keepdim=True) + epsilon) * gain_M
-    return out_TM.to(x_TM.dtype)
+    return (wide_TM * torch.rsqrt((wide_TM * wide_TM).mean(-1, keepdim=True) + epsilon) * gain_M).to(x_TM.dtype)
 
 
 def layer_norm(x_TM: Tensor, gain_M: Tensor, bias_M: Tensor | None, epsilon: float) -> Tensor:

@@ -262,32 +262,32 @@ def in_blocks(of_rows_NJ: Tensor) -> Tensor:
     return padded_NJ.reshape(-1, ROWS, padded_NJ.shape[1]).transpose(1, 2)
 
 
-def place_values(word: Tensor, storage: Storage, place: int) -> Tensor:
-    """What stands at one place of a `Matrix`'s words, as float32: codes, or bfloat16 weights.
+def place_values(word: Tensor, storage: Storage, place: int, dtype: torch.dtype) -> Tensor:
+    """Return what stands at one place of a `Matrix`'s words, in float32 or float64: quantized values, or weights.
 
     Of int8 the first shift puts the place's sign at the top of the word, the second brings it down.
 
     >>> matrix = pack(quantize(torch.tensor([[1.0, 2.0, 127.0, 4.0, 5.0]]), Storage.INT8))
-    >>> place_values(matrix.word, Storage.INT8, 1)[0, :, 0].tolist()
+    >>> place_values(matrix.word, Storage.INT8, 1, torch.float32)[0, :, 0].tolist()
     [127.0, 4.0]
     """
     word = word.view(torch.int32)
     if storage is Storage.BFLOAT16:  # a bfloat16 is the upper half of the float32 of equal value
-        return (word << 16 if place == 0 else word & -65536).view(torch.float32)
+        return (word << 16 if place == 0 else word & -65536).view(torch.float32).to(dtype)
     if storage is Storage.INT4:
-        return raised_codes(word, place) * 16.0 ** -(place % _LAST)
+        return raised_codes(word, place, dtype) * 16.0 ** -(place % _LAST)
     bits = 32 // PLACES[storage]
     lifted = word << (32 - bits * (place + 1)) if place < PLACES[storage] - 1 else word
-    return (lifted >> (32 - bits)).to(torch.float32)
+    return (lifted >> (32 - bits)).to(dtype)
 
 
-def raised_codes(word: Tensor, place: int) -> Tensor:
-    """Codes of int4 that stand at one place, times 16 ** place, as float32: masked where they stand, not shifted.
+def raised_codes(word: Tensor, place: int, dtype: torch.dtype) -> Tensor:
+    """Return the int4 values that stand at one place, times 16 ** place: masked where they stand, not shifted.
 
     The last place holds a word's sign, so it alone is brought down.
     """
     word = word.view(torch.int32)
-    return (word >> 28 & 15 if place == _LAST else word & 15 << 4 * place).to(torch.float32)
+    return (word >> 28 & 15 if place == _LAST else word & 15 << 4 * place).to(dtype)
 
 
 def lowering(device: torch.device) -> Tensor:
@@ -307,12 +307,13 @@ def columns_of(
     scale_BGU: Tensor | None,
     min_BGU: Tensor | None,
     storage: Storage,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The transposed weights in float32, [I, N] and what fills up both, from bit-cast words.
+    """Return the transposed weights in float32 or float64, [I, N] and what fills up both, from bit-cast words.
 
     Transposed, because so the 16 weights of a vector are neighbors, as they are in the words.
     """
-    places = [place_values(word_BJU, storage, place).transpose(0, 1) for place in range(PLACES[storage])]
+    places = [place_values(word_BJU, storage, place, dtype).transpose(0, 1) for place in range(PLACES[storage])]
     if scale_BU is not None:
         places = [quantized_JBU * scale_BU for quantized_JBU in places]
     if scale_BGU is None or min_BGU is None:
@@ -332,9 +333,10 @@ def weights_of_rows(
     min_TG: Tensor | None,
     storage: Storage,
     inputs: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The weights [T, I] in float32 of some rows, from their bit-cast words, scales, steps and lows."""
-    places = [place_values(word_TJ, storage, place) for place in range(PLACES[storage])]
+    """Return the weights [T, I] of some rows in float32 or float64, from their bit-cast words, scales and minima."""
+    places = [place_values(word_TJ, storage, place, dtype) for place in range(PLACES[storage])]
     if scale_T is not None:
         places = [
             quantized_TJ * scale_T[:, None] for quantized_TJ in places
@@ -349,6 +351,13 @@ def weights_of_rows(
 
 
 def own(contiguous: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: what enters a graph as a view drags its base along."""
+    """Return the same memory as a tensor that is no view: what enters a graph as a view drags its base along.
+
+    Part of a buffer stays at its place there:
+
+    >>> own(torch.arange(6)[2:4]).tolist()
+    [2, 3]
+    """
     bare = torch.empty(0, dtype=contiguous.dtype, device=contiguous.device)
-    return bare.set_(contiguous.untyped_storage(), 0, contiguous.shape, contiguous.stride())
+    place = contiguous.storage_offset(), contiguous.shape, contiguous.stride()
+    return bare.set_(contiguous.untyped_storage(), *place)

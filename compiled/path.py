@@ -24,12 +24,12 @@ from ..spec import decoder as protocol
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
-from .compute import COMPUTE_DTYPES, DEFAULT
 from .graph import DecodeGraphs, device_of_graphs
 from .head import head_prefill, scale_and_cap
 from .layers import Cache
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
+from .precision import COMPUTES, DEFAULT_COMPUTE
 from .programs import Pieces, Program, pinned
 from .sequences import StaticSequences
 from .steps import Piece, decode_program, eager, encode_program, prefill_program
@@ -68,7 +68,7 @@ class CompiledPath:
         source: WeightSource,
         *,
         storage: Storage | str = Storage.FLOAT32,
-        compute: torch.dtype = DEFAULT,
+        compute: torch.dtype = DEFAULT_COMPUTE,
         device: str | torch.device = "cpu",
         mode: Mode | str = Mode.COMPILED,
         captured: bool = True,
@@ -76,8 +76,8 @@ class CompiledPath:
     ) -> None:
         if storage not in list(Storage):
             raise RequestError(f"storage is {storage!r}; it must be one of {', '.join(Storage)}")
-        if compute not in COMPUTE_DTYPES:
-            raise RequestError(f"compute is {compute}; it must be one of {', '.join(map(str, COMPUTE_DTYPES))}")
+        if compute not in COMPUTES:
+            raise RequestError(f"compute is {compute}; it must be one of {', '.join(map(str, COMPUTES))}")
         on = checked_device(device)
         _check_mode(mode, on)
         with pinned(torch.get_num_threads()):

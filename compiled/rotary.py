@@ -7,26 +7,25 @@ import torch
 from torch import Tensor
 
 from ..spec.config import RotaryLayout
-from .compute import DEFAULT
+from .precision import accumulation_dtype
 
 
 def rotary_table(
-    position_T: Tensor, frequency_J: Tensor, attention_factor: float = 1.0, dtype: torch.dtype = DEFAULT
+    position_T: Tensor, frequency_J: Tensor, attention_factor: float = 1.0, *, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return attention_factor * cos and sin of position * frequency in this dtype, [T, J] each.
+    """Return attention_factor * cos and sin of position * frequency, [T, J] each, in float32 or wider.
 
     Angles are computed in the frequencies' dtype, float64.
 
     In float32 the angle of position 8000 would be off by 2.4e-4 radians.
     """
     angle_TJ = position_T[:, None].to(frequency_J.dtype) * frequency_J[None, :]
-    return (attention_factor * angle_TJ.cos()).to(dtype), (attention_factor * angle_TJ.sin()).to(dtype)
+    wide = accumulation_dtype(compute)
+    return (attention_factor * angle_TJ.cos()).to(wide), (attention_factor * angle_TJ.sin()).to(wide)
 
 
 def rotate(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, layout: RotaryLayout) -> Tensor:
     """Each pair (a, b) of the first 2 J elements becomes (a cos - b sin, b cos + a sin); the others pass.
-
-    The result is rounded to x's dtype once.
 
     Half-split pairs element j with j + J, interleaved 2 j with 2 j + 1. A quarter turn, both ways round:
 
@@ -42,10 +41,10 @@ def rotate(x_THD: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, layout: RotaryLayout) 
         a_THJ, b_THJ = x_THD[..., :pairs], x_THD[..., pairs : 2 * pairs]
     else:
         a_THJ, b_THJ = x_THD[..., 0 : 2 * pairs : 2], x_THD[..., 1 : 2 * pairs : 2]
-    turned_a_THJ = a_THJ * cos_T1J - b_THJ * sin_T1J
-    turned_b_THJ = b_THJ * cos_T1J + a_THJ * sin_T1J
+    turned_a_THJ = (a_THJ * cos_T1J - b_THJ * sin_T1J).to(x_THD.dtype)
+    turned_b_THJ = (b_THJ * cos_T1J + a_THJ * sin_T1J).to(x_THD.dtype)
     if layout is RotaryLayout.HALF_SPLIT:
-        turned = torch.cat((turned_a_THJ, turned_b_THJ), -1).to(x_THD.dtype)
+        turned = torch.cat((turned_a_THJ, turned_b_THJ), -1)
     else:
-        turned = torch.stack((turned_a_THJ, turned_b_THJ), -1).flatten(-2).to(x_THD.dtype)
+        turned = torch.stack((turned_a_THJ, turned_b_THJ), -1).flatten(-2)
     return torch.cat((turned, x_THD[..., 2 * pairs :]), -1) if 2 * pairs < x_THD.shape[-1] else turned

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..spec.config import AttentionConfig, ModelConfig
 from ..spec.errors import RequestError
-from .compute import DEFAULT, accumulation_dtype
 from .layers import Cache
 from .packing import own
+from .precision import DEFAULT_COMPUTE, accumulation_dtype
 
 
 class StaticSequences:
@@ -27,7 +27,7 @@ class StaticSequences:
         batch: int,
         reserve: int,
         device: torch.device,
-        compute: torch.dtype = DEFAULT,
+        compute: torch.dtype = DEFAULT_COMPUTE,
     ) -> None:
         self.owner: object = None
         self.capacity = max(2, reserve)  # a graph's S is at least 2, and it reads S slots

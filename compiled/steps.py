@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ..spec.config import LayerConfig, ModelConfig, Storage
 from .attention import DecodeMask, decode_mask, mask
-from .compute import DEFAULT, accumulation_dtype
 from .embedding import Embedding, Product, embed
 from .head import scale_and_cap
 from .layers import Cache, Table, decode_layer, encode_layer, prefill_layer
 from .linear import linear_decode, linear_prefill
 from .norms import norm
+from .precision import DEFAULT_COMPUTE, accumulation_dtype
 from .rotary import rotary_table
 from .weights import Head, Layer, Model, Rotation
 
@@ -88,12 +88,12 @@ def decode_positions(
     windows: Sequence[int | None],
     step_3R: Tensor,
     slot_S: Tensor,
-    compute: torch.dtype = DEFAULT,
+    compute: torch.dtype = DEFAULT_COMPUTE,
 ) -> DecodePositions:
     """Return tables, masks and slots for a step: tokens (not looked at), their positions, their sequences' slots."""
     _, position_R, start_R = step_3R.unbind()
-    tables = [rotary_table(position_R, *each, accumulation_dtype(compute)) for each in rotations]
-    masks = [decode_mask(start_R, position_R, slot_S, each) for each in windows]
+    tables = [rotary_table(position_R, *each, compute=compute) for each in rotations]
+    masks = [decode_mask(start_R, position_R, slot_S, each, compute=compute) for each in windows]
     return DecodePositions(tables, masks, position_R.clone(), start_R + position_R)
 
 
@@ -103,16 +103,16 @@ def prefill_positions(
     position_T: Tensor,
     start_1: Tensor,
     slot_S: Tensor,
-    compute: torch.dtype = DEFAULT,
+    compute: torch.dtype = DEFAULT_COMPUTE,
 ) -> PrefillPositions:
     """Return tables, masks and slots for tokens of one sequence, whose first slot is `start_1`."""
-    tables = [rotary_table(position_T, *each, accumulation_dtype(compute)) for each in rotations]
-    masks = [mask(position_T, slot_S, window) for window in windows]
+    tables = [rotary_table(position_T, *each, compute=compute) for each in rotations]
+    masks = [mask(position_T, slot_S, window, compute=compute) for window in windows]
     return PrefillPositions(tables, masks, start_1 + position_T, start_1 + slot_S)
 
 
 def decode_program(
-    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT, many: bool = False
+    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT_COMPUTE, many: bool = False
 ) -> Callable[..., Tensor]:
     """Return a function (model, caches, step_3R, slot_S, x_RM=None) -> logits [R, V].
 
@@ -127,8 +127,8 @@ def decode_program(
         embedding: Embedding | None, rotations: tuple[Rotation, ...], step_3R: Tensor, slot_S: Tensor
     ) -> tuple[Tensor | None, DecodePositions]:
         token_R, position_R, _ = step_3R.unbind()
-        given = config, storage, product, None, compute
-        x_RM = None if embedding is None else embed(token_R, position_R, embedding, *given)
+        given = config, storage, product
+        x_RM = None if embedding is None else embed(token_R, position_R, embedding, *given, compute=compute)
         return x_RM, decode_positions(rotations, windows, step_3R, slot_S, compute)
 
     def layer_of(layer: LayerConfig) -> Callable[..., Tensor]:
@@ -173,7 +173,7 @@ def decode_program(
 
 
 def prefill_program(
-    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT
+    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT_COMPUTE
 ) -> Callable[..., Prefilled]:
     """Return a function (model, caches, token_T, position_T, start_1, slot_S, x_TM=None) -> `Prefilled`."""
     windows = _windows(config)
@@ -186,8 +186,8 @@ def prefill_program(
         start_1: Tensor,
         slot_S: Tensor,
     ) -> tuple[Tensor | None, PrefillPositions]:
-        given = config, storage, linear_prefill, None, compute
-        x_TM = None if embedding is None else embed(token_T, position_T, embedding, *given)
+        given = config, storage, linear_prefill
+        x_TM = None if embedding is None else embed(token_T, position_T, embedding, *given, compute=compute)
         return x_TM, prefill_positions(rotations, windows, position_T, start_1, slot_S, compute)
 
     def layer_of(layer: LayerConfig) -> Callable[..., Tensor]:
@@ -238,7 +238,7 @@ def prefill_program(
 
 
 def encode_program(
-    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT
+    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT_COMPUTE
 ) -> Callable[..., Tensor]:
     """Return a function (model, token_T, type_T, position_T, cu_seqlens, x_TM=None) -> hidden vectors [T, E].
 
@@ -253,9 +253,9 @@ def encode_program(
         type_T: Tensor | None,
         position_T: Tensor,
     ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-        given = config, storage, linear_prefill, type_T, compute
-        x_TM = None if embedding is None else embed(token_T, position_T, embedding, *given)
-        return x_TM, [rotary_table(position_T, *each, accumulation_dtype(compute)) for each in rotations]
+        given = config, storage, linear_prefill, type_T
+        x_TM = None if embedding is None else embed(token_T, position_T, embedding, *given, compute=compute)
+        return x_TM, [rotary_table(position_T, *each, compute=compute) for each in rotations]
 
     def layer_of(layer: LayerConfig) -> Callable[..., Tensor]:
         def encode(x_TM: Tensor, weights: Layer, table: Table, cu_seqlens: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from .linear import materialized
 from .packing import quantize_rows
+from .precision import accumulation_dtype
 
 PIECE = 2**24 // 127**2
 """Inputs whose products float32 adds exactly."""
@@ -70,7 +71,8 @@ def integer_product(quantized_RI: Tensor, quantized_NI: Tensor, form: Form) -> T
 
 
 def linear_w8a8(x_RI: Tensor, codes: Codes, form: Form) -> Tensor:
-    """x @ weight.T + bias, float32 [R, N], x quantized row by row."""
+    """Return x @ weight.T + bias, [R, N] in x's dtype, x quantized row by row; scales act in float32 or wider."""
     quantized_RI, scale_R = quantize_rows(materialized(x_RI))
-    out_RN = integer_product(quantized_RI, codes.quantized_NI, form) * scale_R[:, None] * codes.scale_N
-    return out_RN if codes.bias_N is None else out_RN + codes.bias_N
+    sum_RN = integer_product(quantized_RI, codes.quantized_NI, form).to(accumulation_dtype(x_RI.dtype))
+    out_RN = sum_RN * scale_R[:, None] * codes.scale_N
+    return (out_RN if codes.bias_N is None else out_RN + codes.bias_N).to(x_RI.dtype)

@@ -23,11 +23,11 @@ from ..spec.weights import (
     validate_head,
     validate_layer,
 )
-from .compute import DEFAULT, accumulation_dtype
 from .embedding import Embedding
 from .machine import return_freed_memory
 from .norms import Norm
 from .packing import Matrix, own, pack, quantize
+from .precision import DEFAULT_COMPUTE, accumulation_dtype
 
 
 class Layer(NamedTuple):
@@ -91,7 +91,9 @@ class Model(NamedTuple):
     compute: torch.dtype
 
 
-def prepare(source: WeightSource, storage: Storage, device: torch.device, compute: torch.dtype = DEFAULT) -> Model:
+def prepare(
+    source: WeightSource, storage: Storage, device: torch.device, compute: torch.dtype = DEFAULT_COMPUTE
+) -> Model:
     """Read every part once, check it, round and pack it. Raises `ConfigError` for what the graphs do not compute."""
     config = source.config
     _check_computed(config)
@@ -115,7 +117,7 @@ def prepare_embedding(
     config: ModelConfig,
     storage: Storage,
     device: torch.device,
-    compute: torch.dtype = DEFAULT,
+    compute: torch.dtype = DEFAULT_COMPUTE,
 ) -> Embedding:
     """Return what makes hidden vectors of tokens. The weights fit the config (`validate_embedding`)."""
     return Embedding(
@@ -132,7 +134,7 @@ def prepare_layer(
     config: LayerConfig,
     storage: Storage,
     device: torch.device,
-    compute: torch.dtype = DEFAULT,
+    compute: torch.dtype = DEFAULT_COMPUTE,
 ) -> Layer:
     """Return one layer; no other is needed. The weights fit the config (`validate_layer`)."""
 
@@ -161,7 +163,7 @@ def prepare_head(
     config: ModelConfig,
     storage: Storage,
     device: torch.device,
-    compute: torch.dtype = DEFAULT,
+    compute: torch.dtype = DEFAULT_COMPUTE,
     *,
     tied: Matrix | None = None,
 ) -> Head:
@@ -230,7 +232,7 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
 
 
 def prepared_norm(
-    weights: NormWeights | None, config: NormConfig | None, device: torch.device, compute: torch.dtype = DEFAULT
+    weights: NormWeights | None, config: NormConfig | None, device: torch.device, compute: torch.dtype = DEFAULT_COMPUTE
 ) -> Norm | None:
     """Return vectors in the accumulation dtype; a gain stored as its distance from 1 is made whole once."""
     if weights is None or config is None:

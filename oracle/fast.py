@@ -1,6 +1,7 @@
 """The compiled path's functions as fast twins: called like the reference, on inputs packed as its graphs pack them.
 
-The compiled path computes in float32: narrower cases are widened on the way in and rounded on the way out.
+A case's dtype is the compute dtype: activations and caches come in it, vectors of weights are float32 as the path
+keeps them.
 
 Shapes: as in the reference's files, and R rows, C slots of a static cache.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..compiled import attention, embedding, head, linear, mlp, norms, packing, rotary
 from ..compiled.packing import Matrix
+from ..compiled.precision import accumulation_dtype
 from ..compiled.weights import prepared_norm
 from ..reference.attention import visible
 from ..reference.cache import KVCache
@@ -27,7 +29,7 @@ def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
     for storage in (Storage.INT4, Storage.INT8, Storage.BFLOAT16, Storage.FLOAT32):
         matrices = [packing.pack(packing.quantize(part.weight_NI.float(), storage), part.bias_N) for part in parts]
         unpacked = [
-            linear.expanded(matrix, storage, part.weight_NI.shape[1])
+            linear.expanded(matrix, storage, part.weight_NI.shape[1], torch.float32)
             for matrix, part in zip(matrices, parts, strict=True)
         ]
         if all(torch.equal(each, part.weight_NI.float()) for each, part in zip(unpacked, parts, strict=True)):
@@ -38,7 +40,7 @@ def matrices_of(*parts: LinearWeights) -> tuple[list[Matrix], Storage]:
 def _few(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
     """As a decode step has them: packed weights in passes of a few rows."""
     (matrix,), storage = matrices_of(weights)
-    x_RI = x.flatten(0, -2).float()
+    x_RI = x.flatten(0, -2)
     given = linear.passes(len(x_RI), storage)
     out_RN = torch.cat([function(x_RI[rows], matrix, storage) for rows in given])[: len(x_RI)]
     return out_RN.reshape(*x.shape[:-1], -1)
@@ -46,25 +48,28 @@ def _few(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
 
 def _many(function: Function, x: Tensor, weights: LinearWeights) -> Tensor:
     (matrix,), storage = matrices_of(weights)
-    out: Tensor = function(x.flatten(0, -2).float(), matrix, storage)
+    out: Tensor = function(x.flatten(0, -2), matrix, storage)
     return out.reshape(*x.shape[:-1], -1)
 
 
 def _linear_few(function: Function, inputs: Inputs) -> Tensor:
-    return _few(function, inputs["x"], inputs["weights"]).to(inputs["x"].dtype)
+    return _few(function, inputs["x"], inputs["weights"])
 
 
 def _linear_many(function: Function, inputs: Inputs) -> Tensor:
-    return _many(function, inputs["x"], inputs["weights"]).to(inputs["x"].dtype)
+    return _many(function, inputs["x"], inputs["weights"])
 
 
 def _head(function: Function, inputs: Inputs) -> Tensor:
-    return _few(function, inputs["x"], inputs["projection"])
+    x: Tensor = inputs["x"]
+    return _few(
+        function, x.to(accumulation_dtype(x.dtype)), inputs["projection"]
+    )  # as the path does: logits are not rounded
 
 
 def _sbi_gemm(function: Function, inputs: Inputs) -> Tensor:
     weights = LinearWeights(weight_NI=inputs["weight_KN"].float().t().contiguous())
-    return _few(function, inputs["x_BK"], weights).to(inputs["x_BK"].dtype)
+    return _few(function, inputs["x_BK"], weights)
 
 
 LINEAR = (Fast(linear.linear_decode, _linear_few), Fast(linear.linear_prefill, _linear_many))
@@ -74,8 +79,8 @@ SBI_GEMM = (Fast(linear.linear_decode, _sbi_gemm),)
 
 def _scale_and_cap(function: Function, inputs: Inputs) -> Tensor:
     logits: Tensor = inputs["logits"]
-    out: Tensor = function(logits.float(), inputs["scale"], inputs["softcap"])
-    return out.to(logits.dtype)
+    out: Tensor = function(logits, inputs["scale"], inputs["softcap"])
+    return out
 
 
 SCALE_AND_CAP = (Fast(head.scale_and_cap, _scale_and_cap),)
@@ -95,9 +100,11 @@ def _embed_with(product: embedding.Product) -> Callable[[Function, Inputs], Tens
             norm=prepared_norm(weights.norm, config.embedding_norm, token_BT.device),
         )
         given = inputs["position_T"], packed, config, storage, product
-        rows = [function(token_T, *given, type_T) for token_T, type_T in zip(token_BT, inputs["type_BT"], strict=True)]
-        dtype: torch.dtype = inputs["dtype"]
-        return torch.stack(rows).to(dtype)
+        rows = [
+            function(token_T, *given, type_T, compute=inputs["dtype"])
+            for token_T, type_T in zip(token_BT, inputs["type_BT"], strict=True)
+        ]
+        return torch.stack(rows)
 
     return adapt
 
@@ -112,16 +119,16 @@ def _norm(function: Function, inputs: Inputs) -> Tensor:
     x: Tensor = inputs["x"]
     weights: NormWeights = inputs["weights"]
     vectors = [weights.gain_M.float()] if weights.bias_M is None else [weights.gain_M.float(), weights.bias_M.float()]
-    out: Tensor = function(x.flatten(0, -2).float(), *vectors, inputs["epsilon"])
-    return out.reshape(x.shape).to(x.dtype)
+    out: Tensor = function(x.flatten(0, -2), *vectors, inputs["epsilon"])
+    return out.reshape(x.shape)
 
 
 def _configured_norm(function: Function, inputs: Inputs) -> Tensor:
     x: Tensor = inputs["x"]
     prepared = prepared_norm(inputs["weights"], inputs["config"], x.device)
     assert prepared is not None
-    out: Tensor = function(x.flatten(0, -2).float(), *prepared, inputs["config"])
-    return out.reshape(x.shape).to(x.dtype)
+    out: Tensor = function(x.flatten(0, -2), *prepared, inputs["config"])
+    return out.reshape(x.shape)
 
 
 NORM = (Fast(norms.norm, _configured_norm),)
@@ -130,8 +137,8 @@ RMS_NORM = (Fast(norms.rms_norm, _norm),)
 
 
 def _activation(function: Function, inputs: Inputs) -> Tensor:
-    out: Tensor = function(inputs["x"].float(), inputs["kind"])
-    return out.to(inputs["x"].dtype)
+    out: Tensor = function(inputs["x"], inputs["kind"])
+    return out
 
 
 ACTIVATION = (Fast(mlp.activation, _activation),)
@@ -139,9 +146,9 @@ ACTIVATION = (Fast(mlp.activation, _activation),)
 
 def _rotate(function: Function, inputs: Inputs) -> Tensor:
     x_BTHD: Tensor = inputs["x_BTHD"]
-    cos_TJ, sin_TJ = rotary.rotary_table(inputs["position_T"], inputs["frequency_J"], inputs["attention_factor"])
-    rows = [function(x_THD, cos_TJ, sin_TJ, inputs["layout"]) for x_THD in x_BTHD.float()]
-    return torch.stack(rows).to(x_BTHD.dtype)
+    how = inputs["position_T"], inputs["frequency_J"], inputs["attention_factor"]
+    table = rotary.rotary_table(*how, compute=x_BTHD.dtype)
+    return torch.stack([function(x_THD, *table, inputs["layout"]) for x_THD in x_BTHD])
 
 
 ROTATE = (Fast(rotary.rotate, _rotate),)
@@ -149,7 +156,7 @@ ROTATE = (Fast(rotary.rotate, _rotate),)
 
 def _mask(function: Function, inputs: Inputs) -> Tensor:
     positions = inputs["query_position_T"], inputs["key_position_S"]
-    out: Tensor = function(*positions, inputs["window"], causal=inputs["causal"])
+    out: Tensor = function(*positions, inputs["window"], causal=inputs["causal"], compute=torch.float32)
     return out == 0
 
 
@@ -163,15 +170,15 @@ VISIBLE = (Fast(attention.mask, _mask, applies=_has_no_padding),)
 def _prefill(function: Function, inputs: Inputs) -> Tensor:
     """Sequence by sequence, each with its own slots between those of others."""
     query_BTHD: Tensor = inputs["query_BTHD"]
-    mask_TS = torch.where(inputs["visible_TS"], 0.0, -torch.inf)
+    mask_TS = torch.where(inputs["visible_TS"], 0.0, -torch.inf).to(query_BTHD.dtype)
     slots, start_B, capacity = _slots(inputs["key_BSKD"], inputs["value_BSKD"])
     slot_S = torch.arange(capacity - _SPARE)
     given = {"mask_TS": mask_TS, "scale": inputs["scale"], "window": None, **_shaping(inputs)}
     rows = [
         function(query_THD, *slots, slot_S=start + slot_S, **given)
-        for query_THD, start in zip(query_BTHD.float(), start_B, strict=True)
+        for query_THD, start in zip(query_BTHD, start_B, strict=True)
     ]
-    return torch.stack(rows).to(query_BTHD.dtype)
+    return torch.stack(rows)
 
 
 def _decode(function: Function, inputs: Inputs) -> Tensor:
@@ -185,16 +192,16 @@ def _decode(function: Function, inputs: Inputs) -> Tensor:
         position_R = run[-1].expand(len(query_BTHD))
         columns.append(
             function(
-                query_BTHD[:, t].float(),
+                query_BTHD[:, t],
                 *slots,
-                mask=attention.decode_mask(start_B, position_R, slot_S, len(run)),
+                mask=attention.decode_mask(start_B, position_R, slot_S, len(run), compute=query_BTHD.dtype),
                 position_R=position_R,
                 slot_S=slot_S,
                 scale=inputs["scale"],
                 **_shaping(inputs),
             )
         )
-    return torch.stack(columns, 1).to(query_BTHD.dtype)
+    return torch.stack(columns, 1)
 
 
 def _texts(function: Function, inputs: Inputs) -> Tensor:
@@ -202,14 +209,14 @@ def _texts(function: Function, inputs: Inputs) -> Tensor:
     query_BTHD: Tensor = inputs["query_BTHD"]
     causal, window = _masking(inputs) or (True, None)
     out: Tensor = function(
-        *(inputs[name].float().flatten(0, 1) for name in ("query_BTHD", "key_BSKD", "value_BSKD")),
+        *(inputs[name].flatten(0, 1) for name in ("query_BTHD", "key_BSKD", "value_BSKD")),
         cu_seqlens=torch.arange(len(query_BTHD) + 1) * query_BTHD.shape[1],
         causal=causal,
         scale=inputs["scale"],
         window=window,
         **_shaping(inputs),
     )
-    return out.view(query_BTHD.shape).to(query_BTHD.dtype)
+    return out.view(query_BTHD.shape)
 
 
 def _masking(inputs: Inputs) -> tuple[bool, int | None] | None:
@@ -243,7 +250,7 @@ def _slots(key_BSKD: Tensor, value_BSKD: Tensor) -> tuple[tuple[Tensor, Tensor],
     capacity = held + _SPARE
     caches = []
     for part in (key_BSKD, value_BSKD):
-        cache = torch.full((batch, capacity, *part.shape[2:]), torch.nan)
+        cache = torch.full((batch, capacity, *part.shape[2:]), torch.nan, dtype=part.dtype)
         cache[:, :held] = part
         caches.append(cache.flatten(0, 1))
     return (caches[0], caches[1]), torch.arange(batch) * capacity, capacity
@@ -275,7 +282,9 @@ SHAPED_ATTENTION = ATTENTION
 
 def _alibi(function: Function, inputs: Inputs) -> Tensor:
     slope_H: Tensor = inputs["slope_H"]
-    bias_TSH: Tensor = function(inputs["query_position_T"], inputs["key_position_S"], slope_H.double())
+    bias_TSH: Tensor = function(
+        inputs["query_position_T"], inputs["key_position_S"], slope_H.double(), compute=slope_H.dtype
+    )
     return bias_TSH.permute(2, 0, 1).to(slope_H.dtype)
 
 

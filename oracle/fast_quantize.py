@@ -29,9 +29,8 @@ def _expand(function: Function, inputs: Inputs) -> Tensor:
     rows, columns = quantized.quantized_NI.shape
     word_BJU = packing.in_blocks(packing.pack_planar(quantized.quantized_NI, bits=8)).contiguous()
     matrix = packing.Matrix(word_BJU.view(torch.float32), quantized.scale_N, None, None, None, rows)
-    out: Tensor = function(matrix, Storage.INT8, columns)
-    dtype: torch.dtype = inputs["dtype"]
-    return out.to(dtype)
+    out: Tensor = function(matrix, Storage.INT8, columns, inputs["dtype"])
+    return out
 
 
 def _expand_groups(function: Function, inputs: Inputs) -> Tensor:
@@ -40,15 +39,14 @@ def _expand_groups(function: Function, inputs: Inputs) -> Tensor:
     word_BJU = packing.in_blocks(packing.pack_grouped(quantized.quantized_NI.to(torch.int32))).contiguous()
     scale_BGU, min_BGU = packing.in_blocks(quantized.scale_NG), packing.in_blocks(quantized.min_NG)
     matrix = packing.Matrix(word_BJU.view(torch.float32), None, scale_BGU, min_BGU, None, rows)
-    out: Tensor = function(matrix, Storage.INT4, columns)
-    dtype: torch.dtype = inputs["dtype"]
-    return out.to(dtype)
+    out: Tensor = function(matrix, Storage.INT4, columns, inputs["dtype"])
+    return out
 
 
 def _pack(function: Function, inputs: Inputs) -> Tensor:
     weight_NI: Tensor = inputs["weight_NI"]
     matrix: packing.Matrix = function(packing.quantize(weight_NI, inputs["storage"]))
-    return linear.expanded(matrix, inputs["storage"], weight_NI.shape[1]).to(inputs["dtype"])
+    return linear.expanded(matrix, inputs["storage"], weight_NI.shape[1], inputs["dtype"])
 
 
 QUANTIZE_ROWS = (Fast(packing.quantize_rows, _quantize),)
@@ -76,8 +74,8 @@ def _linear_w8a8(form: w8a8.Form) -> Callable[[Function, Inputs], Tensor]:
         weights: RowQuantized = inputs["weights"]
         bias_N = None if inputs["bias_N"] is None else inputs["bias_N"].float()
         codes = w8a8.Codes(_codes(weights.quantized_NI, form), weights.scale_N, bias_N)
-        out: Tensor = function(inputs["x"].float(), codes, form)
-        return out.to(inputs["x"].dtype)
+        out: Tensor = function(inputs["x"], codes, form)
+        return out
 
     return adapt
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinfer.compiled.compute import COMPUTE_DTYPES, accumulation_dtype
 from twinfer.compiled.path import CompiledPath
+from twinfer.compiled.precision import COMPUTES, accumulation_dtype
 from twinfer.compiled.steps import decode_program, eager
 from twinfer.compiled.weights import prepare
 from twinfer.oracle.baseline import Baseline
@@ -24,7 +24,7 @@ from twinfer.spec.config import Storage
 from .test_compiled import others
 
 CPU = torch.device("cpu")
-OTHERS = [dtype for dtype in COMPUTE_DTYPES if dtype is not torch.float32]
+OTHERS = [dtype for dtype in COMPUTES if dtype is not torch.float32]
 
 decoder_cases = drawn(
     lambda pick: (
@@ -64,7 +64,7 @@ def test_any_texts_give_what_the_reference_gives(compute: torch.dtype, case: tup
     assert_encodings_agree(Baseline.of(source, storage=storage, compute=compute), path, texts, types)
 
 
-@pytest.mark.parametrize("compute", COMPUTE_DTYPES, ids=str)
+@pytest.mark.parametrize("compute", COMPUTES, ids=str)
 @given(seed=st.integers(0, 2**20), storage=st.sampled_from(Storage))
 @settings(max_examples=10)
 def test_what_is_kept_has_the_compute_dtype_and_what_is_returned_the_accumulations(
@@ -123,7 +123,7 @@ def test_compiled_it_gives_what_the_reference_gives_and_nothing_compiles_again(c
 
 def test_a_model_says_what_it_was_prepared_for() -> None:
     config = draw_model_config(RandomPicker(3))
-    for compute in COMPUTE_DTYPES:
+    for compute in COMPUTES:
         model = prepare(RandomSource(config), Storage.INT8, CPU, compute)
         assert (model.compute, model.storage, model.device) == (compute, Storage.INT8, CPU)
         assert CompiledPath.from_model(model, config, mode="eager").open(1, 2).last_BV.dtype == accumulation_dtype(

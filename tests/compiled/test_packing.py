@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinfer.compiled import linear
 from twinfer.compiled.head import head_prefill
-from twinfer.compiled.linear import expanded, linear_decode, linear_prefill, lookup, passes
+from twinfer.compiled.linear import linear_decode, linear_prefill, lookup, passes
 from twinfer.compiled.packing import Matrix, pack, place_values, quantize
 from twinfer.oracle.trial import same_bits
 from twinfer.spec.config import Storage
@@ -42,6 +42,10 @@ def of_step_1(weight_NI: Tensor) -> Tensor:
     weight_NI = weight_NI.clamp(-7, 8)
     weight_NI[:, ::64], weight_NI[:, 1::64] = -7, 8
     return weight_NI
+
+
+def expanded(matrix: Matrix, storage: Storage, inputs: int) -> Tensor:
+    return linear.expanded(matrix, storage, inputs, torch.float32)
 
 
 def packed(weight_NI: Tensor, storage: Storage, bias_N: Tensor | None = None) -> Matrix:
@@ -102,7 +106,7 @@ def test_packing_again_changes_nothing(seed: int, rows: int, inputs: int, storag
 
 def test_halves_round_to_even() -> None:
     words_BJU = packed(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]), Storage.INT8).word
-    codes = torch.cat([place_values(words_BJU, Storage.INT8, place)[0] for place in range(4)])
+    codes = torch.cat([place_values(words_BJU, Storage.INT8, place, torch.float32)[0] for place in range(4)])
     assert codes[:7, 0].tolist() == [127, 0, 2, 2, 0, -2, -2]
 
 
@@ -192,7 +196,7 @@ def test_tiny_and_huge_activations_round_as_others_do(power: int) -> None:
 def test_lookup_gives_stored_rows(seed: int, tokens: int, vocabulary: int, hidden: int, storage: Storage) -> None:
     table = normal(seed, vocabulary, hidden)
     token_T = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
-    looked_up = lookup(token_T, packed(table, storage), storage, hidden)
+    looked_up = lookup(token_T, packed(table, storage), storage, hidden, torch.float32)
     assert bits(looked_up + 0.0) == bits(stored(table, storage)[token_T] + 0.0)
 
 
