@@ -301,7 +301,7 @@ class CompiledPath:
             hidden_TE, logits_1V = program(self.model, sequences.caches, piece_T, position_T, start_1, slot_S)
             if every_position:
                 assert self.model.head is not None
-                logits_TV = head_prefill(hidden_TE.to(logits_1V.dtype), self.model.head.projection, self._storage)
+                logits_TV = head_prefill(hidden_TE, self.model.head.projection, self._storage)
                 every.append(scale_and_cap(logits_TV, self._config.logit_scale, self._config.logit_softcap))
             begin = end
         return logits_1V[0], torch.cat(every) if every else logits_1V[:0]
