@@ -6,7 +6,6 @@ returned, since neighboring tokens would tie in a narrow dtype. Matrix products 
 dtype.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -19,10 +18,15 @@ DEFAULT = torch.float32
 ONEDNN_DTYPE = torch.float32
 """The dtype whose products are oneDNN's own operator where there is one (`linear.product`)."""
 
-_has_products: dict[torch.dtype, Callable[[], bool]] = {
-    torch.bfloat16: lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-    torch.float16: lambda: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+_has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # untyped in torch
+
+_CPU_MULTIPLIES = {
+    torch.float32: True,
+    torch.float64: True,
+    torch.bfloat16: _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    torch.float16: _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
 }
+"""Whether this processor has matrix products of the dtype; found out here, since no graph may ask."""
 
 
 def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
@@ -36,11 +40,4 @@ def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
 
 def product_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype of a matrix product's operands: compute, or float32 where a CPU has no such products."""
-    return accumulation_dtype(compute) if device.type == "cpu" and not _multiplies(compute) else compute
-
-
-@functools.cache
-def _multiplies(compute: torch.dtype) -> bool:
-    if compute not in _has_products:
-        return True
-    return torch.backends.mkldnn.is_available() and _has_products[compute]()  # type: ignore[no-untyped-call]
+    return accumulation_dtype(compute) if device.type == "cpu" and not _CPU_MULTIPLIES[compute] else compute

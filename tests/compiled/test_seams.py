@@ -264,15 +264,15 @@ def test_dynamic_dims_are_named_after_arguments_that_there_are() -> None:
 
 
 def test_dynamic_dims_are_marked_in_all_tensors_of_an_argument() -> None:
-    def function(x: Tensor, pair: tuple[Tensor, Tensor | None], y: Tensor) -> Tensor:
+    def function(x: Tensor, three: tuple[Tensor, Tensor | None, Tensor], y: Tensor) -> Tensor:
         raise AssertionError("only its names count")
 
-    x, first, y = torch.zeros(3, 3), torch.zeros(3, 3), torch.zeros(3, 3)
-    mark_dynamic(function, (x, (first, None), y), {"x": (0, 1), "pair": (1,)})
-    marked = [getattr(each, "_dynamo_dynamic_indices", set()) for each in (x, first, y)]
-    assert marked == [{0, 1}, {1}, set()]
+    x, first, second, y = (torch.zeros(3, 3) for _ in range(4))
+    mark_dynamic(function, (x, (first, None, second), y), {"x": (0, 1), "three": (1,)})
+    marked = [getattr(each, "_dynamo_dynamic_indices", set()) for each in (x, first, second, y)]
+    assert marked == [{0, 1}, {1}, {1}, set()]
     with pytest.raises(KeyError, match="z"):
-        mark_dynamic(function, (x, (first, None), y), {"z": (0,)})
+        mark_dynamic(function, (x, (first, None, second), y), {"z": (0,)})
 
 
 def test_a_path_of_a_prepared_model_is_the_path_of_its_source() -> None:
