@@ -24,6 +24,7 @@ from .embedding import Embedding
 from .machine import return_freed_memory
 from .norms import Norm
 from .packing import Matrix, own, pack, quantize
+from .precision import DEFAULT_COMPUTE, accumulation_dtype
 
 
 class Layer(NamedTuple):
@@ -137,13 +138,23 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
     return pack(quantized, torch.cat(biases).detach() if biases else None).to(device)
 
 
-def prepared_norm(weights: NormWeights | None, config: NormConfig | None, device: torch.device) -> Norm | None:
-    """Float32 vectors; a gain stored as its distance from 1 is made whole here, so no graph does it."""
+def prepared_norm(
+    weights: NormWeights | None,
+    config: NormConfig | None,
+    device: torch.device,
+    compute: torch.dtype = DEFAULT_COMPUTE,
+) -> Norm | None:
+    """Return float32 vectors; a gain stored as its distance from 1 is made whole here, so no graph does it.
+
+    For float64 compute that sum is float64: float32 would round it.
+    """
     if weights is None or config is None:
         return None
-    gain_M = 1 + weights.gain_M.to(torch.float64) if config.gain_from_one else weights.gain_M
     bias_M = None if weights.bias_M is None else _plain(weights.bias_M, device)
-    return Norm(_plain(gain_M, device), bias_M)
+    gain_M = _plain(weights.gain_M, device)
+    if config.gain_from_one:
+        gain_M = (1 + gain_M.to(torch.float64)).to(accumulation_dtype(compute))
+    return Norm(gain_M, bias_M)
 
 
 def _head_norm(weights: NormWeights | None, config: AttentionConfig, device: torch.device) -> Norm | None:
