@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from twinfer.compiled import precision
-from twinfer.compiled.linear import linear_prefill
+from twinfer.compiled.attention import attend_decode, seen
+from twinfer.compiled.linear import linear_decode, linear_prefill
+from twinfer.compiled.norms import rms_norm
 from twinfer.compiled.packing import pack, quantize
 from twinfer.oracle.budget import Budget
 from twinfer.oracle.case import Case, Inputs, RandomPicker
@@ -89,3 +91,18 @@ def test_a_processor_without_16_bit_products_multiplies_in_float32(
     monkeypatch.setattr(precision, "_multiplies", lambda compute: False)
     wanted_TN = linear_prefill(x_TI.to(torch.float32), matrix, storage).to(torch.float16)
     assert torch.equal(linear_prefill(x_TI, matrix, storage), wanted_TN)
+
+
+def test_sums_of_float16_are_not_float16() -> None:
+    """Squares, partial sums and scores past 65504 are finite where the result is."""
+    x_TM = torch.full((1, 64), 1000.0, dtype=torch.float16)
+    assert rms_norm(x_TM, torch.ones(64), 1e-5).tolist() == [[1.0] * 64]
+    weight_NI = torch.where(torch.arange(64) < 32, 120.0, -120.0)[None]
+    for storage in Storage:
+        matrix = pack(quantize(weight_NI, storage))
+        assert linear_decode(x_TM, matrix, storage).tolist() == [[0.0]]
+        assert linear_prefill(x_TM, matrix, storage).tolist() == [[0.0]]
+    query, where = torch.full((1, 2, 64), 100.0, dtype=torch.float16), torch.tensor([0])
+    saw = seen(where, where, where, None, compute=torch.float16)
+    how = {"seen": saw, "position_R": where, "slot_S": where, "scale": 0.125}
+    assert torch.equal(attend_decode(query, query, query / 100, **how), query / 100)  # a score of 640 000 / 8
