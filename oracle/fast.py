@@ -101,7 +101,7 @@ def _embed_with(product: embedding.Product) -> Callable[[Function, Inputs], Tens
             projection=None if weights.projection is None else matrices[1],
             position_PM=None if weights.position_PM is None else weights.position_PM.float(),
             type_YM=None if weights.type_YM is None else weights.type_YM.float(),
-            norm=prepared_norm(weights.norm, config.embedding_norm, token_BT.device),
+            norm=prepared_norm(weights.norm, config.embedding_norm, token_BT.device, inputs["dtype"]),
         )
         given = inputs["position_T"], packed, config, storage, product
         rows = [
@@ -129,7 +129,7 @@ def _norm(function: Function, inputs: Inputs) -> Tensor:
 
 def _configured_norm(function: Function, inputs: Inputs) -> Tensor:
     x: Tensor = inputs["x"]
-    prepared = prepared_norm(inputs["weights"], inputs["config"], x.device)
+    prepared = prepared_norm(inputs["weights"], inputs["config"], x.device, x.dtype)
     assert prepared is not None
     out: Tensor = function(x.flatten(0, -2), *prepared, inputs["config"])
     return out.reshape(x.shape)
