@@ -44,7 +44,7 @@ class TensorStore(Protocol):
         ...
 
     def read_slice(self, name: str, cuts: tuple[slice, ...]) -> Tensor:
-        """A part of the tensor, one range for each dimension; reads no more than the file's form requires."""
+        """Read a part of the tensor, one range for each dimension, and no more than the file's form requires."""
         ...
 
 

@@ -20,7 +20,7 @@ from .table import Heads
 
 
 def read_slices(store: TensorStore, reading: Reading, slices: Slices, layer: LayerConfig | None) -> dict[str, Tensor]:
-    """What the rank holds of the weights that a tensor fills; views, where the store gives views and one run does."""
+    """Read what the rank holds of the weights that a tensor fills; views, where the store gives views of one run."""
     row_N = torch.arange(sum(reading.fills.values()))
     if reading.stored.reorder is not None:
         assert layer is not None, "only layers hold rows in another order"
@@ -54,7 +54,7 @@ def _rows(store: TensorStore, reading: Reading, row_N: Tensor, columns: tuple[sl
 
 
 def _heads(store: TensorStore, reading: Reading, row_N: Tensor) -> Tensor:
-    """Numbers that are kept head by head, or once for all heads."""
+    """Read numbers that are kept head by head, or once for all heads."""
     size = store.shapes[reading.names[0]][-1]
     heads = slice(int(row_N[0]) // size, int(row_N[-1]) // size + 1)
     if reading.stored.heads is Heads.SHARED:
@@ -65,7 +65,7 @@ def _heads(store: TensorStore, reading: Reading, row_N: Tensor) -> Tensor:
 
 
 def _runs(sorted_N: Tensor) -> Iterator[slice]:
-    """The fewest ranges that make up these numbers.
+    """Join the numbers to as few ranges as make them up.
 
     >>> list(_runs(torch.tensor([4, 5, 6, 9])))
     [slice(4, 7, None), slice(9, 10, None)]
@@ -75,7 +75,7 @@ def _runs(sorted_N: Tensor) -> Iterator[slice]:
 
 
 def _read(store: TensorStore, name: str, cuts: tuple[slice, ...]) -> Tensor:
-    """A slice, or the tensor itself where that is the whole of it, which stores need not copy."""
+    """Read a slice, or the tensor itself where that is the whole of it, which stores need not copy."""
     shape = store.shapes[name]
     whole = all(range(size)[cut] == range(size) for size, cut in zip(shape, cuts, strict=True))
     return store.read(name) if whole else store.read_slice(name, cuts)

@@ -65,7 +65,7 @@ class FileSource:
         slices: Slices | None,
         layer: LayerConfig | None = None,
     ) -> dict[str, Tensor]:
-        """A part's weights by name, buffers among them; with slices, what they say of each."""
+        """Read a part's weights by name, buffers among them; with slices, only what they say of each."""
         if slices is not None:
             weights = {name: buffer[index_of(slices[name])] for name, buffer in buffers.items()}
             for reading in readings:

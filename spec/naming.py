@@ -4,7 +4,7 @@ import torch
 
 
 def dtype_name(value: object) -> str:
-    """The one name of a dtype, which `Storage` and `compute` go by; text that names no dtype stays as it is.
+    """Return the one name of a dtype, by which `Storage` and `compute` go; text that names no dtype stays as it is.
 
     >>> dtype_name(torch.float64), dtype_name("torch.float64"), dtype_name("double"), dtype_name("x")
     ('float64', 'float64', 'float64', 'x')

@@ -40,7 +40,7 @@ _HEAD_ROWS = ("projection.", "bias_V")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """What belongs to one rank of several that share a model."""
+    """The place of one rank among those that share a model."""
 
     rank: int
     """Counted from 0."""
@@ -54,13 +54,13 @@ class Shard:
 
 
 def embedding_slices(config: ModelConfig, shard: Shard) -> Slices:
-    """What the rank holds of the embedding. Raises `RequestError` as `check_ranks`; likewise the two below."""
+    """Return what the rank holds of the embedding. Raises `RequestError` as `check_ranks`; likewise the two below."""
     check_ranks(config, shard.ranks)
     return _slices(embedding_shapes(config), shard, _EMBEDDING_ROWS, ())
 
 
 def layer_slices(config: ModelConfig, index: int, shard: Shard) -> Slices:
-    """What the rank holds of a layer.
+    """Return what the rank holds of a layer.
 
     >>> from twinfer.spec.paper_models import PAPER_MODELS
     >>> held = layer_slices(PAPER_MODELS["gpt2-1.5b"].config, 0, Shard(rank=1, ranks=5))  # 25 heads of 64
@@ -76,13 +76,13 @@ def layer_slices(config: ModelConfig, index: int, shard: Shard) -> Slices:
 
 
 def head_slices(config: ModelConfig, shard: Shard) -> Slices:
-    """What the rank holds of the head."""
+    """Return what the rank holds of the head."""
     check_ranks(config, shard.ranks)
     return _slices(head_shapes(config), shard, _HEAD_ROWS, ())
 
 
 def index_of(cuts: tuple[slice | None, ...]) -> tuple[slice, ...]:
-    """The cuts as an index of a tensor.
+    """Write the cuts as an index of a tensor.
 
     >>> index_of((None, slice(0, 4)))
     (slice(None, None, None), slice(0, 4, None))
@@ -91,7 +91,7 @@ def index_of(cuts: tuple[slice | None, ...]) -> tuple[slice, ...]:
 
 
 def sliced_shapes(shapes: Shapes, slices: Slices) -> Shapes:
-    """The shapes of what a rank holds, from those of the whole."""
+    """Return the shapes of what a rank holds, from those of the whole."""
     return {
         name: tuple(len(range(size)[cut]) for size, cut in zip(shapes[name], index_of(cuts), strict=True))
         for name, cuts in slices.items()
@@ -99,7 +99,7 @@ def sliced_shapes(shapes: Shapes, slices: Slices) -> Shapes:
 
 
 def local_layer(layer: LayerConfig, ranks: int) -> LayerConfig:
-    """The config by which each rank computes its part of a layer: its heads, and its part of the MLP.
+    """Return the config by which each rank computes its part of a layer: its heads, and its part of the MLP.
 
     Biases are there as in the whole layer; those of attention output and down, on rank 0 only.
     """
@@ -112,7 +112,7 @@ def local_layer(layer: LayerConfig, ranks: int) -> LayerConfig:
 
 
 def degrees(config: ModelConfig, storage: Storage | None = None) -> tuple[int, ...]:
-    """Every number of ranks that can share the model, in that storage where one is given.
+    """List every number of ranks that can share the model, in that storage where one is given.
 
     In int4 the columns are cut where groups end, so that no two ranks share a group's minimum and scale: with 128 heads
     of 160, the columns of one head would end inside a group.
@@ -127,7 +127,7 @@ def degrees(config: ModelConfig, storage: Storage | None = None) -> tuple[int, .
 
 
 def check_ranks(config: ModelConfig, ranks: int, storage: Storage | None = None) -> None:
-    """Raise `RequestError`, naming the nearest number that can, unless so many ranks can share the model."""
+    """Raise `RequestError`, naming the nearest number that can, unless that number of ranks can share the model."""
     if ranks < 1:
         raise RequestError(f"ranks is {ranks}; it must be at least 1")
     refusal = _refusal(config, ranks, storage)
@@ -137,7 +137,7 @@ def check_ranks(config: ModelConfig, ranks: int, storage: Storage | None = None)
 
 
 def _refusal(config: ModelConfig, ranks: int, storage: Storage | None) -> str | None:
-    """Why so many ranks cannot share the model; None if they can."""
+    """Say why that number of ranks cannot share the model; None if it can."""
     for index, layer in enumerate(config.layers):
         heads, kv_heads, width = layer.attention.heads, layer.attention.kv_heads, layer.mlp.width
         if heads % ranks:
@@ -178,7 +178,7 @@ def _slices(
 
 
 def _among(shard: Shard, kv_heads: int) -> Shard:
-    """The rank among those that hold different key/value heads.
+    """Number the rank among those that hold different key/value heads.
 
     Of 4 ranks that share 2 heads, the first two hold head 0:
 
@@ -189,7 +189,7 @@ def _among(shard: Shard, kv_heads: int) -> Shard:
 
 
 def _piece(size: int, shard: Shard) -> slice:
-    """The rank's piece of so many rows: pieces are equal but for the last, which may be shorter.
+    """Cut out the rank's piece of that many rows: pieces are equal but for the last, which may be shorter.
 
     >>> [_piece(10, Shard(rank=rank, ranks=4)) for rank in (0, 3)]
     [slice(0, 3, None), slice(9, 10, None)]

@@ -116,7 +116,7 @@ class WeightSource(Protocol):
     module): read them, never write to them. Calling twice gives equal values, not necessarily the same tensor.
     With a shard, only what belongs to that rank is handed out, and no more is read than the file's form requires;
     `config` stays that of the whole model. Each raises `CheckpointError` or `WeightError` where the part cannot be
-    had, and `RequestError` where so many ranks cannot share the model.
+    had, and `RequestError` where that number of ranks cannot share the model.
     """
 
     @property
@@ -130,7 +130,7 @@ class WeightSource(Protocol):
 
 
 def sliced(weights: Part, slices: Slices) -> Part:
-    """What a rank holds of a whole part, as views of it."""
+    """Cut what a rank holds out of a whole part, as views of it."""
     named = dict(tensors(weights))
     return assemble(type(weights), {name: named[name][index_of(cuts)] for name, cuts in slices.items()})
 

@@ -135,7 +135,7 @@ class GgufFile:
         return self._dequantized(tensor, shape, tensor.data)
 
     def read_slice(self, name: str, cuts: tuple[slice, ...]) -> Tensor:
-        """Rows are read alone; of columns, the blocks that they lie in."""
+        """Read the rows, and of their columns the blocks of quantized values that hold them."""
         tensor, shape = self._tensors[name], self.shapes[name]
         if len(tensor.shape) < 2:
             return self.read(name)[cuts]

@@ -75,7 +75,7 @@ def _matrix_layout(name: str, rows: int, inputs: int, storage: Storage) -> dict[
 
 
 def layout_slices(slices: Slices, storage: Storage) -> dict[str, tuple[slice, ...]]:
-    """What a rank reads of each tensor of a file: quantized values are the same, and scaled the same, on any rank.
+    """Say what a rank reads of each tensor of a file: quantized values, and their scales, are the same on any rank.
 
     Scales belong to whole rows or groups, so columns take the scales of their rows along. Columns 128 to 191 in int4
     are bytes 64 to 95, and group 2:
@@ -96,7 +96,7 @@ def layout_slices(slices: Slices, storage: Storage) -> dict[str, tuple[slice, ..
 
 
 def _coarser(columns: slice, size: int) -> slice:
-    """Columns as numbers of bytes or groups that hold so many of them."""
+    """Turn columns into bytes or groups that hold that many columns each."""
     return slice(None) if columns.stop is None else slice(columns.start // size, -(-columns.stop // size))
 
 

@@ -242,7 +242,7 @@ class TwinferFolder:
 
 
 def _today(name: str) -> str:
-    """A tensor's name, also where an older version wrote it, which called the width of the token table E."""
+    """Return today's name of a tensor; an older version called the width of the token table E."""
     return name.replace("token_VE", "token_VW")
 
 
