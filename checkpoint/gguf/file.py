@@ -1,13 +1,16 @@
 """A GGUF file: metadata, and tensors that are de-quantized one at a time.
 
 The `gguf` library reads the header and knows the quantized formats. What it does not check is checked here: that
-everything the header speaks of lies within the file.
+everything the header speaks of lies within the file, and that each tensor has aligned bytes of its own there.
 
 GGUF writes shapes with the fastest axis first; here they are [outputs, inputs] as everywhere else.
 """
 
+import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,51 @@ class _Header(gguf.GGUFReader):
         values = self._bytes[int(offset) : end].view(kind)
         order = self.byte_order if override_order is None else override_order
         return values if order == "I" else values.view(kind.newbyteorder(order))
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        """Check where the tensors lie before the library, whose arithmetic wraps at 64 bits, looks for them there."""
+        placed = [_placed(field) for field in fields]
+        _check_places(placed, int(self.alignment), self.data.size - int(start_offs))
+        super()._build_tensors(int(start_offs), fields)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """Where a tensor's bytes lie, counted from where the data begin."""
+
+    name: str
+    begin: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.size
+
+
+def _placed(field: Any) -> _Placed:
+    """What the header says of one tensor, in whole numbers that cannot wrap."""
+    _, name, _, dims, kind, offset = field.parts
+    elements, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind[0])]
+    size = math.prod(int(length) for length in dims) * block_bytes // elements
+    return _Placed(str(bytes(name), encoding="utf-8"), int(offset[0]), size)
+
+
+def _check_places(placed: Sequence[_Placed], alignment: int, there: int) -> None:
+    """Raise `ValueError` naming the tensor that is not aligned, not within the `there` bytes, or over another one."""
+    for tensor in placed:
+        if tensor.begin % alignment:
+            raise ValueError(f"{tensor.name} begins at byte {tensor.begin} of the data, no multiple of {alignment}")
+        if tensor.end > there:
+            raise ValueError(
+                f"{tensor.name} lies at bytes {tensor.begin} to {tensor.end} of the data, of which there are {there}"
+            )
+    filled = sorted((tensor for tensor in placed if tensor.size), key=lambda tensor: tensor.begin)
+    for before, tensor in pairwise(filled):
+        if before.end > tensor.begin:
+            raise ValueError(
+                f"{before.name} and {tensor.name} overlap: bytes {before.begin} to {before.end} of the data, and "
+                f"{tensor.begin} to {tensor.end}"
+            )
 
 
 class GgufFile:

@@ -322,7 +322,7 @@ def test_truncated_files_are_refused(whole: Path, data: st.DataObject) -> None:
     end = len(content) - data.draw(st.one_of(st.integers(1, 300), st.integers(1, len(content))), label="cut")
     cut = whole.with_name("cut.gguf")
     cut.write_bytes(content[:end])
-    with pytest.raises(CheckpointError, match=r"it should reach byte|not a GGUF file") as caught:
+    with pytest.raises(CheckpointError, match=r"it should reach byte|of which there are|not a GGUF file") as caught:
         open_model(str(cut))
     assert "\n" not in str(caught.value)
 
