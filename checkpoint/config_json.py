@@ -3,8 +3,6 @@
 Numbers come back bit by bit, for JSON writes a float with as many digits as it needs.
 """
 
-import json
-import sys
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from enum import Enum
 from types import NoneType
@@ -12,11 +10,9 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from ..spec.config import ModelConfig
 from ..spec.errors import ConfigError
+from .fields import MOST, MOST_NUMBER, short
 
 Config = TypeVar("Config")
-
-FLOAT_MAX = sys.float_info.max
-"""JSON may hold whole numbers that no float can."""
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -36,7 +32,7 @@ def _plain(value: Any) -> Any:
 def read(kind: type[Config], values: object, where: str) -> Config:
     """`to_json` undone. Raises `ConfigError` naming the field that is unknown, missing, or not of its type."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where} is {_short(values)}; it must be an object")
+        raise ConfigError(f"{where} is {short(values)}; it must be an object")
     hints = get_type_hints(kind)
     if surplus := sorted(values.keys() - hints.keys()):
         raise ConfigError(f"{where}.{surplus[0]} is not known to this version; it must be one of {', '.join(hints)}")
@@ -49,7 +45,7 @@ def read(kind: type[Config], values: object, where: str) -> Config:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
-            raise ConfigError(f"{where} is {_short(value)}; it must be a list")
+            raise ConfigError(f"{where} is {short(value)}; it must be a list")
         return tuple(_value(get_args(hint)[0], each, f"{where}[{index}]") for index, each in enumerate(value))
     kinds = get_args(hint) or (hint,)
     if value is None and NoneType in kinds:
@@ -59,14 +55,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return read(cast("type[Any]", kind), value, where)
     if issubclass(kind, Enum):
         if value not in [each.value for each in kind]:
-            raise ConfigError(f"{where} is {_short(value)}; it must be one of {', '.join(each.value for each in kind)}")
+            raise ConfigError(f"{where} is {short(value)}; it must be one of {', '.join(each.value for each in kind)}")
         return kind(value)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
-    if not fits or (isinstance(value, bool) and kind is not bool) or (kind is float and abs(value) > FLOAT_MAX):
-        raise ConfigError(f"{where} is {_short(value)}; it must be of type {kind.__name__}")
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{where} is {short(value)}; it must be of type {kind.__name__}")
+    most = {int: MOST, float: MOST_NUMBER}.get(kind)
+    if most is not None and not -most <= value <= most:  # which NaN is not either
+        raise ConfigError(f"{where} is {short(value)}; it must be from {-most} to {most}")
     return kind(value)
-
-
-def _short(value: object) -> str:
-    line = json.dumps(value, default=str)
-    return line if len(line) <= 80 else line[:77] + "..."

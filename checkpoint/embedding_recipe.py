@@ -5,14 +5,13 @@ file names the pooling alone. What they ask for and is not computed here refuses
 all the same. It is kept as a sentence, for when a text's vector is asked for.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..spec.config import Head, ModelConfig, Pooling
 from ..spec.errors import CheckpointError, ConfigError
-from .fields import Fields
+from .fields import Fields, parsed_json
 
 MODULES = "modules.json"
 
@@ -93,10 +92,7 @@ def _read(folder: Path) -> EmbeddingRecipe:
 
 def _modules(path: Path) -> Iterator[tuple[str, Path]]:
     """Each module's class, and the folder in which its own config lies."""
-    try:
-        modules = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch the file again") from None
+    modules = parsed_json(path.read_bytes(), str(path))
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{path} must hold a list of modules; fetch the file again")
     for index, module in enumerate(modules):

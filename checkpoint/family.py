@@ -6,6 +6,7 @@ listing it in `families.FAMILIES`; docs/adding-a-family.md does it once.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ class ParsedConfig:
     config: ModelConfig
     rotations: tuple[Rotation | None, ...] = ()
     """Of each layer; empty where none rotates. Layers may share one."""
-    slope_H: Tensor | None = None
-    """ALiBi's, of every layer, float64."""
+    slopes: Callable[[], Tensor] | None = None
+    """Makes ALiBi's slopes of every layer, float64 [H]."""
     first_position: int = 0
     """The row of the table of positions that belongs to a sequence's first token: 2 in OPT."""
     plain_norms: tuple[str, ...] = ()
@@ -36,17 +37,22 @@ class ParsedConfig:
     """Where the config decides how files keep the weights; None where the family's own table holds for all."""
 
     def buffers(self) -> Buffers:
-        """What no file holds."""
-        gains = {f"{norm}.gain_M": torch.ones(self.config.hidden) for norm in self.plain_norms}
-        head = {name: gain_M for name, gain_M in gains.items() if name == "norm.gain_M"}
-        every = {name: gain_M for name, gain_M in gains.items() if name not in head}
-        if self.slope_H is not None:
-            every["attention.alibi_slope_H"] = self.slope_H
-        turning = [
-            {} if rotation is None else {"attention.rotary_frequency_J": rotation.frequency_J}
+        """What no file holds; each is made when it is first asked for, and then shared."""
+        gain = cache(partial(torch.ones, self.config.hidden))
+        names = [f"{norm}.gain_M" for norm in self.plain_norms]
+        head: dict[str, Callable[[], Tensor]] = {name: gain for name in names if name == "norm.gain_M"}
+        every: dict[str, Callable[[], Tensor]] = {name: gain for name in names if name not in head}
+        if self.slopes is not None:
+            every["attention.alibi_slope_H"] = cache(self.slopes)
+        turning: list[dict[str, Callable[[], Tensor]]] = [
+            {} if rotation is None else {"attention.rotary_frequency_J": partial(_given, rotation.frequency_J)}
             for rotation in self.rotations or (None,) * len(self.config.layers)
         ]
         return Buffers(layers=[every | own for own in turning], head=head)
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

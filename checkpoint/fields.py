@@ -5,9 +5,10 @@ file, the field, its value, and what would be right.
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+
+import torch
 
 from ..spec.errors import CheckpointError, ConfigError
 
@@ -17,6 +18,14 @@ MOST = 2**31 - 1
 """No size of a model comes near; a damaged file may say so, and must not make anything that large."""
 
 MOST_LAYERS = 10_000
+
+LEAST_NUMBER, MOST_NUMBER = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""Paths compute in float32, or in float16 and bfloat16 with float32 beside; outside these there is 0 or infinity."""
+
+_RANGE = f"above 0, from {LEAST_NUMBER:.3g} to {MOST_NUMBER:.3g}"
+
+_DEEPEST = 64
+"""Levels of nesting in a JSON file; published ones have fewer than ten."""
 
 _REQUIRED: Any = object()
 
@@ -44,10 +53,7 @@ class Fields:
         cls, content: bytes, where: str, *, most_tokens: int | None = None, remedy: str = "fetch the file again"
     ) -> "Fields":
         """Parse a JSON object. Raises `CheckpointError` where it is none."""
-        try:
-            values = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{where} is not valid JSON ({error}); {remedy}") from None
+        values = parsed_json(content, where, remedy)
         if not isinstance(values, dict):
             raise CheckpointError(f"{where} holds a JSON {type(values).__name__}; it must hold an object")
         return cls(values, f"{where}: ", most_tokens=most_tokens)
@@ -74,27 +80,21 @@ class Fields:
         return absent if name not in self.values else self.integer(name)
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
-        """A finite number above zero."""
+        """A finite number above zero that float32 can hold."""
         value = self._take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.wrong(name, "a finite number above 0")
+        if not _is_number(value):
+            raise self.wrong(name, f"a finite number {_RANGE}")
         return float(value)
 
     def numbers(self, name: str) -> list[float]:
-        """A list of finite numbers above zero."""
+        """A list of such numbers."""
         value = self._take(name, _REQUIRED)
-        items = value if isinstance(value, list) else [value]
-        numbers = [float(item) for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
-        if (
-            not isinstance(value, list)
-            or len(numbers) != len(items)
-            or not all(0 < each < math.inf for each in numbers)
-        ):
-            raise self.wrong(name, "a list of finite numbers above 0")
-        return numbers
+        if not isinstance(value, list) or not all(_is_number(item) for item in value):
+            raise self.wrong(name, f"a list of finite numbers {_RANGE}")
+        return [float(item) for item in value]
 
     def optional_number(self, name: str) -> float | None:
-        """A finite number above zero, or None where it is absent or null."""
+        """A number as `number` takes it, or None where it is absent or null."""
         self._read.add(name)
         return self.number(name) if self.has(name) else None
 
@@ -122,12 +122,12 @@ class Fields:
             raise self.wrong(name, "a list of strings")
         return value
 
-    def integers(self, name: str) -> list[int]:
+    def integers(self, name: str, *, least: int = 0) -> list[int]:
         """A list of whole numbers; one alone counts as a list of one, and null or nothing as an empty one."""
         value = self._take(name, [])
         items = value if isinstance(value, list) else [value]
-        if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
-            raise self.wrong(name, "a whole number of at least 0, or a list of them")
+        if any(isinstance(item, bool) or not isinstance(item, int) or not least <= item <= MOST for item in items):
+            raise self.wrong(name, f"a whole number from {least} to {MOST}, or a list of them")
         return items
 
     def choice(self, name: str, known: Mapping[str, T], default: str = _REQUIRED) -> T:
@@ -165,7 +165,7 @@ class Fields:
         for name, value in self.values.items():
             if name not in self._read:
                 raise ConfigError(
-                    f"{self.where}{name} is {_short(value)}; this version does not know what that field means, and it "
+                    f"{self.where}{name} is {short(value)}; this version does not know what that field means, and it "
                     "may change the results; remove it only if you know that it does not"
                 )
 
@@ -173,7 +173,7 @@ class Fields:
         """The error for a field whose value cannot be used."""
         if name not in self.values:
             return ConfigError(f"{self.where}{name} is missing; it must be {right}")
-        return ConfigError(f"{self.where}{name} is {_short(self.values[name])}; it must be {right}")
+        return ConfigError(f"{self.where}{name} is {short(self.values[name])}; it must be {right}")
 
     def _take(self, name: str, default: Any) -> Any:
         """The value, or the default where it is absent or null."""
@@ -182,7 +182,32 @@ class Fields:
         return value if value is not None else None if default is _REQUIRED else default
 
 
-def _short(value: object) -> str:
+def parsed_json(content: bytes | str, where: str, remedy: str = "fetch the file again") -> Any:
+    """Parse JSON. Raises `CheckpointError` where it is none, nested too deeply, or holds text that is not Unicode."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON ({error}); {remedy}") from None
+    left = [(values, 1)]
+    while left:
+        value, depth = left.pop()
+        if depth > _DEEPEST:
+            raise CheckpointError(f"{where} holds JSON nested more than {_DEEPEST} levels deep; {remedy}")
+        if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
+            raise CheckpointError(f"{where} holds {short(value)}, half a surrogate pair; it must be Unicode: {remedy}")
+        if isinstance(value, dict):
+            left += [(each, depth) for each in value]
+        if isinstance(value, dict | list):
+            left += [(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value)]
+    return values
+
+
+def _is_number(value: object) -> bool:
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    return fits and LEAST_NUMBER <= value <= MOST_NUMBER  # type: ignore[operator]
+
+
+def short(value: object) -> str:
     """A value as one line of at most 80 characters."""
     line = json.dumps(value, default=str)
     return line if len(line) <= 80 else line[:77] + "..."

@@ -7,7 +7,7 @@ from typing import Any
 from ..spec.errors import CheckpointError
 from .families import FAMILIES
 from .family import weights_of
-from .fields import Fields
+from .fields import Fields, short
 from .safetensors_folder import SafetensorsFolder
 from .source import FileSource
 from .tokenizer import Tokenizer, read_tokenizer
@@ -33,7 +33,7 @@ def end_tokens(folder: Path, vocabulary: int, tokenizer: Tokenizer | None) -> tu
     """The tokens that end a text: as generation_config.json says, or else config.json, or else the tokenizer."""
     for name in ("generation_config.json", "config.json"):
         fields = _fields(folder / name)
-        if fields is not None and (found := fields.integers("eos_token_id")):
+        if fields is not None and (found := fields.integers("eos_token_id", least=-1)):
             return _within(found, vocabulary)
     end = special_tokens(folder).get("eos_token")
     token = tokenizer.id_of(end) if tokenizer is not None and end is not None else None
@@ -56,11 +56,21 @@ def chat_template(folder: Path) -> str | None:
             raise CheckpointError(f"{path} is not UTF-8 text ({error}); fetch the file again") from None
     template = _tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = _named_templates(template, folder).get("default")
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is no text; it must be a template")
     return template
+
+
+def _named_templates(entries: list[Any], folder: Path) -> dict[str, str]:
+    named = {}
+    for index, entry in enumerate(entries):
+        where = f"{folder / 'tokenizer_config.json'}: chat_template[{index}]"
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{where} is {short(entry)}; it must be an object with name and template")
+        fields = Fields(entry, f"{where}.")
+        named[fields.text("name")] = fields.text("template")
+    return named
 
 
 def _named_tokens(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -76,8 +86,11 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _within(tokens: list[int], vocabulary: int) -> tuple[int, ...]:
-    """Those that the model can produce: library defaults name tokens that a small vocabulary does not have."""
-    return tuple(dict.fromkeys(token for token in tokens if token < vocabulary))
+    """Those that the model can produce.
+
+    Library defaults name tokens that a small vocabulary does not have, and -1 is what some write for none.
+    """
+    return tuple(dict.fromkeys(token for token in tokens if 0 <= token < vocabulary))
 
 
 def _fields(path: Path, most_tokens: int | None = None) -> Fields | None:

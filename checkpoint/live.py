@@ -6,7 +6,6 @@ the module changes later change here too, wherever a path has not copied them. W
 (queries, keys and values by group) or once for all heads is copied, one layer at a time.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..spec.errors import RequestError
 from .families import FAMILIES
 from .family import weights_of
-from .fields import Fields
+from .fields import Fields, parsed_json
 from .source import FileSource
 
 
@@ -31,10 +30,10 @@ def from_transformers(module: Any, *, context: int | None = None) -> FileSource:
         raise RequestError(
             f"module is a {type(module).__name__}; it must be a transformers model, a torch module with a config"
         )
-    values = json.loads(write_config())
+    where = f"{type(module).__name__}.config"
+    values = parsed_json(write_config(), where, "correct it")
     values["architectures"] = [type(module).__name__]  # the class that it is, not the one that its file was saved by
-    where = f"{type(module).__name__}.config: "
-    return weights_of(FAMILIES, Fields(values, where, most_tokens=context), LiveModule(module))
+    return weights_of(FAMILIES, Fields(values, f"{where}: ", most_tokens=context), LiveModule(module))
 
 
 class LiveModule:

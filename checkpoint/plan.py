@@ -4,7 +4,7 @@ Strict means that every tensor of the file is used or listed as ignorable, every
 the config's. The check reads names and shapes only.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,9 @@ from .table import Heads, Stored, Table
 _PROJECTION = "projection.weight_NI"
 _TOKENS = "token_VE"
 _POSITIONS = "position_PM"
+
+_MOST_MISSING = 1000
+"""Tensors to claim beyond as many as a file has; a damaged config may ask for billions."""
 
 
 class TensorStore(Protocol):
@@ -43,11 +46,14 @@ class TensorStore(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffers:
-    """What a model holds that no file does, for it follows from the config: by weight name, per part."""
+    """What a model holds that no file does, for it follows from the config: by weight name, per part.
 
-    layers: Sequence[Mapping[str, Tensor]]
+    Each is a function that makes it, so that nothing of a config's sizes is made before a file is known to have them.
+    """
+
+    layers: Sequence[Mapping[str, Callable[[], Tensor]]]
     """For each layer: rotary frequencies and ALiBi slopes, float64, and gains that are all 1."""
-    head: Mapping[str, Tensor]
+    head: Mapping[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +98,11 @@ def plan(table: Table, config: ModelConfig, store: TensorStore, buffers: Buffers
             skip = first_position if _POSITIONS in wanted else 0
             fills = {target: shape[0] for target, shape in wanted.items()}
             shape = _kept_shape(list(wanted.values()), entry, skip, head_size)
-            own = _numbered(prefix + entry.name, sum(fills.values()) // max(1, head_size))
+            most = len(names) + _MOST_MISSING - len(claimed)
+            own = _numbered(prefix + entry.name, min(sum(fills.values()) // max(1, head_size), most))
             claimed.update(dict.fromkeys(own, shape))
+            if len(claimed) >= len(names) + _MOST_MISSING:
+                raise _missing(config, store, names, claimed)
             there = tuple(names.get(name, name) for name in own)
             readings.append(Reading(names=there, stored=entry, fills=fills, skip=skip))
         assert not shapes, f"the {config.family} table does not say where {', '.join(shapes)} come from"
@@ -140,12 +149,8 @@ def _check(
     names: Mapping[str, str],
     claimed: Mapping[str, tuple[int, ...]],
 ) -> None:
-    missing = [name for name in claimed if name not in names]
-    if missing:
-        raise WeightError(
-            f"{store.where} lacks {_some(missing)}, which a {config.family} model of its config has; "
-            "fetch it again, or correct its config"
-        )
+    if not claimed.keys() <= names.keys():
+        raise _missing(config, store, names, claimed)
     ignored = set(_ignored_names(table, len(config.layers))) | _repeated_head(table, config, store, names)
     begins = tuple(entry.name[:-1] for entry in table.ignorable if entry.name.endswith("*"))
     left = [name for name in names if name not in claimed and name not in ignored]
@@ -163,6 +168,16 @@ def _check(
             )
         if reason := store.unreadable(names[name]):
             raise WeightError(f"{store.where}: {names[name]} is {reason}; use the checkpoint that was not quantized so")
+
+
+def _missing(
+    config: ModelConfig, store: TensorStore, names: Mapping[str, str], claimed: Mapping[str, tuple[int, ...]]
+) -> WeightError:
+    """The error for a file that does not hold all that is claimed."""
+    return WeightError(
+        f"{store.where} lacks {_some([name for name in claimed if name not in names])}, which a {config.family} model "
+        "of its config has; fetch it again, or correct its config"
+    )
 
 
 def _repeated_head(table: Table, config: ModelConfig, store: TensorStore, names: Mapping[str, str]) -> set[str]:

@@ -121,6 +121,8 @@ def _yarn(
 ) -> tuple[Tensor, float]:
     original = _original_context(config, scaling, head)
     factor = scaling.number("factor", head.context / original)
+    if base <= 1:
+        raise ConfigError(f"{config.where}rope_theta is {base}; with YaRN it must be above 1")
     scaled_J = rotary.scaled_by_index(
         frequency_J,
         base=base,
@@ -146,6 +148,10 @@ def _longrope(config: Fields, scaling: Fields, head: Head, frequency_J: Tensor) 
     """
     original = _original_context(config, scaling, head)
     factor = scaling.number("factor", head.context / original)
+    if original < 2:
+        raise ConfigError(
+            f"{config.where}original_max_position_embeddings is {original}; with LongRoPE it must be above 1"
+        )
     divisors = {kind: scaling.numbers(f"{kind}_factor") for kind in ("short", "long")}
     for kind, found in divisors.items():
         if len(found) != len(frequency_J):

@@ -3,7 +3,7 @@
 What it hands out may be views of the mapped file: a whole model is never held here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,8 +19,8 @@ from .table import Heads, Table
 class FileSource:
     """Weights of a model in a file or folder, or of a live module.
 
-    Every name and shape is checked here, before any tensor is read; raises `WeightError` for what does not fit, and
-    `ConfigError` where more tokens are asked for than the model was made for.
+    Every name and shape is checked here, before any tensor is read or made; raises `WeightError` for what does not fit,
+    and `ConfigError` where more tokens are asked for than the model was made for.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class FileSource:
 
     def layer(self, index: int) -> LayerWeights:
         weights = self._read(self._plan.layers[index], self.config.layers[index])
-        return assemble(LayerWeights, {**weights, **self._buffers.layers[index]})
+        return assemble(LayerWeights, {**weights, **_made(self._buffers.layers[index])})
 
     def head(self) -> HeadWeights:
-        return assemble(HeadWeights, {**self._read(self._plan.head, None), **self._buffers.head})
+        return assemble(HeadWeights, {**self._read(self._plan.head, None), **_made(self._buffers.head)})
 
     def _read(self, readings: tuple[Reading, ...], layer: LayerConfig | None) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
@@ -73,6 +73,10 @@ class FileSource:
         if reading.stored.heads is Heads.STACKED:
             tensor = tensor.flatten()
         return tensor[reading.skip :]
+
+
+def _made(buffers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    return {name: make() for name, make in buffers.items()}
 
 
 def limited(config: ModelConfig, most_tokens: int | None) -> ModelConfig:

@@ -35,7 +35,7 @@ def _read(config: Fields) -> ParsedConfig:
     layers = (layer,) * layer_count(config, alias(config, "n_layer", "num_hidden_layers"))
     places = config.integer("seq_length", TRAINED_CONTEXT)
     parsed = model(config, "bloom", hidden, layers, context=places, embedding_norm=norm)
-    return ParsedConfig(config=parsed, slope_H=alibi.slopes(heads))
+    return ParsedConfig(config=parsed, slopes=lambda: alibi.slopes(heads))
 
 
 BLOOM = Family(

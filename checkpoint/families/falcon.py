@@ -40,7 +40,7 @@ def _read(config: Fields) -> ParsedConfig:
     return ParsedConfig(
         config=model(config, "falcon", hidden, layers, context=places),
         rotations=() if with_alibi else (rotation,) * len(layers),
-        slope_H=alibi.slopes(heads) * size**-0.5 if with_alibi else None,  # it is added before scores are scaled
+        slopes=(lambda: alibi.slopes(heads) * size**-0.5) if with_alibi else None,  # added before scores are scaled
         table=TWO_NORMS_TABLE if residual is Residual.PARALLEL else TABLE,
     )
 

@@ -60,7 +60,11 @@ def _ungrouped(config: Fields, groups: object, layers: int) -> list[str]:
     kinds: list[str] = []
     for group in groups if isinstance(groups, list) else [groups]:
         match group:
-            case [list(names), int(times)] if 0 <= times <= layers and all(isinstance(name, str) for name in names):
+            case [list(names), int(times)] if (
+                0 <= times <= layers
+                and len(kinds) + len(names) * times <= layers
+                and all(isinstance(name, str) for name in names)
+            ):
                 kinds += names * times
             case _:
                 raise config.wrong("attention_types", 'names, each group with how often: [[["global", "local"], 6]]')

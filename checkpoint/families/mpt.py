@@ -53,7 +53,7 @@ def _read(config: Fields) -> ParsedConfig:
     )
     layers = (layer,) * layer_count(config, "n_layers")
     parsed = model(config, "mpt", hidden, layers, context=config.integer("max_seq_len"))
-    return ParsedConfig(config=parsed, slope_H=alibi.slopes(heads, most))
+    return ParsedConfig(config=parsed, slopes=lambda: alibi.slopes(heads, most))
 
 
 def _width(config: Fields, hidden: int) -> int:

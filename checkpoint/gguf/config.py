@@ -5,8 +5,9 @@ residual.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -52,8 +53,8 @@ def understood(name: str, architecture: Architecture, fields: Fields, file: Gguf
     fields.only("expert_used_count", 0)
     reading = _Reading(architecture, fields, file.shapes)
     context, layers = fields.integer("context_length"), fields.integer("block_count", most=MOST_LAYERS)
-    slope_H, numbers = reading.slopes(), reading.numbers()
-    attention = reading.attention(numbers, layers, with_alibi=slope_H is not None)
+    slopes, numbers = reading.slopes(), reading.numbers()
+    attention = reading.attention(numbers, layers, with_alibi=slopes is not None)
     everywhere, local = gguf_rotary.rotations(architecture, fields, file, attention.head_size, context)
     windows = _windows(architecture.windows, fields, layers)
     turns = [everywhere if window is None else local or everywhere for window in windows]
@@ -71,7 +72,7 @@ def understood(name: str, architecture: Architecture, fields: Fields, file: Gguf
     model = reading.model(name, numbers, context, each)
     fields.ignore(IGNORED)
     fields.finish()
-    return ParsedConfig(config=model, rotations=tuple(turns), slope_H=slope_H)
+    return ParsedConfig(config=model, rotations=tuple(turns), slopes=slopes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +155,15 @@ class _Reading:
             return first if self.fields.flag("use_parallel_residual") else second
         return first if self._has("blk.0.ffn_norm.weight") or self._has("blk.0.attn_norm_2.weight") else second
 
-    def slopes(self) -> Tensor | None:
+    def slopes(self) -> Callable[[], Tensor] | None:
+        """What makes ALiBi's slopes, where the model has them."""
         most, key = self.architecture.alibi, "attention.max_alibi_bias"
         if most == 0 and self.fields.values.get(key) == 0:
             self.fields.ignore((key,))
             return None
-        return None if most is None else alibi.slopes(self._heads(), most or self.fields.number(key))
+        if most is None:
+            return None
+        return partial(alibi.slopes, self._heads(), most or self.fields.number(key))
 
     def _heads(self) -> int:
         return self.fields.integer("attention.head_count")
@@ -195,7 +199,7 @@ def _windowed(windows: Windows, fields: Fields, layers: int) -> list[bool]:
     key = "attention.sliding_window_pattern"
     fields.ignore((key,))
     pattern = fields.values.get(key, windows.period)
-    if isinstance(pattern, list) and len(pattern) == layers and set(pattern) <= {False, True}:
+    if isinstance(pattern, list) and len(pattern) == layers and all(each in (False, True) for each in pattern):
         return [bool(each) for each in pattern]
     if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
         return [(index + 1) % pattern != 0 for index in range(layers)]

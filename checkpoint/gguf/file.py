@@ -123,8 +123,8 @@ class GgufFile:
         assert self._header.fields, "the metadata have been taken"
         try:
             values = {key: field.contents() for key, field in self._header.fields.items()}
-        except ValueError as error:
-            raise CheckpointError(f"{self.where} holds metadata that is not text ({error}); {REMEDY}") from None
+        except Exception as error:  # the library raises whatever its first step over nonsense happens to raise
+            raise CheckpointError(f"{self.where} holds metadata that cannot be read ({error}); {REMEDY}") from None
         self._header.fields.clear()
         return values
 

@@ -27,20 +27,19 @@ def source(file: GgufFile, metadata: dict[str, Any], most_tokens: int | None = N
 
 
 def _architecture(file: GgufFile, metadata: dict[str, Any]) -> str:
-    architecture = metadata.get("general.architecture")
+    general = Fields(metadata, f"{file.where}: ")
+    architecture = general.text("general.architecture")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{file.where} is of architecture {architecture!r}; the GGUF architectures known here are: "
             + ", ".join(ARCHITECTURES)
         )
-    kind = metadata.get("general.type", "model")
+    kind = general.text("general.type", "model")
     if kind != "model":
         raise CheckpointError(f"{file.where} holds a GGUF {kind}; it must hold a model")
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise CheckpointError(
-            f"{file.where} is one of {metadata['split.count']} pieces; join them with llama-gguf-split --merge"
-        )
-    return str(architecture)
+    if (pieces := general.integer("split.count", 1, least=0)) > 1:
+        raise CheckpointError(f"{file.where} is one of {pieces} pieces; join them with llama-gguf-split --merge")
+    return architecture
 
 
 class _Without:

@@ -6,10 +6,10 @@ from torch import Tensor
 from ...spec.config import RotaryConfig
 from ...spec.errors import ConfigError, WeightError
 from .. import rotary
-from ..fields import Fields
+from ..fields import LEAST_NUMBER, MOST_NUMBER, Fields
 from ..rotary_fields import Rotation
 from .architectures import Architecture
-from .file import GgufFile
+from .file import REMEDY, GgufFile
 
 DIVISORS = "rope_freqs.weight"
 """By what each pair's frequency is to be divided: how converters write down LLaMA 3.1's scaling."""
@@ -82,6 +82,8 @@ def _yarn(
     fields: Fields, frequency_J: Tensor, base: float, size: int, factor: float, original: int
 ) -> tuple[Tensor, float]:
     fields.only("rope.scaling.yarn_ext_factor", 1.0)
+    if base <= 1:
+        raise fields.wrong("rope.freq_base", "above 1, with YaRN")
     scaled_J = rotary.scaled_by_index(
         frequency_J,
         base=base,
@@ -109,7 +111,10 @@ def _divisors(file: GgufFile, name: str, size: int) -> Tensor:
     shape = file.shapes[name]
     if shape != (size // 2,):
         raise WeightError(f"{file.where}: {name} has shape {list(shape)}; it must be {[size // 2]}")
+    if reason := file.unreadable(name):
+        raise WeightError(f"{file.where}: {name} is {reason}; {REMEDY}")
     divisor_J = file.read(name).to(torch.float64)
-    if not (divisor_J > 0).all():
-        raise ConfigError(f"{file.where}: {name} holds {divisor_J.min().item()}; all must be above 0")
+    for divisor in divisor_J.tolist():
+        if not LEAST_NUMBER <= divisor <= MOST_NUMBER:
+            raise ConfigError(f"{file.where}: {name} holds {divisor}; all must be above 0 and finite")
     return divisor_J

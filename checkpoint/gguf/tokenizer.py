@@ -71,6 +71,10 @@ BEGIN_BY_DEFAULT = {"llama-bpe", "llama3"}
 """Those that put the begin token before every text unless the file says otherwise."""
 
 
+NO_TOKEN = (-1, 2**32 - 1)
+"""What some write where a model has no such token: minus one, and its bits read as unsigned."""
+
+
 class UnknownKind(CheckpointError):
     """A tokenizer that is not known how to rebuild; nothing is wrong with it."""
 
@@ -168,22 +172,24 @@ def _add_special(inner: tokenizers.Tokenizer, tokens: list[str], metadata: Field
 
 def _surround(inner: tokenizers.Tokenizer, tokens: list[str], metadata: Fields, begin_by_default: bool) -> None:
     """Have every text begin and end as the file says."""
-    template = ["$A"]
-    used: list[int] = []
+    template, used = ["$A"], []
     begin = _token_id(metadata, "tokenizer.ggml.bos_token_id", len(tokens))
     end = _token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens))
     if begin is not None and metadata.flag("tokenizer.ggml.add_bos_token", begin_by_default):
-        template, used = [tokens[begin], *template], [*used, begin]
+        template, used = ["begin", *template], [*used, ("begin", begin)]
     if end is not None and metadata.flag("tokenizer.ggml.add_eos_token", False):
-        template, used = [*template, tokens[end]], [*used, end]
+        template, used = [*template, "end"], [*used, ("end", end)]
     if used:
         inner.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[(tokens[token], token) for token in used]
+            single=template,  # by names of our own: in a template, $ and : have a meaning, and tokens may hold them
+            special_tokens=[{"id": name, "ids": [token], "tokens": [tokens[token]]} for name, token in used],
         )
 
 
 def _token_id(metadata: Fields, key: str, vocabulary: int) -> int | None:
     if not metadata.has(key):
+        return None
+    if metadata.values[key] in NO_TOKEN:
         return None
     token = metadata.integer(key, least=0)
     if token >= vocabulary:
