@@ -6,14 +6,21 @@ all the same. It is kept as a sentence, for when a text's vector is asked for.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ..spec.config import Head, ModelConfig, Pooling
 from ..spec.errors import CheckpointError, ConfigError
-from .fields import Fields, parsed_json
+from .fields import MOST, Fields, parsed_json
 
 MODULES = "modules.json"
+
+TRANSFORMER = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+}
+"""What newer files say of the Transformer module, each with the one value that is computed."""
 
 GGUF_POOLING = (Pooling.MEAN, Pooling.MEAN, Pooling.CLS)
 """By GGUF's numbers, of which 0 says nothing."""
@@ -41,12 +48,15 @@ class EmbeddingRecipe:
 
 def recipe_of(folder: Path, config: ModelConfig) -> EmbeddingRecipe:
     """Read a folder's recipe. Raises `CheckpointError` where a file of it is missing or malformed."""
+    if not (folder / MODULES).is_file():
+        return _usual(config)
+    most_tokens, lower_case = None, False
     try:
-        if not (folder / MODULES).is_file():
-            return _usual(config)
-        return _read(folder)
+        most_tokens, lower_case = _texts(folder)
+        recipe = _read(folder)
     except ConfigError as error:
-        return EmbeddingRecipe(pooling=None, normalize=None, unknown=str(error))
+        recipe = EmbeddingRecipe(pooling=None, normalize=None, unknown=str(error))
+    return replace(recipe, most_tokens=most_tokens, lower_case=lower_case)  # they hold for any pooling
 
 
 def _usual(config: ModelConfig) -> EmbeddingRecipe:
@@ -78,14 +88,12 @@ def _read(folder: Path) -> EmbeddingRecipe:
     if modules[0][1] != folder:
         raise ConfigError(f"{folder / MODULES}: the Transformer lies in {modules[0][1]}; open that folder instead")
     _no_prompt(folder)
-    most_tokens, lower_case = _texts(folder)
+    _check_transformer(folder)
     modes = _modes(_fields(modules[1][1] / "config.json"))
     known = next((pooling for pooling in Pooling if modes == [pooling.value]), None)
     return EmbeddingRecipe(
         pooling=known,
         normalize="Normalize" in kinds,
-        most_tokens=most_tokens,
-        lower_case=lower_case,
         unknown="" if known else f"{modules[1][1] / 'config.json'}: the pooling is {modes}, which is not computed here",
     )
 
@@ -124,14 +132,50 @@ def _modes(config: Fields) -> list[str]:
 
 
 def _texts(folder: Path) -> tuple[int | None, bool]:
-    """The most tokens of a text, and whether it becomes lower case."""
+    """The most tokens of a text, and whether it becomes lower case.
+
+    Where the file of the Transformer module does not say, it is the tokenizer that cuts texts.
+    """
+    fields = _transformer(folder)
+    if fields is None:
+        return _tokenizer_limit(folder), False
+    lower_case = fields.flag("do_lower_case", False)
+    return fields.optional_integer("max_seq_length", None) or _tokenizer_limit(folder), lower_case
+
+
+def _transformer(folder: Path) -> Fields | None:
+    """What the folder says of its Transformer module."""
     path = next(iter(sorted(folder.glob("sentence_*_config.json"))), None)  # bert, roberta, distilbert ...
-    if path is None:
-        return None, False
-    fields = _fields(path)
-    found = fields.optional_integer("max_seq_length", None), fields.flag("do_lower_case", False)
-    fields.finish()
-    return found
+    return None if path is None else _fields(path)
+
+
+def _check_transformer(folder: Path) -> None:
+    """Raise `ConfigError` where the Transformer module does more than to give every token's hidden vector."""
+    fields = _transformer(folder)
+    if fields is not None:
+        fields.ignore(("max_seq_length", "do_lower_case"))  # read by `_texts`
+        for name, computed in TRANSFORMER.items():
+            fields.only(name, computed, None)
+        fields.finish()
+
+
+def _tokenizer_limit(folder: Path) -> int | None:
+    """The tokens at which the tokenizer's own files cut a text: the fewer, where both say so."""
+    limits = []
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and (limit := _limit(_fields(path), "model_max_length")):
+        limits.append(limit)
+    path = folder / "tokenizer.json"
+    if path.is_file() and (truncation := _fields(path).section("truncation")):
+        limits.append(truncation.integer("max_length"))
+    return min(limits, default=None)
+
+
+def _limit(fields: Fields, name: str) -> int | None:
+    """A number of tokens; None for one that no model reaches, as transformers writes for no limit: 10 ** 30."""
+    value = fields.values.get(name)
+    beyond = isinstance(value, int | float) and not isinstance(value, bool) and value > MOST
+    return None if beyond else fields.optional_integer(name, None)
 
 
 def _no_prompt(folder: Path) -> None:

@@ -69,7 +69,8 @@ def _named_templates(entries: list[Any], folder: Path) -> dict[str, str]:
         if not isinstance(entry, dict):
             raise CheckpointError(f"{where} is {short(entry)}; it must be an object with name and template")
         fields = Fields(entry, f"{where}.")
-        named[fields.text("name")] = fields.text("template")
+        name = fields.text("name")
+        named[name] = fields.text("template")
     return named
 
 

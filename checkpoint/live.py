@@ -36,19 +36,37 @@ def from_transformers(module: Any, *, context: int | None = None) -> FileSource:
     return weights_of(FAMILIES, Fields(values, f"{where}: ", most_tokens=context), LiveModule(module))
 
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 class LiveModule:
     """A `TensorStore` over a module's own tensors."""
 
     def __init__(self, module: torch.nn.Module):
         self.where = f"this {type(module).__name__}"
-        self._tensors: dict[str, Tensor] = dict(module.state_dict())
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(each.shape) for name, each in self._tensors.items()}
+        self._tensors: dict[str, Any] = dict(module.state_dict())
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: _shape(each) for name, each in self._tensors.items()}
 
     def unreadable(self, name: str) -> str | None:
         tensor = self._tensors[name]
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"kept as a {type(tensor).__name__}; only plain tensors can be read"
         if tensor.is_meta:
             return "on the meta device, where tensors have no values"
-        return None if tensor.is_floating_point() else f"kept as {tensor.dtype}; only floats can be read"
+        if tensor.layout is not torch.strided:
+            return f"kept as {tensor.layout}; only strided tensors can be read"
+        return (
+            None
+            if tensor.dtype in FLOATS
+            else f"kept as {tensor.dtype}; only {', '.join(map(str, FLOATS))} can be read"
+        )
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach().to("cpu")
+        tensor: Tensor = self._tensors[name].detach().to("cpu")
+        return tensor
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """A tensor's; () for what modules keep beside tensors, and for parameters that have not been given a shape yet."""
+    known = isinstance(value, Tensor) and not torch.nn.parameter.is_lazy(value)
+    return tuple(value.shape) if known else ()

@@ -166,8 +166,12 @@ def _check(
             raise WeightError(
                 f"{store.where}: {names[name]} has shape {list(found)}; by its config it must be {list(shape)}"
             )
-        if reason := store.unreadable(names[name]):
-            raise WeightError(f"{store.where}: {names[name]} is {reason}; use the checkpoint that was not quantized so")
+        _check_readable(store, names[name])
+
+
+def _check_readable(store: TensorStore, name: str) -> None:
+    if reason := store.unreadable(name):
+        raise WeightError(f"{store.where}: {name} is {reason}; use the checkpoint that was not quantized so")
 
 
 def _missing(
@@ -187,6 +191,8 @@ def _repeated_head(table: Table, config: ModelConfig, store: TensorStore, names:
     if not (config.head is Head.TIED and heads and tables):
         return set()
     (head,), (token_table,) = heads, tables
+    for name in (head, token_table):
+        _check_readable(store, name)
     if store.shapes[head] != store.shapes[token_table] or not _same_bits(store.read(head), store.read(token_table)):
         raise WeightError(
             f"{store.where}: {head} differs from {token_table}, but by its config the head is the token table; "

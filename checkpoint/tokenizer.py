@@ -1,28 +1,35 @@
 """Text to token ids and back, whole or as a stream."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
 
-from ..spec.errors import CheckpointError, RequestError
+from ..spec.errors import CheckpointError, RequestError, TwinferError
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are not, or not yet, a character."""
 
 
 class Tokenizer:
-    """A model's tokenizer. Special tokens written out in a text are recognized as what they are."""
+    """A model's tokenizer. Special tokens written out in a text are recognized as what they are.
 
-    def __init__(self, inner: tokenizers.Tokenizer):
+    `where` is the file that it came from. What a tokenizer cannot do, such as to write a word for which it has neither
+    a token nor one for unknown words, raises a `CheckpointError` that names the file.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, where: str = "the tokenizer"):
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
+        self.where = where
 
     @property
     def size(self) -> int:
         """How many token ids it knows, special ones included."""
-        return self.inner.get_vocab_size(with_added_tokens=True)
+        with library_errors(f"{self.where} cannot count its tokens", "use another tokenizer"):
+            return int(self.inner.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The text's token ids.
@@ -33,16 +40,19 @@ class Tokenizer:
         """
         if any("\ud800" <= sign <= "\udfff" for sign in text):
             raise RequestError(f"text {text[:40]!r} holds half a surrogate pair; it must be valid Unicode")
-        return list(self.inner.encode(text, add_special_tokens=special).ids)
+        with library_errors(f"{self.where} cannot encode {text[:40]!r}", "use another tokenizer"):
+            return list(self.inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, special ones written out; bytes that are no character become U+FFFD."""
-        return str(self.inner.decode(list(ids), skip_special_tokens=False))
+        with library_errors(f"{self.where} cannot decode {list(ids[:10])}", "use another tokenizer"):
+            return str(self.inner.decode(list(ids), skip_special_tokens=False))
 
     def id_of(self, token: str) -> int | None:
         """The id of exactly this token, or None where there is none."""
-        found: int | None = self.inner.token_to_id(token)
-        return found
+        with library_errors(f"{self.where} cannot look up {token[:40]!r}", "use another tokenizer"):
+            found: int | None = self.inner.token_to_id(token)
+            return found
 
     def stream(self) -> "TokenStream":
         return TokenStream(self)
@@ -50,12 +60,23 @@ class Tokenizer:
 
 def read_tokenizer(path: Path, remedy: str) -> Tokenizer:
     """A tokenizer.json. Raises `CheckpointError`, with the remedy, where it is malformed."""
+    content = path.read_bytes()
+    with library_errors(f"{path} is no tokenizer", remedy):
+        return Tokenizer(tokenizers.Tokenizer.from_buffer(content), str(path))
+
+
+@contextmanager
+def library_errors(what: str, remedy: str) -> Iterator[None]:
+    """Raise `CheckpointError` for whatever the tokenizer library raises.
+
+    That is `Exception` itself, or its `PanicException`, which is no `Exception` and may not be caught by name.
+    """
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
-    except OSError:
+        yield
+    except (TwinferError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except Exception as error:  # the library raises bare exceptions
-        raise CheckpointError(f"{path} is no tokenizer ({error}); {remedy}") from None
+    except BaseException as error:
+        raise CheckpointError(f"{what} ({' '.join(str(error).split())}); {remedy}") from None
 
 
 class TokenStream:

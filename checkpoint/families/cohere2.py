@@ -1,7 +1,7 @@
 """Command R7B and A: Command R's, with windows; those layers alone rotate."""
 
 from ...spec.config import RotaryLayout
-from ..family import Family, ParsedConfig
+from ..family import Family, ParsedConfig, alias
 from ..fields import Fields
 from ..llama_like import all_but_every, layer_count, layer_types, rotation_of, windows
 from . import cohere
@@ -9,7 +9,7 @@ from . import cohere
 
 def _read(config: Fields) -> ParsedConfig:
     """All layers but every fourth have a window, and those alone rotate."""
-    pattern = config.integer("sliding_window_pattern", 4)
+    pattern = config.integer(alias(config, "sliding_window_pattern", "_sliding_window_pattern"), 4)
     config.only("layer_switch", pattern)
     config.only("order_of_interleaved_layers", "local_attn_first")
     config.only("use_qk_norm", False)

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from ...spec.errors import CheckpointError
 from ..fields import Fields
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, library_errors
 
 
 class TokenType(IntEnum):
@@ -97,6 +97,11 @@ def rebuilt(metadata: Fields) -> Tokenizer | None:
             f"{metadata.where}tokenizer.ggml.pre is {pre!r}; the ways to cut text known here are: "
             + ", ".join(PRE_TOKENIZERS)
         )
+    with library_errors(f"{metadata.where}the tokenizer cannot be rebuilt", "fetch the file again"):
+        return _rebuilt(metadata, pre)
+
+
+def _rebuilt(metadata: Fields, pre: str) -> Tokenizer:
     tokens = metadata.texts("tokenizer.ggml.tokens")
     inner = tokenizers.Tokenizer(
         models.BPE(
@@ -111,7 +116,7 @@ def rebuilt(metadata: Fields) -> Tokenizer | None:
     inner.decoder = decoders.ByteLevel()
     _add_special(inner, tokens, metadata)
     _surround(inner, tokens, metadata, pre in BEGIN_BY_DEFAULT)
-    return Tokenizer(inner)
+    return Tokenizer(inner, f"{metadata.where}the tokenizer")
 
 
 def special_tokens(metadata: Fields) -> dict[str, str]:

@@ -229,17 +229,78 @@ def test_damaged_safetensors_headers_never_crash(saved: Path, data: st.DataObjec
 
 def test_shards_are_read_only_beside_the_index(folder: Path, tmp_path: Path) -> None:
     weight_map = shard(folder)
+    """Whatever the name leads to: the index comes with the model."""
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes((folder / "one.safetensors").read_bytes())
-    (folder / "link.safetensors").symlink_to(outside)
     (folder / "inner").mkdir()
     (folder / "inner" / "one.safetensors").write_bytes(outside.read_bytes())
-    for name in ("../outside.safetensors", str(outside), "link.safetensors", "inner/one.safetensors", "..", "", "\0"):
+    places = ["../outside.safetensors", str(outside), "inner/one.safetensors", "./one.safetensors", "inner\\one"]
+    for name in (*places, "C:one.safetensors", "..", ".", "", "\0"):
         moved = {tensor: name if file == "one.safetensors" else file for tensor, file in weight_map.items()}
         write_index(folder, moved)
-        assert f"names {name!r}, which lies outside its folder" in refusal(folder)
+        assert f"names {name!r}; it must name files beside itself, without a folder" in refusal(folder)
     write_index(folder, weight_map)
     assert open_model(str(folder)).config.hidden == 8
+
+
+def test_a_users_own_links_are_followed(folder: Path, tmp_path: Path) -> None:
+    """Of shards, of the folder of a hub cache's blobs, and of the single file: links do not come with a model."""
+    whole = (folder / WEIGHTS).read_bytes()
+    shard(folder)
+    elsewhere = tmp_path / "elsewhere" / "deeper"
+    elsewhere.mkdir(parents=True)
+    for name in ("one.safetensors", "two.safetensors"):
+        (folder / name).rename(elsewhere / name)
+        (folder / name).symlink_to(elsewhere / name)
+    assert open_model(str(folder)).config.hidden == 8
+    snapshot = tmp_path / "hub" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "blobs").symlink_to(elsewhere)
+    for file in folder.iterdir():
+        blob = elsewhere / file.name
+        if not blob.exists():
+            blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / file.name)
+    assert open_model(str(snapshot)).config.hidden == 8
+    for name in (INDEX, "one.safetensors", "two.safetensors"):
+        (folder / name).unlink()
+    (elsewhere / WEIGHTS).write_bytes(whole)
+    (folder / WEIGHTS).symlink_to(elsewhere / WEIGHTS)
+    assert open_model(str(folder)).config.hidden == 8
+
+
+def test_an_end_token_of_minus_one_is_none(folder: Path) -> None:
+    """So others write it; in a list it leaves the others, and any other negative number means nothing."""
+    for name in ("config.json", "generation_config.json"):
+        for value, tokens in ((-1, ()), ([-1], ()), ([-1, 2, -1], (2,)), (2, (2,))):
+            if name == "config.json":
+                (folder / "generation_config.json").unlink(missing_ok=True)
+                change_config(folder, eos_token_id=value)
+            else:
+                (folder / name).write_text(json.dumps({"eos_token_id": value}))
+            assert open_model(str(folder)).end_tokens == tokens
+    for value in (-2, [-2], 10**400, True, 1.0):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        assert "eos_token_id is" in refusal(folder, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chat_template": [{"name": {}}]}, "chat_template[0].name is {}; it must be a string"),
+        ({"chat_template": [{"name": "default", "template": 1}]}, "chat_template[0].template is 1; it must be"),
+        ({"chat_template": ["default"]}, 'chat_template[0] is "default"; it must be an object with name and template'),
+        ({"chat_template": {"a": 1}}, "chat_template is no text"),
+        ({"eos_token": "\ud800"}, r'holds "\ud800", half a surrogate pair'),
+        ({"eos_token": {"content": "\ud800"}}, "half a surrogate pair"),
+        ({"chat_template": "\udfff"}, "half a surrogate pair"),
+    ],
+)
+def test_tokenizer_configs_that_cannot_be_used(folder: Path, values: dict[str, Any], message: str) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(TwinferError) as caught:
+        open_model(str(folder))
+    assert message in str(caught.value)
 
 
 def test_indices_that_do_not_match_their_files(folder: Path) -> None:

@@ -51,6 +51,55 @@ def usual(**changed: Any) -> dict[str, Any]:
     return {**files, **changed}
 
 
+TRANSFORMER_6 = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+}
+"""sentence_bert_config.json as sentence-transformers 6 writes it."""
+POOLING_6 = {"embedding_dimension": 8, "pooling_mode": "mean", "include_prompt": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "most"),
+    [
+        ({"model_max_length": 256}, None, 256),
+        ({"model_max_length": 512}, {"truncation": {"max_length": 256}}, 256),
+        ({"model_max_length": 10**30}, {"truncation": {"max_length": 128}}, 128),
+        ({"model_max_length": 1e30}, {"truncation": None}, None),
+        (None, {"truncation": {"max_length": 16}}, 16),
+        ({}, {}, None),
+    ],
+)
+def test_newer_folders_have_their_limit_in_the_tokenizers_files(
+    tmp_path: Path, config: object, tokenizer: object, most: int | None
+) -> None:
+    """The fewer tokens of the two, as the tokenizer itself cuts texts."""
+    files = {"sentence_bert_config.json": TRANSFORMER_6, "1_Pooling/config.json": POOLING_6}
+    written = {"tokenizer_config.json": config, "tokenizer.json": tokenizer}
+    folder = write(tmp_path, usual(**files, **{name: each for name, each in written.items() if each is not None}))
+    assert recipe_of(folder, ENCODER) == EmbeddingRecipe(pooling=Pooling.MEAN, normalize=True, most_tokens=most)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"transformer_task": "sequence-classification"},
+        {"module_output_name": "scores"},
+        {"modality_config": {"text": {"method": "forward", "method_output_name": "logits"}}},
+        {"modality_config": {**TRANSFORMER_6["modality_config"], "image": {"method": "forward"}}},  # type: ignore[dict-item]
+        {"surprise": 1},
+    ],
+)
+def test_other_tasks_are_named_and_leave_the_limit(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """Which holds for whatever pooling is asked for instead."""
+    limit = {"tokenizer_config.json": {"model_max_length": 256}}
+    transformer = {**TRANSFORMER_6, **changed}
+    recipe = recipe_of(write(tmp_path, usual(**{"sentence_bert_config.json": transformer}, **limit)), ENCODER)
+    assert (recipe.pooling, recipe.normalize, recipe.most_tokens) == (None, None, 256)
+    assert f"{next(iter(changed))} is" in recipe.unknown
+
+
 def test_a_folder_that_says_nothing_means_the_mean_not_scaled(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, ENCODER)
     assert recipe == EmbeddingRecipe()

@@ -1,6 +1,7 @@
 """Live transformers models: what is shared, what is refused, and that they run. (That they are the same as their
 folders, in every family, tests/families checks.)"""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,6 +36,47 @@ def with_integers() -> hf.LlamaForCausalLM:
     module = llama()
     for parameter in module.parameters():
         parameter.requires_grad_(False).data = parameter.data.to(torch.int8)
+    return module
+
+
+class Quantized(Tensor):
+    """A weight of a quantization library: a float to whoever asks, and what it computes depends on the library."""
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> "Quantized":
+        made: Quantized = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        return made
+
+    def __init__(self, weight: Tensor):
+        self.codes = weight.to(torch.int8)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes.float())
+        raise NotImplementedError(f"{cls.__name__} has no {func}")
+
+
+def with_weight(change: Callable[[Tensor], Tensor], *, tied: bool = False) -> hf.LlamaForCausalLM:
+    """A module with one weight changed: that of a query projection, or the one that its ends share."""
+    module = llama(tie_word_embeddings=tied)
+    changed = [module.model.embed_tokens, module.lm_head] if tied else [module.model.layers[0].self_attn.q_proj]
+    weight = torch.nn.Parameter(change(changed[0].weight.detach()), requires_grad=False)
+    for each in changed:
+        each.weight = weight
+    return module
+
+
+class Packed(torch.nn.Linear):
+    """Keeps something beside its tensors, as modules of quantization libraries do."""
+
+    def get_extra_state(self) -> Any:
+        return ("packed", 8)
+
+
+def with_packed_parameters() -> hf.LlamaForCausalLM:
+    module = llama()
+    module.model.layers[0].self_attn.q_proj = Packed(12, 12, bias=False)
     return module
 
 
@@ -77,9 +119,22 @@ def test_a_live_model_says_what_transformers_says(module: Any) -> None:
         ),
         (hf.MambaForCausalLM(hf.MambaConfig(**SIZES)), CheckpointError, "model_type is 'mamba'"),
         (llama().to("meta"), WeightError, "this LlamaForCausalLM: model.embed_tokens.weight is on the meta device"),
-        (with_integers(), WeightError, "kept as torch.int8; only floats can be read"),
+        (llama(tie_word_embeddings=True).to("meta"), WeightError, "lm_head.weight is on the meta device"),
+        (with_integers(), WeightError, "kept as torch.int8; only torch.float64, torch.float32, torch.float16"),
+        (with_weight(lambda weight: weight.to(torch.float8_e4m3fn)), WeightError, "kept as torch.float8_e4m3fn; only"),
+        (with_weight(lambda weight: weight.to_sparse()), WeightError, "kept as torch.sparse_coo; only strided"),
+        (with_weight(Quantized), WeightError, "kept as a Quantized; only plain tensors can be read"),
+        (with_weight(Quantized, tied=True), WeightError, "kept as a Quantized; only plain tensors can be read"),
+        (
+            with_packed_parameters(),
+            WeightError,
+            "holds model.layers.0.self_attn.q_proj._extra_state, which a llama model",
+        ),
     ],
-    ids=["no config", "a name", "a classifier", "unknown", "meta", "integers"],
+    ids=[
+        *("no config", "a name", "a classifier", "unknown", "meta", "meta, tied", "integers", "float8", "sparse"),
+        *("a subclass", "a subclass, tied", "packed"),
+    ],
 )
 def test_what_is_not_understood_is_refused(module: Any, error: type[TwinferError], message: str) -> None:
     with pytest.raises(error) as raised:

@@ -1,5 +1,6 @@
 """The trained model's tokenizer against a plain byte-pair encoder, transformers' conversion, and ids known by hand."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from twinfer.checkpoint.fetch import fetched
 from twinfer.checkpoint.fields import Fields
 from twinfer.checkpoint.gguf import tokenizer as gguf_tokenizer
 from twinfer.checkpoint.gguf.file import GgufFile
+from twinfer.checkpoint.tokenizer import library_errors, read_tokenizer
 from twinfer.spec.errors import CheckpointError, RequestError, TwinferError
+
+PanicException = type("PanicException", (BaseException,), {})
+"""What the library raises where its own code fails; its class cannot be imported."""
 
 WORDS = """The| capital| of|France| don't|we'LL |12345| 3.14|  |x²|ⅷ|日本語|né|🦊🦊|'s| --|naïve|_a1b2|٣٤"""
 ODDITIES = ["|", "\n\n", "\t", "\r\n", "\x00", "\u00a0", "\u3000 ", "e\u0301", "\u200d", "<|im", "_end|>", "<|im_end|>"]
@@ -264,6 +269,86 @@ def test_a_tokenizer_file_is_read_without_its_limits(tokenizer: Tokenizer, tmp_p
     limited.enable_padding(length=9)
     again = Tokenizer(tokenizers.Tokenizer.from_str(limited.to_str()))
     assert again.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
+
+
+@pytest.mark.parametrize("token", ["a:b", "$B", "$A:1", "a b", "$", ":", "", "begin", "end"])
+def test_special_tokens_may_hold_signs_of_the_librarys_templates(token: str) -> None:
+    tokens = ["x", token, "y"]
+    more = {"bos_token_id": 1, "eos_token_id": 2, "add_bos_token": True, "add_eos_token": True}
+    rebuilt = gguf_tokenizer.rebuilt(described(tokens, [], "gpt-2", **more))
+    assert rebuilt is not None
+    assert rebuilt.encode("x") == [1, 0, 2]
+    assert rebuilt.encode("x", special=False) == [0]
+    again = Tokenizer(tokenizers.Tokenizer.from_str(rebuilt.inner.to_str()))
+    assert again.encode("x") == [1, 0, 2]
+
+
+@pytest.mark.parametrize("key", ["bos", "eos", "eot", "unknown", "padding"])
+@pytest.mark.parametrize("none", [-1, 2**32 - 1])
+def test_a_special_token_of_minus_one_is_none(key: str, none: int) -> None:
+    """Also where it was written as an unsigned number."""
+    fields = described(["x", "y"], [], "llama-bpe", **{f"{key}_token_id": none})
+    rebuilt = gguf_tokenizer.rebuilt(fields)
+    assert rebuilt is not None
+    assert rebuilt.encode("x") == [0]
+    assert gguf_tokenizer.special_tokens(fields) == {}
+    assert gguf_tokenizer.end_tokens(fields, 2) == ()
+
+
+def saved(folder: Path, **parts: Any) -> Path:
+    """A tokenizer.json with these parts."""
+    plain = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    plain |= dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(plain | parts))
+    return path
+
+
+def test_a_word_without_a_token_is_refused_where_none_stands_for_it(tmp_path: Path) -> None:
+    """The library raises a bare `Exception`; honest files come to that."""
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    path = saved(tmp_path, model=words)
+    tokenizer = read_tokenizer(path, "fetch it again")
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot encode 'b' \(WordLevel error"):
+        tokenizer.encode("b")
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**32], [2**70]])
+def test_ids_that_no_tokenizer_has_are_refused(tokenizer: Tokenizer, ids: list[int]) -> None:
+    with pytest.raises(CheckpointError, match="cannot decode"):
+        tokenizer.decode(ids)
+
+
+class Panicking:
+    """A tokenizer of the library whose every step panics."""
+
+    def __getattr__(self, name: str) -> Any:
+        def panic(*given: Any, **named: Any) -> Any:
+            raise PanicException("called `Option::unwrap()` on a\n`None` value")
+
+        return (lambda: None) if name in ("no_truncation", "no_padding") else panic
+
+
+def test_panics_are_refusals_and_interrupts_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panic is no `Exception`; the interrupt of a user at the keyboard is none either, and stays what it is."""
+    tokenizer = Tokenizer(Panicking(), "x/tokenizer.json")
+    for step in (lambda: tokenizer.encode("a"), lambda: tokenizer.decode([1]), lambda: tokenizer.id_of("a")):
+        with pytest.raises(CheckpointError, match=r"x/tokenizer\.json .*unwrap\(\)` on a `None` value"):
+            step()
+    with pytest.raises(KeyboardInterrupt), library_errors("x", "y"):
+        raise KeyboardInterrupt
+
+
+def test_a_tokenizer_that_panics_when_it_is_read(tmp_path: Path) -> None:
+    """A byte-pair model whose merge has no token, a normalizer's pattern of nonsense, a prefix of no characters."""
+    for model in (
+        {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]},
+        {"type": "WordPiece", "vocab": {}, "unk_token": 1},
+        {"type": "Unigram", "vocab": [], "unk_id": 5},
+    ):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer \(.*fetch it again"):
+            read_tokenizer(saved(tmp_path, model=model), "fetch it again")
 
 
 def test_errors_are_the_projects_own() -> None:

@@ -1,5 +1,6 @@
 """Command R and R7B beside transformers, over everything that their config classes let vary."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -142,6 +143,24 @@ def test_what_is_not_computed_is_refused(field: dict[str, Any]) -> None:
     config = Fields(OLDER_COHERE2 | field, "config.json: ")
     with pytest.raises(ConfigError, match=next(iter(field))):
         parse_config(find(FAMILIES, config), config)
+
+
+def test_the_pattern_goes_by_two_names() -> None:
+    """Newer files keep it under a name with a dash before, beside the layers' types, which count."""
+    types = ["sliding_attention", "full_attention"] * 2
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "layer_types": types}
+    saved = json.loads(Cohere2Config(**sizes).to_json_string()) | {"_sliding_window_pattern": 4}
+    saved.pop("sliding_window_pattern", None)
+    config = Fields(saved, "config.json: ")
+    parsed = parse_config(find(FAMILIES, config), config).config
+    assert [layer.attention.window for layer in parsed.layers] == [4096, None, 4096, None]
+    both = Fields(saved | {"sliding_window_pattern": 2}, "config.json: ")
+    with pytest.raises(ConfigError, match="_sliding_window_pattern is 4; it must be as sliding_window_pattern is"):
+        parse_config(find(FAMILIES, both), both)
+    del saved["layer_types"]
+    config = Fields(saved | {"_sliding_window_pattern": 2}, "config.json: ")
+    parsed = parse_config(find(FAMILIES, config), config).config
+    assert [layer.attention.window for layer in parsed.layers] == [4096, None, 4096, None]
 
 
 def gains_of_first_head(weights: LayerWeights) -> LayerWeights:
