@@ -32,6 +32,9 @@ from .sequences import StaticSequences
 from .steps import Cache, Piece, as_is, decode_program, encode_program, prefill_program
 from .weights import Model, prepare
 
+_FIRST_SLOTS = 1024
+"""Numbers of slots that are made at first; the table of them doubles when more are used."""
+
 _PREFILL_TOKENS = 512
 """The longest piece of a prompt that is prefilled at once."""
 
@@ -74,7 +77,7 @@ class CompiledPath:
         self._report = report or (lambda line: None)
         with pinned(self._threads):
             self._model = prepare(source, self._storage, self._device)
-            self._slots = torch.arange(max(2, self._config.context), device=self._device)
+            self._slots = torch.arange(_FIRST_SLOTS, device=self._device)
         self._graphs = decode_graphs(Graphs.OFF if _eager else by_whom, self._model, self._device, self._report)
         self._eager, self._keep_guards = _eager, _keep_guards
         makers: dict[str, Callable[[Piece], Callable[..., Any]]] = {
@@ -189,7 +192,7 @@ class CompiledPath:
 
         token_T = joined(tokens)
         type_T = torch.zeros_like(token_T) if types is None else joined(types)
-        position_T = joined([self._slots[:length] for length in lengths])
+        position_T = joined([self._slots_to(length) for length in lengths])
         cu_seqlens = torch.tensor([0, *accumulate(lengths * 2 if lone else lengths)])
         program = self._ready("encode")
         hidden_TE = program(self._model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens)
@@ -230,11 +233,17 @@ class CompiledPath:
         name = {1: "decode", PASS_ROWS: "decode rows"}.get(len(rows), "decode many")
         program, longest = self._ready(name), max(positions) + 1
         if self._graphs is not None:
-            slot_S = self._slots[: self._graphs.slots(longest, capacity)]
+            slot_S = self._slots_to(self._graphs.slots(longest, capacity))
             return self._graphs.step(program, sequences.caches, step, slot_S)
-        slot_S, step_3R = self._slots[: max(2, longest)], torch.tensor(step, device=self._device)
+        slot_S, step_3R = self._slots_to(max(2, longest)), torch.tensor(step, device=self._device)
         logits_RV: Tensor = program(self._model, sequences.caches, step_3R, slot_S)
         return logits_RV
+
+    def _slots_to(self, count: int) -> Tensor:
+        """0 .. count - 1: the beginning of a table that doubles when it is too short; a context may be 2 ** 30."""
+        if count > len(self._slots):
+            self._slots = torch.arange(max(count, 2 * len(self._slots)), device=self._device)
+        return self._slots[:count]
 
     def _inductor_captures(self, name: str) -> bool:
         return isinstance(self._graphs, InductorGraphs) and name.startswith("decode")
@@ -250,7 +259,8 @@ class CompiledPath:
         logits_1V = sequences.last_BV[:0]
         for piece_T in token_T.tensor_split(-(-len(token_T) // _PREFILL_TOKENS)):
             end = begin + len(piece_T)
-            position_T, slot_S = self._slots[begin:end], self._slots[:end]
+            slot_S = self._slots_to(end)
+            position_T = slot_S[begin:]
             logits_1V, hidden_TE = program(self._model, sequences.caches, piece_T, position_T, start_1, slot_S)
             if every_position:
                 logits_TV = head_prefill(hidden_TE, self._model.head, self._storage)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinfer.compiled import attention
 from twinfer.compiled import path as path_module
@@ -68,6 +69,34 @@ def test_any_schedule_gives_what_the_reference_gives(case: tuple[Any, ...]) -> N
         patch.setattr(attention, "_PRODUCT_ROWS", product_rows)
         path = CompiledPath(source, storage=storage, _eager=True)
         assert_paths_agree(Baseline.of(source, storage=storage), path, schedule)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@given(config=configs.filter(lambda config: not config.learned_positions), seed=seeds, first=st.sampled_from([1, 5]))
+def test_a_long_context_costs_nothing_until_it_is_used(config: ModelConfig, seed: int, first: int) -> None:
+    """Of 2**28 tokens: bit by bit what the short context gives, without a table of the context's size."""
+    given_tokens = tokens(config, seed, 12)
+    with pytest.MonkeyPatch.context() as patch, Largest() as largest:
+        patch.setattr(path_module, "_FIRST_SLOTS", first)  # so that it grows on the way
+        found = [
+            (path := eager(replace(config, context=context), seed)).extend(
+                path.open(1, 4), [given_tokens], every_position=True
+            )[0]
+            for context in (CONTEXT, 2**28)
+        ]
+    assert bits(found[0]) == bits(found[1])
+    assert largest.elements < 2**20
 
 
 @given(config=configs, seed=seeds, storage=storages, lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4))
