@@ -177,7 +177,8 @@ def _add_special(inner: tokenizers.Tokenizer, tokens: list[str], metadata: Field
 
 def _surround(inner: tokenizers.Tokenizer, tokens: list[str], metadata: Fields, begin_by_default: bool) -> None:
     """Have every text begin and end as the file says."""
-    template, used = ["$A"], []
+    template = ["$A"]
+    used: list[tuple[str, int]] = []
     begin = _token_id(metadata, "tokenizer.ggml.bos_token_id", len(tokens))
     end = _token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens))
     if begin is not None and metadata.flag("tokenizer.ggml.add_bos_token", begin_by_default):

@@ -246,6 +246,24 @@ def test_reading_leaves_the_file_alone() -> None:
         assert path.read_bytes() == before
 
 
+ARRAY = gguf.gguf_writer.GGUFValue(["llama"], gguf.GGUFValueType.ARRAY)
+
+
+def yarn(
+    base: float = 10000.0, fast: float = 32.0, slow: float = 1.0, factor: float = 4.0
+) -> Callable[[gguf.GGUFWriter], None]:
+    """Numbers as 64-bit floats, which hold what 32-bit ones do not."""
+    numbers = {"freq_base": base, "scaling.yarn_beta_fast": fast, "scaling.yarn_beta_slow": slow}
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        for name, number in {**numbers, "scaling.factor": factor}.items():
+            writer.kv_data[0].pop(f"llama.rope.{name}", None)
+            writer.add_float64(f"llama.rope.{name}", number)
+
+    return add
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -258,6 +276,31 @@ def test_reading_leaves_the_file_alone() -> None:
         ({"add": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, WeightError, "holds blk.0.attn_q_norm.weight"),
         ({"add": {"rope_freqs.weight": np.ones(3, np.float32)}}, WeightError, "has shape [3]; it must be [8]"),
         ({"add": {"rope_freqs.weight": np.zeros(8, np.float32)}}, ConfigError, "holds 0.0; all must be above 0"),
+        (
+            {"add": {"rope_freqs.weight": np.full(8, np.inf, np.float32)}},
+            ConfigError,
+            "holds inf; all must be",
+        ),
+        ({"add": {"rope_freqs.weight": np.ones(8, np.int32)}}, WeightError, "rope_freqs.weight is kept as I32"),
+        ({"change": yarn(base=1.0)}, ConfigError, "llama.rope.freq_base is 1.0; it must be above 1, with YaRN"),
+        ({"change": yarn(fast=np.inf)}, ConfigError, "yarn_beta_fast is Infinity; it must be a finite number above 0"),
+        ({"change": yarn(slow=1e-320)}, ConfigError, "yarn_beta_slow is 1e-320; it must be a finite number above 0"),
+        (
+            {"change": yarn(factor=1e308)},
+            ConfigError,
+            "scaling.factor is 1e+308; it must be a finite number above",
+        ),
+        (
+            {"change": lambda w: w.kv_data[0].__setitem__("general.architecture", ARRAY)},
+            ConfigError,
+            'general.architecture is ["llama"]; it must be a string',
+        ),
+        (
+            {"change": lambda w: w.add_array("general.type", ["model"])},
+            ConfigError,
+            'general.type is ["model"]; it must be a string',
+        ),
+        ({"change": lambda w: w.add_string("split.count", "3")}, ConfigError, 'split.count is "3"; it must be a whole'),
         ({"change": lambda w: w.add_expert_count(8)}, ConfigError, "llama.expert_count is 8; it must be 0"),
         ({"change": lambda w: w.add_logit_scale(2.0)}, ConfigError, "llama.logit_scale is 2.0; this version does not"),
         (

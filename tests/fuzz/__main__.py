@@ -48,7 +48,7 @@ class Child:
             self._start()
         self._connection.send(index)
         try:
-            if self._connection.poll(self._seconds + START_SECONDS * first):
+            if self._connection.poll(self._seconds + START_SECONDS * first):  # the first waits for the start as well
                 outcome: tuple[str, str] = self._connection.recv()
                 return outcome
             self.stop()
