@@ -43,12 +43,11 @@ class Child:
         self._connection: Connection
 
     def tried(self, index: int) -> tuple[str, str]:
-        first = self._process is None
-        if first:
+        if self._process is None:
             self._start()
         self._connection.send(index)
         try:
-            if self._connection.poll(self._seconds + START_SECONDS * first):  # the first waits for the start as well
+            if self._connection.poll(self._seconds):
                 outcome: tuple[str, str] = self._connection.recv()
                 return outcome
             self.stop()
@@ -73,6 +72,8 @@ class Child:
         self._process = fork.Process(target=serve, args=(theirs, self._models, self._seed), daemon=True)
         self._process.start()
         theirs.close()
+        if not self._connection.poll(START_SECONDS) or self._connection.recv() != "ready":
+            raise RuntimeError("an undamaged model gave no answer")
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ def serve(connection: Connection, models: list[Path], seed: int) -> None:
     limit = _held() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection.send("ready")
     while True:
         index = connection.recv()
         connection.send(tried(models, usual, seed, index))
