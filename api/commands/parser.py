@@ -3,7 +3,7 @@
 import argparse
 import sys
 from importlib.metadata import version
-from typing import IO, NoReturn
+from typing import Any, NoReturn
 
 from twinfer.spec.errors import RequestError
 
@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message} (see {self.prog} --help)")
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         """Print help or the version; the original says nothing where that fails."""
         (sys.stderr if file is None else file).write(message)
 
