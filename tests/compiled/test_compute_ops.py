@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from twinfer.compiled import precision
-from twinfer.compiled.attention import attend_decode, seen
+from twinfer.compiled import compute as compute_file
+from twinfer.compiled.attention import attend_decode, decode_mask
 from twinfer.compiled.linear import linear_decode, linear_prefill
 from twinfer.compiled.norms import rms_norm
 from twinfer.compiled.packing import pack, quantize
@@ -70,7 +70,7 @@ def cases_in(op: Op, twin: Fast, compute: torch.dtype) -> Iterator[Case]:
             yield case
 
 
-@pytest.mark.parametrize("compute", precision.COMPUTE_DTYPES, ids=str)
+@pytest.mark.parametrize("compute", compute_file.COMPUTE_DTYPES, ids=str)
 @twins
 def test_functions_keep_the_budget_of_compute(op: Op, twin: Fast, compute: torch.dtype) -> None:
     """On drawn cases in each dtype, uncompiled, no output is further from the float64 truth than its budget allows."""
@@ -88,7 +88,7 @@ def test_a_processor_without_16_bit_products_multiplies_in_float32(
     """Weights are then not rounded to 16 bits: of one input the product is x * weight, rounded once."""
     weight_NI, x_TI = torch.linspace(-1, 1, 20)[:, None] / 3, torch.tensor([[1.0], [1.0 / 3], [0.1]])
     matrix, x_TI = pack(quantize(weight_NI, storage)), x_TI.to(torch.float16)
-    monkeypatch.setattr(precision, "_multiplies", lambda compute: False)
+    monkeypatch.setitem(compute_file._CPU_MULTIPLIES, torch.float16, False)
     wanted_TN = linear_prefill(x_TI.to(torch.float32), matrix, storage).to(torch.float16)
     assert torch.equal(linear_prefill(x_TI, matrix, storage), wanted_TN)
 
@@ -103,6 +103,6 @@ def test_sums_of_float16_are_not_float16() -> None:
         assert linear_decode(x_TM, matrix, storage).tolist() == [[0.0]]
         assert linear_prefill(x_TM, matrix, storage).tolist() == [[0.0]]
     query, where = torch.full((1, 2, 64), 100.0, dtype=torch.float16), torch.tensor([0])
-    saw = seen(where, where, where, None, compute=torch.float16)
-    how = {"seen": saw, "position_R": where, "slot_S": where, "scale": 0.125}
+    mask = decode_mask(where, where, where, None, compute=torch.float16)
+    how = {"mask": mask, "position_R": where, "slot_S": where, "scale": 0.125}
     assert torch.equal(attend_decode(query, query, query / 100, **how), query / 100)  # a score of 640 000 / 8
