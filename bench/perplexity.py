@@ -1,4 +1,4 @@
-"""python -m twinfer.bench.perplexity: does the compiled path read a paragraph as the reference does?
+"""Whether the compiled path reads a paragraph as the reference does.
 
 For each storage, the mean log-likelihood of a fixed English paragraph on the reference (float64: the truth; float32)
 and on the compiled path, on the same stored weights. The difference between compiled and truth is held against the
@@ -8,9 +8,6 @@ averaged over the positions.
 Shapes: T tokens, V vocabulary, M hidden.
 """
 
-import argparse
-import json
-import sys
 from typing import Any
 
 import torch
@@ -18,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, open_model
+from ..checkpoint import Checkpoint
 from ..compiled.path import CompiledPath
 from ..oracle.scale import linear_scale
 from ..reference.path import ReferencePath
 from ..spec.config import Storage
 from ..spec.decoder import Decoder
-from ..spec.errors import RequestError, TwinferError
+from ..spec.errors import RequestError
 
 PARAGRAPH = (
     "The lighthouse stood on a narrow point of rock at the end of the island. For more than a hundred years its "
@@ -36,23 +33,8 @@ PARAGRAPH = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m twinfer.bench.perplexity", description=__doc__)
-    parser.add_argument("model", nargs="?", default="smollm2", help="folder, .gguf file or built-in name (smollm2)")
-    parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
-    options = parser.parse_args(arguments)
-    try:
-        checkpoint = open_model(options.model)
-        rows = [compare(checkpoint, storage) for storage in Storage]
-    except TwinferError as error:
-        print(f"twinfer.bench.perplexity: error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(rows)) if options.json else show(rows)
-    return 0 if all(row["holds"] for row in rows) else 1
-
-
 def compare(checkpoint: Checkpoint, storage: Storage) -> dict[str, Any]:
-    """The figures of one storage."""
+    """Return the figures of one storage."""
     if checkpoint.tokenizer is None:
         raise RequestError(f"{checkpoint.name} has no tokenizer, which perplexity of a text needs")
     token_T = torch.tensor(checkpoint.tokenizer.encode(PARAGRAPH))
@@ -80,7 +62,7 @@ def compare(checkpoint: Checkpoint, storage: Storage) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The figures as a table."""
+    """Print the figures as a table."""
     table = Table(title="perplexity of a fixed paragraph")
     for title in ("storage", "reference f64", "reference f32", "compiled", "difference", "bound", "holds"):
         table.add_column(title, justify="left" if title == "storage" else "right")
@@ -101,7 +83,3 @@ def _logits(path: Decoder, token_T: Tensor) -> Tensor:
 def _mean_log_likelihood(logits_TV: Tensor, token_T: Tensor) -> float:
     """Of each token after the first, given those before it; in float64."""
     return -float(torch.nn.functional.cross_entropy(logits_TV[:-1].double(), token_T[1:]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

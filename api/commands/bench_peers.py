@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; the exit status."""
+    if find_spec("twinfer.bench.peers") is None:
+        raise RequestError("twinfer bench peers is run from a checkout with the extra peers: pip install -e '.[peers]'")
     from twinfer.bench.model_tables import print_ratios, print_speeds
     from twinfer.bench.peers.comparison import measure
     from twinfer.bench.plan import Plan

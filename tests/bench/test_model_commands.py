@@ -224,6 +224,23 @@ def test_a_model_that_peers_do_not_know_is_refused(tmp_path: Path, capsys: pytes
     assert "no text can be continued" in capsys.readouterr().err
 
 
+def test_peers_that_are_not_installed_are_refused_in_a_line(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a wheel, which does not hold them."""
+    monkeypatch.setattr("twinfer.commands.bench_peers.find_spec", lambda name: None)
+    assert main(["bench", "peers", tiny]) == 2
+    error = (
+        "twinfer: error: twinfer bench peers is run from a checkout with the extra peers: pip install -e '.[peers]'\n"
+    )
+    assert capsys.readouterr().err == error
+
+
+def test_perplexity_needs_a_tokenizer(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "perplexity", tiny]) == 2
+    assert "has no tokenizer, which perplexity of a text needs" in capsys.readouterr().err
+
+
 def test_model_puts_what_a_subprocess_measured_beside_its_speeds(
     tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

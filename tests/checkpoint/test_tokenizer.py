@@ -1,5 +1,6 @@
 """The trained model's tokenizer against a plain byte-pair encoder, transformers' conversion, and ids known by hand."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
