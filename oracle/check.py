@@ -185,12 +185,12 @@ def described(op: Op) -> str:
     """The guarantee in one line.
 
     >>> described(OPS["attention"])
-    'BUDGET by rows B T H'
+    'BUDGET by elements'
     """
     match op.guarantee:
         case Budget() as budget:
             exact = ", exact on integers" if budget.exact_on_integers else ""
-            return f"BUDGET by rows {budget.rows}{exact}"
+            return f"BUDGET by elements{exact}"
         case guarantees.Bitwise():
             return "BITWISE"
         case guarantees.Discrete():

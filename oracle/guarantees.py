@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .budget import named_index
 from .case import Data, Inputs
-from .trial import PASSED, Status, Trial, Verdict, copied, failure, same_bits
+from .trial import PASSED, Status, Trial, Verdict, failure, same_bits
+from .ulp import named_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,8 @@ class Discrete:
             )
         regret = self.regret(trial.exact_inputs, trial.got)
         both_budgets = 2 * self.c * self.eps * self.scale(trial.exact_inputs)
-        ratio = float((regret / both_budgets.clamp_min(torch.finfo(torch.float32).smallest_normal)).max())
+        ratios = regret / both_budgets.clamp_min(torch.finfo(torch.float32).smallest_normal)
+        ratio = float(ratios.nan_to_num(nan=torch.inf, posinf=torch.inf).max())  # no number is no proof
         if ratio <= 1:
             return Verdict(status=Status.PASSED, ratio=ratio)
         return failure(
@@ -102,11 +103,12 @@ class Statistical:
 
     def judge(self, trial: Trial) -> Verdict:
         probability_V = self.probability(trial.exact_inputs)
-        given = copied(trial.inputs)
+        calls = trial.drawn(self.samples)
+        if calls.complaint is not None:
+            return failure(calls.complaint)
         count_V = torch.zeros_like(probability_V)
-        for _ in range(self.samples):
-            outcome = int(trial.candidate(**given))
-            if not 0 <= outcome < len(count_V) or probability_V[outcome] == 0:
+        for outcome in calls.result:
+            if not 0 <= outcome < len(count_V) or not probability_V[outcome] > 0:
                 return failure(f"returns {outcome}, which has probability 0")
             count_V[outcome] += 1
         p_value = chi_square_p_value(count_V, probability_V)

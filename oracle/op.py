@@ -10,7 +10,7 @@ from typing import Any
 
 from ..spec.decoder import Path
 from .case import Case, Inputs, Picker
-from .trial import Guarantee, Trial
+from .trial import Arithmetic, Guarantee, Trial
 
 Function = Callable[..., Any]
 
@@ -73,5 +73,5 @@ class Op:
         if bool(self.fast) == bool(self.no_fast):
             raise ValueError(f"op {self.name}: give either fast callables or the reason why there is none")
 
-    def trial(self, candidate: Function, case: Case) -> Trial:
-        return Trial(case, self.inputs(case), self.reference, candidate, self.outputs)
+    def trial(self, candidate: Function, case: Case, arithmetic: Arithmetic = Arithmetic.WIDE) -> Trial:
+        return Trial(case, self.inputs(case), self.reference, candidate, self.outputs, arithmetic)

@@ -1,7 +1,8 @@
 """One call of a candidate beside the reference, and what was thought of it.
 
 `Trial` computes each side at most once: the truth (the reference in float64 on the very values the candidate gets), the
-eager reference (in the candidate's own dtype), and the candidate. A `Guarantee` looks at a trial and returns a verdict.
+eager reference (in the candidate's own dtype), and the candidate, which is called after both. A `Guarantee` looks at a
+trial and returns a verdict.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,16 @@ import torch
 from torch import Tensor
 
 from .case import Case, Inputs
+from .process import ProcessState
+
+
+class Arithmetic(StrEnum):
+    """What a candidate of a 16-bit output sums in."""
+
+    WIDE = "wide"
+    """float32: sums are float32, and only what the reference returns or stores on the way is rounded to 16 bits."""
+    NARROW = "narrow"
+    """The 16-bit dtype itself: every partial sum may be rounded to it."""
 
 
 class Status(StrEnum):
@@ -54,17 +65,31 @@ class Trial:
     candidate: Callable[..., Any]
     outputs: tuple[str, ...]
     """The axes of each tensor that comes out, such as "B T H D"."""
+    arithmetic: Arithmetic = Arithmetic.WIDE
+    """What the candidate says of its own arithmetic."""
 
     @cached_property
     def exact_inputs(self) -> Inputs:
         """The inputs in float64: every float tensor, and every dtype asked for. The values are unchanged."""
+        return {name: map_leaves(_widened, value) for name, value in self.inputs.items()}
 
-        def widen(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                return leaf.to(torch.float64)
-            return torch.float64 if isinstance(leaf, torch.dtype) else leaf
+    @cached_property
+    def sized_inputs(self) -> Inputs:
+        """The exact inputs, those that may be read as zero raised to where eps of float32 covers them.
 
-        return {name: map_leaves(widen, value) for name, value in self.inputs.items()}
+        Products of bfloat16 may read subnormals as zero (x86's AVX512-BF16 and AMX do), which costs up to the smallest
+        normal number; so for the sizes of what rounds, each counts as that number over eps.
+        """
+
+        def size(leaf: Any) -> Any:
+            wide = _widened(leaf)
+            if not isinstance(leaf, Tensor) or leaf.dtype is not torch.bfloat16:
+                return wide
+            least = torch.finfo(torch.bfloat16).smallest_normal
+            read_as_zero = (wide != 0) & (wide.abs() < least)
+            return wide.where(~read_as_zero, wide.sign() * (least / torch.finfo(torch.float32).eps))
+
+        return {name: map_leaves(size, value) for name, value in self.inputs.items()}
 
     @cached_property
     def truth(self) -> list[Tensor]:
@@ -72,19 +97,16 @@ class Trial:
 
     @cached_property
     def eager(self) -> list[Tensor]:
-        return leaves(self.reference(**copied(self.inputs)))
-
-    @cached_property
-    def given(self) -> Inputs:
-        """What the candidate is handed; afterwards it shows whether the candidate wrote to it."""
-        return copied(self.inputs)
+        return leaves(self._eager_result[1])
 
     @cached_property
     def got(self) -> list[Tensor]:
-        return leaves(self.candidate(**self.given))
+        return leaves(self._calls.result)
 
     def misfit(self) -> Verdict | None:
-        """A failure if the candidate's result cannot be compared at all, or its inputs were written to."""
+        """Return a failure if the result cannot be compared at all, or the candidate touched what is not its own."""
+        if self._calls.complaint is not None:
+            return failure(self._calls.complaint)
         if len(self.got) != len(self.eager):
             return failure(f"returns {len(self.got)} tensors, the reference {len(self.eager)}")
         for axes, got, eager in zip(self.outputs, self.got, self.eager, strict=True):
@@ -92,11 +114,128 @@ class Trial:
                 return failure(f"returns shape {list(got.shape)} for [{axes}], the reference {list(eager.shape)}")
             if got.dtype != eager.dtype:
                 return failure(f"returns {got.dtype} for [{axes}], the reference {eager.dtype}")
-        for name, value in self.inputs.items():
-            for before, after in zip(leaves(value), leaves(self.given[name]), strict=True):
-                if not same_bits(before, after):
-                    return failure(f"writes to its argument {name}, which belongs to the caller")
         return None
+
+    @cached_property
+    def _eager_result(self) -> tuple[Inputs, Any]:
+        given = copied(self.inputs)
+        return given, self.reference(**given)
+
+    @cached_property
+    def _calls(self) -> "Calls":
+        """Call the candidate twice in the same memory: first on other values, then on the case's own.
+
+        A buffer that is used again, or whatever is remembered by address, shows in the second result or in what the
+        second call does to the first. Truth and eager reference are computed before: what a candidate does to the
+        process reaches neither.
+        """
+        given, eager = self._eager_result
+        may_alias = bool(_memory(given) & _memory(eager))
+        _ = self.truth
+        return guarded(lambda: _called_twice(self.candidate, self.inputs, may_alias=may_alias))
+
+    def drawn(self, samples: int) -> "Calls":
+        """Call the candidate many times on the same inputs, moving the same generator on; the result is a list."""
+        given = copied(self.inputs)
+
+        def draw() -> Calls:
+            outcomes = [int(self.candidate(**given)) for _ in range(samples)]
+            return Calls(outcomes, _written_to(self.inputs, given))
+
+        return guarded(draw)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What came of calling a candidate, and what it did besides."""
+
+    result: Any
+    complaint: str | None = None
+
+
+def guarded(run: Callable[[], Calls]) -> Calls:
+    """Run it, put the process back into its state, and complain if it was left in another."""
+    before = ProcessState.now()
+    try:
+        calls = run()
+        changes = before.differences(ProcessState.now())
+    finally:
+        before.restore()
+    if changes and calls.complaint is None:
+        return replace(calls, complaint=f"changes the state of the process: {'; '.join(changes)}")
+    return calls
+
+
+def _called_twice(candidate: Callable[..., Any], inputs: Inputs, *, may_alias: bool) -> Calls:
+    others = {name: map_leaves(_other_values, value) for name, value in inputs.items()}
+    given = copied(others)
+    first = candidate(**given)
+    complaint = _written_to(others, given)
+    held = _tensors(first)
+    kept = [tensor.clone() for tensor in held]
+    shares = bool(_memory(first) & _memory(given))
+    given = _filled(given, inputs)
+    shares = shares or not all(map(same_bits, held, kept))
+    result = candidate(**given)
+    complaint = complaint or _written_to(inputs, given)
+    if complaint is None and not may_alias:
+        if shares:
+            complaint = "returns memory of its inputs, which the caller may write to next"
+        elif not all(map(same_bits, held, kept)):
+            complaint = "a second call changes what the first returned: results belong to the caller"
+    return Calls(result, complaint)
+
+
+def _widened(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        return leaf.to(torch.float64)
+    return torch.float64 if isinstance(leaf, torch.dtype) else leaf
+
+
+def _other_values(leaf: Any) -> Any:
+    """Other values of the same kind: each row backwards, and floats half as large."""
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+        return leaf
+    return leaf.flip(-1) * 0.5 if leaf.is_floating_point() else leaf.flip(-1)
+
+
+def _filled(given: Inputs, inputs: Inputs) -> Inputs:
+    """The inputs' values in the memory of what was given; a generator, which a call moves on, is another copy."""
+    values = iter(_tensors(inputs))
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            leaf.copy_(next(values))
+        return leaf
+
+    filled = {name: map_leaves(fill, value) for name, value in given.items()}
+    generators = {name: value.clone_state() for name, value in inputs.items() if isinstance(value, torch.Generator)}
+    return {**filled, **generators}
+
+
+def _written_to(inputs: Inputs, given: Inputs) -> str | None:
+    for name, value in inputs.items():
+        if not all(map(same_bits, _tensors(value), _tensors(given[name]))):
+            return f"writes to its argument {name}, which belongs to the caller"
+    return None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor within, in order, where it is."""
+    found: list[Tensor] = []
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf.detach())
+        return leaf
+
+    map_leaves(note, value)
+    return found
+
+
+def _memory(value: Any) -> set[int]:
+    """The addresses of the storages of every tensor that holds anything."""
+    return {tensor.untyped_storage().data_ptr() for tensor in _tensors(value) if tensor.numel()}
 
 
 class Guarantee(Protocol):

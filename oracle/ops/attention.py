@@ -13,12 +13,12 @@ from torch import Tensor
 from ...reference.attention import attention, visible
 from ...spec.decoder import Path
 from .. import fast
-from ..budget import Budget
+from ..budget import Budget, Sizes
 from ..case import DTYPES, Case, Data, Inputs, Picker, activations
 from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
-from ..scale import attention_scale
+from ..scale import attention_known, exactly
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 
@@ -148,8 +148,11 @@ def _mask(case: Case) -> Tensor:
     return _brute_force(query_position_T=torch.arange(n.S - n.T, n.S), key_position_S=torch.arange(n.S), **case.options)  # type: ignore[arg-type]
 
 
-def _attention_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [attention_scale(**exact)]
+def _attention_scale(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
+    query, key, value = (exactly(exact[name]) for name in ("query_BTHD", "key_BSKD", "value_BSKD"))
+    options = {name: each for name, each in exact.items() if name not in ("query_BTHD", "key_BSKD", "value_BSKD")}
+    out = attention_known(query, key, value, **options)
+    return [Sizes(out.wide, out.narrow)]
 
 
 def _torch_attention(

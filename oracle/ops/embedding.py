@@ -19,7 +19,7 @@ from ..budget import Budget
 from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Op
 from ..properties import first_rows_alone, repeats_itself
-from ..scale import linear_scale, norm_with_scale
+from ..scale import Known, linear_scale, norm_known
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import adds_up, linear_weights
 
@@ -108,7 +108,7 @@ def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
     scale = weights.token_VE[exact["token_BT"]].abs()
     if weights.projection is not None:
         scale = linear_scale(scale, weights.projection)
-    scale = config.embedding_scale * scale
+    scale = abs(config.embedding_scale) * scale
     if weights.position_PM is not None:
         scale = scale + weights.position_PM[exact["position_T"]].abs()
     if weights.type_YM is not None:
@@ -116,7 +116,7 @@ def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
     if weights.norm is None:
         return [scale]
     before = embed(**{**exact, "weights": replace(weights, norm=None)})
-    return [norm_with_scale(before, scale, weights.norm, config.embedding_norm)[1]]
+    return [norm_known(Known(before, scale, torch.zeros_like(scale)), weights.norm, config.embedding_norm).wide]
 
 
 def _torch_embed(

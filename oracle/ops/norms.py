@@ -49,7 +49,7 @@ def norm_inputs(case: Case) -> Inputs:
 def _scale_of(kind: NormKind) -> Scale:
     def scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
         config = NormConfig(kind=kind, epsilon=exact["epsilon"])
-        return [norm_scale(exact["x"], exact["x"].abs(), exact["weights"], config)]
+        return [norm_scale(exact["x"], exact["weights"], config)]
 
     return scale
 
@@ -201,7 +201,7 @@ def configured_inputs(case: Case) -> Inputs:
 
 
 def _configured_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [norm_scale(exact["x"], exact["x"].abs(), exact["weights"], exact["config"])]
+    return [norm_scale(exact["x"], exact["weights"], exact["config"])]
 
 
 def _torch_norm(*, x: Tensor, weights: NormWeights, config: NormConfig) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, S key tokens, H heads, D head size, J pairs.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,6 +18,7 @@ from ..budget import Budget
 from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
+from ..scale import Known, root
 from ..variants import changed, one_row_3_percent_off, then
 
 _PAIRS = {RotaryLayout.HALF_SPLIT: "(pair j)", RotaryLayout.INTERLEAVED: "(j pair)"}
@@ -55,16 +57,31 @@ def rotate_inputs(case: Case) -> Inputs:
     }
 
 
+def rotate_known(x_BTHD: Known, *turn: Any) -> Known:
+    """The turn of the value; beside it, of what is known of it, through the same turn on absolute values."""
+    value = rotate(x_BTHD.value, *turn)
+    of_sums = rotate_scale(x_BTHD.value.abs(), *turn)
+    wide, narrow = (rotate_scale(size, *turn, squares=True) for size in (x_BTHD.wide, x_BTHD.narrow))
+    return Known(value, root(of_sums, wide), narrow)
+
+
 def rotate_scale(
-    scale_x: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, attention_factor: float
+    size_x: Tensor,
+    position_T: Tensor,
+    frequency_J: Tensor,
+    layout: RotaryLayout,
+    attention_factor: float,
+    *,
+    squares: bool = False,
 ) -> Tensor:
-    """The same turn on absolute values."""
+    """The same turn on absolute values, or the root of the sum of their squares."""
     angle_T1J = (position_T[:, None].double() * frequency_J)[:, None]
     size = 2 * len(frequency_J)
-    turning, passing = scale_x[..., :size], scale_x[..., size:]
+    turning, passing = size_x[..., :size], size_x[..., size:]
     first, second = rearrange(turning, f"b t h {_PAIRS[layout]} -> pair b t h j", pair=2)
-    cos, sin = attention_factor * angle_T1J.cos().abs(), attention_factor * angle_T1J.sin().abs()
-    turned = torch.stack([first * cos + second * sin, first * sin + second * cos])
+    cos, sin = abs(attention_factor) * angle_T1J.cos().abs(), abs(attention_factor) * angle_T1J.sin().abs()
+    terms = torch.stack([first * cos, first * sin]), torch.stack([second * sin, second * cos])
+    turned = root(*terms) if squares else terms[0] + terms[1]
     return torch.cat([rearrange(turned, f"pair b t h j -> b t h {_PAIRS[layout]}"), passing], -1)
 
 

@@ -142,7 +142,7 @@ def test_the_table_says_how_an_implementation_is_called() -> None:
         for seed in range(20):
             assert tuple(op.inputs(op.cases(RandomPicker(seed)))) == rows[name].arguments
         inspect.signature(op.reference).bind(**dict.fromkeys(rows[name].arguments))
-    assert rows["attention"].guarantee == "BUDGET by rows B T H"
+    assert rows["attention"].guarantee == "BUDGET by elements"
     assert {row.guarantee.split()[0] for row in rows.values()} == {"BITWISE", "BUDGET", "DISCRETE", "STATISTICAL"}
 
 
