@@ -57,14 +57,14 @@ def false_alarms(op: Op, pairs: int) -> AlarmRow:
 
 def _right(op: Op) -> Iterator[tuple[str, Verdict]]:
     for seed in count():
-        case = op.cases(RandomPicker(seed))
+        case = op.draw(RandomPicker(seed))
         for name, implementation in op.variants.items():
             yield f"{name} on {case!r}", op.guarantee.judge(op.trial(implementation, case))
 
 
 def fault_caught(op: Op, fault: str, cases: int) -> FaultRow:
     """Judge a seeded fault on drawn cases, many of which it does not concern (a dropped bias where there is none)."""
-    drawn = (op.cases(RandomPicker(seed)) for seed in range(cases))
+    drawn = (op.draw(RandomPicker(seed)) for seed in range(cases))
     caught = sum(op.guarantee.judge(op.trial(op.mutants[fault], case)).failed for case in drawn)
     return FaultRow(op=op.name, fault=fault, caught=caught, cases=cases)
 

@@ -75,7 +75,7 @@ SBI_GEMM = (Fast(linear.linear_decode, _sbi_gemm),)
 def _scale_and_cap(function: Function, inputs: Inputs) -> Tensor:
     logits: Tensor = inputs["logits"]
     out: Tensor = function(logits.float(), inputs["scale"], inputs["softcap"])
-    return out.to(logits.dtype)
+    return out.to(logits.dtype, copy=True)  # within a graph it may return its input
 
 
 SCALE_AND_CAP = (Fast(head.scale_and_cap, _scale_and_cap),)

@@ -53,16 +53,15 @@ def exactly(value: Tensor) -> Known:
 
 def root(*sizes: Tensor) -> Tensor:
     """The root of the sum of squares, element by element."""
-    largest = torch.stack(torch.broadcast_tensors(*[size.abs() for size in sizes])).amax(0)
-    divisor = largest.where(largest > 0, 1.0)  # squares of what is near 1e-300 would vanish
-    return divisor * torch.stack(torch.broadcast_tensors(*[(size / divisor) ** 2 for size in sizes])).sum(0).sqrt()
+    total = sizes[0] * sizes[0]
+    for size in sizes[1:]:
+        total = total + size * size
+    return total.sqrt()
 
 
 def carried(size: Tensor, weight_NI: Tensor) -> Tensor:
     """Independent errors of these sizes, through a product."""
-    largest = size.abs().amax(-1, keepdim=True)
-    divisor = largest.where(largest > 0, 1.0)
-    return divisor * einsum((size / divisor) ** 2, weight_NI**2, "... i, n i -> ... n").sqrt()
+    return einsum(size * size, weight_NI * weight_NI, "... i, n i -> ... n").sqrt()
 
 
 def linear_scale(size_x: Tensor, weights: LinearWeights) -> Tensor:
@@ -94,8 +93,8 @@ def norm_known(x: Known, weights: NormWeights, config: NormConfig) -> Known:
     unit, count = centered / deviation, x.value.shape[-1]
 
     def through(size: Tensor) -> Tensor:
-        of_mean = root(*size.unbind(-1))[..., None] / count
-        of_deviation = unit * root(*(unit * size).unbind(-1))[..., None] / count
+        of_mean = (size * size).sum(-1, keepdim=True).sqrt() / count
+        of_deviation = unit * ((unit * size) ** 2).sum(-1, keepdim=True).sqrt() / count
         return _gain(weights, config).abs() / deviation * root(size, of_mean, of_deviation)
 
     wide = root(norm_scale(x.value, weights, config), through(x.wide))

@@ -5,10 +5,10 @@ eager reference (in the candidate's own dtype), and the candidate, which is call
 trial and returns a verdict.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,8 @@ class Verdict:
     """What is wrong, in one line. Empty unless failed."""
     details: tuple[str, ...] = ()
     """Figures, one a line."""
+    evidence: Tensor | None = None
+    """What many cases together may show and this one does not; see `Statistical.pooled`."""
 
     @property
     def failed(self) -> bool:
@@ -222,15 +224,29 @@ def _written_to(inputs: Inputs, given: Inputs) -> str | None:
 
 def _tensors(value: Any) -> list[Tensor]:
     """Every tensor within, in order, where it is."""
-    found: list[Tensor] = []
+    return [leaf.detach() for leaf in _walk(value) if isinstance(leaf, Tensor)]
 
-    def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            found.append(leaf.detach())
-        return leaf
 
-    map_leaves(note, value)
-    return found
+def _walk(value: Any) -> Iterator[Any]:
+    """Every leaf, in the order of `map_leaves`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for name in _field_names(type(value)):
+            yield from _walk(getattr(value, name))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _walk(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _walk(item)
+    else:
+        yield value
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind) if field.init)
 
 
 def _memory(value: Any) -> set[int]:
@@ -247,7 +263,8 @@ class Guarantee(Protocol):
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to everything that is not a dataclass, tuple, list or dict, rebuilding those around it."""
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: map_leaves(function, getattr(value, f.name)) for f in fields(value) if f.init})
+        names = _field_names(type(value))
+        return replace(value, **{name: map_leaves(function, getattr(value, name)) for name in names})
     if isinstance(value, tuple | list):
         return type(value)(map_leaves(function, item) for item in value)
     if isinstance(value, dict):
@@ -257,17 +274,11 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 def leaves(value: Any) -> list[Tensor]:
     """Every tensor within, in order, in CPU memory; an integer counts as a tensor of no axes."""
-    found: list[Tensor] = []
-
-    def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            found.append(leaf.detach().cpu())
-        elif isinstance(leaf, int) and not isinstance(leaf, bool):
-            found.append(torch.tensor(leaf))
-        return leaf
-
-    map_leaves(note, value)
-    return found
+    return [
+        leaf.detach().cpu() if isinstance(leaf, Tensor) else torch.tensor(leaf)
+        for leaf in _walk(value)
+        if isinstance(leaf, Tensor) or (isinstance(leaf, int) and not isinstance(leaf, bool))
+    ]
 
 
 def copied(inputs: Inputs) -> Inputs:

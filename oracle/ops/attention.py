@@ -14,11 +14,12 @@ from ...reference.attention import attention, visible
 from ...spec.decoder import Path
 from .. import fast
 from ..budget import Budget, Sizes
-from ..case import DTYPES, Case, Data, Inputs, Picker, activations
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
 from ..scale import attention_known, exactly
+from ..sizes import BATCH, HEAD_SIZE, TOKENS, keys_cover_queries, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 
@@ -87,6 +88,7 @@ def moves_with_positions(op: Op, function: Function, case: Case) -> None:
 
 VISIBLE = Op(
     name="visible",
+    larger=resized({"T": TOKENS, "S": TOKENS}, fit=keys_cover_queries),
     paper="III-D",
     axes="T S",
     reference=visible,
@@ -121,7 +123,7 @@ def attention_cases(pick: Picker) -> Case:
             "D": pick.integer(1, 8),
         },
         options={"causal": pick.choice([True, False]), "window": pick.choice([None, 1, 2, 3])},
-        data=pick.choice(tuple(Data)),
+        data=pick.choice((*UNMASKED, Data.MASKED)),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -298,6 +300,7 @@ def stays_between_values(op: Op, function: Function, case: Case) -> None:
 
 ATTENTION = Op(
     name="attention",
+    larger=resized({"T": TOKENS, "S": TOKENS, "D": HEAD_SIZE, "B": BATCH}, fit=keys_cover_queries),
     paper="III-D, Fig. 1c (region 2)",
     axes="B T S H K D",
     reference=attention,

@@ -16,10 +16,11 @@ from ...spec.decoder import Path
 from ...spec.weights import EmbeddingWeights, LinearWeights, NormWeights
 from .. import fast
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
+from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Op
 from ..properties import first_rows_alone, repeats_itself
 from ..scale import Known, linear_scale, norm_known
+from ..sizes import BATCH, HIDDEN, TOKENS, VOCABULARY, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import adds_up, linear_weights
 
@@ -183,8 +184,20 @@ def _positions_after_the_norm(**inputs: Any) -> Tensor:
     return (out.float() + weights.position_PM[inputs["position_T"]].float()).to(out.dtype)
 
 
+def _larger_embed(case: Case, pick: Picker) -> Case:
+    """The table is as wide as the model where nothing projects, and positions are enough for the tokens."""
+
+    def fit(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+        start = int(case.options["start"] or 0)
+        width = after["E"] if case.options["projected"] else after["M"]
+        return {**after, "E": width, "P": max(after["P"], start + after["T"])}
+
+    return resized({"M": HIDDEN, "V": VOCABULARY, "T": TOKENS, "B": BATCH}, fit=fit)(case, pick)
+
+
 EMBED = Op(
     name="embed",
+    larger=_larger_embed,
     paper="-",
     axes="B T M E V P Y",
     reference=embed,
@@ -216,7 +229,7 @@ def head_cases(pick: Picker) -> Case:
         op="head_logits",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "M": pick.integer(1, 40), "V": pick.integer(1, 30)},
         options={"bias": pick.choice([False, True]), "weights": pick.choice(["float", "int8"])},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -261,6 +274,7 @@ def _last_token_never(out: Tensor) -> Tensor:
 
 HEAD_LOGITS = Op(
     name="head_logits",
+    larger=resized({"M": HIDDEN, "V": VOCABULARY, "T": TOKENS, "B": BATCH}),
     paper="III-A",
     axes="B T M V",
     reference=head_logits,
@@ -318,6 +332,7 @@ def _scaled_after_the_cap(*, logits: Tensor, scale: float, softcap: float | None
 
 SCALE_AND_CAP = Op(
     name="scale_and_cap",
+    larger=resized({"V": VOCABULARY, "B": BATCH}),
     paper="-",
     axes="B V",
     reference=scale_and_cap,

@@ -19,6 +19,7 @@ from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import first_rows_alone, repeats_itself
 from ..scale import Known, activation_known, activation_scale, exactly, linear_known, product_known
+from ..sizes import BATCH, HIDDEN, INPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import linear_weights
 
@@ -95,6 +96,7 @@ def odd_part_is_half(op: Op, function: Function, case: Case) -> None:
 
 ACTIVATION = Op(
     name="activation",
+    larger=resized({"F": INPUTS, "T": TOKENS, "B": BATCH}),
     paper="III-D, Fig. 1c (region 3)",
     axes="B T F",
     reference=activation,
@@ -211,6 +213,7 @@ def _config_other_kind(inputs: Inputs) -> Inputs:
 
 MLP = Op(
     name="mlp",
+    larger=resized({"M": HIDDEN, "F": HIDDEN, "T": TOKENS, "B": BATCH}),
     paper="III-D, Fig. 1c (region 3)",
     axes="B T M F",
     reference=mlp,

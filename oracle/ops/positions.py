@@ -15,10 +15,11 @@ from ...spec.config import RotaryLayout
 from ...spec.decoder import Path
 from .. import fast
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
 from ..scale import Known, root
+from ..sizes import BATCH, TOKENS, keys_cover_queries, resized
 from ..variants import changed, one_row_3_percent_off, then
 
 _PAIRS = {RotaryLayout.HALF_SPLIT: "(pair j)", RotaryLayout.INTERLEAVED: "(j pair)"}
@@ -40,7 +41,7 @@ def rotate_cases(pick: Picker) -> Case:
             "start": pick.choice([0, 1, 17, 2000, 100_000]),
             "attention_factor": pick.choice([1.0, 1.25]),
         },
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -194,8 +195,14 @@ def position_zero_is_left_alone(op: Op, function: Function, case: Case) -> None:
     assert_same_bits([out + 0.0], [inputs["x_BTHD"] + 0.0], "position zero")
 
 
+def _rest_stays(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """What does not turn is as wide as it was."""
+    return {**after, "D": 2 * after["J"] + before["D"] - 2 * before["J"]}
+
+
 ROTATE = Op(
     name="rotate",
+    larger=resized({"J": (32, 40, 64, 96, 128), "T": TOKENS, "B": BATCH, "H": (8, 16)}, fit=_rest_stays),
     paper="-",
     axes="B T H D J",
     reference=rotate,
@@ -225,6 +232,12 @@ ROTATE = Op(
     flops=lambda n: 6 * n.B * n.T * n.H * n.J,
     bytes=lambda n: 4 * 2 * n.B * n.T * n.H * n.D,
     fast={Path.COMPILED: fast.ROTATE},
+    conventions={
+        "angles=float32": {
+            "reference": _float32_angles,
+            "properties": (repeats_itself, first_rows_alone("x_BTHD"), keeps_lengths, position_zero_is_left_alone),
+        }
+    },
 )
 
 
@@ -277,6 +290,7 @@ def distances_alone(op: Op, function: Function, case: Case) -> None:
 
 ALIBI = Op(
     name="alibi",
+    larger=resized({"T": TOKENS, "S": TOKENS, "H": (12, 16, 32)}, fit=keys_cover_queries),
     paper="-",
     axes="T S H",
     reference=alibi,

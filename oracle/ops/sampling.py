@@ -3,18 +3,19 @@
 Shapes: V vocabulary, T tokens so far.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...reference.sampling import Sampling, draw, generator_for, next_token, shape_logits
-from ..case import Case, Inputs
+from ..case import Case, Inputs, Picker
 from ..guarantees import Discrete, Statistical
 from ..op import Op
 from ..properties import repeats_itself
 from ..variants import changed
-from .logits import HOST, cases_of, logits, penalty_by_loop, previous, sorted_by_hand
+from .logits import HOST, LARGER_VOCABULARY, cases_of, logits, penalty_by_loop, previous, sorted_by_hand
 
 
 def next_token_inputs(case: Case) -> Inputs:
@@ -67,6 +68,7 @@ def _penalty_forgotten(inputs: Inputs) -> Inputs:
 
 NEXT_TOKEN = Op(
     name="next_token",
+    larger=LARGER_VOCABULARY,
     paper="-",
     axes="V T",
     reference=next_token,
@@ -84,6 +86,9 @@ NEXT_TOKEN = Op(
     flops=lambda n: n.V,
     bytes=lambda n: 4 * n.V,
     no_fast=HOST,
+    conventions={
+        "ties=any": {"guarantee": Discrete(regret=_greedy_regret, scale=_greedy_scale, exact_on_integers=False)}
+    },
 )
 
 
@@ -118,15 +123,22 @@ def _squared(*, probability_V: Tensor, generator: torch.Generator) -> int:
     return draw(probability_V**2, generator)
 
 
+def _many_draws(case: Case, pick: Picker) -> Case:
+    """A vocabulary in which a single token is rare, drawn from often."""
+    larger = LARGER_VOCABULARY(case, pick)
+    return replace(larger, options={**larger.options, "samples": 1500})
+
+
 DRAW = Op(
     name="draw",
+    larger=_many_draws,
     paper="-",
     axes="V",
     reference=draw,
     outputs=("",),
     cases=cases_of("draw"),
     inputs=draw_inputs,
-    guarantee=Statistical(probability=_normalized),
+    guarantee=Statistical(probability=_normalized, samples=60),
     properties=(repeats_itself,),
     variants={"multinomial": _multinomial, "gumbel": _gumbel},
     mutants={

@@ -17,6 +17,7 @@ from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, pa
 from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import call, repeats_itself
+from ..sizes import INPUTS, OUTPUTS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 
@@ -81,6 +82,7 @@ def _read_unsigned(inputs: Inputs) -> Inputs:
 
 INTEGER_PRODUCT = Op(
     name="integer_product",
+    larger=resized({"I": INPUTS, "N": OUTPUTS, "B": (5, 16, 17, 33)}),
     paper="III-D (INT8)",
     axes="B I N",
     reference=integer_product,
@@ -213,6 +215,7 @@ def follows_powers_of_two(op: Op, function: Function, case: Case) -> None:
 
 LINEAR_W8A8 = Op(
     name="linear_w8a8",
+    larger=resized({"I": INPUTS, "N": OUTPUTS, "B": (5, 16, 17, 33)}),
     paper="III-D (INT8)",
     axes="B I N",
     reference=linear_w8a8,

@@ -47,7 +47,7 @@ twins = pytest.mark.parametrize(
 
 
 def cases_for(op: Op, twin: Fast) -> Iterator[Case]:
-    drawn = (op.cases(RandomPicker(seed)) for seed in range(5000))
+    drawn = (op.draw(RandomPicker(seed)) for seed in range(5000))
     return (case for case in drawn if twin.applies(op.inputs(case)))
 
 
@@ -108,7 +108,7 @@ def test_no_record_lacks_a_field(op: Op) -> None:
 def test_flops_and_bytes_grow_with_every_axis(op: Op) -> None:
     """Doubling a size never makes an op cheaper."""
     for seed in range(10):
-        case = op.cases(RandomPicker(seed))
+        case = op.draw(RandomPicker(seed))
         for axis in case.sizes:
             larger = type(case.n)(**{**case.sizes, axis: 2 * case.sizes[axis]})
             assert op.flops(larger) >= op.flops(case.n)
@@ -126,14 +126,14 @@ def test_no_false_alarm(op: Op) -> None:
 @faults
 def test_no_fault_is_missed(op: Op, fault: str) -> None:
     """The first case that catches it is enough; `twinfer.oracle.calibration` counts them all."""
-    drawn = (op.cases(RandomPicker(seed)) for seed in range(FAULT_CASES))
+    drawn = (op.draw(RandomPicker(seed)) for seed in range(FAULT_CASES))
     assert any(op.guarantee.judge(op.trial(op.mutants[fault], case)).failed for case in drawn)
 
 
 @ops
 def test_the_reference_obeys_the_laws(op: Op) -> None:
     for seed in range(25):
-        case = op.cases(RandomPicker(seed))
+        case = op.draw(RandomPicker(seed))
         for law in op.properties:
             law(op, op.reference, case)
 
@@ -181,6 +181,6 @@ def test_laws_are_broken_by_some_fault(op: Op) -> None:
     """A law that no implementation could break says nothing."""
     impostors = [*op.mutants.values(), moody(op.reference)]
     for law in op.properties:
-        assert any(breaks(law, op, wrong, op.cases(RandomPicker(seed))) for wrong in impostors for seed in range(25)), (
+        assert any(breaks(law, op, wrong, op.draw(RandomPicker(seed))) for wrong in impostors for seed in range(25)), (
             f"no fault of {op.name} breaks {law.__name__}"
         )
