@@ -132,7 +132,7 @@ class Trial:
         process reaches neither.
         """
         given, eager = self._eager_result
-        may_alias = bool(_memory(given) & _memory(eager))
+        may_alias = bool(memory(given) & memory(eager))
         _ = self.truth
         return guarded(
             lambda: _called_twice(self.candidate, self.inputs, may_alias=may_alias, layout=self.case.seed % 8)
@@ -171,13 +171,13 @@ def guarded(run: Callable[[], Calls]) -> Calls:
 
 
 def _called_twice(candidate: Callable[..., Any], inputs: Inputs, *, may_alias: bool, layout: int) -> Calls:
-    others = {name: map_leaves(_other_values, value) for name, value in inputs.items()}
+    others = _other_values(inputs)
     given = {name: _strided(value, layout) for name, value in copied(others).items()}
     first = candidate(**given)
     complaint = _written_to(others, given)
-    held = _tensors(first)
+    held = tensors(first)
     kept = [tensor.clone() for tensor in held]
-    shares = bool(_memory(first) & _memory(given))
+    shares = bool(memory(first) & memory(given))
     given = _filled(given, inputs)
     shares = shares or not all(map(same_bits, held, kept))
     result = candidate(**given)
@@ -205,16 +205,28 @@ def _widened(leaf: Any) -> Any:
     return torch.float64 if isinstance(leaf, torch.dtype) else leaf
 
 
-def _other_values(leaf: Any) -> Any:
-    """Other values of the same kind: each row backwards, and floats half as large."""
-    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-        return leaf
-    return leaf.flip(-1) * 0.5 if leaf.is_floating_point() else leaf.flip(-1)
+def _other_values(inputs: Inputs) -> Inputs:
+    """Other values of the same kind: each row backwards, floats half as large, and of integers every other tensor.
+
+    (Both factors of a product of integers backwards would give the same product.)
+    """
+    integers = 0
+
+    def change(leaf: Any) -> Any:
+        nonlocal integers
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            return leaf
+        if leaf.is_floating_point():
+            return leaf.flip(-1) * 0.5
+        integers += 1
+        return leaf.flip(-1) if integers % 2 else leaf
+
+    return {name: map_leaves(change, value) for name, value in inputs.items()}
 
 
 def _filled(given: Inputs, inputs: Inputs) -> Inputs:
     """The inputs' values in the memory of what was given; a generator, which a call moves on, is another copy."""
-    values = iter(_tensors(inputs))
+    values = iter(tensors(inputs))
 
     def fill(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -228,12 +240,12 @@ def _filled(given: Inputs, inputs: Inputs) -> Inputs:
 
 def _written_to(inputs: Inputs, given: Inputs) -> str | None:
     for name, value in inputs.items():
-        if not all(map(same_bits, _tensors(value), _tensors(given[name]))):
+        if not all(map(same_bits, tensors(value), tensors(given[name]))):
             return f"writes to its argument {name}, which belongs to the caller"
     return None
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """Every tensor within, in order, where it is."""
     return [leaf.detach() for leaf in _walk(value) if isinstance(leaf, Tensor)]
 
@@ -260,9 +272,9 @@ def _field_names(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind) if field.init)
 
 
-def _memory(value: Any) -> set[int]:
+def memory(value: Any) -> set[int]:
     """The addresses of the storages of every tensor that holds anything."""
-    return {tensor.untyped_storage().data_ptr() for tensor in _tensors(value) if tensor.numel()}
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors(value) if tensor.numel()}
 
 
 class Guarantee(Protocol):

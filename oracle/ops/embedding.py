@@ -45,9 +45,11 @@ def embed_cases(pick: Picker) -> Case:
             "learned": pick.choice([False, True]),
             "start": pick.integer(0, positions - tokens),
             "projected": projected,
-            "scale": pick.choice([1.0, 3.0]),
+            "scale": pick.choice([1.0, 3.0, 45.254834, 0.5]),
             "typed": pick.choice([False, True]),
             "norm": pick.choice(norms),
+            "epsilon": pick.choice([1e-5, 1e-2]),
+            "jump": pick.choice([False, True]),
         },
         data=data,
         dtype=pick.choice(DTYPES),
@@ -59,6 +61,9 @@ def embed_config(case: Case) -> ModelConfig:
     """A model that embeds as the case says; its one layer is of no account."""
     n, options = case.n, case.options
     rms = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
+    norm = None
+    if options["norm"]:
+        norm = NormConfig(kind=NormKind(str(options["norm"])), epsilon=float(options["epsilon"] or 0))
     layer = LayerConfig(
         norm=rms,
         attention=AttentionConfig(heads=1, kv_heads=1, head_size=1, scale=1.0),
@@ -75,17 +80,21 @@ def embed_config(case: Case) -> ModelConfig:
         head=Head.TIED,
         embedding_size=n.E if options["projected"] else None,
         embedding_scale=float(options["scale"] or 0),
-        embedding_norm=NormConfig(kind=NormKind(str(options["norm"])), epsilon=1e-5) if options["norm"] else None,
+        embedding_norm=norm,
         token_types=n.Y if options["typed"] else 0,
     )
 
 
 def embed_inputs(case: Case) -> Inputs:
-    n, config, start = case.n, embed_config(case), int(case.options["start"] or 0)
+    n, config, options = case.n, embed_config(case), case.options
+    start = int(options["start"] or 0)
     norm = config.embedding_norm
+    position_T = torch.arange(start, start + n.T)
+    if options["jump"]:  # as where sequences stand one after the other
+        position_T = torch.randint(n.P, (n.T,), generator=case.generator("position"))
     return {
         "token_BT": torch.randint(n.V, (n.B, n.T), generator=case.generator("token")),
-        "position_T": torch.arange(start, start + n.T),
+        "position_T": position_T,
         "type_BT": torch.randint(n.Y, (n.B, n.T), generator=case.generator("type")),
         "weights": EmbeddingWeights(
             token_VE=activations(case, "token table", n.V, n.E),

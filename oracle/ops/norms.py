@@ -28,11 +28,16 @@ def norm_cases(pick: Picker, op: str) -> Case:
     return Case(
         op=op,
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "M": pick.integer(1, 40)},
-        options={"epsilon": pick.choice([1e-5, 1e-6, 0.1])},
+        options={"epsilon": pick.choice([1e-5, 1e-6, 0.1, 1e-3])},
         data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
+
+
+def _gain(case: Case) -> Tensor:
+    """Large in LARGE cases, where a trained model may have gains of 50 too."""
+    return parameters(case, "gain", case.n.M, spread=64.0 if case.data is Data.LARGE else 1.0)
 
 
 def norm_inputs(case: Case) -> Inputs:
@@ -40,7 +45,7 @@ def norm_inputs(case: Case) -> Inputs:
     return {
         "x": activations(case, "x", n.B, n.T, n.M),
         "weights": NormWeights(
-            gain_M=parameters(case, "gain", n.M),
+            gain_M=_gain(case),
             bias_M=parameters(case, "bias", n.M) if case.op == "layer_norm" else None,
         ),
         "epsilon": case.options["epsilon"],
@@ -192,7 +197,7 @@ def configured_inputs(case: Case) -> Inputs:
         gain_from_one=bool(case.options["gain_from_one"]),
     )
     bias_M = parameters(case, "bias", case.n.M) if config.bias else None
-    weights = NormWeights(gain_M=parameters(case, "gain", case.n.M), bias_M=bias_M)
+    weights = NormWeights(gain_M=_gain(case), bias_M=bias_M)
     return {"x": activations(case, "x", case.n.B, case.n.T, case.n.M), "weights": weights, "config": config}
 
 

@@ -40,6 +40,8 @@ def rotate_cases(pick: Picker) -> Case:
             "layout": pick.choice([layout.value for layout in RotaryLayout]),
             "start": pick.choice([0, 1, 17, 2000, 100_000]),
             "attention_factor": pick.choice([1.0, 1.25]),
+            "positions": pick.choice(["range", "jump", "restart"]),
+            "base": pick.choice([10_000.0, 500_000.0, 3.0]),
         },
         data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
@@ -47,12 +49,23 @@ def rotate_cases(pick: Picker) -> Case:
     )
 
 
+def _positions(case: Case, tokens: int) -> Tensor:
+    """0, 1, 2 and so on; or with gaps of up to 3; or from 0 again half-way, where another sequence starts."""
+    position_T = torch.arange(tokens)
+    match case.options["positions"]:
+        case "jump":
+            return position_T + torch.randint(0, 4, (tokens,), generator=case.generator("gaps")).cumsum(0)
+        case "restart":
+            return position_T % max(1, (tokens + 1) // 2)
+    return position_T
+
+
 def rotate_inputs(case: Case) -> Inputs:
     n, start = case.n, int(case.options["start"] or 0)
     return {
         "x_BTHD": activations(case, "x", n.B, n.T, n.H, n.D),
-        "position_T": torch.arange(start, start + n.T),
-        "frequency_J": 10000.0 ** (-torch.arange(n.J, dtype=torch.float64) / n.J),
+        "position_T": start + _positions(case, n.T),
+        "frequency_J": float(case.options["base"] or 1) ** (-torch.arange(n.J, dtype=torch.float64) / n.J),
         "layout": RotaryLayout(str(case.options["layout"])),
         "attention_factor": case.options["attention_factor"],
     }
@@ -246,7 +259,7 @@ def alibi_cases(pick: Picker) -> Case:
     return Case(
         op="alibi",
         sizes={"T": new, "S": new + pick.integer(0, 6), "H": pick.integer(1, 9)},
-        options={"start": pick.choice([0, 17, 100_000])},
+        options={"start": pick.choice([0, 17, 100_000]), "positions": pick.choice(["range", "jump", "restart"])},
         data=pick.choice(UNMASKED),
         seed=pick.integer(0, 2**31),
     )
@@ -255,7 +268,7 @@ def alibi_cases(pick: Picker) -> Case:
 def alibi_inputs(case: Case) -> Inputs:
     """Any slopes, not only the published ones."""
     n, start = case.n, int(case.options["start"] or 0)
-    position_S = torch.arange(start, start + n.S)
+    position_S = start + _positions(case, n.S)
     return {
         "slope_H": activations(case, "slope", n.H),
         "query_position_T": position_S[n.S - n.T :],

@@ -23,7 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 def attention(query_BTHD, key_BSKD, value_BSKD, visible_TS, scale):
     query, key, value = (x.transpose(1, 2) for x in (query_BTHD, key_BSKD, value_BSKD))
-    out = scaled_dot_product_attention(query, key, value, attn_mask=visible_TS, scale=scale, enable_gqa=True)
+    mask = visible_TS if visible_TS.ndim == 2 else visible_TS[:, None]
+    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
 
 
