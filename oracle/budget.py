@@ -103,8 +103,10 @@ class Budget:
 
 
 def overflows(eager: Tensor, truth: Tensor) -> bool:
-    """Whether the reference is not finite where the truth is, even when rounded to the same dtype."""
-    return bool((torch.isfinite(truth.to(eager.dtype)) & ~torch.isfinite(eager)).any())
+    """Whether the reference leaves its range on the way: it is not finite, or NaN, where the rounded truth is not."""
+    rounded = truth.to(eager.dtype)
+    lost = (torch.isfinite(rounded) & ~torch.isfinite(eager)) | (rounded.isinf() & eager.isnan())
+    return bool(lost.any())
 
 
 def judge_exact(axes: str, got: Tensor, truth: Tensor, wide: Tensor) -> Verdict:

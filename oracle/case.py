@@ -39,7 +39,7 @@ class Data(StrEnum):
     MASKED = "masked"
     """Normal, and some queries may see no key at all. Only for ops with a mask."""
     OFFSET = "offset"
-    """Normal about a mean of 300: what is left of a row without its mean is small beside it."""
+    """Normal about a mean of 300 (30 for float16): what is left of a row without its mean is small beside it."""
     TIES = "ties"
     """Five values only, zeros of both signs among them, so that much is equal."""
     HUGE = "huge"
@@ -129,7 +129,7 @@ def activations(case: Case, name: str, *shape: int, large: int = 10) -> Tensor:
         case Data.DENORMAL:
             drawn = normal * torch.finfo(case.dtype).smallest_normal
         case Data.OFFSET:
-            drawn = normal + 300
+            drawn = normal + (30 if case.dtype is torch.float16 else 300)
         case Data.TIES:
             drawn = torch.randint(-2, 3, shape, generator=generator).to(torch.float64) / 2
             drawn = torch.where((drawn == 0) & (normal < 0), -0.0, drawn)

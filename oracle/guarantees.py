@@ -127,22 +127,23 @@ class Statistical:
 
     def pooled(self, evidence: list[Tensor]) -> Verdict:
         """Judge all cases together: every draw's place in its own distribution must be uniform from 0 to 1."""
-        orders = ("token ids", "probabilities")
-        for order, place_N in zip(orders, torch.cat(evidence, -1) if evidence else (), strict=bool(evidence)):
-            count_B = (place_N * _BINS).long().clamp_max(_BINS - 1).bincount(minlength=_BINS).double()
-            p_value = chi_square_p_value(count_B, torch.full((_BINS,), 1 / _BINS))
-            if not p_value >= self.significance:
-                return failure(
-                    "does not follow the distributions of all cases together",
-                    f"pooled     {len(place_N)} draws in the order of {order}: {_BINS} parts of equal probability hold "
-                    f"from {int(count_B.min())} to {int(count_B.max())}, which has probability {p_value:.3g}",
-                    ratio=self.significance / max(p_value, 1e-300),
-                )
+        for order, place_N in zip(_ORDERS, torch.cat(evidence, -1) if evidence else (), strict=bool(evidence)):
+            for parts in _PARTS:
+                count_P = (place_N * parts).long().clamp_max(parts - 1).bincount(minlength=parts).double()
+                p_value = chi_square_p_value(count_P, torch.full((parts,), 1 / parts))
+                if not p_value >= self.significance:
+                    return failure(
+                        "does not follow the distributions of all cases together",
+                        f"pooled     {len(place_N)} draws in the order of {order}: {parts} parts of equal probability "
+                        f"hold from {int(count_P.min())} to {int(count_P.max())}, which has probability {p_value:.3g}",
+                        ratio=self.significance / max(p_value, 1e-300),
+                    )
         return PASSED
 
 
-_BINS = 20
-"""Parts of equal probability that pooled draws are counted in."""
+_ORDERS = ("token ids", "probabilities")
+_PARTS = (2, 20)
+"""Parts of equal probability that pooled draws are counted in: halves show a lean, more parts a bump."""
 
 
 def _places(outcome_N: Tensor, probability_V: Tensor, generator: torch.Generator) -> Tensor:

@@ -152,7 +152,7 @@ def _bfloat16_probabilities(*, probability_V: Tensor, generator: torch.Generator
 def _more_draws(case: Case, pick: Picker) -> Case:
     """A vocabulary in which a single token is rare; now and then drawn from so often that each of them counts."""
     larger = LARGER_VOCABULARY(case, pick)
-    if pick.integer(0, 24) < 24:
+    if pick.integer(0, 15) < 15:
         return replace(larger, options={**larger.options, "samples": 300})
     sizes = {**larger.sizes, "V": pick.choice((1000, 2049, 4097))}
     return replace(larger, sizes=sizes, data=Data.NORMAL, options={**larger.options, "samples": 100_000})
