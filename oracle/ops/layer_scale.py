@@ -83,7 +83,7 @@ def _head_norm_known(x: Known, weights: NormWeights, config: AttentionConfig) ->
 
 
 def _sizes(known: tuple[Known, ...]) -> list[Sizes]:
-    return [Sizes(each.wide, each.narrow) for each in known]
+    return [Sizes(each.wide, each.narrow / 2) for each in known]  # the reference rounds there too: docs/equal.md
 
 
 def scale_of_self_attention(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
