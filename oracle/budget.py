@@ -11,7 +11,7 @@ A candidate that sums in its 16-bit output dtype says so (`Arithmetic.NARROW`) a
 that never mix, k * e_ref + c * eps(output dtype) * wide for the largest and for the mean error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ class Sizes:
     """How far the result moves where a decision on the way is nearly a tie."""
 
 
-Scale = Callable[[Inputs, list[Tensor]], list[Tensor] | list[Sizes]]
+Scale = Callable[[Inputs, list[Tensor]], Sequence[Tensor | Sizes]]
 """From the float64 inputs and the true outputs: for each output its `Sizes`, or `wide` where there is nothing else."""
 
 
@@ -79,6 +79,8 @@ class Budget:
         if any(overflows(eager, truth) for eager, truth in zip(trial.eager, trial.truth, strict=True)):
             return Verdict(status=Status.REJECTED)
         scales = self.scale(trial.sized_inputs, trial.truth)
+        if any(_stored_out_of_range(*each) for each in zip(trial.eager, trial.truth, scales, strict=True)):
+            return Verdict(status=Status.REJECTED)
         worst = PASSED
         for axes, got, eager, truth, given in zip(
             trial.outputs, trial.got, trial.eager, trial.truth, scales, strict=True
@@ -107,6 +109,12 @@ def overflows(eager: Tensor, truth: Tensor) -> bool:
     rounded = truth.to(eager.dtype)
     lost = (torch.isfinite(rounded) & ~torch.isfinite(eager)) | (rounded.isinf() & eager.isnan())
     return bool(lost.any())
+
+
+def _stored_out_of_range(eager: Tensor, truth: Tensor, sizes: Tensor | Sizes) -> bool:
+    """Whether a result leaves its dtype's range where parts of it, of either sign, may have left it before."""
+    stores = isinstance(sizes, Sizes) and isinstance(sizes.narrow, Tensor)
+    return stores and bool((torch.isfinite(truth) & truth.to(eager.dtype).isinf()).any())
 
 
 def judge_exact(axes: str, got: Tensor, truth: Tensor, wide: Tensor) -> Verdict:

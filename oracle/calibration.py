@@ -63,7 +63,7 @@ def caught_by_family(ops: Iterable[Op], cases: int = 1000) -> tuple[dict[Family,
     seeded: Counter[Family] = Counter()
     missed = []
     for op in ops:
-        drawn = cache(lambda number, op=op: draw_case(op, 0, number)[0])  # type: ignore[misc]
+        drawn = cache(lambda number, op=op: draw_case(op, 0, number)[0])
         for mutant in mutants(op):
             seeded[mutant.family] += 1
             if caught_after(mutant, op, cases, drawn) is None:

@@ -95,4 +95,4 @@ def main(cases: int = 40, *names: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*(int(argument) for argument in sys.argv[1:2]), *sys.argv[2:]))
+    sys.exit(main(int(sys.argv[1]), *sys.argv[2:]) if len(sys.argv) > 1 else main())

@@ -178,7 +178,8 @@ def attention_known(
     def shifted(of_score: Tensor) -> Tensor:
         return weighted(weight * (of_score + (weight * of_score).sum(-1, keepdim=True)), v.value.abs())
 
-    rounded = torch.minimum(weight, (1 - weight) * 2**11)  # one is a number of every dtype: near it less is lost
+    rounded = torch.maximum(weight, (weight * 2**11).clamp_max(2.0**-14))  # float16 has no finer steps below 2**-14
+    rounded = torch.minimum(rounded, (1 - weight) * 2**11)  # one is a number of every dtype: near it less is lost
     of_weights = torch.minimum(weighted(rounded, v.value.abs()) / 2, 2 * weighted(rounded**2, v.value**2).sqrt())
     wide = weighted(weight, v.value.abs()) + shifted(of_score) + weighted(weight**2, v.wide**2).sqrt()
     narrow = root(of_weights, shifted(of_errors(q.narrow, k.narrow)), weighted(weight**2, v.narrow**2).sqrt())
