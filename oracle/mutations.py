@@ -271,7 +271,10 @@ def _remembered(op: Op, key: Callable[[Tensor], Any]) -> Function:
     results: dict[Any, Any] = {}
 
     def call(**given: Any) -> Any:
-        place = tuple(map(key, tensors(given))), str([value for value in given.values() if not tensors(value)])
+        place = (
+            tuple(map(key, tensors(given))),
+            str([v for v in given.values() if not tensors(v) and not isinstance(v, torch.Generator)]),
+        )
         if place not in results:
             results[place] = op.reference(**given)
         return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, results[place])
