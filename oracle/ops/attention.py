@@ -144,8 +144,8 @@ def attention_inputs(case: Case) -> Inputs:
         "query_BTHD": activations(case, "query", n.B, n.T, n.H, n.D, large=5),
         "key_BSKD": activations(case, "key", n.B, n.S, n.K, n.D, large=5),
         "value_BSKD": activations(case, "value", n.B, n.S, n.K, n.D),
-        "visible_TS": _mask_of_sequences(case) if case.options["per_sequence"] else _mask(case),
-        "scale": n.D**-0.5 if case.options["scale"] is None else case.options["scale"],
+        "visible_TS": _mask_of_sequences(case) if case.options.get("per_sequence") else _mask(case),
+        "scale": n.D**-0.5 if case.options.get("scale") is None else case.options["scale"],
     }
 
 
