@@ -1,32 +1,46 @@
 """How wrong a floating-point result may be.
 
-    allowed = k * e_ref + c * eps(output dtype) * scale          k = c = 2
+    allowed = k * e_ref + c * (u(out) * (|truth| + narrow) + eps(float32) * wide) + jump          k = c = 2
 
-`e_ref` is the error of the eager reference in the candidate's own dtype, measured on the same inputs, so a budget is as
-strict as the arithmetic allows: no tolerance is chosen by hand. The second term covers the luck of the draw, since the
-reference may happen to be exact where another order of summation is not; `scale` is the size of what is rounded on the
-way (for a contraction, the same contraction on absolute values), not of the result, which may have cancelled.
+element by element, where u(out) is half of eps(output dtype), the largest relative error of one rounding. `e_ref` is
+the error of the eager reference in the candidate's own dtype, measured on the same inputs, so a budget is as strict as
+the arithmetic allows: no tolerance is chosen by hand. The rest covers the luck of the draw, since the reference may
+happen to be exact where another right implementation is not. docs/equal.md derives it.
 
-Errors are judged row by row along axes that never mix, the largest and the mean of each row: beside a huge row, a
-small one that is 3 % off would disappear in any norm taken over both.
+A candidate that sums in its 16-bit output dtype says so (`Arithmetic.NARROW`) and is allowed, in each row along axes
+that never mix, k * e_ref + c * eps(output dtype) * wide for the largest and for the mean error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .case import Data, Inputs
-from .trial import PASSED, Status, Trial, Verdict, failure
-from .ulp import ulp
+from .rows import judge_rows, least_scale
+from .trial import PASSED, Arithmetic, Status, Trial, Verdict, failure
+from .ulp import named_index, p99, ulp
 
-Scale = Callable[[Inputs, list[Tensor]], list[Tensor]]
-"""From the float64 inputs and the true outputs: for each output, a tensor that broadcasts to it."""
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of what is rounded on the way to one output; each broadcasts to it."""
+
+    wide: Tensor
+    """What is rounded to float32: for a contraction, the same contraction on absolute values."""
+    narrow: Tensor | float = 0.0
+    """What may be rounded to the output's dtype besides the result, as it reaches the result."""
+    jump: Tensor | float = 0.0
+    """How far the result moves where a decision on the way is nearly a tie."""
+
+
+Scale = Callable[[Inputs, list[Tensor]], Sequence[Tensor | Sizes]]
+"""From the float64 inputs and the true outputs: for each output its `Sizes`, or `wide` where there is nothing else."""
 
 
 def size_of_result(exact_inputs: Inputs, truth: list[Tensor]) -> list[Tensor]:
-    """The scale of element-wise ops: each result rounds by its own size."""
+    """Return the scale of element-wise ops: each result rounds by its own size."""
     return [result.abs() for result in truth]
 
 
@@ -46,12 +60,12 @@ class Budget:
     """Errors against the float64 truth, bounded by a multiple of the eager reference's own."""
 
     rows: str
-    """The axes that never mix, such as "B T H"."""
+    """The axes that never mix, such as "B T H"; whole rows are judged for `Arithmetic.NARROW`, elements otherwise."""
     scale: Scale = size_of_result
     k: float = 2.0
     c: float = 2.0
     exact_on_integers: bool = False
-    """Linear parts: on integer data no sum rounds, so nothing may differ from the correctly rounded truth."""
+    """Linear parts: on integers no sum rounds, so nothing may differ from the truth."""
     override: Override | None = None
 
     def __post_init__(self) -> None:
@@ -64,123 +78,113 @@ class Budget:
             return misfit
         if any(overflows(eager, truth) for eager, truth in zip(trial.eager, trial.truth, strict=True)):
             return Verdict(status=Status.REJECTED)
-        if self.exact_on_integers and trial.case.data is Data.INTEGER:
-            return judge_exact(trial)
-        scales = self.scale(trial.exact_inputs, trial.truth)
+        scales = self.scale(trial.sized_inputs, trial.truth)
+        if any(_stored_out_of_range(*each) for each in zip(trial.eager, trial.truth, scales, strict=True)):
+            return Verdict(status=Status.REJECTED)
         worst = PASSED
-        for axes, got, eager, truth, scale in zip(
+        for axes, got, eager, truth, given in zip(
             trial.outputs, trial.got, trial.eager, trial.truth, scales, strict=True
         ):
-            verdict = judge_rows(self, axes, got, eager, truth, scale)
+            sizes = given if isinstance(given, Sizes) else Sizes(given)
+            verdict = self._judge_output(trial, axes, got, eager, truth, sizes)
+            if verdict.failed:
+                return verdict
             worst = max(worst, verdict, key=lambda seen: seen.ratio)
         return worst
 
+    def _judge_output(
+        self, trial: Trial, axes: str, got: Tensor, eager: Tensor, truth: Tensor, sizes: Sizes
+    ) -> Verdict:
+        if trial.arithmetic is Arithmetic.NARROW:
+            return judge_rows(self, axes, got, eager, truth, sizes.wide)
+        if self.exact_on_integers and trial.case.data is Data.INTEGER:
+            verdict = judge_exact(axes, got, truth, sizes.wide)
+            if verdict.failed:
+                return verdict
+        return judge_elements(self, axes, got, eager, truth, sizes)
+
 
 def overflows(eager: Tensor, truth: Tensor) -> bool:
-    """Whether the reference itself is not finite where the truth is."""
-    return bool((torch.isfinite(truth) & ~torch.isfinite(eager)).any())
+    """Whether the reference leaves its range on the way: it is not finite, or NaN, where the rounded truth is not."""
+    rounded = truth.to(eager.dtype)
+    lost = (torch.isfinite(rounded) & ~torch.isfinite(eager)) | (rounded.isinf() & eager.isnan())
+    return bool(lost.any())
 
 
-def judge_exact(trial: Trial) -> Verdict:
-    """Every output must equal the truth, correctly rounded. (0.0 and -0.0 are equal: a sum's sign of zero is free.)"""
-    for axes, got, truth in zip(trial.outputs, trial.got, trial.truth, strict=True):
-        wanted = truth.to(got.dtype)
-        wrong = ~((got == wanted) | (got.isnan() & wanted.isnan()))
-        if wrong.any():
-            at = tuple(wrong.nonzero()[0].tolist())
-            return failure(
-                "differs on integers, where no sum rounds: the logic is wrong, not the arithmetic",
-                f"first at   {named_index(axes, at)}: candidate {float(got[at])!r}, truth {float(wanted[at])!r}",
-                f"wrong      {int(wrong.sum())} of {wrong.numel()} elements",
-            )
-    return PASSED
+def _stored_out_of_range(eager: Tensor, truth: Tensor, sizes: Tensor | Sizes) -> bool:
+    """Whether a result leaves its dtype's range where parts of it, of either sign, may have left it before."""
+    stores = isinstance(sizes, Sizes) and isinstance(sizes.narrow, Tensor)
+    return stores and bool((torch.isfinite(truth) & truth.to(eager.dtype).isinf()).any())
 
 
-def least_scale(dtype: torch.dtype) -> float:
-    """Nothing rounds to finer steps than the subnormals', so no scale is smaller than the smallest normal number.
+def judge_exact(axes: str, got: Tensor, truth: Tensor, wide: Tensor) -> Verdict:
+    """Judge integers that the output's dtype counts without a gap: they must equal the truth.
 
-    Of bfloat16 processors need not have subnormals: x86's products (AVX512-BF16, AMX) read and write them as zero,
-    whatever their mode. So its steps are no finer than the smallest normal number itself.
-
-    >>> least_scale(torch.float32) == 2**-126, least_scale(torch.bfloat16) == 2**-126 * 2**7
-    (True, True)
+    Beyond 1 / u = 2 / eps (256 for bfloat16) a partial sum may round to the output's dtype, and budgets apply. 0.0 and
+    -0.0 are equal: a sum's sign of zero is free.
     """
-    limits = torch.finfo(dtype)
-    return limits.smallest_normal / (limits.eps if dtype is torch.bfloat16 else 1.0)
-
-
-def judge_rows(budget: Budget, axes: str, got: Tensor, eager: Tensor, truth: Tensor, scale: Tensor) -> Verdict:
-    """Judge one output. Where the truth is infinite or NaN the candidate must be so too, and the rest is judged."""
-    finite = torch.isfinite(truth)
-    wrong_kind = torch.where(finite, ~torch.isfinite(got), ~((got.double() == truth) | (got.isnan() & truth.isnan())))
-    if wrong_kind.any():
-        where = tuple(wrong_kind.nonzero()[0].tolist())
-        return failure(
-            f"is {float(got[where])} where the truth is {float(truth[where])}",
-            f"first at   {named_index(axes, where)}, and {int(wrong_kind.sum()) - 1} more of {truth.numel()} elements",
-        )
-    if truth.numel() == 0:
+    counted = (wide <= 2 / torch.finfo(got.dtype).eps) & (wide == wide.round())
+    wrong = counted & ~((got.double() == truth) | (got.isnan() & truth.isnan()))
+    if not wrong.any():
         return PASSED
-    limits = torch.finfo(got.dtype)
-    row_axes = [axis for axis in axes.split() if axis in budget.rows.split()]
-
-    def rows(value: Tensor) -> Tensor:
-        return _as_rows(torch.where(finite, value, 0.0), axes.split(), row_axes)
-
-    error = rows((got.double() - truth).abs())
-    reference_error = rows((eager.double() - truth).abs())
-    scale = rows(scale.expand_as(truth)).clamp_min(least_scale(got.dtype))
-    ratios = []
-    reductions: dict[str, Callable[[Tensor], Tensor]] = {"max": lambda x: x.amax(-1), "mean": lambda x: x.mean(-1)}
-    for name, reduce in reductions.items():
-        bound = budget.k * reduce(reference_error) + budget.c * limits.eps * reduce(scale)
-        ratio = reduce(error) / bound
-        row = int(ratio.argmax())
-        terms = (float(bound[row]), float(reduce(reference_error)[row]), float(reduce(scale)[row]))
-        ratios.append((float(ratio[row]), name, row, terms))
-    largest, name, row, (bound_of_row, eager_of_row, scale_of_row) = max(ratios)
-    if largest <= 1:
-        return Verdict(status=Status.PASSED, ratio=largest)
-
-    row_shape = [size for axis, size in zip(axes.split(), truth.shape, strict=True) if axis in row_axes]
-    row_index = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), row_shape)) if row_shape else ()
-    in_row = _row_mask(truth, axes.split(), row_axes, row_index)
-    error = torch.where(finite & in_row, (got.double() - truth).abs(), -1.0)
-    where = tuple(int(i) for i in torch.unravel_index(error.argmax(), truth.shape))
-    in_ulps = ((got.double() - truth).abs() / ulp(truth, got.dtype))[finite]
-    row_name = named_index(" ".join(row_axes), row_index) if row_axes else "of everything"
+    at = tuple(wrong.nonzero()[0].tolist())
     return failure(
-        f"the {name} error of row {row_name} is {largest:.3g} times what the budget allows",
-        f"error      max {float(in_ulps.max()):.4g} ulp, mean {float(in_ulps.mean()):.4g} ulp, "
-        f"p99 {float(in_ulps.quantile(0.99)):.4g} ulp (of {got.dtype}, over {in_ulps.numel()} elements)",
-        f"worst at   {named_index(axes, where)}: candidate {float(got[where])!r}, truth {float(truth[where])!r}, "
-        f"eager reference {float(eager[where])!r}",
-        f"row bound  {name} {bound_of_row:.4g} = {budget.k:g} * {eager_of_row:.4g} (eager error) + "
-        f"{budget.c:g} * {limits.eps:.3g} (eps) * {scale_of_row:.4g} (scale)",
-        ratio=largest,
+        "differs on integers, where no sum rounds: the logic is wrong, not the arithmetic",
+        f"first at   {named_index(axes, at)}: candidate {float(got[at])!r}, truth {float(truth[at])!r}",
+        f"wrong      {int(wrong.sum())} of {wrong.numel()} elements",
     )
 
 
-def named_index(axes: str, index: tuple[int, ...]) -> str:
-    """An index with its axes' names.
+def judge_elements(budget: Budget, axes: str, got: Tensor, eager: Tensor, truth: Tensor, sizes: Sizes) -> Verdict:
+    """Judge one output, element by element; what the truth, rounded to its dtype, has infinite or NaN must be so."""
+    rounded = truth.to(got.dtype)
+    finite = torch.isfinite(rounded) & torch.isfinite(got)
+    verdict = judge_special(axes, got, rounded)
+    if verdict.failed or not finite.any():
+        return verdict
+    limits = torch.finfo(got.dtype)
+    sum_eps = torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps
+    error = (got.double() - truth).abs()
+    reference_error = torch.where(torch.isfinite(eager), (eager.double() - truth).abs(), 0.0)
+    narrow = limits.eps / 2 * (truth.abs() + sizes.narrow)
+    wide = (sum_eps * sizes.wide).expand_as(truth)
+    rounding = (narrow + wide).clamp_min(limits.eps * least_scale(got.dtype))
+    bound = budget.k * reference_error + budget.c * rounding + sizes.jump
+    ratio = torch.where(finite, error / bound, 0.0)
+    wrong = finite & ~(error <= bound)
+    if not wrong.any():
+        return Verdict(status=Status.PASSED, ratio=float(ratio.max()))
 
-    >>> named_index("B T H", (0, 3, 1))
-    'B=0 T=3 H=1'
-    """
-    return " ".join(f"{axis}={i}" for axis, i in zip(axes.split(), index, strict=True)) or "the only element"
+    worst = int(ratio.nan_to_num(torch.inf).argmax())
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), truth.shape))
+    in_ulps = (error / ulp(truth, got.dtype))[finite]
+    jump = torch.as_tensor(sizes.jump, dtype=torch.float64).expand_as(truth)
+    return failure(
+        f"an error is {float(ratio[at]):.3g} times what the budget allows",
+        f"error      max {float(in_ulps.max()):.4g} ulp, mean {float(in_ulps.mean()):.4g} ulp, "
+        f"p99 {p99(in_ulps):.4g} ulp (of {got.dtype}, over {in_ulps.numel()} elements)",
+        f"worst at   {named_index(axes, at)}: candidate {float(got[at])!r}, truth {float(truth[at])!r}, "
+        f"eager reference {float(eager[at])!r}",
+        f"bound      {float(bound[at]):.4g} = {budget.k:g} * {float(reference_error[at]):.4g} (eager error) + "
+        f"{budget.c:g} * ({float(narrow[at]):.4g} (rounded to {got.dtype}) + {float(wide[at]):.4g} (sums))"
+        + (f" + {float(jump[at]):.4g} (ties on the way)" if float(jump[at]) else ""),
+        f"wrong      {int(wrong.sum())} of {wrong.numel()} elements",
+        ratio=float(ratio[at]),
+    )
 
 
-def _as_rows(value: Tensor, axes: list[str], row_axes: list[str]) -> Tensor:
-    """The tensor as [rows, elements of a row]."""
-    order = [axes.index(axis) for axis in row_axes] + [i for i, axis in enumerate(axes) if axis not in row_axes]
-    row_count = 1
-    for axis in row_axes:
-        row_count *= value.shape[axes.index(axis)]
-    return value.permute(order).reshape(row_count, -1)
-
-
-def _row_mask(value: Tensor, axes: list[str], row_axes: list[str], row_index: tuple[int, ...]) -> Tensor:
-    mask = torch.zeros(value.shape, dtype=torch.bool)
-    chosen = dict(zip(row_axes, row_index, strict=True))
-    mask[tuple(chosen.get(axis, slice(None)) for axis in axes)] = True
-    return mask
+def judge_special(axes: str, got: Tensor, rounded: Tensor) -> Verdict:
+    """Judge where infinities and NaN stand; the largest finite number passes for infinity, which it may round to."""
+    finite = torch.isfinite(rounded)
+    largest = torch.finfo(got.dtype).max * (1 - torch.finfo(got.dtype).eps)
+    as_infinite = rounded.isinf() & (got.sign() == rounded.sign()) & (got.abs() >= largest)
+    overflows = got.isinf() & (rounded.abs() >= largest) & (got.sign() == rounded.sign())
+    as_finite = finite & (torch.isfinite(got) | overflows)
+    wrong = ~(as_infinite | as_finite | (rounded.isnan() & got.isnan()))
+    if not wrong.any():
+        return PASSED
+    at = tuple(wrong.nonzero()[0].tolist())
+    return failure(
+        f"is {float(got[at])} where the truth is {float(rounded[at])}",
+        f"first at   {named_index(axes, at)}, and {int(wrong.sum()) - 1} more of {rounded.numel()} elements",
+    )

@@ -38,11 +38,19 @@ class Data(StrEnum):
     """Activations around and below the smallest normal number of the dtype."""
     MASKED = "masked"
     """Normal, and some queries may see no key at all. Only for ops with a mask."""
+    OFFSET = "offset"
+    """Normal about a mean of 300 (30 for float16): what is left of a row without its mean is small beside it."""
+    TIES = "ties"
+    """Five values only, zeros of both signs among them, so that much is equal."""
+    HUGE = "huge"
+    """Normal times 1e19 (1024 for float16), so that squares and products leave the range. Only for ops that add."""
     INTEGER = "integer"
     """Small integers (half-integers where rounding is the matter): every partial sum of a product is exact."""
 
 
-UNMASKED = tuple(kind for kind in Data if kind is not Data.MASKED)
+UNMASKED = tuple(kind for kind in Data if kind not in (Data.MASKED, Data.HUGE))
+ADDED = (*UNMASKED, Data.HUGE)
+"""The kinds for ops that only add, multiply by weights, or copy."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -120,6 +128,13 @@ def activations(case: Case, name: str, *shape: int, large: int = 10) -> Tensor:
             drawn = torch.zeros_like(normal)
         case Data.DENORMAL:
             drawn = normal * torch.finfo(case.dtype).smallest_normal
+        case Data.OFFSET:
+            drawn = normal + (30 if case.dtype is torch.float16 else 300)
+        case Data.TIES:
+            drawn = torch.randint(-2, 3, shape, generator=generator).to(torch.float64) / 2
+            drawn = torch.where((drawn == 0) & (normal < 0), -0.0, drawn)
+        case Data.HUGE:
+            drawn = normal * (2.0**10 if case.dtype is torch.float16 else 1e19)
         case Data.INTEGER:
             drawn = torch.randint(-4, 5, shape, generator=generator).to(torch.float64)
     return drawn.to(case.dtype)

@@ -11,9 +11,9 @@ import torch
 from ..spec.config import ModelConfig
 from ..spec.decoder import Encoder
 from .baseline import Baseline, worst_of
-from .budget import judge_rows
 from .case import Picker
 from .paths import WHOLE_MODEL, PathComparison, PathMismatch
+from .rows import judge_rows
 
 Texts = tuple[tuple[int, ...], ...]
 """Token ids, or token types, of each text; plain data, so that a case prints as Python that makes it again."""

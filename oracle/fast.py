@@ -7,6 +7,7 @@ Shapes: as in the reference's files, and R rows, C slots of a static cache.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ SBI_GEMM = (Fast(linear.linear_decode, _sbi_gemm),)
 def _scale_and_cap(function: Function, inputs: Inputs) -> Tensor:
     logits: Tensor = inputs["logits"]
     out: Tensor = function(logits, inputs["scale"], inputs["softcap"])
-    return out
+    return out.clone()  # within a graph it may return its input
 
 
 SCALE_AND_CAP = (Fast(head.scale_and_cap, _scale_and_cap),)
@@ -233,7 +234,7 @@ def _masking(inputs: Inputs) -> tuple[bool, int | None] | None:
 
 
 def _is_a_text(inputs: Inputs) -> bool:
-    return _masking(inputs) is not None
+    return inputs["visible_TS"].ndim == 2 and _masking(inputs) is not None
 
 
 def _shaping(inputs: Inputs) -> dict[str, Any]:
@@ -263,6 +264,8 @@ def _slots(key_BSKD: Tensor, value_BSKD: Tensor) -> tuple[tuple[Tensor, Tensor],
 def _sees_no_later_key(inputs: Inputs) -> bool:
     """Whether every query sees something, and nothing after itself, the queries being the last positions."""
     seen_TS: Tensor = inputs["visible_TS"]
+    if seen_TS.ndim != 2:
+        return False
     queries, keys = seen_TS.shape
     return bool(seen_TS.any(-1).all()) and not bool(seen_TS.triu(keys - queries + 1).any())
 
@@ -270,6 +273,8 @@ def _sees_no_later_key(inputs: Inputs) -> bool:
 def _sees_runs(inputs: Inputs) -> bool:
     """Whether every query sees an unbroken run of keys, as causal masks and windows give."""
     seen_TS: Tensor = inputs["visible_TS"]
+    if seen_TS.ndim != 2:
+        return False
     rises = (seen_TS.int().diff(dim=1, prepend=torch.zeros(len(seen_TS), 1, dtype=torch.int32)) == 1).sum(-1)
     return bool((rises == 1).all())
 
@@ -281,7 +286,21 @@ ATTENTION = (
 )
 
 
-SHAPED_ATTENTION = ATTENTION
+def _bias_is_linear(inputs: Inputs) -> bool:
+    """Whether the bias, if any, grows from key to key and falls from query to query by one slope a head: ALiBi's."""
+    bias_HTS: Tensor | None = inputs["bias_HTS"]
+    if bias_HTS is None:
+        return True
+    slope_H = _shaping(inputs)["slope_H"]
+    query_T = torch.arange(bias_HTS.shape[2] - bias_HTS.shape[1], bias_HTS.shape[2])
+    linear_HTS = slope_H[:, None, None] * (torch.arange(bias_HTS.shape[2]) - query_T[:, None])
+    return torch.equal(linear_HTS.to(bias_HTS.dtype), bias_HTS)
+
+
+SHAPED_ATTENTION = tuple(
+    replace(each, applies=lambda inputs, each=each: _bias_is_linear(inputs) and each.applies(inputs))  # type: ignore[misc]
+    for each in ATTENTION
+)
 
 
 def _alibi(function: Function, inputs: Inputs) -> Tensor:

@@ -74,7 +74,7 @@ def _linear_w8a8(form: w8a8.Form) -> Callable[[Function, Inputs], Tensor]:
         weights: RowQuantized = inputs["weights"]
         bias_N = None if inputs["bias_N"] is None else inputs["bias_N"].float()
         codes = w8a8.Codes(_codes(weights.quantized_NI, form), weights.scale_N, bias_N)
-        out: Tensor = function(inputs["x"], codes, form)
+        out: Tensor = function(inputs["x"].contiguous(), codes, form)
         return out
 
     return adapt

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .budget import named_index
 from .case import Data, Inputs
-from .trial import PASSED, Status, Trial, Verdict, copied, failure, same_bits
+from .trial import PASSED, Status, Trial, Verdict, failure, same_bits
+from .ulp import named_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,8 @@ class Discrete:
             )
         regret = self.regret(trial.exact_inputs, trial.got)
         both_budgets = 2 * self.c * self.eps * self.scale(trial.exact_inputs)
-        ratio = float((regret / both_budgets.clamp_min(torch.finfo(torch.float32).smallest_normal)).max())
+        ratios = regret / both_budgets.clamp_min(torch.finfo(torch.float32).smallest_normal)
+        ratio = float(ratios.nan_to_num(nan=torch.inf, posinf=torch.inf).max())  # no number is no proof
         if ratio <= 1:
             return Verdict(status=Status.PASSED, ratio=ratio)
         return failure(
@@ -92,33 +93,72 @@ class Statistical:
 
     The op must take a `generator` and return an integer. Pearson's chi-square over the outcomes expected at least five
     times (the rest pooled); fails below `significance`, so a right implementation fails once in about 1 / significance
-    cases.
+    cases. What is too faint for one case shows in all of them together: `pooled`.
     """
 
     probability: Callable[[Inputs], Tensor]
     """The true distribution [V], from the float64 inputs."""
-    samples: int = 400
+    samples: int = 200
     significance: float = 1e-9
 
     def judge(self, trial: Trial) -> Verdict:
         probability_V = self.probability(trial.exact_inputs)
-        given = copied(trial.inputs)
-        count_V = torch.zeros_like(probability_V)
-        for _ in range(self.samples):
-            outcome = int(trial.candidate(**given))
-            if not 0 <= outcome < len(count_V) or probability_V[outcome] == 0:
-                return failure(f"returns {outcome}, which has probability 0")
-            count_V[outcome] += 1
+        calls = trial.drawn(int(trial.case.options.get("samples") or self.samples))
+        if calls.complaint is not None:
+            return failure(calls.complaint)
+        outcome_N = torch.tensor(calls.result)
+        possible_N = (outcome_N >= 0) & (outcome_N < len(probability_V))
+        possible_N = possible_N & (probability_V[outcome_N.where(possible_N, 0)] > 0)
+        if not possible_N.all():
+            return failure(f"returns {int(outcome_N[~possible_N][0])}, which has probability 0")
+        count_V = outcome_N.bincount(minlength=len(probability_V)).double()
+        expected_V = len(outcome_N) * probability_V
         p_value = chi_square_p_value(count_V, probability_V)
         if p_value >= self.significance:
-            return Verdict(status=Status.PASSED, ratio=self.significance / p_value)
-        worst = int(((count_V - self.samples * probability_V).abs()).argmax())
+            evidence = _places(outcome_N, probability_V, trial.case.generator("places"))
+            return Verdict(status=Status.PASSED, ratio=self.significance / p_value, evidence=evidence)
+        worst = int((count_V - expected_V).abs().argmax())
         return failure(
             f"does not follow the distribution: counts this far off have probability {p_value:.3g}",
-            f"worst at   outcome {worst}: {int(count_V[worst])} of {self.samples}, "
-            f"expected {float(self.samples * probability_V[worst]):.4g}",
+            f"worst at   outcome {worst}: {int(count_V[worst])} of {len(outcome_N)}, "
+            f"expected {float(expected_V[worst]):.4g}",
             ratio=self.significance / max(p_value, 1e-300),
         )
+
+    def pooled(self, evidence: list[Tensor]) -> Verdict:
+        """Judge all cases together: every draw's place in its own distribution must be uniform from 0 to 1."""
+        for order, place_N in zip(_ORDERS, torch.cat(evidence, -1) if evidence else (), strict=bool(evidence)):
+            for parts in _PARTS:
+                count_P = (place_N * parts).long().clamp_max(parts - 1).bincount(minlength=parts).double()
+                p_value = chi_square_p_value(count_P, torch.full((parts,), 1 / parts))
+                if not p_value >= self.significance:
+                    return failure(
+                        "does not follow the distributions of all cases together",
+                        f"pooled     {len(place_N)} draws in the order of {order}: {parts} parts of equal probability "
+                        f"hold from {int(count_P.min())} to {int(count_P.max())}, which has probability {p_value:.3g}",
+                        ratio=self.significance / max(p_value, 1e-300),
+                    )
+        return PASSED
+
+
+_ORDERS = ("token ids", "probabilities")
+_PARTS = (2, 20)
+"""Parts of equal probability that pooled draws are counted in: halves show a lean, more parts a bump."""
+
+
+def _places(outcome_N: Tensor, probability_V: Tensor, generator: torch.Generator) -> Tensor:
+    """Each draw's place in its distribution, [2, N]: outcomes in the order of their ids, and likeliest first.
+
+    An outcome that covers from 0.2 to 0.5 of the probability is at a random place between: uniform, if the draws are
+    right, whatever the distribution.
+    """
+    within_N = torch.rand(len(outcome_N), generator=generator, dtype=torch.float64)
+    places = []
+    for order_V in (torch.arange(len(probability_V)), probability_V.argsort(descending=True, stable=True)):
+        in_order_V = probability_V[order_V]
+        before_V = torch.empty_like(probability_V).index_copy(0, order_V, in_order_V.cumsum(0) - in_order_V)
+        places.append(before_V[outcome_N] + within_N * probability_V[outcome_N])
+    return torch.stack(places)
 
 
 def chi_square_p_value(count_V: Tensor, probability_V: Tensor) -> float:

@@ -4,13 +4,14 @@ Tests, the benchmark, the tables in the docs and the `check` command all iterate
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 from ..spec.decoder import Path
+from ..spec.errors import RequestError
 from .case import Case, Inputs, Picker
-from .trial import Guarantee, Trial
+from .trial import Arithmetic, Guarantee, Trial
 
 Function = Callable[..., Any]
 
@@ -68,10 +69,32 @@ class Op:
     """For each path, the functions that do this op in its graphs: one for decoding, another for prefill."""
     no_fast: str | None = None
     """Why there is no fast twin."""
+    larger: Callable[[Case, Picker], Case] | None = None
+    """The case with some sizes around the borders where implementations change: tiles, vectors, passes."""
+    conventions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Where public code rightly differs: by option, such as "ties=any", the fields that are then others."""
+    chosen: tuple[str, ...] = ()
+    """The options under which this record stands."""
 
     def __post_init__(self) -> None:
         if bool(self.fast) == bool(self.no_fast):
             raise ValueError(f"op {self.name}: give either fast callables or the reason why there is none")
 
-    def trial(self, candidate: Function, case: Case) -> Trial:
-        return Trial(case, self.inputs(case), self.reference, candidate, self.outputs)
+    def draw(self, pick: Picker) -> Case:
+        """Draw a case; one in ten has larger sizes."""
+        larger = pick.integer(0, 9) == 9
+        case = self.cases(pick)
+        return self.larger(case, pick) if larger and self.larger is not None else case
+
+    def under(self, *options: str) -> "Op":
+        """The record under other conventions; raises `RequestError` for an option that the op does not have."""
+        op = self
+        for option in options:
+            if option not in self.conventions:
+                known = ", ".join(self.conventions) or "none"
+                raise RequestError(f"the option is {option!r}; those of {self.name} are: {known}")
+            op = replace(op, **self.conventions[option], chosen=(*op.chosen, option))
+        return op
+
+    def trial(self, candidate: Function, case: Case, arithmetic: Arithmetic = Arithmetic.WIDE) -> Trial:
+        return Trial(case, self.inputs(case), self.reference, candidate, self.outputs, arithmetic)

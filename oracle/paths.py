@@ -17,7 +17,8 @@ from torch import Tensor
 from ..reference.path import ReferenceSequences
 from ..spec.decoder import Decoder, Sequences
 from .baseline import Baseline, worst_of
-from .budget import Budget, judge_rows
+from .budget import Budget
+from .rows import judge_rows
 from .scale import linear_scale
 from .schedule import GREEDY, Close, Extend, Open, Schedule, generation
 from .trial import Verdict, same_bits

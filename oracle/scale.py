@@ -1,71 +1,168 @@
 """Forward error analysis: how large are the numbers whose rounding can reach a result?
 
-Each function takes what an op takes, in float64, and with each activation x a tensor scale_x >= |x| such that x is
-known to within about eps * scale_x; it returns the scale of the op's result, to first order. Higham 2002, chapter 3.
-Exact inputs have scale |x|.
+A `Known` is a value beside the sizes of what was rounded on the way to it. Each function takes what an op takes, in
+float64, and returns the op's result as such. Roundings are independent, so those of before are carried on as the root
+of a sum of squares, each by the derivative with which it reaches the result (first order; Higham 2002, chapter 3;
+Higham, Mary 2019 for the root); only what an op itself sums counts by absolute values. So sizes do not compound.
 
 Shapes: as in the reference's files.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from ..reference.attention import attention
+from ..reference.linear import linear
+from ..reference.mlp import activation
 from ..reference.norms import norm
-from ..spec.config import NormConfig, NormKind
+from ..spec.config import Activation, NormConfig, NormKind
 from ..spec.weights import LinearWeights, NormWeights
 
 _STEEPEST = 1.13
 """No activation function is steeper anywhere (GELU at x = 1.4; SILU reaches 1.10)."""
 
 
-def linear_scale(scale_x: Tensor, weights: LinearWeights) -> Tensor:
+@dataclass(frozen=True)
+class Known:
+    """A value in float64, and the sizes of what was rounded on the way to it, as they reach it."""
+
+    value: Tensor
+    wide: Tensor
+    """To float32."""
+    narrow: Tensor
+    """To the 16-bit dtype of activations, the value itself not included."""
+
+    @property
+    def stored(self) -> "Known":
+        """The same value, rounded once more as an activation is when it is returned or kept."""
+        return Known(self.value, self.wide, root(self.narrow, self.value))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Known":
+        """Value and sizes, each rearranged by the same function."""
+        return Known(function(self.value), function(self.wide), function(self.narrow))
+
+
+def exactly(value: Tensor) -> Known:
+    """An input: nothing was rounded on the way to it."""
+    return Known(value, torch.zeros_like(value), torch.zeros_like(value))
+
+
+def root(*sizes: Tensor) -> Tensor:
+    """The root of the sum of squares, element by element."""
+    total = sizes[0] * sizes[0]
+    for size in sizes[1:]:
+        total = total + size * size
+    return total.sqrt()
+
+
+def carried(size: Tensor, weight_NI: Tensor) -> Tensor:
+    """Independent errors of these sizes, through a product."""
+    return einsum(size * size, weight_NI * weight_NI, "... i, n i -> ... n").sqrt()
+
+
+def linear_scale(size_x: Tensor, weights: LinearWeights) -> Tensor:
     """The same contraction on absolute values."""
-    out = einsum(scale_x, weights.weight_NI.abs(), "... i, n i -> ... n")
+    out = einsum(size_x, weights.weight_NI.abs(), "... i, n i -> ... n")
     return out if weights.bias_N is None else out + weights.bias_N.abs()
 
 
-def norm_scale(x: Tensor, scale_x: Tensor, weights: NormWeights, config: NormConfig) -> Tensor:
+def linear_known(x: Known, weights: LinearWeights) -> Known:
+    wide = root(linear_scale(x.value.abs(), weights), carried(x.wide, weights.weight_NI))
+    return Known(linear(x.value, weights), wide, carried(x.narrow, weights.weight_NI))
+
+
+def norm_scale(x: Tensor, weights: NormWeights, config: NormConfig) -> Tensor:
     """Errors of x, and of the mean taken from it, divided by the deviation; and the relative error of the deviation."""
+    size = x.abs()
     if config.kind is NormKind.LAYER:
-        scale_x = scale_x + scale_x.mean(-1, keepdim=True)
+        size = size + size.mean(-1, keepdim=True)
         x = x - x.mean(-1, keepdim=True)
     square = (x * x).mean(-1, keepdim=True) + config.epsilon
-    of_deviation = (x.abs() * scale_x).mean(-1, keepdim=True) / square
-    gain_M = 1 + weights.gain_M if config.gain_from_one else weights.gain_M
-    out = gain_M.abs() * (scale_x + x.abs() * (1 + of_deviation)) / square.sqrt()
+    of_deviation = (x.abs() * size).mean(-1, keepdim=True) / square
+    out = _gain(weights, config).abs() * (size + x.abs() * (1 + of_deviation)) / square.sqrt()
     return out if weights.bias_M is None else out + weights.bias_M.abs()
 
 
-def activation_scale(scale_x: Tensor) -> Tensor:
+def norm_known(x: Known, weights: NormWeights, config: NormConfig) -> Known:
+    centered = x.value - x.value.mean(-1, keepdim=True) if config.kind is NormKind.LAYER else x.value
+    deviation = ((centered * centered).mean(-1, keepdim=True) + config.epsilon).sqrt()
+    unit, count = centered / deviation, x.value.shape[-1]
+
+    def through(size: Tensor) -> Tensor:
+        of_mean = (size * size).sum(-1, keepdim=True).sqrt() / count
+        of_deviation = unit * ((unit * size) ** 2).sum(-1, keepdim=True).sqrt() / count
+        return _gain(weights, config).abs() / deviation * root(size, of_mean, of_deviation)
+
+    wide = root(norm_scale(x.value, weights, config), through(x.wide))
+    return Known(norm(x.value, weights, config), wide, through(x.narrow))
+
+
+def _gain(weights: NormWeights, config: NormConfig) -> Tensor:
+    return 1 + weights.gain_M if config.gain_from_one else weights.gain_M
+
+
+def activation_scale(size_x: Tensor) -> Tensor:
     """Of any activation: |f(x)| <= |x|, and tails cancel (1 + erf, 1 + tanh)."""
-    return _STEEPEST * scale_x
+    return _STEEPEST * size_x
 
 
-def attention_scale(
-    query_BTHD: Tensor,
-    key_BSKD: Tensor,
-    value_BSKD: Tensor,
+def activation_known(x: Known, kind: Activation) -> Known:
+    wide = root(activation_scale(x.value.abs()), activation_scale(x.wide))
+    return Known(activation(x.value, kind), wide, activation_scale(x.narrow))
+
+
+def product_known(a: Known, b: Known) -> Known:
+    def through(size_a: Tensor, size_b: Tensor) -> Tensor:
+        return root(size_a * b.value, a.value * size_b)
+
+    value = a.value * b.value
+    return Known(value, root(value, through(a.wide, b.wide)), through(a.narrow, b.narrow))
+
+
+def sum_known(a: Known, b: Known, factor: float) -> Known:
+    """a + factor * b, where factor * b is kept as an activation is."""
+    scaled = factor * b.value
+    narrow = root(a.narrow, factor * b.narrow, scaled) if factor != 1 else root(a.narrow, b.narrow)
+    return Known(a.value + scaled, root(a.value, scaled, a.wide, factor * b.wide), narrow)
+
+
+def attention_known(
+    query_BTHD: Known,
+    key_BSKD: Known,
+    value_BSKD: Known,
     *,
     visible_TS: Tensor,
     scale: float,
     bias_HTS: Tensor | None = None,
     softcap: float | None = None,
-    scales: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:
-    """The weighted absolute values, and how far they move as errors of the scores shift the weights.
+) -> Known:
+    """The weighted values; how far they move as errors of the scores shift the weights; and the weights, rounded.
 
-    A cap bends scores without steepening them, so their errors stay as large at most.
+    A cap bends scores without steepening them, so their errors stay as large at most. Errors of scores share the query,
+    so their effects are added; kernels that multiply 16-bit weights round these, independently unless scores tie.
     """
-    scale_q, scale_k, scale_v = scales or (query_BTHD.abs(), key_BSKD.abs(), value_BSKD.abs())
-    kv_heads = key_BSKD.shape[2]
+    q, k, v = query_BTHD, key_BSKD, value_BSKD
+    kv_heads = k.value.shape[2]
+    seen_BTS = visible_TS.expand(len(q.value), -1, -1)
+    seen_B11TS = seen_BTS[:, None, None]
+    looked_at_BS11 = seen_BTS.any(1)[:, :, None, None]
+    k, v = (known.mapped(lambda x: x.where(looked_at_BS11, 0.0)) for known in (k, v))
 
-    def score(q: Tensor, k: Tensor) -> Tensor:
-        grouped = rearrange(q, "b t (k g) d -> b k g t d", k=kv_heads)
-        return scale * einsum(grouped, k, "b k g t d, b s k d -> b k g t s")
+    def grouped(x: Tensor) -> Tensor:
+        return rearrange(x, "b t (k g) d -> b k g t d", k=kv_heads)
 
-    shaped = score(query_BTHD, key_BSKD)
-    of_score = score(query_BTHD.abs(), scale_k) + score(scale_q, key_BSKD.abs())
+    def score(a: Tensor, b: Tensor) -> Tensor:
+        return abs(scale) * einsum(grouped(a), b, "b k g t d, b s k d -> b k g t s")
+
+    def of_errors(size_q: Tensor, size_k: Tensor) -> Tensor:
+        return (score(size_q**2, k.value**2) + score(q.value**2, size_k**2)).mul(abs(scale)).sqrt()
+
+    shaped = scale * einsum(grouped(q.value), k.value, "b k g t d, b s k d -> b k g t s")
+    of_score = score(q.value.abs(), k.value.abs()) + of_errors(q.wide, k.wide)
     if softcap is not None:
         shaped = softcap * torch.tanh(shaped / softcap)
         of_score = of_score + shaped.abs()
@@ -73,12 +170,18 @@ def attention_scale(
         bias_KGTS = rearrange(bias_HTS, "(k g) t s -> k g t s", k=kv_heads)
         shaped = shaped + bias_KGTS
         of_score = of_score + bias_KGTS.abs() + shaped.abs()  # the bias is rounded, and so is the sum
-    weight_BKGTS = torch.softmax(shaped.masked_fill(~visible_TS, -torch.inf), -1).nan_to_num(0.0)
-    of_score = of_score + (weight_BKGTS * of_score).sum(-1, keepdim=True)
-    direct = einsum(weight_BKGTS, scale_v, "b k g t s, b s k d -> b t k g d")
-    shifted = einsum(weight_BKGTS * of_score, value_BSKD.abs(), "b k g t s, b s k d -> b t k g d")
-    return rearrange(direct + shifted, "b t k g d -> b t (k g) d")
+    weight = torch.softmax(shaped.masked_fill(~seen_B11TS, -torch.inf), -1).nan_to_num(0.0)
 
+    def weighted(weight: Tensor, x: Tensor) -> Tensor:
+        return rearrange(einsum(weight, x, "b k g t s, b s k d -> b t k g d"), "b t k g d -> b t (k g) d")
 
-def norm_with_scale(x: Tensor, scale_x: Tensor, weights: NormWeights, config: NormConfig) -> tuple[Tensor, Tensor]:
-    return norm(x, weights, config), norm_scale(x, scale_x, weights, config)
+    def shifted(of_score: Tensor) -> Tensor:
+        return weighted(weight * (of_score + (weight * of_score).sum(-1, keepdim=True)), v.value.abs())
+
+    rounded = torch.maximum(weight, (weight * 2**11).clamp_max(2.0**-14))  # float16 has no finer steps below 2**-14
+    rounded = torch.minimum(rounded, (1 - weight) * 2**11)  # one is a number of every dtype: near it less is lost
+    of_weights = torch.minimum(weighted(rounded, v.value.abs()) / 2, 2 * weighted(rounded**2, v.value**2).sqrt())
+    wide = weighted(weight, v.value.abs()) + shifted(of_score) + weighted(weight**2, v.wide**2).sqrt()
+    narrow = root(of_weights, shifted(of_errors(q.narrow, k.narrow)), weighted(weight**2, v.narrow**2).sqrt())
+    given = {"visible_TS": visible_TS, "scale": scale, "bias_HTS": bias_HTS, "softcap": softcap}
+    return Known(attention(q.value, k.value, v.value, **given), wide, narrow)  # type: ignore[arg-type]

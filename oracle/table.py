@@ -60,6 +60,7 @@ _ALL = (
     logit_ops.KEEP_MIN_P,
     sampling_ops.NEXT_TOKEN,
     sampling_ops.DRAW,
+    sampling_ops.SAMPLE,
 )
 
 OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _ALL})

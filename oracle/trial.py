@@ -1,13 +1,14 @@
 """One call of a candidate beside the reference, and what was thought of it.
 
 `Trial` computes each side at most once: the truth (the reference in float64 on the very values the candidate gets), the
-eager reference (in the candidate's own dtype), and the candidate. A `Guarantee` looks at a trial and returns a verdict.
+eager reference (in the candidate's own dtype), and the candidate, which is called after both. A `Guarantee` looks at a
+trial and returns a verdict.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,16 @@ from torch import Tensor
 
 from ..spec.ambient import CPU, pinned
 from .case import Case, Inputs
+from .process import ProcessState
+
+
+class Arithmetic(StrEnum):
+    """What a candidate of a 16-bit output sums in."""
+
+    WIDE = "wide"
+    """float32: sums are float32, and only what the reference returns or stores on the way is rounded to 16 bits."""
+    NARROW = "narrow"
+    """The 16-bit dtype itself: every partial sum may be rounded to it."""
 
 
 class Status(StrEnum):
@@ -33,6 +44,8 @@ class Verdict:
     """What is wrong, in one line. Empty unless failed."""
     details: tuple[str, ...] = ()
     """Figures, one a line."""
+    evidence: Tensor | None = None
+    """What many cases together may show and this one does not; see `Statistical.pooled`."""
 
     @property
     def failed(self) -> bool:
@@ -55,42 +68,53 @@ class Trial:
     candidate: Callable[..., Any]
     outputs: tuple[str, ...]
     """The axes of each tensor that comes out, such as "B T H D"."""
+    arithmetic: Arithmetic = Arithmetic.WIDE
+    """What the candidate says of its own arithmetic."""
 
     @cached_property
     def exact_inputs(self) -> Inputs:
         """The inputs in float64: every float tensor, and every dtype asked for. The values are unchanged."""
+        return {name: map_leaves(_widened, value) for name, value in self.inputs.items()}
 
-        def widen(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                return leaf.to(torch.float64)
-            return torch.float64 if isinstance(leaf, torch.dtype) else leaf
+    @cached_property
+    def sized_inputs(self) -> Inputs:
+        """The exact inputs, those that may be read as zero raised to where eps of float32 covers them.
 
-        return {name: map_leaves(widen, value) for name, value in self.inputs.items()}
+        Products of bfloat16 may read subnormals as zero (x86's AVX512-BF16 and AMX do), which costs up to the smallest
+        normal number; so for the sizes of what rounds, each counts as that number over eps.
+        """
+
+        def size(leaf: Any) -> Any:
+            wide = _widened(leaf)
+            if not isinstance(leaf, Tensor) or leaf.dtype is not torch.bfloat16:
+                return wide
+            least = torch.finfo(torch.bfloat16).smallest_normal
+            read_as_zero = (wide != 0) & (wide.abs() < least)
+            return wide.where(~read_as_zero, wide.sign() * (least / torch.finfo(torch.float32).eps))
+
+        return {name: map_leaves(size, value) for name, value in self.inputs.items()}
 
     @cached_property
     def truth(self) -> list[Tensor]:
-        return self._of_reference(self.exact_inputs)
+        return leaves(self._of_reference(copied(self.exact_inputs)))
 
     @cached_property
     def eager(self) -> list[Tensor]:
-        return self._of_reference(self.inputs)
+        return leaves(self._eager_result[1])
 
-    def _of_reference(self, inputs: Inputs) -> list[Tensor]:
+    def _of_reference(self, inputs: Inputs) -> Any:
         """Whatever the caller's settings of torch: under autocast eager arithmetic would be wrong by more."""
         with pinned(_device_of(inputs)):
-            return leaves(self.reference(**copied(inputs)))
-
-    @cached_property
-    def given(self) -> Inputs:
-        """What the candidate is handed; afterwards it shows whether the candidate wrote to it."""
-        return copied(self.inputs)
+            return self.reference(**inputs)
 
     @cached_property
     def got(self) -> list[Tensor]:
-        return leaves(self.candidate(**self.given))
+        return leaves(self._calls.result)
 
     def misfit(self) -> Verdict | None:
-        """A failure if the candidate's result cannot be compared at all, or its inputs were written to."""
+        """Return a failure if the result cannot be compared at all, or the candidate touched what is not its own."""
+        if self._calls.complaint is not None:
+            return failure(self._calls.complaint)
         if len(self.got) != len(self.eager):
             return failure(f"returns {len(self.got)} tensors, the reference {len(self.eager)}")
         for axes, got, eager in zip(self.outputs, self.got, self.eager, strict=True):
@@ -98,11 +122,165 @@ class Trial:
                 return failure(f"returns shape {list(got.shape)} for [{axes}], the reference {list(eager.shape)}")
             if got.dtype != eager.dtype:
                 return failure(f"returns {got.dtype} for [{axes}], the reference {eager.dtype}")
-        for name, value in self.inputs.items():
-            for before, after in zip(leaves(value), leaves(self.given[name]), strict=True):
-                if not same_bits(before, after):
-                    return failure(f"writes to its argument {name}, which belongs to the caller")
         return None
+
+    @cached_property
+    def _eager_result(self) -> tuple[Inputs, Any]:
+        given = copied(self.inputs)
+        return given, self._of_reference(given)
+
+    @cached_property
+    def _calls(self) -> "Calls":
+        """Call the candidate twice in the same memory: first on other values, then on the case's own.
+
+        A buffer that is used again, or whatever is remembered by address, shows in the second result or in what the
+        second call does to the first. Truth and eager reference are computed before: what a candidate does to the
+        process reaches neither.
+        """
+        given, eager = self._eager_result
+        may_alias = bool(memory(given) & memory(eager))
+        _ = self.truth
+        return guarded(
+            lambda: _called_twice(self.candidate, self.inputs, may_alias=may_alias, layout=self.case.seed % 8)
+        )
+
+    def drawn(self, samples: int) -> "Calls":
+        """Call the candidate many times on the same inputs, moving the same generator on; the result is a list."""
+        given = copied(self.inputs)
+
+        def draw() -> Calls:
+            outcomes = [int(self.candidate(**given)) for _ in range(samples)]
+            return Calls(outcomes, _written_to(self.inputs, given))
+
+        return guarded(draw)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What came of calling a candidate, and what it did besides."""
+
+    result: Any
+    complaint: str | None = None
+
+
+def guarded(run: Callable[[], Calls]) -> Calls:
+    """Run it, put the process back into its state, and complain if it was left in another."""
+    before = ProcessState.now()
+    try:
+        calls = run()
+        changes = before.differences(ProcessState.now())
+    finally:
+        before.restore()
+    if changes and calls.complaint is None:
+        return replace(calls, complaint=f"changes the state of the process: {'; '.join(changes)}")
+    return calls
+
+
+def _called_twice(candidate: Callable[..., Any], inputs: Inputs, *, may_alias: bool, layout: int) -> Calls:
+    others = _other_values(inputs)
+    given = {name: _strided(value, layout) for name, value in copied(others).items()}
+    first = candidate(**given)
+    complaint = _written_to(others, given)
+    held = tensors(first)
+    kept = [tensor.clone() for tensor in held]
+    shares = bool(memory(first) & memory(given))
+    given = _filled(given, inputs)
+    shares = shares or not all(map(same_bits, held, kept))
+    result = candidate(**given)
+    complaint = complaint or _written_to(inputs, given)
+    if complaint is None and not may_alias:
+        if shares:
+            complaint = "returns memory of its inputs, which the caller may write to next"
+        elif not all(map(same_bits, held, kept)):
+            complaint = "a second call changes what the first returned: results belong to the caller"
+    return Calls(result, complaint)
+
+
+def _strided(value: Any, layout: int) -> Any:
+    """The same numbers in memory that is not contiguous: layout 1 leaves gaps, 5 keeps another order of the axes."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or layout not in (1, 5):
+        return value
+    if layout == 1:
+        return value.new_empty((*value.shape, 2))[..., 0].copy_(value)
+    return value.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _widened(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        return leaf.to(torch.float64)
+    return torch.float64 if isinstance(leaf, torch.dtype) else leaf
+
+
+def _other_values(inputs: Inputs) -> Inputs:
+    """Other values of the same kind: each row backwards, floats half as large, and of integers every other tensor.
+
+    (Both factors of a product of integers backwards would give the same product.)
+    """
+    integers = 0
+
+    def change(leaf: Any) -> Any:
+        nonlocal integers
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            return leaf
+        if leaf.is_floating_point():
+            return leaf.flip(-1) * 0.5
+        integers += 1
+        return leaf.flip(-1) if integers % 2 else leaf
+
+    return {name: map_leaves(change, value) for name, value in inputs.items()}
+
+
+def _filled(given: Inputs, inputs: Inputs) -> Inputs:
+    """The inputs' values in the memory of what was given; a generator, which a call moves on, is another copy."""
+    values = iter(tensors(inputs))
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            leaf.copy_(next(values))
+        return leaf
+
+    filled = {name: map_leaves(fill, value) for name, value in given.items()}
+    generators = {name: value.clone_state() for name, value in inputs.items() if isinstance(value, torch.Generator)}
+    return {**filled, **generators}
+
+
+def _written_to(inputs: Inputs, given: Inputs) -> str | None:
+    for name, value in inputs.items():
+        if not all(map(same_bits, tensors(value), tensors(given[name]))):
+            return f"writes to its argument {name}, which belongs to the caller"
+    return None
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor within, in order, where it is."""
+    return [leaf.detach() for leaf in _walk(value) if isinstance(leaf, Tensor)]
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    """Every leaf, in the order of `map_leaves`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for name in _field_names(type(value)):
+            yield from _walk(getattr(value, name))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _walk(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _walk(item)
+    else:
+        yield value
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind) if field.init)
+
+
+def memory(value: Any) -> set[int]:
+    """The addresses of the storages of every tensor that holds anything."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors(value) if tensor.numel()}
 
 
 class Guarantee(Protocol):
@@ -114,7 +292,8 @@ class Guarantee(Protocol):
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to everything that is not a dataclass, tuple, list or dict, rebuilding those around it."""
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: map_leaves(function, getattr(value, f.name)) for f in fields(value) if f.init})
+        names = _field_names(type(value))
+        return replace(value, **{name: map_leaves(function, getattr(value, name)) for name in names})
     if isinstance(value, tuple | list):
         return type(value)(map_leaves(function, item) for item in value)
     if isinstance(value, dict):
@@ -124,30 +303,16 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 def leaves(value: Any) -> list[Tensor]:
     """Every tensor within, in order, in CPU memory; an integer counts as a tensor of no axes."""
-    found: list[Tensor] = []
-
-    def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            found.append(leaf.detach().cpu())
-        elif isinstance(leaf, int) and not isinstance(leaf, bool):
-            found.append(torch.tensor(leaf, device="cpu"))
-        return leaf
-
-    map_leaves(note, value)
-    return found
+    return [
+        leaf.detach().cpu() if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
+        for leaf in _walk(value)
+        if isinstance(leaf, Tensor) or (isinstance(leaf, int) and not isinstance(leaf, bool))
+    ]
 
 
 def _device_of(inputs: Inputs) -> torch.device:
     """The device of the first tensor, or the CPU."""
-    found: list[torch.device] = []
-
-    def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            found.append(leaf.device)
-        return leaf
-
-    map_leaves(note, inputs)
-    return found[0] if found else CPU
+    return next((tensor.device for tensor in tensors(inputs)), CPU)
 
 
 def copied(inputs: Inputs) -> Inputs:

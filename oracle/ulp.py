@@ -24,3 +24,17 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     exponent = torch.frexp(magnitude).exponent.clamp_min(smallest).where(magnitude > 0, smallest)
     step = torch.ldexp(torch.ones_like(magnitude), exponent - digits)
     return torch.where(torch.isfinite(magnitude), step, torch.nan)
+
+
+def named_index(axes: str, index: tuple[int, ...]) -> str:
+    """An index with its axes' names.
+
+    >>> named_index("B T H", (0, 3, 1))
+    'B=0 T=3 H=1'
+    """
+    return " ".join(f"{axis}={i}" for axis, i in zip(axes.split(), index, strict=True)) or "the only element"
+
+
+def p99(values: Tensor) -> float:
+    """Return the 99th percentile; torch's quantile takes no more than 16 million."""
+    return float(values.kthvalue(max(1, round(0.99 * values.numel()))).values)

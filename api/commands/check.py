@@ -36,20 +36,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--impl", required=True, metavar="MODULE:FUNCTION", help="what to check, as package.module:function"
     )
     parser.add_argument(
-        "--max-examples", type=int, default=200, metavar="N", help="how many cases to draw (default %(default)s)"
+        "--max-examples", type=int, default=1000, metavar="N", help="how many cases to draw (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default %(default)s)")
+    parser.add_argument(
+        "--arithmetic",
+        choices=("wide", "narrow"),
+        default="wide",
+        help="narrow: it sums in its 16-bit dtype, and gets a wider bound (default %(default)s: sums are float32)",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another convention that public code follows: ties=any, angles=float32 (may be given more than once)",
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from twinfer.oracle.check import check_op, load_implementation
     from twinfer.oracle.table import op_named
+    from twinfer.oracle.trial import Arithmetic
 
-    op_named(args.op)  # before a stranger's module is imported
+    op_named(args.op).under(*args.option)  # before a stranger's module is imported
     with redirect_stdout(sys.stderr):  # whatever that module prints is no result of ours
         implementation = load_implementation(args.impl)
-        result = check_op(args.op, implementation, args.max_examples, seed=args.seed, named=args.impl)
+        result = check_op(
+            args.op,
+            implementation,
+            args.max_examples,
+            seed=args.seed,
+            named=args.impl,
+            arithmetic=Arithmetic(args.arithmetic),
+            options=args.option,
+        )
     if args.json:
         print_json(asdict(result))
     elif result.holds:

@@ -13,12 +13,13 @@ from torch import Tensor
 from ...reference.attention import attention, visible
 from ...spec.decoder import Path
 from .. import fast
-from ..budget import Budget
-from ..case import DTYPES, Case, Data, Inputs, Picker, activations
+from ..budget import Budget, Sizes
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
-from ..scale import attention_scale
+from ..scale import attention_known, exactly
+from ..sizes import BATCH, HEAD_SIZE, TOKENS, keys_cover_queries, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 
@@ -31,6 +32,7 @@ def visible_cases(pick: Picker) -> Case:
             "causal": pick.choice([True, False]),
             "window": pick.choice([None, 1, 2, 3, 20]),
             "key_length": pick.choice([None, 0, 1, 4]),
+            "restart": pick.choice([False, False, True]),
         },
         seed=pick.integer(0, 2**31),
     )
@@ -38,8 +40,11 @@ def visible_cases(pick: Picker) -> Case:
 
 def visible_inputs(case: Case) -> Inputs:
     n = case.n
-    positions = {"query_position_T": torch.arange(n.S - n.T, n.S), "key_position_S": torch.arange(n.S)}
-    return {**positions, **case.options}
+    position_S = torch.arange(n.S)
+    if case.options["restart"]:  # from 0 again half-way, as where sequences stand one after the other
+        position_S = position_S % max(1, (n.S + 1) // 2)
+    options = {name: value for name, value in case.options.items() if name != "restart"}
+    return {"query_position_T": position_S[n.S - n.T :], "key_position_S": position_S, **options}
 
 
 def _brute_force(
@@ -87,6 +92,7 @@ def moves_with_positions(op: Op, function: Function, case: Case) -> None:
 
 VISIBLE = Op(
     name="visible",
+    larger=resized({"T": TOKENS, "S": TOKENS}, fit=keys_cover_queries),
     paper="III-D",
     axes="T S",
     reference=visible,
@@ -120,8 +126,13 @@ def attention_cases(pick: Picker) -> Case:
             "K": kv_heads,
             "D": pick.integer(1, 8),
         },
-        options={"causal": pick.choice([True, False]), "window": pick.choice([None, 1, 2, 3])},
-        data=pick.choice(tuple(Data)),
+        options={
+            "causal": pick.choice([True, False]),
+            "window": pick.choice([None, 1, 2, 3]),
+            "scale": pick.choice([None, None, 1.0, 0.3, 0.02]),
+            "per_sequence": pick.choice([False, False, True]),
+        },
+        data=pick.choice((*UNMASKED, Data.MASKED)),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -133,8 +144,8 @@ def attention_inputs(case: Case) -> Inputs:
         "query_BTHD": activations(case, "query", n.B, n.T, n.H, n.D, large=5),
         "key_BSKD": activations(case, "key", n.B, n.S, n.K, n.D, large=5),
         "value_BSKD": activations(case, "value", n.B, n.S, n.K, n.D),
-        "visible_TS": _mask(case),
-        "scale": n.D**-0.5,
+        "visible_TS": _mask_of_sequences(case) if case.options.get("per_sequence") else _mask(case),
+        "scale": n.D**-0.5 if case.options.get("scale") is None else case.options["scale"],
     }
 
 
@@ -145,11 +156,25 @@ def _mask(case: Case) -> Tensor:
         seen_TS = torch.rand(n.T, n.S, generator=case.generator("mask")) < 0.6
         blind_T1 = torch.rand(n.T, 1, generator=case.generator("blind")) < 0.3
         return seen_TS & ~blind_T1
-    return _brute_force(query_position_T=torch.arange(n.S - n.T, n.S), key_position_S=torch.arange(n.S), **case.options)  # type: ignore[arg-type]
+    position_S = torch.arange(n.S)
+    options = {name: case.options[name] for name in ("causal", "window")}
+    return visible(position_S[n.S - n.T :], position_S, **options)  # type: ignore[arg-type]
 
 
-def _attention_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [attention_scale(**exact)]
+def _mask_of_sequences(case: Case) -> Tensor:
+    """One mask for each sequence, [B, T, S], which sees keys up to a length of its own."""
+    n = case.n
+    length_B11 = torch.randint(1, n.S + 1, (n.B, 1, 1), generator=case.generator("lengths"))
+    seen_TS = _mask(case)
+    shorter_BTS = seen_TS & (torch.arange(n.S) < length_B11)
+    return shorter_BTS if case.data is Data.MASKED else shorter_BTS.where(shorter_BTS.any(-1, keepdim=True), seen_TS)
+
+
+def _attention_scale(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
+    query, key, value = (exactly(exact[name]) for name in ("query_BTHD", "key_BSKD", "value_BSKD"))
+    options = {name: each for name, each in exact.items() if name not in ("query_BTHD", "key_BSKD", "value_BSKD")}
+    out = attention_known(query, key, value, **options)
+    return [Sizes(out.wide, out.narrow)]
 
 
 def _torch_attention(
@@ -157,16 +182,17 @@ def _torch_attention(
 ) -> Tensor:
     """torch's own kernel, in the inputs' dtype."""
     query, key, value = (x.transpose(1, 2) for x in (query_BTHD, key_BSKD, value_BSKD))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible_TS, scale=scale, enable_gqa=True)
+    mask = visible_TS if visible_TS.ndim == 2 else visible_TS[:, None]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
 
 
 def _keys_shuffled(inputs: Inputs) -> Inputs:
-    order = permutation(inputs["visible_TS"].shape[1])
+    order = permutation(inputs["visible_TS"].shape[-1])
     return {
         "key_BSKD": inputs["key_BSKD"][:, order],
         "value_BSKD": inputs["value_BSKD"][:, order],
-        "visible_TS": inputs["visible_TS"][:, order],
+        "visible_TS": inputs["visible_TS"][..., order],
     }
 
 
@@ -191,12 +217,12 @@ def running_softmax(
     query = query_BTHD.float() * scale
     peak = torch.full(query.shape[:3], -torch.inf)
     total, out = torch.zeros(query.shape[:3]), torch.zeros_like(query)
-    for s in range(visible_TS.shape[1]):
-        seen_1T1 = visible_TS[None, :, s, None]
+    for s in range(visible_TS.shape[-1]):
+        seen_BT1 = visible_TS.expand(len(query), -1, -1)[:, :, s, None]
         score = (query * key[:, s, None]).sum(-1)
         score = score if softcap is None else torch.tanh(score / softcap) * softcap
         score = score if bias_HTS is None else score + bias_HTS[None, :, :, s].mT.float()
-        score = score.masked_fill(~seen_1T1, -torch.inf)
+        score = score.masked_fill(~seen_BT1, -torch.inf)
         new_peak = torch.maximum(peak, score)
         shrink = torch.exp(peak - new_peak).nan_to_num(0.0)
         weight = torch.exp(score - new_peak).nan_to_num(0.0)
@@ -214,7 +240,7 @@ def _scaled_by_size(inputs: Inputs) -> Inputs:
 
 
 def _mask_off_by_one(inputs: Inputs) -> Inputs:
-    return {"visible_TS": inputs["visible_TS"].roll(1, dims=1)}
+    return {"visible_TS": inputs["visible_TS"].roll(1, dims=-1)}
 
 
 def _mask_ignored(inputs: Inputs) -> Inputs:
@@ -242,7 +268,8 @@ def _not_normalized(
     wide = query_BTHD.float()
     grouped = rearrange(wide, "b t (k g) d -> b k g t d", k=key_BSKD.shape[2])
     score = scale * einsum(grouped, key_BSKD.float(), "b k g t d, b s k d -> b k g t s")
-    score = score.masked_fill(~visible_TS, -torch.inf)
+    seen_BTS = visible_TS.expand(len(query_BTHD), -1, -1)
+    score = score.masked_fill(~seen_BTS[:, None, None], -torch.inf)
     weight = torch.exp(score - score.amax(-1, keepdim=True).nan_to_num(neginf=0.0))
     out = einsum(weight, value_BSKD.float(), "b k g t s, b s k d -> b t k g d")
     return rearrange(out, "b t k g d -> b t (k g) d").to(query_BTHD.dtype)
@@ -257,7 +284,8 @@ def _blind_queries_average(inputs: Inputs) -> Inputs:
 def ignores_unseen_keys(op: Op, function: Function, case: Case) -> None:
     """Replacing every key and value that no query may see, by any finite value, changes no bit."""
     inputs = op.inputs(case)
-    unseen = ~inputs["visible_TS"].any(0)[None, :, None, None]
+    seen_BTS = inputs["visible_TS"].expand(len(inputs["key_BSKD"]), -1, -1)
+    unseen = ~seen_BTS.any(1)[:, :, None, None]
     replaced = {name: inputs[name].masked_fill(unseen, 3.0) for name in ("key_BSKD", "value_BSKD")}
     assert_same_bits(call(op, function, case), call(op, function, case, **replaced), "unseen keys")
 
@@ -285,16 +313,25 @@ def stays_between_values(op: Op, function: Function, case: Case) -> None:
     out = call(op, function, case)[0].double()
     group = inputs["query_BTHD"].shape[2] // inputs["key_BSKD"].shape[2]
     value_B1SHD = inputs["value_BSKD"].double().repeat_interleave(group, 2)[:, None]
-    seen_TS11 = inputs["visible_TS"][:, :, None, None]
-    least = value_B1SHD.where(seen_TS11, torch.inf).amin(2).nan_to_num(posinf=0.0)
-    most = value_B1SHD.where(seen_TS11, -torch.inf).amax(2).nan_to_num(neginf=0.0)
+    seen_BTS11 = inputs["visible_TS"].expand(len(value_B1SHD), -1, -1)[..., None, None]
+    least = value_B1SHD.where(seen_BTS11, torch.inf).amin(2).nan_to_num(posinf=0.0)
+    most = value_B1SHD.where(seen_BTS11, -torch.inf).amax(2).nan_to_num(neginf=0.0)
     size = torch.maximum(least.abs(), most.abs())
     slack = 2 * torch.finfo(case.dtype).eps * size.clamp_min(torch.finfo(case.dtype).smallest_normal)
     assert bool(((least - slack <= out) & (out <= most + slack)).all()), "an output lies outside its values"
 
 
+def _unseen_not_a_number(case: Case) -> Inputs:
+    """NaN in every key and value that no query may see."""
+    inputs = attention_inputs(case)
+    seen_BTS = inputs["visible_TS"].expand(case.n.B, -1, -1)
+    unseen = ~seen_BTS.any(1)[:, :, None, None]
+    return {**inputs, **{name: inputs[name].masked_fill(unseen, torch.nan) for name in ("key_BSKD", "value_BSKD")}}
+
+
 ATTENTION = Op(
     name="attention",
+    larger=resized({"T": TOKENS, "S": TOKENS, "D": HEAD_SIZE, "B": BATCH}, fit=keys_cover_queries),
     paper="III-D, Fig. 1c (region 2)",
     axes="B T S H K D",
     reference=attention,
@@ -329,4 +366,5 @@ ATTENTION = Op(
     flops=lambda n: 4 * n.B * n.H * n.T * n.S * n.D,
     bytes=lambda n: 4 * (2 * n.B * n.T * n.H * n.D + 2 * n.B * n.S * n.K * n.D) + n.T * n.S,
     fast={Path.COMPILED: fast.ATTENTION},
+    conventions={"unseen=nan": {"inputs": _unseen_not_a_number}},
 )

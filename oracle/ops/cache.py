@@ -11,10 +11,11 @@ from torch import Tensor
 from ...reference.cache import KVCache, append
 from ...spec.decoder import Path
 from .. import fast
-from ..case import DTYPES, UNMASKED, Case, Inputs, Picker, activations
+from ..case import ADDED, DTYPES, Case, Inputs, Picker, activations
 from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import assert_same_bits, first_rows_alone, repeats_itself
+from ..sizes import BATCH, HEAD_SIZE, TOKENS, resized
 from ..variants import changed
 
 
@@ -28,7 +29,7 @@ def append_cases(pick: Picker) -> Case:
             "K": pick.integer(1, 3),
             "D": pick.integer(1, 6),
         },
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -96,6 +97,7 @@ def pieces_are_the_whole(op: Op, function: Function, case: Case) -> None:
 
 APPEND = Op(
     name="append",
+    larger=resized({"T": TOKENS, "S": TOKENS, "D": HEAD_SIZE, "B": BATCH}),
     paper="III-D",
     axes="B S T K D",
     reference=append,

@@ -16,10 +16,11 @@ from ...spec.decoder import Path
 from ...spec.weights import EmbeddingWeights, LinearWeights, NormWeights
 from .. import fast
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
+from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Op
 from ..properties import first_rows_alone, repeats_itself
-from ..scale import linear_scale, norm_with_scale
+from ..scale import Known, linear_scale, norm_known
+from ..sizes import BATCH, HIDDEN, TOKENS, VOCABULARY, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import adds_up, linear_weights
 
@@ -44,9 +45,11 @@ def embed_cases(pick: Picker) -> Case:
             "learned": pick.choice([False, True]),
             "start": pick.integer(0, positions - tokens),
             "projected": projected,
-            "scale": pick.choice([1.0, 3.0]),
+            "scale": pick.choice([1.0, 3.0, 45.254834, 0.5]),
             "typed": pick.choice([False, True]),
             "norm": pick.choice(norms),
+            "epsilon": pick.choice([1e-5, 1e-2]),
+            "jump": pick.choice([False, True]),
         },
         data=data,
         dtype=pick.choice(DTYPES),
@@ -58,6 +61,9 @@ def embed_config(case: Case) -> ModelConfig:
     """A model that embeds as the case says; its one layer is of no account."""
     n, options = case.n, case.options
     rms = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
+    norm = None
+    if options["norm"]:
+        norm = NormConfig(kind=NormKind(str(options["norm"])), epsilon=float(options["epsilon"] or 0))
     layer = LayerConfig(
         norm=rms,
         attention=AttentionConfig(heads=1, kv_heads=1, head_size=1, scale=1.0),
@@ -74,17 +80,21 @@ def embed_config(case: Case) -> ModelConfig:
         head=Head.TIED,
         embedding_size=n.W if options["projected"] else None,
         embedding_scale=float(options["scale"] or 0),
-        embedding_norm=NormConfig(kind=NormKind(str(options["norm"])), epsilon=1e-5) if options["norm"] else None,
+        embedding_norm=norm,
         token_types=n.Y if options["typed"] else 0,
     )
 
 
 def embed_inputs(case: Case) -> Inputs:
-    n, config, start = case.n, embed_config(case), int(case.options["start"] or 0)
+    n, config, options = case.n, embed_config(case), case.options
+    start = int(options["start"] or 0)
     norm = config.embedding_norm
+    position_T = torch.arange(start, start + n.T)
+    if options["jump"]:  # as where sequences stand one after the other
+        position_T = torch.randint(n.P, (n.T,), generator=case.generator("position"))
     return {
         "token_BT": torch.randint(n.V, (n.B, n.T), generator=case.generator("token")),
-        "position_T": torch.arange(start, start + n.T),
+        "position_T": position_T,
         "type_BT": torch.randint(n.Y, (n.B, n.T), generator=case.generator("type")),
         "weights": EmbeddingWeights(
             token_VW=activations(case, "token table", n.V, n.W),
@@ -108,7 +118,7 @@ def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
     scale = weights.token_VW[exact["token_BT"]].abs()
     if weights.projection is not None:
         scale = linear_scale(scale, weights.projection)
-    scale = config.embedding_scale * scale
+    scale = abs(config.embedding_scale) * scale
     if weights.position_PM is not None:
         scale = scale + weights.position_PM[exact["position_T"]].abs()
     if weights.type_YM is not None:
@@ -116,7 +126,7 @@ def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
     if weights.norm is None:
         return [scale]
     before = embed(**{**exact, "weights": replace(weights, norm=None)})
-    return [norm_with_scale(before, scale, weights.norm, config.embedding_norm)[1]]
+    return [norm_known(Known(before, scale, torch.zeros_like(scale)), weights.norm, config.embedding_norm).wide]
 
 
 def _torch_embed(
@@ -183,8 +193,20 @@ def _positions_after_the_norm(**inputs: Any) -> Tensor:
     return (out.float() + weights.position_PM[inputs["position_T"]].float()).to(out.dtype)
 
 
+def _larger_embed(case: Case, pick: Picker) -> Case:
+    """The table is as wide as the model where nothing projects, and positions are enough for the tokens."""
+
+    def fit(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+        start = int(case.options["start"] or 0)
+        width = after["W"] if case.options["projected"] else after["M"]
+        return {**after, "W": width, "P": max(after["P"], start + after["T"])}
+
+    return resized({"M": HIDDEN, "V": VOCABULARY, "T": TOKENS, "B": BATCH}, fit=fit)(case, pick)
+
+
 EMBED = Op(
     name="embed",
+    larger=_larger_embed,
     paper="-",
     axes="B T M W V P Y",
     reference=embed,
@@ -216,7 +238,7 @@ def head_cases(pick: Picker) -> Case:
         op="head_logits",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "M": pick.integer(1, 40), "V": pick.integer(1, 30)},
         options={"bias": pick.choice([False, True]), "weights": pick.choice(["float", "int8"])},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -261,6 +283,7 @@ def _last_token_never(out: Tensor) -> Tensor:
 
 HEAD_LOGITS = Op(
     name="head_logits",
+    larger=resized({"M": HIDDEN, "V": VOCABULARY, "T": TOKENS, "B": BATCH}),
     paper="III-A",
     axes="B T M V",
     reference=head_logits,
@@ -318,6 +341,7 @@ def _scaled_after_the_cap(*, logits: Tensor, scale: float, softcap: float | None
 
 SCALE_AND_CAP = Op(
     name="scale_and_cap",
+    larger=resized({"V": VOCABULARY, "B": BATCH}),
     paper="-",
     axes="B V",
     reference=scale_and_cap,

@@ -19,6 +19,7 @@ from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..guarantees import Discrete
 from ..op import Function, Op
 from ..properties import repeats_itself
+from ..sizes import INPUTS, OUTPUTS, resized
 from ..variants import changed, one_row_3_percent_off, then
 from .quantize import numpy_stored
 
@@ -161,6 +162,7 @@ def loses_at_most_half_a_step(op: Op, function: Function, case: Case) -> None:
 
 QUANTIZE_GROUPS = Op(
     name="quantize_groups",
+    larger=resized({"N": OUTPUTS, "I": INPUTS}),
     paper="III-D (fewer bits)",
     axes="N I",
     reference=quantize_groups,
@@ -226,6 +228,7 @@ def _read_signed(*, quantized: GroupQuantized, dtype: torch.dtype) -> Tensor:
 
 DEQUANTIZE_GROUPS = Op(
     name="dequantize_groups",
+    larger=resized({"N": OUTPUTS, "I": INPUTS}),
     paper="III-D (fewer bits)",
     axes="N I",
     reference=dequantize_groups,
@@ -281,6 +284,7 @@ def _stored_by(quantize: Function) -> Function:
 
 STORED_GROUPS = Op(
     name="stored_groups",
+    larger=resized({"N": OUTPUTS, "I": INPUTS}),
     paper="III-D (fewer bits)",
     axes="N I",
     reference=stored,

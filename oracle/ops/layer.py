@@ -33,6 +33,7 @@ from ..budget import Budget
 from ..case import Case, Inputs
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, repeats_itself
+from ..sizes import BATCH, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .attention import ATTENTION
 from .layer_cases import layer_cases, layer_inputs, self_attention_inputs
@@ -270,8 +271,25 @@ def _projections(n: Any) -> int:
     return int(n.M * n.D * (2 * n.H + 2 * n.K))
 
 
+def _rest_of_head_stays(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {**after, "D": max(2 * after["J"], 2) + before["D"] - max(2 * before["J"], 2)}
+
+
+_LARGER = resized(
+    {
+        "T": (15, 16, 17, 33, 64, 65),
+        "S": (15, 16, 17, 63, 64, 65, 128),
+        "M": (63, 64, 65, 128, 256),
+        "J": (16, 32, 40),
+        "F": (63, 64, 65, 128, 300),
+        "B": BATCH,
+    },
+    fit=_rest_of_head_stays,
+)
+
 SELF_ATTENTION = Op(
     name="self_attention",
+    larger=_LARGER,
     paper="III-D, Fig. 1c (regions 1 and 2)",
     axes="B T S M H K D J",
     reference=partial(self_attention, components=DEFAULT),
@@ -296,6 +314,7 @@ SELF_ATTENTION = Op(
 
 LAYER = Op(
     name="layer",
+    larger=_LARGER,
     paper="III-D, Fig. 1c",
     axes="B T S M H K D F J",
     reference=partial(layer, components=DEFAULT),

@@ -46,6 +46,7 @@ def layer_cases(pick: Picker, op: str) -> Case:
         },
         options={
             "norm": pick.choice([kind.value for kind in NormKind]),
+            "epsilon": pick.choice([1e-5, 1e-6, 0.1]),
             "norm_bias": pick.choice([True, False]),
             "gain_from_one": pick.choice([False, True]),
             "placement": placement.value,
@@ -73,7 +74,7 @@ def layer_config(case: Case) -> LayerConfig:
     options: Any = case.options
     norm = NormConfig(
         kind=NormKind(options["norm"]),
-        epsilon=1e-5,
+        epsilon=options["epsilon"],
         bias=options["norm_bias"],
         gain_from_one=options["gain_from_one"],
     )

@@ -1,100 +1,125 @@
 """The sizes of what is rounded on the way through a layer and through its attention, to first order.
 
-The reference's own layer is run, so that no norm, residual or cache can stand elsewhere here than there. It is run on a
-batch of twice as many sequences: first the values, then for each the scale to which it is known. A residual sum is then
-the sum of values and of scales alike, and so is a cache that grows; each component is replaced by one that computes the
-values as the reference does, and the scales by that component's own rule.
+A right implementation may round to the activations' dtype what the reference stores in it, and attention's weights.
 
-Shapes: B batch, T new tokens, S tokens before them, M hidden, H query heads, K key/value heads, D head size.
+Shapes: B batch, T new tokens, S tokens before them, M hidden, H query heads, K key/value heads, D head size, F
+intermediate, J rotating pairs.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from ...reference import mlp as mlp_file
-from ...reference.attention import attention
-from ...reference.cache import KVCache
-from ...reference.components import Components
-from ...reference.layer import layer, self_attention
-from ...reference.linear import linear
-from ...reference.positions import rotate
-from ...spec.config import MlpConfig, NormConfig
-from ...spec.weights import LinearWeights, MlpWeights, NormWeights
+from ...reference import attention as attention_file
+from ...reference.cache import KVCache, append
+from ...reference.positions import alibi
+from ...spec.config import AttentionConfig, NormPlacement, QkNormSpan, Residual
+from ...spec.weights import AttentionWeights, LayerWeights, LinearWeights, NormWeights
+from ..budget import Sizes
 from ..case import Inputs
-from ..scale import attention_scale, linear_scale, norm_with_scale
-from .mlp import mlp_scale
-from .positions import rotate_scale
+from ..scale import Known, attention_known, exactly, linear_known, norm_known, sum_known
+from .mlp import mlp_known
+from .positions import rotate_known
 
 
-class Known(Tensor):
-    """Values, and after them along the batch the scales to which they are known; in float64.
+def self_attention_known(
+    x_BTM: Known, weights: AttentionWeights, config: AttentionConfig, cache: KVCache
+) -> tuple[Known, Known, Known]:
+    """The output, and the keys and values of the grown cache."""
+    position_S = torch.arange(cache.length + x_BTM.value.shape[1])
+    position_T = position_S[cache.length :]
 
-    >>> known = join(torch.tensor([[5.0, -1.0]]), torch.tensor([[6.0, 1.0]]))
-    >>> (known + 0.5 * known).tolist()
-    [[7.5, -1.5], [9.0, 1.5]]
-    >>> known.clamp(-2.0, 2.0).tolist()  # a value is as well known after as before
-    [[2.0, -1.0], [6.0, 1.0]]
-    """
+    def projected(part: LinearWeights, part_norm: NormWeights | None, turns: bool) -> Known:
+        known = linear_known(x_BTM, part)
+        if config.qkv_clip is not None:
+            clip = config.qkv_clip
+            known = Known(known.value.clamp(-clip, clip), known.wide, known.narrow)
+        if config.qk_norm is not None and part_norm is not None:
+            known = _head_norm_known(known.stored, part_norm, config)
+        known = known.mapped(lambda value: rearrange(value, "b t (h d) -> b t h d", d=config.head_size))
+        if turns and config.rotary is not None and weights.rotary_frequency_J is not None:
+            turn = (position_T, weights.rotary_frequency_J, config.rotary.layout, config.rotary.attention_factor)
+            known = rotate_known(known.stored, *turn)
+        return known
 
-    def clamp(self, *bounds: Any) -> "Known":
-        value, scale = split(self)
-        return join(value.clamp(*bounds), scale)
-
-
-def join(value: Tensor, scale: Tensor) -> Known:
-    """Return both as one batch."""
-    return torch.cat([value, scale]).as_subclass(Known)
-
-
-def split(known: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values and their scales."""
-    value, scale = known.as_subclass(Tensor).chunk(2)
-    return value, scale
-
-
-def _norm(x: Tensor, weights: NormWeights, config: NormConfig, /) -> Tensor:
-    return join(*norm_with_scale(*split(x), weights, config))
-
-
-def _linear(x: Tensor, weights: LinearWeights, /) -> Tensor:
-    value, scale = split(x)
-    return join(linear(value, weights), linear_scale(scale, weights))
-
-
-def _rotate(x_BTHD: Tensor, /, *turn: Any) -> Tensor:
-    value, scale = split(x_BTHD)
-    return join(rotate(value, *turn), rotate_scale(scale, *turn))
+    query = projected(weights.query, weights.query_norm, turns=True).stored
+    key = projected(weights.key, weights.key_norm, turns=True)
+    value = projected(weights.value, None, turns=False)
+    slope_H = weights.alibi_slope_H
+    grown_key, grown_value = _grown(cache, key, value)
+    attended = attention_known(
+        query,
+        *_grown(cache, key.stored, value.stored),
+        visible_TS=attention_file.visible(position_T, position_S, causal=config.causal, window=config.window),
+        scale=config.scale,
+        softcap=config.softcap,
+        bias_HTS=None if slope_H is None else alibi(slope_H, position_T, position_S),
+    )
+    joined = attended.stored.mapped(lambda out: rearrange(out, "b t h d -> b t (h d)"))
+    return linear_known(joined, weights.output), grown_key, grown_value
 
 
-def _attention(query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, /, **options: Any) -> Tensor:
-    given = [split(each) for each in (query_BTHD, key_BSKD, value_BSKD)]
-    values, (scale_q, scale_k, scale_v) = [value for value, _ in given], [scale for _, scale in given]
-    return join(attention(*values, **options), attention_scale(*values, **options, scales=(scale_q, scale_k, scale_v)))
+def _grown(cache: KVCache, key: Known, value: Known) -> tuple[Known, Known]:
+    """The cache's own rows are inputs."""
+    old = exactly(cache.key_BSKD)
+    values = append(cache, key.value, value.value)
+    wide = append(KVCache(old.wide, old.wide), key.wide, value.wide)
+    narrow = append(KVCache(old.narrow, old.narrow), key.narrow, value.narrow)
+    return (
+        Known(values.key_BSKD, wide.key_BSKD, narrow.key_BSKD),
+        Known(values.value_BSKD, wide.value_BSKD, narrow.value_BSKD),
+    )
 
 
-def _mlp(x_BTM: Tensor, weights: MlpWeights, config: MlpConfig, /, *, linear: object) -> Tensor:
-    value, scale = split(x_BTM)
-    return join(mlp_file.mlp(value, weights, config), mlp_scale(scale, weights))
+def _head_norm_known(x: Known, weights: NormWeights, config: AttentionConfig) -> Known:
+    assert config.qk_norm is not None
+    if config.qk_norm_span is QkNormSpan.ALL_HEADS:
+        return norm_known(x, weights, config.qk_norm)
+    size = config.head_size
+    bias_HD = None if weights.bias_M is None else weights.bias_M.view(-1, size)
+    of_heads = NormWeights(gain_M=weights.gain_M.view(-1, size), bias_M=bias_HD)
+    apart = x.mapped(lambda value: rearrange(value, "b t (h d) -> b t h d", d=size))
+    return norm_known(apart, of_heads, config.qk_norm).mapped(lambda value: value.flatten(2))
 
 
-_SCALES = Components(norm=_norm, linear=_linear, rotate=_rotate, attention=_attention, mlp=_mlp)
+def _sizes(known: tuple[Known, ...]) -> list[Sizes]:
+    return [Sizes(each.wide, each.narrow / 2) for each in known]  # the reference rounds there too: docs/equal.md
 
 
-def known_after(function: Callable[..., tuple[Tensor, KVCache]], exact: Inputs) -> list[tuple[Tensor, Tensor]]:
-    """Return what the reference's layer or its attention gives, output, keys and values, each with its scales."""
-    x_BTM: Tensor = exact["x_BTM"]
-    old: KVCache = exact["cache"]
-    cache = KVCache(join(old.key_BSKD, old.key_BSKD.abs()), join(old.value_BSKD, old.value_BSKD.abs()))
-    out, grown = function(join(x_BTM, x_BTM.abs()), exact["weights"], exact["config"], cache, _SCALES)
-    return [split(each) for each in (out, grown.key_BSKD, grown.value_BSKD)]
+def scale_of_self_attention(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
+    x_BTM = exactly(exact["x_BTM"])
+    return _sizes(self_attention_known(x_BTM, exact["weights"], exact["config"], exact["cache"]))
 
 
-def scale_of_self_attention(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [scale for _, scale in known_after(self_attention, exact)]
+def scale_of_layer(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
+    config, cache = exact["config"], exact["cache"]
+    weights: LayerWeights = exact["weights"]
+    x = exactly(exact["x_BTM"])
+    of_cache: list[Known] = []
 
+    def normed(known: Known, part: NormWeights | None) -> Known:
+        return known if part is None else norm_known(known, part, config.norm).stored
 
-def scale_of_layer(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [scale for _, scale in known_after(layer, exact)]
+    def attended(known: Known) -> Known:
+        out, *grown = self_attention_known(known, weights.attention, config.attention, cache)
+        of_cache.extend(grown)
+        return out.stored
+
+    def fed(known: Known) -> Known:
+        return mlp_known(known, weights.mlp, config.mlp).stored
+
+    def joined(one: Known, other: Known, part: NormWeights | None) -> Known:
+        if config.norm_placement is NormPlacement.POST_NORM:
+            return normed(sum_known(one, other, config.residual_scale).stored, part)
+        return sum_known(one, normed(other, part), config.residual_scale).stored
+
+    on_stream = config.norm_placement is NormPlacement.STREAM_NORM
+    read = normed(x, weights.attention_norm)
+    if config.residual is Residual.SEQUENTIAL:
+        middle = joined(read if on_stream else x, attended(read), weights.attention_output_norm)
+        second = normed(middle, weights.mlp_norm)
+        out = joined(second if on_stream else middle, fed(second), weights.mlp_output_norm)
+    else:
+        of_mlp = fed(normed(x, weights.mlp_norm) if weights.mlp_norm else read)
+        out = sum_known(sum_known(x, attended(read), config.residual_scale).stored, of_mlp, config.residual_scale)
+    return _sizes((out, *of_cache))

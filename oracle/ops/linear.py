@@ -14,10 +14,11 @@ from ...spec.decoder import Path
 from ...spec.weights import LinearWeights
 from .. import fast
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
+from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Function, Op
 from ..properties import call, first_rows_alone, repeats_itself
 from ..scale import linear_scale
+from ..sizes import BATCH, INPUTS, OUTPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 
@@ -48,7 +49,7 @@ def linear_cases(pick: Picker) -> Case:
         op="linear",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "I": pick.integer(1, 40), "N": pick.integer(1, 9)},
         options={"bias": pick.choice([False, True]), "weights": pick.choice(["float", "int8"])},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -118,6 +119,7 @@ def adds_up(op: Op, function: Function, case: Case) -> None:
 
 LINEAR = Op(
     name="linear",
+    larger=resized({"I": INPUTS, "N": OUTPUTS, "T": TOKENS, "B": BATCH}),
     paper="III-A, III-C",
     axes="B T I N",
     reference=linear,

@@ -15,10 +15,14 @@ from ..case import Case, Data, Inputs, Option, Picker, activations
 from ..guarantees import Bitwise, Discrete
 from ..op import Function, Op
 from ..properties import repeats_itself
+from ..sizes import VOCABULARY, resized
 from ..variants import changed
 
-_KINDS = (Data.NORMAL, Data.LARGE, Data.CONSTANT, Data.ZEROS, Data.INTEGER)
+_KINDS = (Data.NORMAL, Data.LARGE, Data.CONSTANT, Data.ZEROS, Data.TIES, Data.OFFSET, Data.INTEGER)
 HOST = "runs on the host, on one row of logits, the same for every path: there is no fast twin"
+
+
+LARGER_VOCABULARY = resized({"V": VOCABULARY, "T": (16, 17, 64, 65, 129)})
 
 
 def logit_cases(pick: Picker, op: str, options: dict[str, Sequence[Option]]) -> Case:
@@ -92,6 +96,7 @@ def unseen_tokens_keep_their_bits(op: Op, function: Function, case: Case) -> Non
 
 PENALISE_REPETITION = Op(
     name="penalize_repetition",
+    larger=LARGER_VOCABULARY,
     paper="-",
     axes="V T",
     reference=penalize_repetition,
@@ -114,6 +119,7 @@ PENALISE_REPETITION = Op(
 
 SCALE_TEMPERATURE = Op(
     name="scale_temperature",
+    larger=LARGER_VOCABULARY,
     paper="-",
     axes="V",
     reference=scale_temperature,
@@ -176,29 +182,6 @@ def keeps_exactly_k(op: Op, function: Function, case: Case) -> None:
     assert not (~kept_V).any() or bool(logits_V[kept_V].min() >= logits_V[~kept_V].max())
 
 
-KEEP_TOP_K = Op(
-    name="keep_top_k",
-    paper="-",
-    axes="V",
-    reference=keep_top_k,
-    outputs=("V",),
-    cases=cases_of("keep_top_k", k=[1, 2, 3, 10, 100]),
-    inputs=logit_inputs,
-    guarantee=Bitwise(),
-    properties=(repeats_itself, keeps_exactly_k),
-    variants={"by_hand": _top_k_by_hand},
-    mutants={
-        "one_too_many": lambda logits_V, k: keep_top_k(logits_V, k + 1),
-        "ties_to_the_higher_id": _top_k_later_ties,
-        "all_of_a_tie_kept": _top_k_all_ties,
-        "zero_for_minus_infinity": _top_k_zeros,
-    },
-    flops=lambda n: 0,
-    bytes=lambda n: 4 * 2 * n.V,
-    no_fast=HOST,
-)
-
-
 def _filter_regret(score: Callable[[Inputs], Tensor]) -> Callable[[Inputs, list[Tensor]], Tensor]:
     """For tokens kept or ruled out against the truth, how clear that case was; `score` >= 0 means keep."""
 
@@ -213,8 +196,57 @@ def _filter_regret(score: Callable[[Inputs], Tensor]) -> Callable[[Inputs, list[
     return regret
 
 
+def _running_sum(exact: Inputs) -> Tensor:
+    """A sum of V probabilities rounds V times, at random; it never exceeds 1."""
+    return torch.tensor(float(len(exact["logits_V"]))).sqrt()
+
+
 def _one(exact: Inputs) -> Tensor:
     return torch.ones(())
+
+
+def _top_k_score(exact: Inputs) -> Tensor:
+    """How far above the k-th likeliest logit; of those equal to it any may go or stay, as long as k stay."""
+    logits_V: Tensor = exact["logits_V"]
+    k = min(exact["k"], len(logits_V))
+    return logits_V - logits_V.sort(descending=True).values[k - 1]
+
+
+def _top_k_regret(exact: Inputs, got: list[Tensor]) -> Tensor:
+    regret_V = _filter_regret(_top_k_score)(exact, got)
+    kept = int((got[0] != -torch.inf).sum())
+    return regret_V if kept == min(exact["k"], len(regret_V)) else torch.full_like(regret_V, torch.inf)
+
+
+def _nothing_rounds(exact: Inputs) -> Tensor:
+    return torch.zeros(())
+
+
+KEEP_TOP_K = Op(
+    name="keep_top_k",
+    larger=LARGER_VOCABULARY,
+    paper="-",
+    axes="V",
+    reference=keep_top_k,
+    outputs=("V",),
+    cases=cases_of("keep_top_k", k=[1, 2, 3, 10, 64, 65, 100, 128, 129, 1000]),
+    inputs=logit_inputs,
+    guarantee=Bitwise(),
+    properties=(repeats_itself, keeps_exactly_k),
+    variants={"by_hand": _top_k_by_hand},
+    mutants={
+        "one_too_many": lambda logits_V, k: keep_top_k(logits_V, k + 1),
+        "ties_to_the_higher_id": _top_k_later_ties,
+        "all_of_a_tie_kept": _top_k_all_ties,
+        "zero_for_minus_infinity": _top_k_zeros,
+    },
+    conventions={
+        "ties=any": {"guarantee": Discrete(regret=_top_k_regret, scale=_nothing_rounds, exact_on_integers=False)}
+    },
+    flops=lambda n: 0,
+    bytes=lambda n: 4 * 2 * n.V,
+    no_fast=HOST,
+)
 
 
 def _top_p_score(exact: Inputs) -> Tensor:
@@ -255,13 +287,14 @@ def _top_p_by_logits(*, logits_V: Tensor, p: float) -> Tensor:
 
 KEEP_TOP_P = Op(
     name="keep_top_p",
+    larger=LARGER_VOCABULARY,
     paper="-",
     axes="V",
     reference=keep_top_p,
     outputs=("V",),
     cases=cases_of("keep_top_p", p=[0.9, 0.5, 0.1, 1.0, 0.99]),
     inputs=logit_inputs,
-    guarantee=Discrete(regret=_filter_regret(_top_p_score), scale=_one, exact_on_integers=False),
+    guarantee=Discrete(regret=_filter_regret(_top_p_score), scale=_running_sum, exact_on_integers=False),
     properties=(repeats_itself,),
     variants={"running_sum": _top_p_by_hand},
     mutants={
@@ -294,6 +327,7 @@ def _absolute_min_p(*, logits_V: Tensor, p: float) -> Tensor:
 
 KEEP_MIN_P = Op(
     name="keep_min_p",
+    larger=LARGER_VOCABULARY,
     paper="-",
     axes="V",
     reference=keep_min_p,

@@ -14,11 +14,12 @@ from ...spec.config import Activation, MlpConfig
 from ...spec.decoder import Path
 from ...spec.weights import LinearWeights, MlpWeights
 from .. import fast
-from ..budget import Budget
+from ..budget import Budget, Sizes
 from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import first_rows_alone, repeats_itself
-from ..scale import activation_scale, linear_scale
+from ..scale import Known, activation_known, activation_scale, exactly, linear_known, product_known
+from ..sizes import BATCH, HIDDEN, INPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import linear_weights
 
@@ -95,6 +96,7 @@ def odd_part_is_half(op: Op, function: Function, case: Case) -> None:
 
 ACTIVATION = Op(
     name="activation",
+    larger=resized({"F": INPUTS, "T": TOKENS, "B": BATCH}),
     paper="III-D, Fig. 1c (region 3)",
     axes="B T F",
     reference=activation,
@@ -142,18 +144,20 @@ def mlp_inputs(case: Case) -> Inputs:
     return {"x_BTM": activations(case, "x", n.B, n.T, n.M, large=5), "weights": weights, "config": config}
 
 
-def mlp_scale(scale_x: Tensor, weights: MlpWeights) -> Tensor:
-    """Rounding of the products, through the activation, into the product that follows."""
-    inner = linear_scale(scale_x, weights.up)
+def mlp_known(x: Known, weights: MlpWeights, config: MlpConfig) -> Known:
+    """Rounding of the products, through the activation, into the product that follows; each result may be stored."""
+    inner = linear_known(x, weights.up).stored
     if weights.gate is None:
-        inner = activation_scale(inner)
+        inner = activation_known(inner, config.activation)
     else:
-        inner = 2 * activation_scale(linear_scale(scale_x, weights.gate)) * inner  # an error in either factor
-    return linear_scale(inner, weights.down)
+        gate = linear_known(x, weights.gate).stored
+        inner = product_known(activation_known(gate, config.activation).stored, inner)
+    return linear_known(inner.stored, weights.down)
 
 
-def _mlp_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [mlp_scale(exact["x_BTM"].abs(), exact["weights"])]
+def _mlp_scale(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
+    out = mlp_known(exactly(exact["x_BTM"]), exact["weights"], exact["config"])
+    return [Sizes(out.wide, out.narrow / 2)]  # the reference rounds there too: docs/equal.md
 
 
 def _plain(x: Tensor, weights: LinearWeights) -> Tensor:
@@ -209,6 +213,7 @@ def _config_other_kind(inputs: Inputs) -> Inputs:
 
 MLP = Op(
     name="mlp",
+    larger=resized({"M": HIDDEN, "F": HIDDEN, "T": TOKENS, "B": BATCH}),
     paper="III-D, Fig. 1c (region 3)",
     axes="B T M F",
     reference=mlp,

@@ -20,6 +20,7 @@ from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, pa
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
 from ..scale import norm_scale
+from ..sizes import BATCH, INPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 
@@ -27,11 +28,16 @@ def norm_cases(pick: Picker, op: str) -> Case:
     return Case(
         op=op,
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "M": pick.integer(1, 40)},
-        options={"epsilon": pick.choice([1e-5, 1e-6, 0.1])},
+        options={"epsilon": pick.choice([1e-5, 1e-6, 0.1, 1e-3])},
         data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
+
+
+def _gain(case: Case) -> Tensor:
+    """Large in LARGE cases, where a trained model may have gains of 50 too."""
+    return parameters(case, "gain", case.n.M, spread=64.0 if case.data is Data.LARGE else 1.0)
 
 
 def norm_inputs(case: Case) -> Inputs:
@@ -39,7 +45,7 @@ def norm_inputs(case: Case) -> Inputs:
     return {
         "x": activations(case, "x", n.B, n.T, n.M),
         "weights": NormWeights(
-            gain_M=parameters(case, "gain", n.M),
+            gain_M=_gain(case),
             bias_M=parameters(case, "bias", n.M) if case.op == "layer_norm" else None,
         ),
         "epsilon": case.options["epsilon"],
@@ -49,7 +55,7 @@ def norm_inputs(case: Case) -> Inputs:
 def _scale_of(kind: NormKind) -> Scale:
     def scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
         config = NormConfig(kind=kind, epsilon=exact["epsilon"])
-        return [norm_scale(exact["x"], exact["x"].abs(), exact["weights"], config)]
+        return [norm_scale(exact["x"], exact["weights"], config)]
 
     return scale
 
@@ -124,15 +130,9 @@ def ignores_powers_of_two(op: Op, function: Function, case: Case) -> None:
     assert_same_bits(call(op, function, case), doubled, "scale invariance")
 
 
-def ignores_a_shift(op: Op, function: Function, case: Case) -> None:
-    """Adding a constant to a row changes nothing, beyond rounding: on integers whose mean is one, not a bit."""
-    inputs = op.inputs(replace(case, data=Data.INTEGER, dtype=torch.float32, sizes={**case.sizes, "M": 8}))
-    shifted = {**inputs, "x": inputs["x"] + 8}
-    assert_same_bits([function(**inputs)], [function(**shifted)], "shift invariance")
-
-
 LAYER_NORM = Op(
     name="layer_norm",
+    larger=resized({"M": INPUTS, "T": TOKENS, "B": BATCH}),
     paper="III-D, Fig. 1c (regions 1 and 3)",
     axes="B T M",
     reference=layer_norm,
@@ -140,7 +140,7 @@ LAYER_NORM = Op(
     cases=partial(norm_cases, op="layer_norm"),
     inputs=norm_inputs,
     guarantee=Budget(rows="B T", scale=_scale_of(NormKind.LAYER)),
-    properties=(repeats_itself, first_rows_alone("x"), ignores_powers_of_two, ignores_a_shift),
+    properties=(repeats_itself, first_rows_alone("x"), ignores_powers_of_two),
     variants={"torch": _torch_layer_norm, "shuffled": _shuffled(layer_norm)},
     mutants={
         "mean_not_subtracted": _mean_not_subtracted,
@@ -156,6 +156,7 @@ LAYER_NORM = Op(
 
 RMS_NORM = Op(
     name="rms_norm",
+    larger=resized({"M": INPUTS, "T": TOKENS, "B": BATCH}),
     paper="III-D, Fig. 1c (regions 1 and 3)",
     axes="B T M",
     reference=rms_norm,
@@ -196,12 +197,12 @@ def configured_inputs(case: Case) -> Inputs:
         gain_from_one=bool(case.options["gain_from_one"]),
     )
     bias_M = parameters(case, "bias", case.n.M) if config.bias else None
-    weights = NormWeights(gain_M=parameters(case, "gain", case.n.M), bias_M=bias_M)
+    weights = NormWeights(gain_M=_gain(case), bias_M=bias_M)
     return {"x": activations(case, "x", case.n.B, case.n.T, case.n.M), "weights": weights, "config": config}
 
 
 def _configured_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [norm_scale(exact["x"], exact["x"].abs(), exact["weights"], exact["config"])]
+    return [norm_scale(exact["x"], exact["weights"], exact["config"])]
 
 
 def _torch_norm(*, x: Tensor, weights: NormWeights, config: NormConfig) -> Tensor:
@@ -228,6 +229,7 @@ def _bias_from_one_too(inputs: Inputs) -> Inputs:
 
 NORM = Op(
     name="norm",
+    larger=resized({"M": INPUTS, "T": TOKENS, "B": BATCH}),
     paper="III-D, Fig. 1c (regions 1 and 3)",
     axes="B T M",
     reference=norm,

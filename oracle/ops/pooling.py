@@ -13,9 +13,10 @@ from torch import Tensor
 from ...reference.pooling import pool, unit_length
 from ...spec.config import Pooling
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
+from ..sizes import HIDDEN, INPUTS, OUTPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 ONCE_A_TEXT = "runs once a text, on hidden vectors that are done, the same for every path: there is no fast twin"
@@ -26,7 +27,7 @@ def pool_cases(pick: Picker) -> Case:
         op="pool",
         sizes={"T": pick.integer(1, 12), "M": pick.integer(1, 20)},
         options={"pooling": pick.choice([pooling.value for pooling in Pooling])},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -105,6 +106,7 @@ def equal_tokens_pool_to_themselves(op: Op, function: Function, case: Case) -> N
 
 POOL = Op(
     name="pool",
+    larger=resized({"T": TOKENS, "M": HIDDEN}),
     paper="-",
     axes="T M",
     reference=pool,
@@ -186,6 +188,7 @@ def ignores_powers_of_two(op: Op, function: Function, case: Case) -> None:
 
 UNIT_LENGTH = Op(
     name="unit_length",
+    larger=resized({"N": OUTPUTS, "M": INPUTS}),
     paper="-",
     axes="N M",
     reference=unit_length,

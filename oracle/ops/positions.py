@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, S key tokens, H heads, D head size, J pairs.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -14,9 +15,11 @@ from ...spec.config import RotaryLayout
 from ...spec.decoder import Path
 from .. import fast
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
+from ..scale import Known, root
+from ..sizes import BATCH, TOKENS, keys_cover_queries, resized
 from ..variants import changed, one_row_3_percent_off, then
 
 _PAIRS = {RotaryLayout.HALF_SPLIT: "(pair j)", RotaryLayout.INTERLEAVED: "(j pair)"}
@@ -37,34 +40,62 @@ def rotate_cases(pick: Picker) -> Case:
             "layout": pick.choice([layout.value for layout in RotaryLayout]),
             "start": pick.choice([0, 1, 17, 2000, 100_000]),
             "attention_factor": pick.choice([1.0, 1.25]),
+            "positions": pick.choice(["range", "jump", "restart"]),
+            "base": pick.choice([10_000.0, 500_000.0, 3.0]),
         },
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
+
+
+def _positions(case: Case, tokens: int) -> Tensor:
+    """0, 1, 2 and so on; or with gaps of up to 3; or from 0 again half-way, where another sequence starts."""
+    position_T = torch.arange(tokens)
+    match case.options["positions"]:
+        case "jump":
+            return position_T + torch.randint(0, 4, (tokens,), generator=case.generator("gaps")).cumsum(0)
+        case "restart":
+            return position_T % max(1, (tokens + 1) // 2)
+    return position_T
 
 
 def rotate_inputs(case: Case) -> Inputs:
     n, start = case.n, int(case.options["start"] or 0)
     return {
         "x_BTHD": activations(case, "x", n.B, n.T, n.H, n.D),
-        "position_T": torch.arange(start, start + n.T),
-        "frequency_J": 10000.0 ** (-torch.arange(n.J, dtype=torch.float64) / n.J),
+        "position_T": start + _positions(case, n.T),
+        "frequency_J": float(case.options["base"] or 1) ** (-torch.arange(n.J, dtype=torch.float64) / n.J),
         "layout": RotaryLayout(str(case.options["layout"])),
         "attention_factor": case.options["attention_factor"],
     }
 
 
+def rotate_known(x_BTHD: Known, *turn: Any) -> Known:
+    """The turn of the value; beside it, of what is known of it, through the same turn on absolute values."""
+    value = rotate(x_BTHD.value, *turn)
+    of_sums = rotate_scale(x_BTHD.value.abs(), *turn)
+    wide, narrow = (rotate_scale(size, *turn, squares=True) for size in (x_BTHD.wide, x_BTHD.narrow))
+    return Known(value, root(of_sums, wide), narrow)
+
+
 def rotate_scale(
-    scale_x: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, attention_factor: float
+    size_x: Tensor,
+    position_T: Tensor,
+    frequency_J: Tensor,
+    layout: RotaryLayout,
+    attention_factor: float,
+    *,
+    squares: bool = False,
 ) -> Tensor:
-    """The same turn on absolute values."""
+    """The same turn on absolute values, or the root of the sum of their squares."""
     angle_T1J = (position_T[:, None].double() * frequency_J)[:, None]
     size = 2 * len(frequency_J)
-    turning, passing = scale_x[..., :size], scale_x[..., size:]
+    turning, passing = size_x[..., :size], size_x[..., size:]
     first, second = rearrange(turning, f"b t h {_PAIRS[layout]} -> pair b t h j", pair=2)
-    cos, sin = attention_factor * angle_T1J.cos().abs(), attention_factor * angle_T1J.sin().abs()
-    turned = torch.stack([first * cos + second * sin, first * sin + second * cos])
+    cos, sin = abs(attention_factor) * angle_T1J.cos().abs(), abs(attention_factor) * angle_T1J.sin().abs()
+    terms = torch.stack([first * cos, first * sin]), torch.stack([second * sin, second * cos])
+    turned = root(*terms) if squares else terms[0] + terms[1]
     return torch.cat([rearrange(turned, f"pair b t h j -> b t h {_PAIRS[layout]}"), passing], -1)
 
 
@@ -177,8 +208,14 @@ def position_zero_is_left_alone(op: Op, function: Function, case: Case) -> None:
     assert_same_bits([out + 0.0], [inputs["x_BTHD"] + 0.0], "position zero")
 
 
+def _rest_stays(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """What does not turn is as wide as it was."""
+    return {**after, "D": 2 * after["J"] + before["D"] - 2 * before["J"]}
+
+
 ROTATE = Op(
     name="rotate",
+    larger=resized({"J": (32, 40, 64, 96, 128), "T": TOKENS, "B": BATCH, "H": (8, 16)}, fit=_rest_stays),
     paper="-",
     axes="B T H D J",
     reference=rotate,
@@ -208,6 +245,12 @@ ROTATE = Op(
     flops=lambda n: 6 * n.B * n.T * n.H * n.J,
     bytes=lambda n: 4 * 2 * n.B * n.T * n.H * n.D,
     fast={Path.COMPILED: fast.ROTATE},
+    conventions={
+        "angles=float32": {
+            "reference": _float32_angles,
+            "properties": (repeats_itself, first_rows_alone("x_BTHD"), keeps_lengths, position_zero_is_left_alone),
+        }
+    },
 )
 
 
@@ -216,7 +259,7 @@ def alibi_cases(pick: Picker) -> Case:
     return Case(
         op="alibi",
         sizes={"T": new, "S": new + pick.integer(0, 6), "H": pick.integer(1, 9)},
-        options={"start": pick.choice([0, 17, 100_000])},
+        options={"start": pick.choice([0, 17, 100_000]), "positions": pick.choice(["range", "jump", "restart"])},
         data=pick.choice(UNMASKED),
         seed=pick.integer(0, 2**31),
     )
@@ -225,7 +268,7 @@ def alibi_cases(pick: Picker) -> Case:
 def alibi_inputs(case: Case) -> Inputs:
     """Any slopes, not only the published ones."""
     n, start = case.n, int(case.options["start"] or 0)
-    position_S = torch.arange(start, start + n.S)
+    position_S = start + _positions(case, n.S)
     return {
         "slope_H": activations(case, "slope", n.H),
         "query_position_T": position_S[n.S - n.T :],
@@ -260,6 +303,7 @@ def distances_alone(op: Op, function: Function, case: Case) -> None:
 
 ALIBI = Op(
     name="alibi",
+    larger=resized({"T": TOKENS, "S": TOKENS, "H": (12, 16, 32)}, fit=keys_cover_queries),
     paper="-",
     axes="T S H",
     reference=alibi,

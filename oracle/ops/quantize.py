@@ -19,6 +19,7 @@ from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..guarantees import Bitwise, Discrete
 from ..op import Function, Op
 from ..properties import repeats_itself
+from ..sizes import INPUTS, OUTPUTS, resized
 from ..variants import changed, one_row_3_percent_off, then
 
 BIT_FOR_BIT = [kind.value for kind in Storage if kind is not Storage.INT4]
@@ -120,6 +121,7 @@ def loses_at_most_half_a_step(op: Op, function: Function, case: Case) -> None:
 
 QUANTIZE_ROWS = Op(
     name="quantize_rows",
+    larger=resized({"N": OUTPUTS, "I": INPUTS}),
     paper="III-D (INT8)",
     axes="N I",
     reference=quantize_rows,
@@ -167,6 +169,7 @@ def _columns_interleaved(inputs: Inputs) -> Inputs:
 
 DEQUANTIZE_ROWS = Op(
     name="dequantize_rows",
+    larger=resized({"N": OUTPUTS, "I": INPUTS}),
     paper="III-D (INT8)",
     axes="N I",
     reference=dequantize_rows,
@@ -240,6 +243,7 @@ def _always_float32(inputs: Inputs) -> Inputs:
 
 STORED = Op(
     name="stored",
+    larger=resized({"N": OUTPUTS, "I": INPUTS}),
     paper="III-D",
     axes="N I",
     reference=stored,

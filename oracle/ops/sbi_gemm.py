@@ -13,10 +13,11 @@ from ...reference.sbi_gemm import LANES, deinterleave, interleave, sbi_gemm, til
 from ...spec.decoder import Path
 from .. import fast
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
+from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations, parameters
 from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, repeats_itself
+from ..sizes import HIDDEN, INPUTS, OUTPUTS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 NO_LINES = "a layout for 32 lanes of a GPU; the compiled path packs words for vector registers (compiled.packing)"
@@ -26,7 +27,7 @@ def layout_cases(pick: Picker, op: str) -> Case:
     return Case(
         op=op,
         sizes={"K": pick.integer(1, 20), "N": pick.integer(1, 9), "M": pick.choice([2, 4, 1])},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -80,6 +81,7 @@ def comes_back(op: Op, function: Function, case: Case) -> None:
 
 INTERLEAVE = Op(
     name="interleave",
+    larger=resized({"K": HIDDEN, "N": OUTPUTS}),
     paper="III-C, Fig. 1b",
     axes="K N M",
     reference=interleave,
@@ -110,6 +112,7 @@ def _padding_kept_in_front(*, line_LX: Tensor, rows: int, inputs: int) -> Tensor
 
 DEINTERLEAVE = Op(
     name="deinterleave",
+    larger=resized({"K": HIDDEN, "N": OUTPUTS}),
     paper="III-C, Fig. 1b",
     axes="K N M",
     reference=deinterleave,
@@ -136,7 +139,7 @@ def product_cases(pick: Picker) -> Case:
         op="sbi_gemm",
         sizes={"B": pick.integer(1, 4), "K": pick.integer(1, 70), "N": pick.integer(1, 3 * LANES)},
         options={"blocks": pick.choice([1, 2, 5, 16]), "codes": pick.choice([False, True])},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -219,6 +222,7 @@ def any_division_is_the_same(op: Op, function: Function, case: Case) -> None:
 
 SBI_GEMM = Op(
     name="sbi_gemm",
+    larger=resized({"K": INPUTS, "N": (*OUTPUTS, 257), "B": (5, 15, 16, 17, 33)}),
     paper="III-C, Fig. 1a and 1b",
     axes="B K N",
     reference=sbi_gemm,

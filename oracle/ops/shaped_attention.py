@@ -17,7 +17,7 @@ from ...reference.attention import attention
 from ...reference.positions import alibi
 from ...spec.decoder import Path
 from .. import fast
-from ..case import Case, Data, Inputs, Option, Picker
+from ..case import Case, Data, Inputs, Option, Picker, activations
 from ..properties import first_rows_alone, repeats_itself
 from ..variants import changed
 from .attention import (
@@ -32,19 +32,20 @@ from .attention import (
 
 def shaped_cases(pick: Picker) -> Case:
     case = attention_cases(pick)
-    shape: dict[str, Option] = {"softcap": pick.choice([None, 0.5, 5.0]), "bias": pick.choice([True, False])}
+    shape: dict[str, Option] = {"softcap": pick.choice([None, 0.5, 5.0]), "bias": pick.choice(["slopes", "any", None])}
     options = {**case.options, "causal": True, **shape}
     data = Data.NORMAL if case.data is Data.MASKED else case.data
     return replace(case, op="shaped_attention", options=options, data=data)
 
 
 def shaped_inputs(case: Case) -> Inputs:
-    """The bias is ALiBi's, with slopes 1, 1/2, 1/4 and so on: exact in every dtype."""
+    """The bias is any, or ALiBi's with slopes 1, 1/2, 1/4 and so on, exact in every dtype."""
     n = case.n
-    mask_options = {name: case.options[name] for name in ("causal", "window")}
-    plain = attention_inputs(replace(case, options=mask_options))
+    plain = attention_inputs(case)
     slope_H = 2.0 ** -torch.arange(n.H)
     bias_HTS = alibi(slope_H, torch.arange(n.S - n.T, n.S), torch.arange(n.S)).to(case.dtype)
+    if case.options["bias"] == "any":
+        bias_HTS = activations(case, "bias", n.H, n.T, n.S, large=2)
     return {
         **plain,
         "bias_HTS": bias_HTS if case.options["bias"] else None,
@@ -58,10 +59,11 @@ def _torch_shaped(*, bias_HTS: Tensor | None, softcap: float | None, **inputs: A
     query, key, value = (inputs[name].float().transpose(1, 2) for name in ("query_BTHD", "key_BSKD", "value_BSKD"))
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    added = torch.zeros(visible_TS.shape).masked_fill(~visible_TS, -torch.inf)
+    seen_B1TS = visible_TS.expand(len(query), -1, -1)[:, None]
+    added = torch.zeros(seen_B1TS.shape).masked_fill(~seen_B1TS, -torch.inf)
     added = added if bias_HTS is None else added + bias_HTS.float()
     if softcap is None:
-        added = added.expand(*query.shape[:2], -1, -1)
+        added = added.expand(-1, query.shape[1], -1, -1)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
     else:
         out = torch.softmax(softcap * torch.tanh(query @ key.mT * scale / softcap) + added, -1) @ value
@@ -72,6 +74,8 @@ def _capped_after_the_mask(*, softcap: float | None, visible_TS: Tensor, scale: 
     """What may not be seen scores -softcap instead of -inf."""
     if softcap is None:
         return attention(**inputs, visible_TS=visible_TS, scale=scale)
+    if visible_TS.ndim == 3:  # a bias is the same for every sequence
+        visible_TS = visible_TS[0]
     hidden_HTS = torch.where(visible_TS, 0.0, -softcap).expand(inputs["query_BTHD"].shape[2], -1, -1)
     everything_TS = torch.ones_like(visible_TS)
     bias_HTS = hidden_HTS if inputs["bias_HTS"] is None else inputs["bias_HTS"].to(hidden_HTS.dtype) + hidden_HTS
@@ -119,4 +123,5 @@ SHAPED_ATTENTION = replace(
         stays_between_values,
     ),
     fast={Path.COMPILED: fast.SHAPED_ATTENTION},
+    conventions={},
 )

@@ -12,11 +12,12 @@ from ...reference.quantize import RowQuantized, dequantize_rows, quantize_rows
 from ...reference.w8a8 import integer_product, linear_w8a8
 from ...spec.decoder import Path
 from .. import fast_quantize as fast
-from ..budget import Budget
+from ..budget import Budget, Sizes
 from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import call, repeats_itself
+from ..sizes import INPUTS, OUTPUTS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 
@@ -81,6 +82,7 @@ def _read_unsigned(inputs: Inputs) -> Inputs:
 
 INTEGER_PRODUCT = Op(
     name="integer_product",
+    larger=resized({"I": INPUTS, "N": OUTPUTS, "B": (5, 16, 17, 33)}),
     paper="III-D (INT8)",
     axes="B I N",
     reference=integer_product,
@@ -122,10 +124,25 @@ def product_inputs(case: Case) -> Inputs:
     }
 
 
-def _sum_and_bias(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
+def _sum_and_bias(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
     """The sum is exact: what rounds is the sum times its scales, and the bias added to it."""
-    size_BN = linear_w8a8(exact["x"], exact["weights"]).abs()
-    return [size_BN if exact["bias_N"] is None else size_BN + exact["bias_N"].abs()]
+    x_BI, weights = exact["x"], exact["weights"]
+    size_BN = linear_w8a8(x_BI, weights).abs()
+    wide = size_BN if exact["bias_N"] is None else size_BN + exact["bias_N"].abs()
+    return [Sizes(wide, jump=_near_ties(x_BI) @ dequantize_rows(weights, torch.float64).abs().t())]
+
+
+def _near_ties(x_BI: Tensor) -> Tensor:
+    """The step of each activation whose quotient is so near a half that float32 may round it either way.
+
+    The scale rounds and so does the quotient, or its reciprocal and their product; a subnormal scale has few digits.
+    """
+    limits = torch.finfo(torch.float32)
+    scale_B1 = x_BI.abs().amax(-1, keepdim=True) / 127
+    quotient_BI = x_BI / scale_B1.where(scale_B1 > 0, 1.0)
+    digits_B1 = limits.eps * (limits.smallest_normal / scale_B1.where(scale_B1 > 0, 1.0)).clamp_min(1.0)
+    from_tie_BI = ((quotient_BI - quotient_BI.floor()) - 0.5).abs()
+    return scale_B1 * (from_tie_BI <= 2 * digits_B1 * quotient_BI.abs())
 
 
 def _sum(x: Tensor, weights: RowQuantized) -> tuple[Tensor, Tensor]:
@@ -198,6 +215,7 @@ def follows_powers_of_two(op: Op, function: Function, case: Case) -> None:
 
 LINEAR_W8A8 = Op(
     name="linear_w8a8",
+    larger=resized({"I": INPUTS, "N": OUTPUTS, "B": (5, 16, 17, 33)}),
     paper="III-D (INT8)",
     axes="B I N",
     reference=linear_w8a8,

@@ -15,8 +15,8 @@ from twinfer.checkpoint.builtin import BUILT_IN, cache_folder
 from twinfer.checkpoint.fetch import fetched
 from twinfer.commands.main import main
 from twinfer.compiled.path import CompiledPath
-from twinfer.oracle.budget import judge_rows
 from twinfer.oracle.paths import WHOLE_MODEL
+from twinfer.oracle.rows import judge_rows
 from twinfer.spec.decoder import Encoder
 from twinfer.spec.errors import RequestError
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.oracle.budget import Budget, Override, judge_rows
+from twinfer.oracle.budget import Budget, Override, Sizes, judge_elements
 from twinfer.oracle.case import Case, Data
 from twinfer.oracle.guarantees import Bitwise, Discrete, Statistical, chi_square_p_value
+from twinfer.oracle.rows import judge_rows
 from twinfer.oracle.trial import Status, Trial, Verdict
 
 EPS = torch.finfo(torch.float32).eps
@@ -25,13 +26,48 @@ def judged(truth: list[float], got: list[float], eager: list[float] | None = Non
     return judge_rows(Budget(rows=rows), "T M", shaped[0], shaped[1], shaped[2].double(), shaped[2].double().abs())
 
 
-def test_the_bound_is_k_times_the_eager_error_plus_c_eps_scale() -> None:
+def test_the_bound_of_a_row_is_k_times_the_eager_error_plus_c_eps_scale() -> None:
     """Truth 1, eager reference off by 8 eps: allowed are 2 * 8 eps + 2 eps = 18 eps, on a row of one element."""
     truth, eager = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1) + 8 * EPS
     for steps, passes in ((18, True), (19, False)):
         verdict = judge_rows(Budget(rows="T"), "T M", torch.ones(1, 1) + steps * EPS, eager, truth, truth)
         assert verdict.failed != passes
         assert verdict.ratio == pytest.approx(steps / 18)
+
+
+@pytest.mark.parametrize(("steps", "passes"), [(11, True), (12, False)])
+def test_the_bound_of_an_element_adds_up_what_may_round(steps: int, passes: bool) -> None:
+    """In bfloat16 steps of 2**-7 at 64 + 15: 2 * 1 (eager error) + 2 * (64 / 2 + 64 / 2 + 2**-16 * 2**16) / 64 + 7.
+
+    The truth is 64 and rounds by u * 64 = 2**-2, as does what is stored beside it; sums of float32 reach 2**21, whose
+    eps is 2**-2 as well, a near-tie is worth 7 * 2**-1; one step of bfloat16 at 64 is 2**-1, and the reference is one
+    off: 2 * 2**-1 + 2 * 3 * 2**-2 + 3 = 5.5, eleven steps.
+    """
+    truth = torch.full((1, 1), 64.0, dtype=torch.float64)
+    eager = torch.full((1, 1), 64.5, dtype=torch.bfloat16)
+    sizes = Sizes(torch.full((1, 1), 2.0**21, dtype=torch.float64), narrow=64.0, jump=3.0)
+    got = torch.full((1, 1), 64 + steps / 2, dtype=torch.bfloat16)
+    assert judge_elements(Budget(rows="T"), "T M", got, eager, truth, sizes).failed != passes
+
+
+def test_a_small_element_beside_a_huge_one_is_judged_by_its_own_size() -> None:
+    """In bfloat16, 3 % of 1 beside 1e6: no row hides it."""
+    truth = torch.tensor([[1e6, 1.0]], dtype=torch.float64).to(torch.bfloat16).double()
+    for factor, passes in ((1.0, True), (1.03, False)):
+        got = (truth * torch.tensor([[1.0, factor]])).to(torch.bfloat16)
+        eager = truth.to(torch.bfloat16)
+        assert judge_elements(Budget(rows="T"), "T M", got, eager, truth, Sizes(truth.abs())).failed != passes
+
+
+@pytest.mark.parametrize("scale", [torch.nan, -torch.inf])
+def test_a_bound_that_is_no_number_lets_nothing_pass(scale: float) -> None:
+    """Where a scale is NaN no comparison holds, neither of elements nor of rows nor of decisions."""
+    one = torch.ones(1, 1)
+    unknown = torch.full((1, 1), scale, dtype=torch.float64)
+    assert judge_elements(Budget(rows="T"), "T M", one, one, one.double(), Sizes(unknown)).failed == (scale != scale)
+    assert judge_rows(Budget(rows="T"), "T M", one, one, one.double(), unknown).failed == (scale != scale)
+    discrete = Discrete(regret=lambda exact, got: torch.tensor(torch.nan), scale=lambda exact: torch.ones(()))
+    assert discrete.judge(trial(lambda x: 0, lambda x: 1, axes="", x=one)).failed
 
 
 def test_a_row_3_percent_off_beside_a_huge_row_fails() -> None:
@@ -81,11 +117,21 @@ def test_what_is_infinite_hides_nothing_beside_it() -> None:
     assert judged([1.0, torch.inf, 3.0, 4.0], [1.1, torch.inf, 3.0, 4.0]).failed
 
 
-def test_a_reference_that_overflows_judges_nobody() -> None:
-    """exp(100) is finite in float64 and not in float32."""
+def test_a_reference_that_overflows_on_the_way_judges_nobody() -> None:
+    """exp(100) / exp(99) is e, which float32 holds, but exp(100) it does not."""
     x = torch.full((1, 1), 100.0)
-    verdict = Budget(rows="T").judge(trial(torch.exp, lambda input: input, input=x))
+    verdict = Budget(rows="T").judge(trial(lambda x: torch.exp(x) / torch.exp(x - 1), lambda x: x + 1, x=x))
     assert verdict.status is Status.REJECTED
+
+
+@pytest.mark.parametrize(
+    ("returned", "passes"), [(torch.inf, True), (65504.0, True), (-torch.inf, False), (1.0, False)]
+)
+def test_a_result_beyond_its_dtype_is_infinite_or_the_largest_number(returned: float, passes: bool) -> None:
+    """300 * 300 in float16, whose largest number is 65504."""
+    x = torch.full((1, 1), 300.0, dtype=torch.float16)
+    verdict = Budget(rows="T").judge(trial(lambda x: x * x, lambda x: torch.full_like(x, returned), x=x))
+    assert verdict.failed != passes
 
 
 def test_integers_leave_no_room() -> None:
@@ -107,12 +153,27 @@ def test_other_factors_need_a_reason() -> None:
     Budget(rows="T", k=10.0, override=Override(reason="a test", derivation="none", measured=1.0))
 
 
+@pytest.mark.parametrize(("terms", "off", "passes"), [([255.0, 2.0], 2.0, True), ([9.0, 8.0], 0.125, False)])
+def test_integers_that_the_dtype_cannot_count_are_judged_by_the_budget(
+    terms: list[float], off: float, passes: bool
+) -> None:
+    """257 is no number of bfloat16: 256 and 258 are as near. 17 is one, and a step further wrong."""
+    x = torch.tensor([terms], dtype=torch.bfloat16)
+
+    def summed(x: Tensor) -> Tensor:
+        return x.double().sum(-1, keepdim=True).to(x.dtype)
+
+    case = Case(op="none", sizes={}, data=Data.INTEGER)
+    budget = Budget(rows="T", exact_on_integers=True)
+    assert budget.judge(trial(summed, lambda x: summed(x) + off, case=case, x=x)).failed != passes
+
+
 @pytest.mark.parametrize(
     ("candidate", "complaint"),
     [
-        (lambda x: x[:1], "shape"),
+        (lambda x: x[:1].clone(), "shape"),
         (lambda x: x.double(), "float64"),
-        (lambda x: (x, x), "2 tensors"),
+        (lambda x: (x.clone(), x.clone()), "2 tensors"),
         (lambda x: x.add_(1).sub(1), "writes to its argument x"),
     ],
 )

@@ -91,7 +91,7 @@ def test_every_choice_comes_up(op: Op) -> None:
         if name != "start":  # of a table of positions: many values, of which the far ones are rare
             assert min(counts.values()) >= 8, f"{op.name}: {name} {counts}"
     floating = any(leaf.is_floating_point() for leaf in leaves(op.inputs(drawn[0])))
-    if floating:
+    if floating and op.name != "sample":  # whose logits must not tie
         wanted = {Data.NORMAL, Data.LARGE, Data.CONSTANT, Data.ZEROS, Data.INTEGER}
         assert wanted <= {case.data for case in drawn}, f"{op.name} leaves out kinds of data"
 

@@ -1,0 +1,362 @@
+"""Faults that any op may have, made from its reference: the guarantee must catch each with the default number of cases.
+
+Those that know the formula stand beside each op's record (`Op.mutants`); these know only tensors and calls.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .case import Case, Inputs, RandomPicker
+from .guarantees import Statistical
+from .op import Function, Op
+from .process import ProcessState
+from .trial import copied, leaves, map_leaves, tensors
+
+
+class Family(StrEnum):
+    LOGIC = "logic"
+    """The formula is wrong: `Op.mutants`."""
+    SIZE = "size"
+    """Right on small sizes."""
+    ARGUMENT = "argument"
+    """An argument is ignored."""
+    DTYPE = "dtype"
+    """Right in float32, or in all but one dtype."""
+    DATA = "data"
+    """Right on numbers of ordinary size, in ordinary memory."""
+    STATE = "state"
+    """Right when called once, or until others are called."""
+    CONTRACT = "contract"
+    """The numbers are right."""
+    SAMPLING = "sampling"
+    """Draws that are nearly right: `Op.mutants` of `draw`."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    op: str
+    name: str
+    family: Family
+    make: Callable[[], Function]
+    """A fresh one: some remember."""
+
+
+NO_FAULTS = {("sbi_gemm", "blocks_ignored")}
+"""Changes that nobody can see: how a product is divided shows in no result."""
+
+
+def mutants(op: Op) -> list[Mutant]:
+    """Every fault of an op, its own included."""
+    own = Family.SAMPLING if isinstance(op.guarantee, Statistical) else Family.LOGIC
+    found = [Mutant(op.name, name, own, lambda wrong=wrong: wrong) for name, wrong in op.mutants.items()]  # type: ignore[misc]
+    cases = [op.draw(RandomPicker(seed)) for seed in range(60)]
+    for family, name, make in _generic(op, cases):
+        if (op.name, name) not in NO_FAULTS:
+            found.append(Mutant(op.name, name, family, make))
+    return found
+
+
+def caught_after(mutant: Mutant, op: Op, cases: int, draw: Callable[[int], Case]) -> int | None:
+    """The number of cases until the op's guarantee fails the mutant; None if it never does."""
+    function = mutant.make()
+    before = ProcessState.now()
+    evidence = []
+    try:
+        for number in range(cases):
+            try:
+                verdict = op.guarantee.judge(op.trial(function, draw(number)))
+            except Exception:
+                return number + 1
+            if verdict.failed:
+                return number + 1
+            if verdict.evidence is not None:
+                evidence.append(verdict.evidence)
+    finally:
+        before.restore()
+    if isinstance(op.guarantee, Statistical) and op.guarantee.pooled(evidence).failed:
+        return cases
+    return None
+
+
+Made = tuple[Family, str, Callable[[], Function]]
+
+
+def _generic(op: Op, cases: list[Case]) -> Iterator[Made]:
+    inputs = [op.inputs(case) for case in cases]
+    if isinstance(op.guarantee, Statistical):
+        yield from _arguments(op, inputs)
+        return
+    yield from _sizes(op, inputs)
+    yield from _arguments(op, inputs)
+    outs = [out for given in inputs for out in leaves(op.reference(**copied(given))) if out.is_floating_point()]
+    if outs:
+        yield from _dtypes(op, outs)
+        yield from _data(op, inputs, outs)
+    yield from _states(op, inputs)
+    yield from _contracts(op)
+
+
+def _changed(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Every tensor changed, and every number through a tensor."""
+
+    def leaf_changed(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return change(leaf)
+        return int(change(torch.tensor([leaf]))[0]) if type(leaf) is int else leaf
+
+    return map_leaves(leaf_changed, out)
+
+
+def _last_off(out: Tensor) -> Tensor:
+    """The last element 1 more, and its sign turned."""
+    if not out.numel():
+        return out
+    out = out.clone()
+    last = tuple(size - 1 for size in out.shape)
+    out[last] = ~out[last] if out.dtype is torch.bool else -1 - out[last]
+    return out
+
+
+def _sizes(op: Op, inputs: list[Inputs]) -> Iterator[Made]:
+    largest = max(_largest(given) for given in inputs)
+    for border in (16, 64, 128):
+        if largest > border:
+            yield Family.SIZE, f"wrong_past_{border}", lambda border=border: _where(op, lambda n: n > border)  # type: ignore[misc]
+    if largest > 64:
+        yield Family.SIZE, "tail_of_64_wrong", lambda: _where(op, lambda n: n > 64 and n % 64 != 0)
+
+
+def _where(op: Op, holds: Callable[[int], bool]) -> Function:
+    def call(**given: Any) -> Any:
+        out = op.reference(**given)
+        return _changed(out, _last_off) if holds(_largest(given)) else out
+
+    return call
+
+
+def _largest(given: Inputs) -> int:
+    """The largest size of any axis of any tensor."""
+    return max((max(leaf.shape, default=0) for leaf in leaves(given)), default=0)
+
+
+def _arguments(op: Op, inputs: list[Inputs]) -> Iterator[Made]:
+    """Numbers, conventions and optional tensors that stay what the first case has."""
+    for name in inputs[0]:
+        values = [given[name] for given in inputs]
+        if all(isinstance(value, bool | int | float | str | Enum | None) for value in values):
+            pinned = {value for value in values if value is not None}
+            if len({*pinned, *([None] if None in values else [])}) > 1:
+                value = next(value for value in values if value is not None)
+                yield Family.ARGUMENT, f"{name}_ignored", lambda name=name, value=value: _pinned(op, name, value)  # type: ignore[misc]
+        elif any(value is None for value in values):
+            yield Family.ARGUMENT, f"{name}_ignored", lambda name=name: _pinned(op, name, None)  # type: ignore[misc]
+        elif isinstance(values[0], Tensor) and values[0].dtype is torch.int64 and values[0].ndim == 1:
+            yield Family.ARGUMENT, f"{name}_taken_for_a_range", lambda name=name: _as_range(op, name)  # type: ignore[misc]
+        elif isinstance(values[0], Tensor) and values[0].dtype is torch.bool:
+            yield Family.ARGUMENT, f"{name}_ignored", lambda name=name: _all_true(op, name)  # type: ignore[misc]
+
+
+def _pinned(op: Op, name: str, value: Any) -> Function:
+    return lambda **given: op.reference(**{**given, name: value})
+
+
+def _as_range(op: Op, name: str) -> Function:
+    """Counted on from the first element."""
+
+    def call(**given: Any) -> Any:
+        value: Tensor = given[name]
+        first = int(value[0]) if len(value) else 0
+        return op.reference(**{**given, name: torch.arange(first, first + len(value))})
+
+    return call
+
+
+def _all_true(op: Op, name: str) -> Function:
+    return lambda **given: op.reference(**{**given, name: torch.ones_like(given[name])})
+
+
+def _dtypes(op: Op, outs: list[Tensor]) -> Iterator[Made]:
+    drawn = {out.dtype for out in outs}
+    for dtype, factor in ((torch.bfloat16, 1.03), (torch.float16, 1.005), (torch.float32, 1.0001)):
+        if dtype in drawn:
+            name = str(dtype).removeprefix("torch.")
+            yield Family.DTYPE, f"wrong_in_{name}", lambda dtype=dtype, factor=factor: _in_dtype(op, dtype, factor)  # type: ignore[misc]
+    if torch.float32 in drawn:
+        yield Family.DTYPE, "result_through_bfloat16", lambda: _through(op, torch.bfloat16)
+        yield Family.DTYPE, "result_through_float16", lambda: _through(op, torch.float16)
+
+
+def _in_dtype(op: Op, dtype: torch.dtype, factor: float) -> Function:
+    def call(**given: Any) -> Any:
+        return _changed(
+            op.reference(**given), lambda out: (out.double() * factor).to(dtype) if out.dtype is dtype else out
+        )
+
+    return call
+
+
+def _through(op: Op, dtype: torch.dtype) -> Function:
+    def call(**given: Any) -> Any:
+        return _changed(
+            op.reference(**given), lambda out: out.to(dtype).to(out.dtype) if out.is_floating_point() else out
+        )
+
+    return call
+
+
+def _data(op: Op, inputs: list[Inputs], outs: list[Tensor]) -> Iterator[Made]:
+    if any(bool((out.double().abs() > 200).any()) for out in outs):
+        yield Family.DATA, "result_capped_at_100", lambda: _on_floats(op, lambda out: out.clamp(-100, 100))
+    if any(bool((_without_subnormals(out) != out).any()) for out in outs):
+        yield Family.DATA, "subnormals_become_zero", lambda: _on_floats(op, _without_subnormals)
+    if any(isinstance(value, Tensor) and value.ndim and value.numel() > 1 for value in inputs[0].values()):
+        yield Family.DATA, "strides_ignored", lambda: _read_as_contiguous(op)
+
+
+def _without_subnormals(out: Tensor) -> Tensor:
+    """All but bfloat16's, which may become zero."""
+    least = 0.0 if out.dtype is torch.bfloat16 else torch.finfo(out.dtype).smallest_normal
+    return out.where(out.abs() >= least, 0.0)
+
+
+def _on_floats(op: Op, change: Callable[[Tensor], Tensor]) -> Function:
+    return lambda **given: _changed(op.reference(**given), lambda out: change(out) if out.is_floating_point() else out)
+
+
+def _read_as_contiguous(op: Op) -> Function:
+    """Memory read in order, whatever the strides say."""
+
+    def in_order(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.is_contiguous():
+            return value
+        return value.as_strided(value.shape, torch.empty(value.shape).stride())
+
+    return lambda **given: op.reference(**{name: in_order(value) for name, value in given.items()})
+
+
+def _states(op: Op, inputs: list[Inputs]) -> Iterator[Made]:
+    if leaves(op.reference(**inputs[0]))[0].ndim:
+        yield Family.STATE, "buffer_used_again", lambda: _buffered(op)
+    yield Family.STATE, "remembered_by_address", lambda: _remembered(op, lambda leaf: leaf.data_ptr())
+    yield Family.STATE, "remembered_by_shape", lambda: _remembered(op, lambda leaf: leaf.shape)
+    yield Family.STATE, "flushes_subnormals", lambda: _changing(op, lambda: torch.set_flush_denormal(True))
+    yield Family.STATE, "sets_default_dtype", lambda: _changing(op, lambda: torch.set_default_dtype(torch.float64))
+    yield Family.STATE, "leaves_grad_mode", lambda: _changing(op, lambda: torch.set_grad_enabled(False))
+
+
+def _buffered(op: Op) -> Function:
+    """One buffer for each shape and place in the result."""
+    buffers: dict[Any, Tensor] = {}
+
+    def call(**given: Any) -> Any:
+        place = 0
+
+        def keep(out: Tensor) -> Tensor:
+            nonlocal place
+            place += 1
+            key = place, out.shape, out.dtype
+            return buffers.setdefault(key, torch.empty_like(out)).copy_(out)
+
+        return map_leaves(lambda leaf: keep(leaf) if isinstance(leaf, Tensor) else leaf, op.reference(**given))
+
+    return call
+
+
+def _remembered(op: Op, key: Callable[[Tensor], Any]) -> Function:
+    results: dict[Any, Any] = {}
+
+    def call(**given: Any) -> Any:
+        place = (
+            tuple(map(key, tensors(given))),
+            str([v for v in given.values() if not tensors(v) and not isinstance(v, torch.Generator)]),
+        )
+        if place not in results:
+            results[place] = op.reference(**given)
+        return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, results[place])
+
+    return call
+
+
+def _changing(op: Op, change: Callable[[], Any]) -> Function:
+    def call(**given: Any) -> Any:
+        out = op.reference(**given)
+        change()
+        return out
+
+    return call
+
+
+def _contracts(op: Op) -> Iterator[Made]:
+    yield Family.CONTRACT, "writes_to_its_input", lambda: _writing(op)
+    yield Family.CONTRACT, "one_axis_more", lambda: lambda **given: _changed_tensors(op, given, lambda out: out[None])
+    yield (
+        Family.CONTRACT,
+        "another_dtype",
+        lambda: lambda **given: _changed_tensors(op, given, lambda out: out.double()),
+    )
+    yield Family.CONTRACT, "result_in_its_inputs_memory", lambda: _aliasing(op)
+
+
+def _changed_tensors(op: Op, given: Inputs, change: Callable[[Tensor], Tensor]) -> Any:
+    out = op.reference(**given)
+    return (
+        map_leaves(lambda leaf: change(leaf if isinstance(leaf, Tensor) else torch.tensor(leaf)), out)
+        if _tensors_only(out)
+        else change(torch.tensor(out))
+    )
+
+
+def _tensors_only(out: Any) -> bool:
+    return not isinstance(out, int)
+
+
+def _writing(op: Op) -> Function:
+    """As a kernel that pads or rounds in place."""
+
+    def call(**given: Any) -> Any:
+        out = op.reference(**given)
+        for leaf in leaves({name: value for name, value in given.items() if isinstance(value, Tensor)} or given):
+            if leaf.numel() and leaf.ndim:
+                leaf.view(-1)[-1:].copy_(leaf.reshape(-1)[:1]) if leaf.is_contiguous() else leaf.zero_()
+        return out
+
+    return call
+
+
+def _aliasing(op: Op) -> Function:
+    """The result is written where the first input of its shape and dtype was, whose values are put back later."""
+
+    def call(**given: Any) -> Any:
+        out = op.reference(**given)
+        first = leaves(out)[0]
+        for value in leaves(given):
+            if (
+                value.numel()
+                and value.untyped_storage().nbytes() >= first.numel() * first.element_size()
+                and first.ndim
+            ):
+                view = torch.empty(0, dtype=first.dtype).set_(value.untyped_storage(), 0, first.shape, first.stride())
+                view.copy_(first)
+                return replace_first(out, view)
+        raise ValueError("no input is large enough")
+
+    return call
+
+
+def replace_first(out: Any, view: Tensor) -> Any:
+    """The result with another first tensor."""
+    done = False
+
+    def put(leaf: Any) -> Any:
+        nonlocal done
+        if isinstance(leaf, Tensor) and not done:
+            done = True
+            return view
+        return leaf
+
+    return map_leaves(put, out)

@@ -1,0 +1,53 @@
+"""The state of the process that a candidate must leave as it found it.
+
+Some of it changes what every later product returns (subnormals read as zero, the default dtype, TF32), some of it how
+long that takes (threads). A candidate that changes it would be judged against a reference that runs otherwise.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    subnormals_become_zero: bool
+    default_dtype: torch.dtype
+    threads: int
+    grad_mode: bool
+    deterministic_algorithms: bool
+    float32_matmul_precision: str
+
+    @classmethod
+    def now(cls) -> "ProcessState":
+        """Read the state; torch tells of subnormals only by its arithmetic."""
+        halved = torch.tensor(torch.finfo(torch.float64).smallest_normal, dtype=torch.float64) / 2
+        return cls(
+            subnormals_become_zero=float(halved) == 0,
+            default_dtype=torch.get_default_dtype(),
+            threads=torch.get_num_threads(),
+            grad_mode=torch.is_grad_enabled(),
+            deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
+            float32_matmul_precision=torch.get_float32_matmul_precision(),
+        )
+
+    def restore(self) -> None:
+        """Set the process back to this state, where it has left it."""
+        now = ProcessState.now()
+        if now.subnormals_become_zero != self.subnormals_become_zero:
+            torch.set_flush_denormal(self.subnormals_become_zero)
+        if now.default_dtype is not self.default_dtype:
+            torch.set_default_dtype(self.default_dtype)
+        if now.threads != self.threads:
+            torch.set_num_threads(self.threads)
+        if now.grad_mode != self.grad_mode:
+            torch.set_grad_enabled(self.grad_mode)
+        if now.deterministic_algorithms != self.deterministic_algorithms:
+            torch.use_deterministic_algorithms(self.deterministic_algorithms)
+        if now.float32_matmul_precision != self.float32_matmul_precision:
+            torch.set_float32_matmul_precision(self.float32_matmul_precision)
+
+    def differences(self, later: "ProcessState") -> list[str]:
+        """Name what is another in a later state, such as "threads was 1 and is 4"."""
+        pairs = ((field.name, getattr(self, field.name), getattr(later, field.name)) for field in fields(self))
+        return [f"{name} was {before} and is {after}" for name, before, after in pairs if before != after]
