@@ -94,7 +94,7 @@ _ALL = (
         op=OPS["rotate"],
         shapes=tuple({"B": 1, "T": rows, "H": 12, "D": 64, "J": 32} for rows in (1, 512)),
         quick=({"B": 1, "T": 4, "H": 12, "D": 64, "J": 32},),
-        options={"layout": "half_split", "start": 17, "attention_factor": 1.0},
+        options={"layout": "half_split", "start": 17, "attention_factor": 1.0, "positions": "range", "base": 10_000.0},
         prepare=preparing.prepare_rotate,
     ),
     Setting(

@@ -60,7 +60,10 @@ def prepare(weight_NI: Tensor, bias_N: Tensor | None, form: Form) -> Codes:
 
 
 def integer_product(quantized_RI: Tensor, quantized_NI: Tensor, form: Form) -> Tensor:
-    """Sums of products of codes in -127 .. 127, as int32 [R, N], of at most 133144 inputs."""
+    """Return sums of products of codes in -127 .. 127, as int32 [R, N], of at most 133144 inputs.
+
+    Both are contiguous: where memory has gaps, torch._int_mm adds in float32.
+    """
     if form is Form.INT8:
         if quantized_RI.shape[1] == 1:  # of one input torch._int_mm makes nonsense (torch 2.13)
             quantized_RI, quantized_NI = functional.pad(quantized_RI, (0, 1)), functional.pad(quantized_NI, (0, 1))

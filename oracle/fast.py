@@ -29,7 +29,10 @@ STORAGE = "storage"
 
 
 def matrices_of(*parts: LinearWeights, storage: Storage | None = None) -> tuple[list[Matrix], Storage]:
-    """Return the weights packed in this storage; without one in the narrowest that holds them all exactly."""
+    """Return the weights packed in this storage; without one in the narrowest that holds them all exactly.
+
+    Integers are held so only where their scales are integers too: a sum of quantized values times 2 / 15 rounds.
+    """
     if storage is not None:
         quantized = [packing.quantize(part.weight_NI.float(), storage) for part in parts]
         return [packing.pack(each, part.bias_N) for each, part in zip(quantized, parts, strict=True)], storage
@@ -39,9 +42,20 @@ def matrices_of(*parts: LinearWeights, storage: Storage | None = None) -> tuple[
             linear.expanded(matrix, storage, part.weight_NI.shape[1], torch.float32)
             for matrix, part in zip(matrices, parts, strict=True)
         ]
-        if all(torch.equal(each, part.weight_NI.float()) for each, part in zip(unpacked, parts, strict=True)):
+        if all(
+            torch.equal(each, part.weight_NI.float()) and (_scaled_by_integers(matrix) or not _integral(each))
+            for each, matrix, part in zip(unpacked, matrices, parts, strict=True)
+        ):
             return matrices, storage
     raise AssertionError("float32 holds every float32 weight")
+
+
+def _scaled_by_integers(matrix: Matrix) -> bool:
+    return all(_integral(each) for each in (matrix.scale_N, matrix.scale_BGU, matrix.min_BGU) if each is not None)
+
+
+def _integral(value: Tensor) -> bool:
+    return torch.equal(value, value.round())
 
 
 def _few(function: Function, x: Tensor, weights: LinearWeights, storage: Storage | None = None) -> Tensor:

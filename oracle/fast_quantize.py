@@ -63,7 +63,8 @@ def _codes(quantized_NI: Tensor, form: w8a8.Form) -> Tensor:
 
 def _integer_product(form: w8a8.Form) -> Callable[[Function, Inputs], Tensor]:
     def adapt(function: Function, inputs: Inputs) -> Tensor:
-        out: Tensor = function(inputs["quantized_BI"], _codes(inputs["quantized_NI"], form), form)
+        quantized_NI = _codes(inputs["quantized_NI"], form).contiguous()
+        out: Tensor = function(inputs["quantized_BI"].contiguous(), quantized_NI, form)
         return out
 
     return adapt
