@@ -59,6 +59,21 @@ def test_a_small_element_beside_a_huge_one_is_judged_by_its_own_size() -> None:
         assert judge_elements(Budget(rows="T"), "T M", got, eager, truth, Sizes(truth.abs())).failed != passes
 
 
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_products_of_bfloat16_may_write_every_subnormal_as_zero(dtype: torch.dtype, passes: bool) -> None:
+    """Eight terms of half the smallest normal number: x86 returns zero for four times that number, in bfloat16 only."""
+    smallest = torch.finfo(dtype).smallest_normal
+    x_1I = torch.full((1, 8), smallest, dtype=dtype)
+
+    def total(x: Tensor) -> Tensor:
+        return (0.5 * x.to(torch.promote_types(x.dtype, torch.float32))).sum(-1, keepdim=True).to(x.dtype)
+
+    case = Case(op="none", sizes={"T": 1, "I": 8}, dtype=dtype)
+    budget = Budget(rows="T", scale=lambda exact, truth: [0.5 * exact["x"].abs().sum(-1, keepdim=True)])
+    flushed = budget.judge(trial(total, lambda x: torch.zeros_like(total(x)), case=case, x=x_1I))
+    assert flushed.failed != passes
+
+
 @pytest.mark.parametrize("scale", [torch.nan, -torch.inf])
 def test_a_bound_that_is_no_number_lets_nothing_pass(scale: float) -> None:
     """Where a scale is NaN no comparison holds, neither of elements nor of rows nor of decisions."""
