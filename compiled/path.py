@@ -26,6 +26,7 @@ from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
 from .artifacts import KERNELS
+from .cache_folder import use_private_cache
 from .compute import COMPUTE_DTYPES, DEFAULT
 from .graph import DecodeGraphs, device_of_graphs
 from .head import head_prefill, scale_and_cap
@@ -128,6 +129,8 @@ class CompiledPath:
         self._storage, self._device, self._compute = model.storage, model.device, model.compute
         self._turn = Turn(model.device, compiled=mode is not Mode.EAGER)
         self._report = report or (lambda line: None)
+        if mode is not Mode.EAGER:
+            use_private_cache(self._report)
         with self._turn:
             self._slots = torch.arange(_FIRST_SLOTS, device=model.device)
         self._graphs: DecodeGraphs | None = None
