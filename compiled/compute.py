@@ -35,7 +35,8 @@ def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
     >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float64)
     (torch.float32, torch.float64)
     """
-    return torch.promote_types(compute, torch.float32)
+    # not torch.promote_types, which is an operator: recordings would hold it
+    return compute if compute.itemsize >= DEFAULT.itemsize else DEFAULT
 
 
 def product_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import accumulate
@@ -26,6 +26,7 @@ from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.weights import WeightSource
 from .artifacts import KERNELS
+from .cache_folder import use_private_cache
 from .compute import COMPUTE_DTYPES, DEFAULT
 from .graph import DecodeGraphs, device_of_graphs
 from .head import head_prefill, scale_and_cap
@@ -33,7 +34,7 @@ from .layers import Cache
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
 from .programs import Pieces, Program
-from .sequences import StaticSequences
+from .sequences import StaticSequences, runs
 from .steps import Piece, decode_program, eager, encode_program, prefill_program
 from .turn import Turn
 from .weights import Model, prepare
@@ -128,6 +129,8 @@ class CompiledPath:
         self._storage, self._device, self._compute = model.storage, model.device, model.compute
         self._turn = Turn(model.device, compiled=mode is not Mode.EAGER)
         self._report = report or (lambda line: None)
+        if mode is not Mode.EAGER:
+            use_private_cache(self._report)
         with self._turn:
             self._slots = torch.arange(_FIRST_SLOTS, device=model.device)
         self._graphs: DecodeGraphs | None = None
@@ -222,7 +225,7 @@ class CompiledPath:
         protocol.check_encoding(self._config, tokens, types)
         hidden: list[Tensor] = []
         with self._turn:
-            for run in _runs([len(each) for each in tokens], _ENCODE_TOKENS):
+            for run in runs([len(each) for each in tokens], _ENCODE_TOKENS):
                 hidden += self._encode(tokens[run], None if types is None else types[run])
         return hidden
 
@@ -386,19 +389,3 @@ def _check_mode(mode: Mode | str, device: torch.device) -> None:
         raise RequestError(f"mode is {mode!r}; it must be one of {', '.join(Mode)}")
     if mode != Mode.EAGER:
         check_compiler(device)
-
-
-def _runs(lengths: list[int], most: int) -> Iterator[slice]:
-    """Texts that follow each other, together as long as they hold at most so many tokens; a longer one alone.
-
-    >>> list(_runs([3, 4, 2, 9, 1], 8))
-    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
-    """
-    begin = held = 0
-    for index, length in enumerate(lengths):
-        if index > begin and held + length > most:
-            yield slice(begin, index)
-            begin, held = index, 0
-        held += length
-    if lengths:
-        yield slice(begin, len(lengths))

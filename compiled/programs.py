@@ -7,9 +7,11 @@ dynamic (the marking fails if the graph were special to one), and everything els
 """
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -45,6 +47,12 @@ OPTIONS: dict[str, Any] = {
 
 _compile: Callable[..., Any] = torch.compile  # its type stub does not know isolate_recompiles
 
+ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether torch keeps the graphs of one code apart, as 2.11 does not: there pieces keep their guards, and none is kept
+on disk."""
+
+_numbers = itertools.count()
+
 
 def graph(
     function: Callable[..., Any], *, keep_guards: bool = False, kernels: Mapping[str, Any] = KERNELS
@@ -55,14 +63,26 @@ def graph(
     """
     use_private_cache(warnings.warn)
     options = {**OPTIONS, **kernels}
-    if not keep_guards:
+    if not keep_guards and ISOLATES:
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     # Pieces of other paths share this one's code: without guards, only isolation keeps their graphs apart. And with
     # dynamic=None a float that another path's config has otherwise would be traced as a variable.
+    if ISOLATES:
+        options_of_compile: dict[str, Any] = {"isolate_recompiles": True}
+    else:
+        function, options_of_compile = _namesake(function), {}
     compiled: Callable[..., Any] = _compile(
-        function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
+        function, fullgraph=True, dynamic=False, options=options, **options_of_compile
     )
     return compiled
+
+
+def _namesake(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same function with a code object of its own, since torch keeps what it compiles by code."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    made = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 class Pieces:
@@ -89,7 +109,7 @@ class Pieces:
     def __call__(self, function: Callable[P, R], dynamic: DynamicDims) -> Callable[P, R]:
         program = graph(function, keep_guards=self._keep_guards, kernels=self._kernels)
         # Whether a kept program keeps guards is not known, and it is loaded for this path's own kernels.
-        kept = not self._keep_guards and {**OPTIONS, **self._kernels} == OPTIONS
+        kept = ISOLATES and not self._keep_guards and {**OPTIONS, **self._kernels} == OPTIONS
         described = f"{self._described} {self._made} {function.__name__}"
         self._made += 1
         compiled: Callable[..., Any] | None = None

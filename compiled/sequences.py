@@ -8,6 +8,8 @@ Growing copies each sequence's slots to the place that the new capacity gives it
 Shapes: B sequences, C capacity, K key/value heads, D head size, V vocabulary.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -74,3 +76,19 @@ class StaticSequences:
 def _empty(config: AttentionConfig, slots: int, device: torch.device, compute: torch.dtype) -> Cache:
     shape = slots, config.kv_heads, config.head_size
     return Cache(*(torch.zeros(shape, dtype=compute, device=device) for _ in Cache._fields))
+
+
+def runs(lengths: list[int], most: int) -> Iterator[slice]:
+    """Yield runs of texts that follow each other and hold at most so many tokens together; a longer text is alone.
+
+    >>> list(runs([3, 4, 2, 9, 1], 8))
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    begin = held = 0
+    for index, length in enumerate(lengths):
+        if index > begin and held + length > most:
+            yield slice(begin, index)
+            begin, held = index, 0
+        held += length
+    if lengths:
+        yield slice(begin, len(lengths))

@@ -72,6 +72,18 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
         "twinfer.reference.decoder.forward": "the whole model: compare_paths judges it, over schedules",
         "twinfer.reference.sbi_gemm.tiling": "how sbi_gemm's work is divided, which its result does not depend on",
         "twinfer.reference.sampling.shape_logits": "applies the processors, which have records, in a fixed order",
+        **dict.fromkeys(
+            (
+                *(
+                    f"twinfer.reference.dispatch.{name}"
+                    for name in ("capacity", "slots", "tokens_of_slots", "slot_mask")
+                ),
+                *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch", "combine")),
+                *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch_one_hot", "combine_one_hot")),
+                *("twinfer.reference.routing.route", "twinfer.reference.moe.route_tokens", "twinfer.reference.moe.moe"),
+            ),
+            "of no path yet: its tests hold it against plain loops and transformers' blocks",
+        ),
         "twinfer.reference.sampling.generator_for": "seeds a generator; its streams are tested with the reference",
     }
 )

@@ -68,6 +68,22 @@ class MlpWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MoeWeights:
+    router: LinearWeights
+    """[E, M]."""
+    experts: tuple[MlpWeights, ...]
+    """E of them."""
+    choice_bias_E: Tensor | None = None
+    """Added to the scores for the choice only."""
+    shared: MlpWeights | None = None
+    shared_gate: LinearWeights | None = None
+    """[1, M]."""
+    residual: MlpWeights | None = None
+    coefficient: LinearWeights | None = None
+    """[2, M]: of the experts, and of the residual MLP."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerWeights:
     """A norm is named by where it stands: at the input of attention or MLP, or at the output.
 
@@ -105,7 +121,16 @@ class HeadWeights:
     """Of the head, tied or not."""
 
 
-for _kind in (LinearWeights, NormWeights, AttentionWeights, MlpWeights, LayerWeights, EmbeddingWeights, HeadWeights):
+for _kind in (
+    LinearWeights,
+    NormWeights,
+    AttentionWeights,
+    MlpWeights,
+    MoeWeights,
+    LayerWeights,
+    EmbeddingWeights,
+    HeadWeights,
+):
     torch.export.register_dataclass(_kind)
 
 

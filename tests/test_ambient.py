@@ -87,7 +87,7 @@ paths = st.sampled_from([*COMPUTE_DTYPES, None])
 
 def opened(compute: torch.dtype | None, source: RandomSource) -> ReferencePath | CompiledPath:
     """The reference in some arithmetic, or the compiled path's programs run eagerly."""
-    return CompiledPath(source, _eager=True) if compute is None else ReferencePath(source, compute=compute)
+    return CompiledPath(source, mode="eager") if compute is None else ReferencePath(source, compute=compute)
 
 
 def extended(path: ReferencePath | CompiledPath) -> list[Tensor]:

@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 
 from twinfer.commands import bench
-from twinfer.commands import main as main_file
+from twinfer.commands import parser as parser_file
+from twinfer.commands.main import main
 
-SHARED = {"__init__", "main", "command", "console", "options", "bench_options"}
-FOLDER = Path(main_file.__file__).parent
+SHARED = {"__init__", "main", "command", "console", "options", "parser", "bench_options"}
+FOLDER = Path(parser_file.__file__).parent
 
 
 def test_every_file_is_a_command_of_a_table_or_shared_by_several() -> None:
     """A file's name is its command's, that of a subcommand with its parent's before it."""
-    names = [each.NAME for each in main_file.COMMANDS] + [f"bench_{each.NAME}" for each in bench.COMMANDS]
+    names = [each.NAME for each in parser_file.COMMANDS] + [f"bench_{each.NAME}" for each in bench.COMMANDS]
     assert len(set(names)) == len(names)
     assert {path.stem for path in FOLDER.glob("*.py")} == SHARED | set(names)
 
 
-CALLED = {each.NAME: each for each in main_file.COMMANDS} | {f"bench {each.NAME}": each for each in bench.COMMANDS}
+CALLED = {each.NAME: each for each in parser_file.COMMANDS} | {f"bench {each.NAME}": each for each in bench.COMMANDS}
 
 
 @pytest.mark.parametrize("words", CALLED)
@@ -28,7 +29,7 @@ def test_help_is_what_the_file_says(words: str, capsys: pytest.CaptureFixture[st
     """The description and the epilog of its own file, and nothing else runs."""
     command = CALLED[words]
     with pytest.raises(SystemExit) as left:
-        main_file.main([*words.split(), "--help"])
+        main([*words.split(), "--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
     assert command.DESCRIPTION.strip() in shown

@@ -40,7 +40,7 @@ def test_the_shapes_are_those_of_the_matrices_that_are_prepared(gated: bool) -> 
     model = prepare(RandomSource(config), Storage.FLOAT32, CPU)
     prepared = Counter(tuple(part.word.shape) for layer in model.layers for part in layer if isinstance(part, Matrix))
     assert layer_shapes(config) == prepared
-    assert step_shapes(config) - layer_shapes(config) == Counter({tuple(model.head.word.shape): 1})
+    assert step_shapes(config) - layer_shapes(config) == Counter({tuple(model.head.projection.word.shape): 1})
 
 
 def test_the_head_counts_whether_it_is_tied_or_not() -> None:

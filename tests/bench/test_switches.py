@@ -52,7 +52,7 @@ def test_a_piece_is_compiled_with_the_options_of_the_switch_only(
     pieces = programs.Pieces("", lambda why: None, kernels=switch.options.get("kernels", {}))
     if not switch.options.get("kernels"):
         monkeypatch.setattr(programs, "load_or_compile", lambda program, *_: program)
-    assert torch.equal(pieces(_twice, ())(torch.ones(3)), torch.full((3,), 2.0))
+    assert torch.equal(pieces(_twice, {})(torch.ones(3)), torch.full((3,), 2.0))
     usual, switched = given
     changed = {name: value for name, value in switched.items() if usual[name] != value}
     assert changed == KERNELS[switch.name]

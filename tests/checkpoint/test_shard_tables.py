@@ -1,6 +1,7 @@
 """Every source hands out a rank's share of a model: the elements that are the rank's own, and no more bytes."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -131,7 +132,8 @@ def source_of(table: Table, config: ModelConfig, seed: int) -> tuple[FileSource,
     for index, layer in enumerate(config.layers):
         wanted = layer_shapes(layer, config.hidden)
         shapes |= stored(table.layer, wanted, table.layers.format(layer=index), size)
-        buffers.append({name: torch.rand(shape).double() for name, shape in wanted.items() if is_buffer(name)})
+        kept = {name: torch.rand(shape).double() for name, shape in wanted.items() if is_buffer(name)}
+        buffers.append({name: partial(torch.clone, each) for name, each in kept.items()})
     generator = torch.Generator().manual_seed(seed)
     store = Counting({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
     made = Buffers(layers=buffers, head={})

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twinfer.checkpoint import Checkpoint, convert, from_transformers, open_model
+from twinfer.checkpoint import Checkpoint, from_transformers, open_model
 from twinfer.checkpoint.families import FAMILIES
 from twinfer.checkpoint.source import FileSource
+from twinfer.converting import convert
 from twinfer.oracle.case import Picker, RandomPicker
 from twinfer.oracle.models import RandomSource
 from twinfer.oracle.trial import same_bits

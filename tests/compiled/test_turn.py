@@ -103,14 +103,14 @@ import torch
 torch.set_num_threads({threads})
 sys.path.insert(0, {here!r})
 from test_turn import CompiledPath, MachineError, Plain, config, story
-path = CompiledPath(Plain(config()), _eager={eager})
+path = CompiledPath(Plain(config()), mode='eager' if {eager} else 'compiled')
 right = story(path, 3, steps=3)
 big = torch.randn(600, 600)
 big @ big, big.exp().sum()  # threads of OpenMP are there now
 child = os.fork()
 if child == 0:
     signal.alarm(60)
-    path = CompiledPath(Plain(config()), _eager={eager}) if {anew} else path
+    path = CompiledPath(Plain(config()), mode='eager' if {eager} else 'compiled') if {anew} else path
     try:
         os._exit(10 if story(path, 3, steps=3) == right else 11)
     except MachineError as error:
@@ -144,7 +144,7 @@ def test_a_forked_child_may_load_the_model_itself() -> None:
 
 
 def test_a_lock_that_another_thread_held_is_free_in_a_forked_child() -> None:
-    path, inside, leave = CompiledPath(Plain(config()), _eager=True), threading.Event(), threading.Event()
+    path, inside, leave = CompiledPath(Plain(config()), mode="eager"), threading.Event(), threading.Event()
 
     def hold() -> None:
         with path._turn:

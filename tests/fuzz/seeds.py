@@ -9,7 +9,8 @@ import torch
 import transformers as hf
 from tokenizers import decoders, models, pre_tokenizers
 
-from twinfer.checkpoint import convert, open_model
+from twinfer.checkpoint import open_model
+from twinfer.converting import convert
 from twinfer.spec.config import Storage
 
 from ..checkpoint.test_gguf import KINDS, write

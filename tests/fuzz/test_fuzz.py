@@ -73,7 +73,7 @@ def take(path: Path) -> str:
         (lambda path: "usual", "same"),
         (lambda path: "unusual", "other"),
         (fail, "crash"),
-        (refuse_in_two_lines, "crash"),
+        (refuse_in_two_lines, "handled"),
         (lambda path: os.kill(os.getpid(), signal.SIGKILL), "crash"),
         (lambda path: sys.exit(0), "crash"),
         (sleep, "hang"),
