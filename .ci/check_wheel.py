@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 CHECKOUT_ONLY = Path("bench/peers")
-"""What runs from a checkout only."""
+"""Packages that run from a checkout only."""
 
 
 def main(wheel: str, *packages: str) -> None:

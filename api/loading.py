@@ -118,7 +118,7 @@ def load(
     the arithmetic (float32, float64, bfloat16, float16); both may be given as torch dtypes too. `context` is the most
     tokens of a sequence, where a model named here is to hold fewer than it can. The compiled path compiles here, once
     for any prompt and batch size; without `batches`, what only several prompts at once need is compiled when they come.
-    `report` is told what takes long.
+    `report` is called with a line about whatever takes long.
 
     Raises a `TwinferError` that says what would be right: for a value that is none of these, a model that cannot be
     used, or a machine that lacks what the path needs.

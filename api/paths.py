@@ -34,7 +34,7 @@ class Compute(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Order:
-    """What a builder is given."""
+    """The arguments of a builder."""
 
     source: WeightSource
     storage: Storage

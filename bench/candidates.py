@@ -1,4 +1,4 @@
-"""What can be timed on a prompt: this project's paths, and whatever else answers as they do.
+"""Candidates for timing on a prompt: this project's paths, and whatever else answers as they do.
 
 Each picks the likeliest token after the prompt and after each token, so all do the same work on the same ids.
 

@@ -1,4 +1,4 @@
-"""What is timed side by side: the same arithmetic on the same stored weights, done in several ways.
+"""Columns, timed side by side: the same arithmetic on the same stored weights, done in several ways.
 
 A column's arguments may be copied, and the copies taken in turn, so that weights and caches come from memory as they do
 in a model, where everything else is read between two uses of them.

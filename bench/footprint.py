@@ -50,7 +50,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What the two subprocesses of one storage measured."""
+    """Measurements of one storage, by its two subprocesses."""
 
     storage: str
     compile_cold_s: float

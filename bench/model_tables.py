@@ -62,7 +62,7 @@ def print_ratios(ratios: Sequence[Ratio]) -> None:
 
 
 def print_footprints(footprints: Sequence[Footprint]) -> None:
-    """What was measured of each storage in subprocesses."""
+    """Print what subprocesses measured of each storage."""
     table = Table(title="each storage in subprocesses; memory in MiB beyond an interpreter with torch")
     for title in ("storage", "compile s", "again", "weights", "peak", "allowed", "outside kernels", "loops a layer"):
         table.add_column(title, justify="left" if title == "storage" else "right")

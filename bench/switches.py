@@ -18,7 +18,7 @@ class Switch:
 
     name: str
     without: str
-    """What is done instead."""
+    """The plainer way that takes its place."""
     options: Mapping[str, Any]
     """Those of `CompiledPath` that switch it off."""
 

@@ -19,7 +19,7 @@ EAGER, STATIC = "transformers eager", "transformers static cache"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """So many times as fast as something else, at least; or, of times, at most so many times as long."""
+    """The least speed-up over something else; for times, the most that they may be longer."""
 
     name: str
     own: Key
@@ -31,7 +31,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """What was measured of a target."""
+    """A target with its measurement."""
 
     name: str
     value: float | None

@@ -129,7 +129,7 @@ def sample_of(call: Callable[[], object], device: torch.device | str = "cpu") ->
 
 
 def _calls_of_a_sample(candidate: Callable[[], object], on_gpu: bool) -> int:
-    """As many calls as take `LEAST_SAMPLE_S`, found by doubling."""
+    """Return how many calls take `LEAST_SAMPLE_S`, found by doubling."""
     candidate()
     calls = 1
     while True:

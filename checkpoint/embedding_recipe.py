@@ -20,7 +20,7 @@ TRANSFORMER = {
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     "module_output_name": "token_embeddings",
 }
-"""What newer files say of the Transformer module, each with the one value that is computed."""
+"""Fields of the Transformer module in newer files, each with the one value that is computed."""
 
 GGUF_POOLING = (Pooling.MEAN, Pooling.MEAN, Pooling.CLS)
 """By GGUF's numbers, of which 0 says nothing."""

@@ -1,6 +1,6 @@
 """What a model family is: how its config.json reads, and how its files name weights.
 
-One declaration a family; everything else in this room is the same for all. A family is added by writing one and
+One declaration a family; everything else in this package is the same for all. A family is added by writing one and
 listing it in `families.FAMILIES`; docs/adding-a-family.md does it once.
 """
 

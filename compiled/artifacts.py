@@ -5,7 +5,7 @@ finds the kernels; that takes most of a warm start's time and more memory than s
 needs neither.
 
 What it relies on: a program is found again only by a key made of everything it was compiled from, so that nothing ever
-has to be thrown away: the source of this room and of `spec`, torch's version and settings, the machine's vector
+has to be thrown away: the source of this package and of `spec`, torch's version and settings, the machine's vector
 instructions, and shape, stride, dtype, device, identity and marked sizes of every argument. Like the rest of Inductor's
 cache the files are pickles, so a file is read only if the user who runs this owns it: Inductor's folder lies by default
 in the system's temporary folder, where others can write.
@@ -153,7 +153,7 @@ def _plain(value: Any) -> Any:
 @functools.cache
 def _machine() -> list[str]:
     source = hashlib.sha256()
-    for file in sorted(file for room in _SOURCES for file in room.glob("*.py")):
+    for file in sorted(file for package in _SOURCES for file in package.glob("*.py")):
         source.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     versions = torch.__version__, torch.version.git_version or "", platform.python_version(), platform.machine()

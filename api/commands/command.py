@@ -1,4 +1,4 @@
-"""What the file of a command has, and how a parser is given a table of them.
+"""The shape of a command's file, and a parser's subcommands from a table of them.
 
 What only `run` needs is imported by `run`, so that `--help` and a mistyped option answer at once.
 """

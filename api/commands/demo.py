@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from twinfer import reference as reference_room
+from twinfer import reference as reference_package
 
 from ..loading import load
 from ..measuring import Measurement, Task, measure_in_subprocess
@@ -41,7 +41,7 @@ Try next:
   twinfer verify {MODEL} --storage int8
   twinfer inspect {MODEL}
   twinfer ops
-  less {reference_room.__path__[0]}/layer.py
+  less {reference_package.__path__[0]}/layer.py
 """
 
 

@@ -181,7 +181,7 @@ def _table(config: ModelConfig, measured: dict[Key, Measured], bandwidth: float,
 
 
 def _share(config: ModelConfig, key: Key, workload: Workload, rate: float, bandwidth: float, gemm: float) -> float:
-    """Of the tokens a second that the nearer of the card's two limits allows: stored bytes, and products."""
+    """Return the share of the tokens a second that the nearer limit of the card allows: stored bytes, or products."""
     table = config.vocabulary * config.table_width
     read = total(config).bytes(Storage.INT8 if Storage.INT8 in key.who else Storage.BFLOAT16)
     read -= table * (1 if Storage.INT8 in key.who else 2)  # of the token table a step reads a row

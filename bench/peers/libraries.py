@@ -72,7 +72,7 @@ def llama_cpp() -> Any:
 
 
 _kept: list[Any] = []
-"""What the library calls, which must not be collected before it."""
+"""Callbacks of the library, which must not be collected before it."""
 
 
 class LlamaCppCandidate:
