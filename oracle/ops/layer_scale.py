@@ -106,7 +106,7 @@ def scale_of_layer(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
         return out.stored
 
     def fed(known: Known) -> Known:
-        return mlp_known(known, weights.mlp, config.mlp).stored
+        return mlp_known(known, weights.dense_mlp, config.dense_mlp).stored
 
     def joined(one: Known, other: Known, part: NormWeights | None) -> Known:
         if config.norm_placement is NormPlacement.POST_NORM:
