@@ -39,7 +39,11 @@ class Known:
     @property
     def stored(self) -> "Known":
         """The same value, rounded once more as an activation is when it is returned or kept."""
-        return Known(self.value, self.wide, root(self.narrow, self.value))
+        return self.kept(self.value)
+
+    def kept(self, rounded: Tensor) -> "Known":
+        """The same value, rounded once more by a number of this size."""
+        return Known(self.value, self.wide, root(self.narrow, rounded))
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Known":
         """Value and sizes, each rearranged by the same function."""
@@ -123,11 +127,8 @@ def product_known(a: Known, b: Known) -> Known:
     return Known(value, root(value, through(a.wide, b.wide)), through(a.narrow, b.narrow))
 
 
-def sum_known(a: Known, b: Known, factor: float) -> Known:
-    """a + factor * b, where factor * b is kept as an activation is."""
-    scaled = factor * b.value
-    narrow = root(a.narrow, factor * b.narrow, scaled) if factor != 1 else root(a.narrow, b.narrow)
-    return Known(a.value + scaled, root(a.value, scaled, a.wide, factor * b.wide), narrow)
+def sum_known(a: Known, b: Known) -> Known:
+    return Known(a.value + b.value, root(a.value, b.value, a.wide, b.wide), root(a.narrow, b.narrow))
 
 
 def attention_known(
