@@ -9,6 +9,7 @@ V vocabulary, P positions, Y token types, J = rotary size / 2, N outputs and I i
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from types import NoneType
 from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
@@ -245,7 +246,8 @@ def assemble(kind: type[Part], named: Mapping[str, Tensor]) -> Part:
 def _assembled(kind: type[Part], named: dict[str, Tensor], prefix: str) -> tuple[Part, dict[str, Tensor]]:
     """The part whose tensors' names begin with the prefix, and the tensors that it did not take."""
     values: dict[str, Any] = {}
-    for field, wanted in get_type_hints(kind).items():
+    plain: type = kind
+    for field, wanted in _hints(plain).items():
         name = f"{prefix}{field}"
         inner = _kind_named(field, wanted, named, name)
         if inner is Tensor and name in named:
@@ -261,11 +263,17 @@ def _kind_named(field: str, wanted: Any, named: Mapping[str, Tensor], name: str)
     """Return the kind that the field holds: of several, the first with all that the tensors' names speak of."""
     kinds = [each for each in (get_args(wanted) or (wanted,)) if each is not NoneType]
     spoken = {each.removeprefix(f"{name}.").partition(".")[0] for each in named if each.startswith(f"{name}.")}
-    return next((kind for kind in kinds if len(kinds) == 1 or spoken <= get_type_hints(kind).keys()), kinds[0])
+    return next((kind for kind in kinds if len(kinds) == 1 or spoken <= _hints(kind).keys()), kinds[0])
 
 
 def _field_names(kind: type) -> str:
-    return ", ".join(get_type_hints(kind))
+    return ", ".join(_hints(kind))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The type of each field; resolving names takes longer than filling them."""
+    return get_type_hints(kind)
 
 
 def _check(weights: Any, shapes: Shapes, where: str) -> None:
