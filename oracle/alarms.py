@@ -91,8 +91,9 @@ def write(file: Path, counts: Counts) -> None:
 def main(file: Path, minutes: float = 5.0) -> int:
     """Count until the time is over; 1 if anything right was alarmed at, in this run or before."""
     end = time.monotonic() + 60 * minutes
-    counts = read(file)
-    for counts in counted(OPS, counts, lambda: time.monotonic() < end):
+    counts = before = read(file)
+    for latest in counted(OPS, before, lambda: time.monotonic() < end):
+        counts = latest
         write(file, counts)
     print(f"{'op':20} {'cases':>7} {'pairs':>7} {'alarms':>6} {'rejected':>8} {'error/bound':>11}")
     for name, count in counts.items():

@@ -15,7 +15,7 @@ from ...spec.config import INT4_GROUP, Storage
 from ...spec.decoder import Path
 from .. import fast_quantize as fast
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations
 from ..guarantees import Discrete
 from ..op import Function, Op
 from ..properties import repeats_itself
@@ -29,7 +29,7 @@ def group_cases(pick: Picker, op: str) -> Case:
     return Case(
         op=op,
         sizes={"N": pick.integer(1, 4), "I": pick.integer(1, 3 * INT4_GROUP)},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )

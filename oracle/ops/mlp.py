@@ -15,7 +15,7 @@ from ...spec.decoder import Path
 from ...spec.weights import LinearWeights, MlpWeights
 from .. import fast
 from ..budget import Budget, Sizes
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import first_rows_alone, repeats_itself
 from ..scale import Known, activation_known, activation_scale, exactly, linear_known, product_known, shared
@@ -31,7 +31,7 @@ def activation_cases(pick: Picker) -> Case:
         op="activation",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "F": pick.integer(1, 20)},
         options={"kind": pick.choice([kind.value for kind in KINDS])},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
