@@ -265,7 +265,7 @@ def _walk(value: Any) -> list[Any]:
 
 
 def _gather(value: Any, found: list[Any]) -> None:
-    kind = type(value)
+    kind: Any = type(value)
     names = _field_names(kind)
     if names is not None:
         for name in names:
@@ -301,7 +301,7 @@ class Guarantee(Protocol):
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to everything that is not a dataclass, tuple, list or dict, rebuilding those around it."""
-    kind = type(value)
+    kind: Any = type(value)
     names = _field_names(kind)
     if names is not None:
         return kind(**{name: map_leaves(function, getattr(value, name)) for name in names})
