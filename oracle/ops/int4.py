@@ -257,7 +257,12 @@ def stored_inputs(case: Case) -> Inputs:
 
 
 def _terms_of_stored(exact: Inputs, truth: list[Tensor]) -> list[Tensor]:
-    return _terms({"quantized": quantize_groups(exact["weight_NI"])}, truth)
+    """Return the terms about the least weight, or about the middle: codes from -8 to 7, beside low + 8 * step."""
+    kept = quantize_groups(exact["weight_NI"])
+    inputs = kept.quantized_NI.shape[1]
+    step_NI, center_NI = (_spread(each, inputs).double() for each in (kept.scale_NG, kept.min_NG + 8 * kept.scale_NG))
+    about_the_middle = (kept.quantized_NI.double() - 8).abs() * step_NI + center_NI.abs()
+    return [torch.maximum(terms, about_the_middle) for terms in _terms({"quantized": kept}, truth)]
 
 
 def _about_the_middle(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
