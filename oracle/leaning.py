@@ -70,7 +70,7 @@ class Leaning:
         worst = int(self.ratio_P.where(off_P, 0.0).argmax())
         layer, number = divmod(worst, len(NUMBERS))
         return (
-            f"errors lean one way: as if layer {layer}'s {NUMBERS[number]} were {float(self.offset_P[worst]):+.2%} off; "
+            f"errors lean one way: as if layer {layer}'s {NUMBERS[number]} were off by {float(self.offset_P[worst]):+.2%}; "
             f"that is {float(self.ratio_P[worst]):.3g} times what roundings explain"
         )
 

@@ -43,7 +43,7 @@ def right_pairs(pairs: int) -> Iterator[tuple[str, PathComparison]]:
         config = draw_model_config(pick)
         source = RandomSource(config, seed)
         schedule = draw_schedule(pick, config) if seed % 4 else long_schedule(pick, config.vocabulary)
-        given = {"storage": pick.choice(list(Storage)), "compute": COMPUTE[seed // 4 % len(COMPUTE)]}
+        given: dict[str, Any] = {"storage": pick.choice(list(Storage)), "compute": COMPUTE[seed // 4 % len(COMPUTE)]}
         baseline = Baseline.of(source, **given)
         paths: dict[str, Decoder] = {
             "compiled": CompiledPath(source, mode="eager", **given),
@@ -84,9 +84,8 @@ def names() -> list[str]:
 def main(pairs: int = 1000, models: int = 20) -> int:
     """Print both tables; 1 if anything is alarmed at or missed."""
     alarms: list[str] = []
-    total, judged, lean = PathComparison(), 0, 0.0
-    for where, comparison in right_pairs(pairs):
-        judged += 1
+    total, lean = PathComparison(), 0.0
+    for judged, (where, comparison) in enumerate(right_pairs(pairs), 1):
         if not comparison.holds:
             alarms.append(f"{where}: {comparison.failures}")
         if comparison.leaning is not None:
