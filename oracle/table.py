@@ -80,10 +80,13 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
                 ),
                 *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch", "combine")),
                 *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch_one_hot", "combine_one_hot")),
-                *("twinfer.reference.routing.route", "twinfer.reference.moe.route_tokens", "twinfer.reference.moe.moe"),
+                *("twinfer.reference.routing.route", "twinfer.reference.moe.moe"),
             ),
             "of no path yet: its tests hold it against plain loops and transformers' blocks",
         ),
+        "twinfer.reference.layer.feed_forward": "chooses between an MLP and experts by the config's kind",
+        "twinfer.reference.moe.router_logits": "a linear map in float32, which has a record",
+        "twinfer.reference.routing.choice_weights": "the weights that route returns, for choices that are given",
         "twinfer.reference.sampling.generator_for": "seeds a generator; its streams are tested with the reference",
     }
 )
