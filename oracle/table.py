@@ -84,6 +84,32 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
             ),
             "of no path yet: its tests hold it against plain loops and transformers' blocks",
         ),
+        **dict.fromkeys(
+            (f"twinfer.reference.layer.{name}" for name in ("normed", "added_to", "joined", "heads", "attend")),
+            "a step of the layer or of its attention, which have records",
+        ),
+        **dict.fromkeys(
+            (
+                *(
+                    f"twinfer.reference.parallel.collectives.{name}"
+                    for name in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send")
+                ),
+                *(f"twinfer.reference.parallel.vocabulary.{name}" for name in ("embed_over_ranks", "rows_of_piece")),
+                "twinfer.reference.parallel.vocabulary.logits_over_ranks",
+                *("twinfer.reference.parallel.tensor.layer", "twinfer.reference.parallel.norms.norm_over_ranks"),
+                *(f"twinfer.reference.parallel.ranks.{name}" for name in ("cut", "empty_caches")),
+                "twinfer.reference.parallel.generation.generate",
+            ),
+            "of many ranks: its tests hold it against the same thing on one, bit for bit on integers",
+        ),
+        **dict.fromkeys(
+            (
+                *(f"twinfer.reference.parallel.schedule.{name}" for name in ("baseline", "dynamic_queue", "hybrid")),
+                *(f"twinfer.reference.parallel.timeline.{name}" for name in ("makespan", "picture")),
+                "twinfer.reference.parallel.pipeline.execute",
+            ),
+            "of schedules: its tests hold it against the closed formulas",
+        ),
         "twinfer.reference.sampling.generator_for": "seeds a generator; its streams are tested with the reference",
     }
 )

@@ -18,6 +18,7 @@ The paper's example (Fig. 4): 16 ranks, 8 experts, 4 * 4 ranks for what is not a
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .config import ModelConfig, Storage
 from .errors import RequestError
@@ -79,16 +80,12 @@ class ParallelConfig:
     @property
     def tensor_groups(self) -> Groups:
         """Neighbors, `tensor` at a time."""
-        return tuple(
-            tuple(range(first, first + self.tensor)) for first in range(0, self.stage_ranks, self.tensor)
-        )
+        return tuple(tuple(range(first, first + self.tensor)) for first in range(0, self.stage_ranks, self.tensor))
 
     @property
     def expert_groups(self) -> Groups:
         """Neighbors, `expert` at a time."""
-        return tuple(
-            tuple(range(first, first + self.expert)) for first in range(0, self.stage_ranks, self.expert)
-        )
+        return tuple(tuple(range(first, first + self.expert)) for first in range(0, self.stage_ranks, self.expert))
 
     @property
     def slice_groups(self) -> Groups:
@@ -115,7 +112,7 @@ def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
     (range(0, 3), range(3, 5), range(5, 7))
     """
     starts = [stage * (layers // stages) + min(stage, layers % stages) for stage in range(stages + 1)]
-    return tuple(range(start, end) for start, end in zip(starts, starts[1:], strict=False))
+    return tuple(range(start, end) for start, end in pairwise(starts))
 
 
 def check_parallel(config: ModelConfig, parallel: ParallelConfig, storage: Storage | None = None) -> None:

@@ -6,9 +6,9 @@
     all_to_all       rank i gets, from every rank j in order, what j has for i
     send             the receiver gets what the sender has
 
-Values are never changed in place. A sum is added in the order of the ranks, in float32 or wider, and rounded once, so that
-all ranks get the same bits; a ring starts each piece at another rank, which differs by rounding only. What is sent is
-noted in a `Ledger`, under the numbers that the ranks have in the whole job: `ranks[i]` hands in `values[i]`.
+Values are never changed in place. A sum is added in the order of the ranks, in float32 or wider, and rounded once, so
+that all ranks get the same bits; a ring starts each piece at another rank, which differs by rounding only. What is sent
+is noted in a `Ledger`, under the numbers that the ranks have in the whole job: `ranks[i]` hands in `values[i]`.
 
 With two ranks that hold [1, 2] and [10, 20]:
 
@@ -65,9 +65,7 @@ def all_gather(values: Sequence[Tensor], ranks: Sequence[int], ledger: Ledger, *
     return [torch.cat(list(values), dim)] * len(ranks)
 
 
-def all_to_all(
-    values: Sequence[Sequence[Tensor]], ranks: Sequence[int], ledger: Ledger
-) -> list[list[Tensor]]:
+def all_to_all(values: Sequence[Sequence[Tensor]], ranks: Sequence[int], ledger: Ledger) -> list[list[Tensor]]:
     """Transpose: `values[j][i]` is what rank j has for rank i; it becomes entry j of what i gets. Sizes may differ.
 
     Rank 0 has nothing for rank 1, and 3 elements of 4 bytes for itself, which are not sent:

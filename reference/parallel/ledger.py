@@ -1,7 +1,7 @@
 """What ranks send each other, counted: messages and bytes by pair of ranks, and the payload of every collective call.
 
-A call's payload is what the ranks hand in, whatever carries it. Messages depend on the algorithm, and this one is assumed
-(R ranks, n bytes a rank, payloads that divide by R; what does not divide is cut into pieces that differ by one element):
+A call's payload is what the ranks hand in, whatever carries it. Messages depend on the algorithm. Assumed is, for R
+ranks that hand in n bytes each (what does not divide by R is cut into pieces that differ by one element):
 
     collective       algorithm                     messages        bytes, all together
     all-reduce       ring: reduce-scatter, then    2 R (R - 1)     2 (R - 1) n
@@ -11,8 +11,8 @@ A call's payload is what the ranks hand in, whatever carries it. Messages depend
     all-to-all       directly between all pairs    R (R - 1)       (R - 1) n
     send             directly                      1               n
 
-On a ring, rank r sends to rank r + 1 only (Patarasuk, Yuan 2009). An empty piece is no message, and what a rank keeps for
-itself is not sent.
+On a ring, rank r sends to rank r + 1 only (Patarasuk, Yuan 2009). An empty piece is no message, what a rank keeps for
+itself is not sent, and a rank that is alone calls nobody.
 """
 
 from collections import Counter
@@ -59,8 +59,9 @@ class Ledger:
     bytes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def call(self, kind: Collective, ranks: Sequence[int], handed_in: Sequence[int]) -> None:
-        """Note a call and what each rank hands in, in bytes."""
-        self.calls.append(Call(kind, tuple(ranks), tuple(handed_in)))
+        """Note a call of several ranks, and what each hands in, in bytes."""
+        if len(ranks) > 1:
+            self.calls.append(Call(kind, tuple(ranks), tuple(handed_in)))
 
     def message(self, source: int, target: int, size: int) -> None:
         """Note a message of that many bytes; nothing is sent where there is nothing to send, or nobody else."""

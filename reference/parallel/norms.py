@@ -4,8 +4,8 @@
     RMS norm:    mean square = sum over ranks of sum(x^2) / N
 
 N counts the elements of all heads, each once. So RMS needs one all-reduce of one number a token, layer norm two. Where
-ranks exceed key/value heads, several hold the same head: its elements come several times in the sum, all equally often, and
-are counted as often in N, so that the mean is the same.
+ranks exceed key/value heads, several hold the same head: its elements come several times in the sum, all equally often,
+and are counted as often in N, so that the mean is the same.
 
 Shapes: R ranks (a list), B batch, T tokens, N elements of a rank's heads.
 """

@@ -1,17 +1,13 @@
-"""The reference on many ranks as a path: the `Decoder` protocol, and generation on a pipeline's schedule.
-
-Sequences are dealt out to the data groups in turn: of a batch on two data groups, sequences 0, 2, 4 ... belong to the
-first. Those that are computed at the same time, one in each data group, make a round, and rounds are what a pipeline
-divides into micro-batches. A sequence's keys and values stay on the ranks that computed them: of every stage, those of
-its data group, each with its own heads.
+"""The reference on many ranks as a path: the `Decoder` protocol.
 
 Weights are taken through storage whole and cut then: a rank that quantized its own slice would have scales of its own.
+A call passes the sequences through the stages once, each round of them being a micro-batch (`job`, `schedule`).
 
-Shapes: R ranks of a stage (a list), T new tokens, M hidden, V vocabulary.
+Shapes: T new tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -23,46 +19,22 @@ from ...spec.decoder import Sequences, check_open, checked_tokens
 from ...spec.errors import RequestError
 from ...spec.parallel import ParallelConfig, check_parallel
 from ...spec.weights import WeightSource
-from ..cache import KVCache
 from ..path import ReferencePath
-from .ledger import Ledger
+from .job import Job, SequenceState
 from .pipeline import execute
-from .ranks import RankWeights, cut, empty_caches
-from .schedule import Schedule, baseline
-from .stage import Stage
-from .tensor import layer
-from .vocabulary import embed_over_ranks, logits_over_ranks
-
-Caches = tuple[tuple[tuple[KVCache, ...], ...], ...]
-"""Of one sequence: by stage, by rank of its tensor group, by layer of the stage."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sequence:
-    caches: Caches
-    last_logits_V: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        return self.caches[0][0][0].length
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Work:
-    """What goes from stage to stage: the hidden vectors on each rank, and at the end the logits."""
-
-    x_RBTM: list[Tensor]
+from .ranks import cut
+from .schedule import baseline
 
 
 class ParallelSequences:
     """Sequences held open by a `ParallelReference`."""
 
-    def __init__(self, owner: "ParallelReference", states: list[_Sequence]):
+    def __init__(self, owner: "ParallelReference", states: list[SequenceState]):
         self.owner = owner
-        self._states: list[_Sequence] | None = states
+        self._states: list[SequenceState] | None = states
 
     @property
-    def states(self) -> list[_Sequence]:
+    def states(self) -> list[SequenceState]:
         if self._states is None:
             raise RequestError("these sequences are closed; open new ones")
         return self._states
@@ -73,3 +45,74 @@ class ParallelSequences:
 
     def close(self) -> None:
         self._states = None
+
+
+class ParallelReference:
+    """A model on many ranks, all of them in this process. `job.ledger` counts what they send each other.
+
+    Raises `RequestError`, before anything is read, for a model that cannot be divided that way.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        parallel: ParallelConfig,
+        *,
+        storage: Storage = Storage.FLOAT32,
+        compute: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        check_parallel(source.config, parallel, storage)
+        whole = ReferencePath(source, storage=storage, compute=compute, device=device)
+        self.config, self.device = whole.config, whole.device
+        self.max_batch: int | None = None
+        self.job = Job(whole.config, parallel, cut(whole.weights, whole.config, parallel), compute, whole.device)
+
+    def open(self, batch: int, reserve: int) -> ParallelSequences:
+        check_open(self.config, self.max_batch, batch, reserve)
+        return ParallelSequences(self, [self.job.new_sequence()] * batch)
+
+    @overload
+    def extend(
+        self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def extend(
+        self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[True]
+    ) -> list[Tensor]: ...
+
+    def extend(
+        self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
+    ) -> Tensor | list[Tensor]:
+        sequences = self._own(sequences)
+        checked_tokens(self.config, sequences.lengths, new_tokens)
+        states, tokens = list(sequences.states), [token_T.to(self.device) for token_T in new_tokens]
+        rounds = self.job.rounds(len(states))
+
+        def leave(micro_batch: int, token: int, x_RBTM: list[Tensor]) -> list[Tensor]:
+            return self.job.leave(x_RBTM if every_position else [x_BTM[:, -1:] for x_BTM in x_RBTM])
+
+        with pinned(self.device):
+            results = execute(
+                baseline(self.job.parallel.pipeline, len(rounds), 1),
+                lambda micro_batch, token, _: self.job.enter(rounds[micro_batch], states, tokens),
+                lambda stage, micro_batch, token, x_RBTM: self.job.work(stage, rounds[micro_batch], states, x_RBTM),
+                leave,
+            )
+        logits = [row for micro_batch in range(len(rounds)) for row in results[micro_batch, 0]][: len(states)]
+        for index, logits_TV in enumerate(logits):
+            last_V = logits_TV[-1] if len(logits_TV) else states[index].last_logits_V
+            states[index] = replace(states[index], last_logits_V=last_V)
+        sequences.states[:] = states
+        return logits if every_position else torch.stack([_last(state) for state in states])
+
+    def _own(self, sequences: Sequences) -> ParallelSequences:
+        if not isinstance(sequences, ParallelSequences) or sequences.owner is not self:
+            raise RequestError("the sequences were opened by another path; open them with this one")
+        return sequences
+
+
+def _last(state: SequenceState) -> Tensor:
+    assert state.last_logits_V is not None, "checked_tokens lets no sequence stay empty"
+    return state.last_logits_V

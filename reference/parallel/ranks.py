@@ -14,6 +14,9 @@ from ...spec.weights import LayerWeights, sliced
 from ..cache import KVCache, empty
 from ..decoder import DecoderWeights
 
+Caches = tuple[tuple[tuple[KVCache, ...], ...], ...]
+"""Of one sequence: by stage, by rank of its tensor group, by layer of the stage."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankWeights:
@@ -39,13 +42,12 @@ def cut(whole: DecoderWeights, config: ModelConfig, parallel: ParallelConfig) ->
     return stages
 
 
-def empty_caches(config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device) -> tuple[
-    tuple[tuple[KVCache, ...], ...], ...
-]:
-    """Caches of no tokens for one sequence: by stage, by rank of a tensor group, by layer of the stage."""
+def empty_caches(config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device) -> Caches:
+    """Return caches of no tokens for one sequence."""
 
     def of_rank(indices: range) -> tuple[KVCache, ...]:
         local = (local_layer(config.layers[index], parallel.tensor) for index in indices)
         return tuple(empty(1, each.attention, dtype, device) for each in local)
 
-    return tuple((of_rank(indices),) * parallel.tensor for indices in stage_layers(len(config.layers), parallel.pipeline))
+    stages = stage_layers(len(config.layers), parallel.pipeline)
+    return tuple((of_rank(indices),) * parallel.tensor for indices in stages)

@@ -2,11 +2,12 @@
 
 P stages hold consecutive layers. A batch is divided into M micro-batches, which pass the stages one after the other, a
 stage working on one at a time. T tokens are generated; token t + 1 of a micro-batch can enter stage 0 only when token t
-has left the last stage, since it is computed from it. With P = M = 4, micro-batches a to d, three tokens:
+has left the last stage, since it is computed from it. With P = M = 4, micro-batches a to d, two tokens:
 
     baseline         each token waits until the whole batch has its token before: T * (M + P - 1) slots
     dynamic queue    a micro-batch that leaves the last stage enters stage 0 again at once: T * M + P - 1, where M >= P
 
+    >>> from twinfer.reference.parallel.timeline import picture
     >>> print(picture(baseline(4, 4, 2)))
     stage 0  a0 b0 c0 d0 .  .  .  a1 b1 c1 d1 .  .  .
     stage 1  .  a0 b0 c0 d0 .  .  .  a1 b1 c1 d1 .  .
@@ -19,7 +20,7 @@ has left the last stage, since it is computed from it. With P = M = 4, micro-bat
     stage 3  .  .  .  a0 b0 c0 d0 a1 b1 c1 d1
 
 Fewer than P micro-batches leave stages idle: (T - 1) * P + M + P - 1 slots. Slots are equally long only as long as all
-micro-batches cost the same. They do not (`hybrid`), so `makespan` measures schedules in time.
+micro-batches cost the same. They do not (`hybrid`), so `timeline.makespan` measures schedules in time.
 """
 
 from collections import deque
@@ -99,6 +100,7 @@ def hybrid(stages: int, prompt_batches: int, generation_batches: int, tokens: in
     token waits for the weights, which costs the same however small the micro-batch is, so there should be no more than
     keep all stages busy. Between the two, neighbors are merged: 4 micro-batches a to d become 2, a and b.
 
+    >>> from twinfer.reference.parallel.timeline import picture
     >>> print(picture(hybrid(2, 4, 2, 2)))
     stage 0  a0 b0 c0 d0 a1 b1 .
     stage 1  .  a0 b0 c0 d0 a1 b1
@@ -119,41 +121,6 @@ def hybrid(stages: int, prompt_batches: int, generation_batches: int, tokens: in
             if whole and token + 1 < tokens:
                 waiting.append((micro_batch if token else micro_batch // merged, token + 1))
     return _schedule(stages, prompt_batches, generation_batches, tokens, events)
-
-
-def makespan(schedule: Schedule, *, prompt_time: float, token_time: float) -> float:
-    """Return how long a schedule takes if each stage does its events in order, each as early as it can.
-
-    `prompt_time` is what the prompts of the whole batch take on one stage, `token_time` what one micro-batch takes for a
-    token. With m prompt micro-batches, and at least P others: prompt_time * (1 + (P - 1) / m) for the prompts, then
-    token_time for each micro-batch and token.
-    """
-    free = [0.0] * schedule.stages
-    done: dict[tuple[int, int], float] = {}
-    for event in sorted(schedule.events, key=lambda event: (event.token, event.micro_batch, event.stage)):
-        if event.stage == 0:
-            before = [done[each, event.token - 1] for each in schedule.awaited(event.micro_batch, event.token)]
-            start = max(before, default=0.0)
-        else:
-            start = done[event.micro_batch, event.token]
-        duration = token_time if event.token else prompt_time / schedule.prompt_batches
-        free[event.stage] = max(start, free[event.stage]) + duration
-        done[event.micro_batch, event.token] = free[event.stage]
-    return max(free)
-
-
-def picture(schedule: Schedule) -> str:
-    """Draw a line a stage and a column a slot: the micro-batch's letter with the token, or a dot for a bubble."""
-    cells = {(event.stage, event.slot): f"{_letter(event.micro_batch)}{event.token}" for event in schedule.events}
-    width = max(map(len, cells.values()))
-    return "\n".join(
-        f"stage {stage}  {' '.join(cells.get((stage, slot), '.').ljust(width) for slot in range(schedule.slots))}".rstrip()
-        for stage in range(schedule.stages)
-    )
-
-
-def _letter(micro_batch: int) -> str:
-    return chr(ord("a") + micro_batch) if micro_batch < 26 else f"{micro_batch}."
 
 
 def _schedule(stages: int, prompt: int, generation: int, tokens: int, events: list[Event]) -> Schedule:

@@ -6,8 +6,8 @@ An MLP with its up matrix cut by rows and its down matrix by columns, between tw
 
 The non-linearity acts on each element alone, so nothing is exchanged before the sum. Attention likewise: query, key and
 value by rows, that is by heads; the output matrix by columns. So a layer needs two all-reduces, one after attention and
-one after the MLP, and one only where both read the same vector (parallel residual). Norms and the stream are replicated.
-The bias of a matrix that is cut by columns lives on rank 0 of the group: on every rank it would be added R times.
+one after the MLP, and one only where both read the same vector (parallel residual). Norms and the stream are
+replicated. The bias of a matrix cut by columns lives on rank 0 of the group: on every rank it would be added R times.
 
 Which rows and columns a rank holds is `spec.shard`. Nothing here knows how the weights were cut.
 
@@ -81,7 +81,10 @@ def _attention(
     key_RBTKD = _heads(x_RBTM, attention_R, "key", config, stage, components)
     value_RBTKD = _heads(x_RBTM, attention_R, "value", config, stage, components)
     inputs = zip(query_RBTHD, key_RBTKD, value_RBTKD, attention_R, cache_R, strict=True)
-    results = [attend(*heads, weights, config, cache, components) for *heads, weights, cache in inputs]
+    results = [
+        attend(query, key, value, weights, config, cache, components) if query.shape[1] else (x_BTM, cache)
+        for x_BTM, (query, key, value, weights, cache) in zip(x_RBTM, inputs, strict=True)  # x may be of no tokens
+    ]
     return [part_BTM for part_BTM, _ in results], [cache for _, cache in results]
 
 
