@@ -67,7 +67,7 @@ class Job:
         return embed_over_ranks(token_RBT, start_R, embedding_R, self.config, self.compute, self._stage(0))
 
     def work(self, index: int, members: range, states: list[SequenceState], x_RBTM: list[Tensor]) -> list[Tensor]:
-        """Pass a round through a stage's layers and grow its caches; each rank gets x from its like one stage before."""
+        """Pass a round through a stage's layers and grow its caches; a rank gets x from its like one stage before."""
         stage = self._stage(index)
         ranks = range(self.parallel.stage_ranks)
         if index > 0:
