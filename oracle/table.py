@@ -80,10 +80,13 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
                 ),
                 *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch", "combine")),
                 *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch_one_hot", "combine_one_hot")),
-                *("twinfer.reference.routing.route", "twinfer.reference.moe.route_tokens", "twinfer.reference.moe.moe"),
+                *("twinfer.reference.routing.route", "twinfer.reference.moe.moe"),
             ),
             "of no path yet: its tests hold it against plain loops and transformers' blocks",
         ),
+        "twinfer.reference.layer.feed_forward": "chooses between an MLP and experts by the config's kind",
+        "twinfer.reference.moe.router_logits": "a linear map in float32, which has a record",
+        "twinfer.reference.routing.choice_weights": "the weights that route returns, for choices that are given",
         **dict.fromkeys(
             (f"twinfer.reference.layer.{name}" for name in ("normed", "added_to", "joined", "heads", "attend")),
             "a step of the layer or of its attention, which have records",
@@ -99,6 +102,11 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
                 *("twinfer.reference.parallel.tensor.layer", "twinfer.reference.parallel.norms.norm_over_ranks"),
                 *(f"twinfer.reference.parallel.ranks.{name}" for name in ("cut", "empty_caches")),
                 "twinfer.reference.parallel.generation.generate",
+                "twinfer.reference.parallel.experts.moe",
+                *(
+                    f"twinfer.reference.parallel.exchange.{name}"
+                    for name in ("exchange_groups", "swap", "hierarchical", "gather_blocks")
+                ),
             ),
             "of many ranks: its tests hold it against the same thing on one, bit for bit on integers",
         ),

@@ -18,14 +18,28 @@ The paper's example (Fig. 4): 16 ranks, 8 experts, 4 * 4 ranks for what is not a
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import pairwise
 
-from .config import ModelConfig, Storage
+from .config import INT4_GROUP, ModelConfig, Storage
 from .errors import RequestError
-from .shard import check_ranks
+from .moe import MoeConfig
+from .shapes import layer_shapes
+from .shard import Shard, Slices, check_ranks, layer_slices
 
 Groups = tuple[tuple[int, ...], ...]
 """Ranks of a stage that work together, numbered within the stage."""
+
+
+class Exchange(StrEnum):
+    """How tokens reach the ranks that hold their experts, and come back."""
+
+    DIRECT = "direct"
+    """One all-to-all in each expert group."""
+    HIERARCHICAL = "hierarchical"
+    """One within each node, then one between nodes; a node is a tensor group (DeepSpeed-MoE, section 5.3)."""
+    COORDINATED = "coordinated"
+    """Between ranks of the same place in their tensor groups only: PCC (the paper's section V-B)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +67,10 @@ class ParallelConfig:
     """Ranks that hold different experts."""
     expert_slices: int = 1
     """Ranks that hold different slices of the same experts."""
+    exchange: Exchange = Exchange.DIRECT
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        for name in ("data", "pipeline", "tensor", "expert", "expert_slices"):
             value = getattr(self, name)
             if value < 1:
                 raise RequestError(f"ParallelConfig.{name} is {value}; it must be at least 1")
@@ -65,6 +80,11 @@ class ParallelConfig:
             raise RequestError(
                 f"expert * expert_slices is {self.expert} * {self.expert_slices}, but a stage has data * tensor = "
                 f"{self.stage_ranks} ranks, which do not divide by it; the nearest that works is {expert} * {slices}"
+            )
+        if self.exchange is not Exchange.DIRECT and self.expert % self.tensor:
+            raise RequestError(
+                f"ParallelConfig.exchange is {self.exchange}, whose expert groups are made of whole tensor groups; expert "
+                f"is {self.expert}, which does not divide by tensor = {self.tensor}: take exchange = direct"
             )
 
     @property
@@ -123,6 +143,51 @@ def check_parallel(config: ModelConfig, parallel: ParallelConfig, storage: Stora
             f"stage needs one; the nearest that works is {len(config.layers)}"
         )
     check_ranks(config, parallel.tensor, storage)
+    mixtures = {index: layer.mlp for index, layer in enumerate(config.layers) if isinstance(layer.mlp, MoeConfig)}
+    if not mixtures and parallel.expert * parallel.expert_slices > 1:
+        raise RequestError(
+            f"expert * expert_slices is {parallel.expert} * {parallel.expert_slices}, but the model has no experts; "
+            "the only degrees that work are 1 * 1"
+        )
+    for index, mlp in mixtures.items():
+        experts, width, slices = mlp.router.experts, mlp.expert.width, parallel.expert_slices
+        if experts % parallel.expert:
+            raise RequestError(
+                f"ParallelConfig.expert is {parallel.expert}, but layer {index} has {experts} experts, which do not divide "
+                f"by it; the nearest that works is {nearest_divisor(experts, parallel.expert)}"
+            )
+        if width % slices or (storage is Storage.INT4 and slices > 1 and width // slices % INT4_GROUP):
+            able = [
+                each
+                for each in range(1, width + 1)
+                if width % each == 0 and (storage is not Storage.INT4 or each == 1 or width // each % INT4_GROUP == 0)
+            ]
+            nearest = min(able, key=lambda each: abs(each - slices))
+            raise RequestError(
+                f"ParallelConfig.expert_slices is {slices}, but layer {index} has experts of width {width}, which cannot "
+                f"be cut so; the nearest that works is {nearest}"
+            )
+
+
+def rank_layer_slices(config: ModelConfig, index: int, parallel: ParallelConfig, rank: int) -> Slices:
+    """Return what a rank of a stage holds of a layer: experts by expert and slice, all else by the tensor degree."""
+    place, layer = parallel.place(rank), config.layers[index]
+    held = layer_slices(config, index, Shard(rank=place.tensor, ranks=parallel.tensor))
+    if not isinstance(layer.mlp, MoeConfig):
+        return held
+    held = {name: cuts for name, cuts in held.items() if not name.startswith("mlp.experts.")}
+    number = layer.mlp.router.experts // parallel.expert
+    width = layer.mlp.expert.width // parallel.expert_slices
+    experts = slice(place.expert * number, (place.expert + 1) * number)
+    piece = slice(place.expert_slice * width, (place.expert_slice + 1) * width)
+    for name, shape in layer_shapes(layer, config.hidden).items():
+        if name.startswith(("mlp.experts.up.", "mlp.experts.gate.")):
+            held[name] = (experts, piece, *(None,) * (len(shape) - 2))
+        elif name == "mlp.experts.down.weight_ENI":
+            held[name] = (experts, None, piece)
+        elif name.startswith("mlp.experts.down.") and place.expert_slice == 0:
+            held[name] = (experts, None)  # the bias is added once
+    return held
 
 
 def nearest_divisor(size: int, wanted: int) -> int:

@@ -21,11 +21,12 @@ from einops import rearrange
 from torch import Tensor
 
 from ...spec.config import AttentionConfig, LayerConfig, QkNormSpan, Residual
-from ...spec.shard import local_layer
-from ...spec.weights import AttentionWeights, LayerWeights
+from ...spec.moe import MoeConfig
+from ...spec.weights import AttentionWeights, LayerWeights, MlpWeights, MoeWeights
 from ..cache import KVCache
 from ..components import DEFAULT, Components
 from ..layer import added_to, attend, heads, joined, normed
+from .experts import moe
 from .norms import norm_over_ranks
 from .stage import Stage
 
@@ -58,12 +59,10 @@ def layer(
         x_RBTM = join("attention_output_norm", x_RBTM, stage.add_up(part_RBTM))
         read_RBTM = through("mlp_norm", x_RBTM)
         x_RBTM = [added_to(*each, config) for each in zip(x_RBTM, read_RBTM, strict=True)]
-        fed_RBTM = stage.add_up(_mlp(read_RBTM, weights_R, config, stage, components))
-        return join("mlp_output_norm", x_RBTM, fed_RBTM), cache_R
+        return join("mlp_output_norm", x_RBTM, _fed(read_RBTM, None, weights_R, config, stage, components)), cache_R
     if config.residual is Residual.PARALLEL:
         read_RBTM = through("mlp_norm", x_RBTM)
-    fed_RBTM = _mlp(read_RBTM, weights_R, config, stage, components)
-    both_RBTM = stage.add_up([part + fed for part, fed in zip(part_RBTM, fed_RBTM, strict=True)])
+    both_RBTM = _fed(read_RBTM, part_RBTM, weights_R, config, stage, components)
     return [x_BTM + config.residual_scale * both for x_BTM, both in zip(x_RBTM, both_RBTM, strict=True)], cache_R
 
 
@@ -112,16 +111,26 @@ def _heads(
     return [rearrange(x_BTN, "b t (h d) -> b t h d", d=config.head_size) for x_BTN in normed_RBTN]
 
 
-def _mlp(
+def _fed(
     x_RBTM: Sequence[Tensor],
+    attended_RBTM: Sequence[Tensor] | None,
     weights_R: Sequence[LayerWeights],
     config: LayerConfig,
     stage: Stage,
     components: Components,
 ) -> list[Tensor]:
-    """What each rank's part of the intermediate elements adds to the result."""
-    local = local_layer(config, stage.parallel.tensor).mlp
-    return [
-        components.mlp(x_BTM, weights.mlp, local, linear=components.linear)
-        for x_BTM, weights in zip(x_RBTM, weights_R, strict=True)
+    """What the MLP or the experts make of x; what the ranks' heads made of it, if given, is added up along with it."""
+    if isinstance(config.mlp, MoeConfig):
+        mixtures = [weights.mlp for weights in weights_R if isinstance(weights.mlp, MoeWeights)]
+        fed_RBTM = moe(x_RBTM, mixtures, config.mlp, stage, components)
+        if attended_RBTM is None:
+            return fed_RBTM
+        return [sum_BTM + fed for sum_BTM, fed in zip(stage.add_up(attended_RBTM), fed_RBTM, strict=True)]
+    mlps = [weights.mlp for weights in weights_R if isinstance(weights.mlp, MlpWeights)]
+    part_RBTM = [
+        components.mlp(x_BTM, weights, config.mlp, linear=components.linear)
+        for x_BTM, weights in zip(x_RBTM, mlps, strict=True)
     ]
+    if attended_RBTM is not None:
+        part_RBTM = [attended + part for attended, part in zip(attended_RBTM, part_RBTM, strict=True)]
+    return stage.add_up(part_RBTM)
