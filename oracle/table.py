@@ -102,10 +102,10 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
                 *("twinfer.reference.parallel.tensor.layer", "twinfer.reference.parallel.norms.norm_over_ranks"),
                 *(f"twinfer.reference.parallel.ranks.{name}" for name in ("cut", "empty_caches")),
                 "twinfer.reference.parallel.generation.generate",
-                "twinfer.reference.parallel.experts.moe",
+                *("twinfer.reference.parallel.experts.moe", "twinfer.reference.parallel.expert_slices.serve_rows"),
                 *(
                     f"twinfer.reference.parallel.exchange.{name}"
-                    for name in ("exchange_groups", "swap", "hierarchical", "gather_blocks")
+                    for name in ("exchange_groups", "experts_of_peers", "swap", "hierarchical", "gather_blocks")
                 ),
             ),
             "of many ranks: its tests hold it against the same thing on one, bit for bit on integers",

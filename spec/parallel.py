@@ -83,8 +83,8 @@ class ParallelConfig:
             )
         if self.exchange is not Exchange.DIRECT and self.expert % self.tensor:
             raise RequestError(
-                f"ParallelConfig.exchange is {self.exchange}, whose expert groups are made of whole tensor groups; expert "
-                f"is {self.expert}, which does not divide by tensor = {self.tensor}: take exchange = direct"
+                f"ParallelConfig.exchange is {self.exchange}, whose expert groups are whole tensor groups; expert is "
+                f" {self.expert}, which does not divide by tensor = {self.tensor}: take exchange = direct"
             )
 
     @property
@@ -153,8 +153,8 @@ def check_parallel(config: ModelConfig, parallel: ParallelConfig, storage: Stora
         experts, width, slices = mlp.router.experts, mlp.expert.width, parallel.expert_slices
         if experts % parallel.expert:
             raise RequestError(
-                f"ParallelConfig.expert is {parallel.expert}, but layer {index} has {experts} experts, which do not divide "
-                f"by it; the nearest that works is {nearest_divisor(experts, parallel.expert)}"
+                f"ParallelConfig.expert is {parallel.expert}, but layer {index} has {experts} experts, which do not "
+                f"divide by it; the nearest that works is {nearest_divisor(experts, parallel.expert)}"
             )
         if width % slices or (storage is Storage.INT4 and slices > 1 and width // slices % INT4_GROUP):
             able = [
@@ -164,8 +164,8 @@ def check_parallel(config: ModelConfig, parallel: ParallelConfig, storage: Stora
             ]
             nearest = min(able, key=lambda each: abs(each - slices))
             raise RequestError(
-                f"ParallelConfig.expert_slices is {slices}, but layer {index} has experts of width {width}, which cannot "
-                f"be cut so; the nearest that works is {nearest}"
+                f"ParallelConfig.expert_slices is {slices}, but layer {index} has experts of width {width}, which "
+                f"cannot be cut so; the nearest that works is {nearest}"
             )
 
 

@@ -1,18 +1,18 @@
-"""Three ways to bring rows from every rank of an expert group to every other, among p ranks (DeepSpeed-MoE, section 5.3).
+"""Three ways to bring rows from every rank of an expert group to every other, among p ranks (DeepSpeed-MoE, 5.3).
 
     direct          one all-to-all of all p: p - 1 peers a rank
-    hierarchical    first among the G ranks of a node, then among equal places of the nodes: G - 1 + p / G - 1 peers, and
-                    up to twice the bytes. Pays where messages are small.
-    coordinated     (PCC) the L ranks of a tensor group hold the same rows, so a rank sends only what is destined for ranks
-                    of its own tensor place, p / L - 1 peers; what its tensor group needs back is gathered there
+    hierarchical    first among the G ranks of a node, then among equal places of the nodes: G - 1 + p / G - 1 peers,
+                    and up to twice the bytes. Pays where messages are small.
+    coordinated     (PCC) the L ranks of a tensor group hold the same rows, so a rank sends only what is destined for
+                    ranks of its own tensor place, p / L - 1 peers; what else its group needs back is gathered there
 
 Here a node is a tensor group. Rank j's piece for rank i is a tensor of rows, of any number; the receiver knows the
 numbers, as it must for any exchange of unequal pieces.
 
-Coordinated, in the paper's four steps (Fig. 5; 4 ranks, tensor groups {0, 1} with blocks A B C D and {2, 3} with E F G H,
-block i of each for rank i): 1. ranks of tensor place 0 keep A C and E G, those of place 1 B D and F H; 2. all-to-all
-among equal places: rank 0 gets A E, rank 2 C G, rank 1 B F, rank 3 D H; 3. after the experts the same in reverse, then an
-all-gather within the tensor group; 4. the order A B C D is restored.
+Coordinated, in the paper's four steps (Fig. 5; 4 ranks, tensor groups {0, 1} with blocks A B C D and {2, 3} with E F G
+H, block i of each for rank i): 1. ranks of tensor place 0 keep A C and E G, those of place 1 B D and F H; 2. all-to-all
+among equal places: rank 0 gets A E, rank 2 C G, rank 1 B F, rank 3 D H; 3. after the experts the same in reverse, then
+an all-gather within the tensor group; 4. the order A B C D is restored.
 """
 
 from collections.abc import Sequence
@@ -40,6 +40,18 @@ def exchange_groups(parallel: ParallelConfig) -> Groups:
     return tuple(
         group[place :: parallel.tensor] for group in parallel.expert_groups for place in range(parallel.tensor)
     )
+
+
+def experts_of_peers(parallel: ParallelConfig, experts: int) -> list[list[range]]:
+    """List, for each rank of a stage, the experts on each rank that it exchanges rows with.
+
+    >>> experts_of_peers(ParallelConfig(data=2, tensor=2, expert=4, exchange=Exchange.COORDINATED), 8)[3]
+    [range(2, 4), range(6, 8)]
+    """
+    own = experts // parallel.expert
+    peers = {rank: group for group in exchange_groups(parallel) for rank in group}
+    places = [[parallel.place(peer).expert for peer in peers[rank]] for rank in range(parallel.stage_ranks)]
+    return [[range(place * own, (place + 1) * own) for place in each] for each in places]
 
 
 def swap(pieces_R: Sequence[Pieces], stage: Stage) -> list[Pieces]:
@@ -89,7 +101,7 @@ def hierarchical(values: Sequence[Pieces], ranks: Sequence[int], ledger: Ledger,
 
 
 def gather_blocks(block_RE: Sequence[dict[int, Tensor]], stage: Stage, lengths_RE: Sequence[list[int]]) -> list[Pieces]:
-    """Let every rank of a tensor group have all blocks, each of which one of them has; in the order of their numbers."""
+    """Give every rank of a tensor group all blocks, each of which one of them has, in the order of their numbers."""
     packed = [torch.cat([block[number] for number in sorted(block)]) for block in block_RE]
     gathered = stage.within(stage.parallel.tensor_groups, all_gather, packed)
     pieces_R: list[Pieces] = []

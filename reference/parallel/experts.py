@@ -1,4 +1,4 @@
-"""Experts on many ranks: whole experts on different ranks, slices of one expert on several (paper, section V-A, Fig. 4).
+"""Experts on many ranks: whole experts on different ranks, slices of one on several (paper, section V-A, Fig. 4).
 
     route        each rank, for the tokens of its own tensor group
     dispatch     all-to-all within the expert group: rows go to the rank that holds their expert
@@ -26,8 +26,8 @@ from ...spec.weights import MlpWeights, MoeWeights
 from ..components import DEFAULT, Components
 from ..moe import router_logits
 from ..routing import Routing
-from .collectives import all_gather, all_reduce
-from .exchange import Pieces, exchange_groups, gather_blocks, swap
+from .exchange import Pieces, experts_of_peers, gather_blocks, swap
+from .expert_slices import serve_rows
 from .stage import Stage
 
 
@@ -70,76 +70,30 @@ def _serve(
     stage: Stage,
     components: Components,
 ) -> list[Pieces]:
-    """What the experts make of the rows that chose them: on each rank, of its tokens, a piece [N, M] for each expert."""
+    """What the experts make of the rows that chose them: on each rank, for its tokens, [N, M] for each expert."""
     parallel, experts = stage.parallel, config.router.experts
-    own = experts // parallel.expert
     block_RE = [
         [x_TM[(routing.expert_TK == expert).nonzero()[:, 0]] for expert in range(experts)]
         for x_TM, routing in zip(x_RTM, routing_R, strict=True)
     ]
-    groups = {rank: group for group in exchange_groups(parallel) for rank in group}
-    held_R = [  # for each rank that it exchanges with, the experts there
-        [range(parallel.place(peer).expert * own, (parallel.place(peer).expert + 1) * own) for peer in groups[rank]]
-        for rank in range(len(x_RTM))
-    ]
-    lengths_RE = [[len(block) for block in block_E] for block_E in block_RE]
-    count_R = swap(
-        [
-            [torch.tensor([lengths[e] for e in held]) for held in each]
-            for lengths, each in zip(lengths_RE, held_R, strict=True)
-        ],
-        stage,
-    )
-    pieces = [
-        [torch.cat([block_E[e] for e in held]) for held in each] for block_E, each in zip(block_RE, held_R, strict=True)
-    ]
-    arrived_R = swap(pieces, stage)
-    rows_RNM = [torch.cat(arrived) for arrived in arrived_R]
-    served_RNM = _compute(rows_RNM, [torch.stack(each) for each in count_R], weights_R, config, stage, components)
-    back = [
-        served.split([len(piece) for piece in arrived]) for served, arrived in zip(served_RNM, arrived_R, strict=True)
-    ]
-    returned_R = swap([list(each) for each in back], stage)
+    length_RE = [[len(block) for block in block_E] for block_E in block_RE]
+    held_R = experts_of_peers(parallel, experts)
+    sent_R, told_R = [], []
+    for block_E, length_E, held_P in zip(block_RE, length_RE, held_R, strict=True):
+        sent_R.append([torch.cat([block_E[expert] for expert in held]) for held in held_P])
+        told_R.append([torch.tensor([length_E[expert] for expert in held]) for held in held_P])
+    count_R, arrived_R = swap(told_R, stage), swap(sent_R, stage)
+    served_RNM = serve_rows(arrived_R, count_R, [weights.experts for weights in weights_R], config, stage, components)
+    pairs = zip(served_RNM, arrived_R, strict=True)
+    returned_R = swap([list(served.split([len(piece) for piece in arrived])) for served, arrived in pairs], stage)
     named_R: list[dict[int, Tensor]] = []
-    for returned, held_by_peer, lengths in zip(returned_R, held_R, lengths_RE, strict=True):
-        numbers = [expert for held in held_by_peer for expert in held]
-        parts = torch.cat(returned).split([lengths[expert] for expert in numbers])
+    for returned, held_P, length_E in zip(returned_R, held_R, length_RE, strict=True):
+        numbers = [expert for held in held_P for expert in held]
+        parts = torch.cat(returned).split([length_E[expert] for expert in numbers])
         named_R.append(dict(zip(numbers, parts, strict=True)))
     if parallel.exchange is Exchange.COORDINATED:
-        return gather_blocks(named_R, stage, lengths_RE)
+        return gather_blocks(named_R, stage, length_RE)
     return [[named[expert] for expert in range(experts)] for named in named_R]
-
-
-def _compute(
-    row_RNM: Sequence[Tensor],
-    count_RPE: Sequence[Tensor],
-    weights_R: Sequence[MoeWeights],
-    config: MoeConfig,
-    stage: Stage,
-    components: Components,
-) -> list[Tensor]:
-    """What a rank's experts make of the rows that arrived, `count[p, e]` of them from peer p for expert e."""
-    groups, place_in_group = stage.parallel.slice_groups, {}
-    for group in groups:
-        place_in_group.update({rank: place for place, rank in enumerate(group)})
-    all_RNM = stage.within(groups, all_gather, row_RNM)
-    counts_RSPE = stage.within(groups, all_gather, [count_PE[None] for count_PE in count_RPE])
-    out_RNM = []
-    for all_NM, counts_SPE, weights in zip(all_RNM, counts_RSPE, weights_R, strict=True):
-        expert_N = torch.arange(counts_SPE.shape[-1]).expand(counts_SPE.shape).flatten()
-        expert_N = expert_N.repeat_interleave(counts_SPE.flatten())
-        out_NM = torch.zeros_like(all_NM)
-        for expert in range(counts_SPE.shape[-1]):
-            mine_N = (expert_N == expert).nonzero()[:, 0]
-            out_NM[mine_N] = components.mlp(
-                all_NM[mine_N], weights.experts[expert], config.expert, linear=components.linear
-            )
-        out_RNM.append(out_NM)
-    summed_RNM = stage.within(groups, all_reduce, out_RNM)
-    return [
-        summed_NM.split(counts_SPE.sum((1, 2)).tolist())[place_in_group[rank]]
-        for rank, (summed_NM, counts_SPE) in enumerate(zip(summed_RNM, counts_RSPE, strict=True))
-    ]
 
 
 def _combine(x_TM: Tensor, routing: Routing, returned_E: Pieces) -> Tensor:
