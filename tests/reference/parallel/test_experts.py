@@ -72,7 +72,8 @@ def differing(parallel: ParallelConfig, lengths: list[int]) -> list[int]:
     config = mixture("switch", 5)
     mlp, source = config.layers[1].mlp, IntegerSource(config, 5, torch.float64)
     weights = source.layer(1).mlp
-    assert isinstance(mlp, MoeConfig) and isinstance(weights, MoeWeights)
+    assert isinstance(mlp, MoeConfig)
+    assert isinstance(weights, MoeWeights)
     generator = torch.Generator().manual_seed(1)
     x_DBTM = [torch.randint(-3, 4, (1, each, config.hidden), generator=generator).double() for each in lengths]
     x_RBTM = [x_DBTM[rank // parallel.tensor] for rank in range(parallel.stage_ranks)]
@@ -146,7 +147,7 @@ def _order_swapped(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(pieces: Any, stage: Stage) -> Any:
         got = swap(pieces, stage)
-        return got if next(calls) % 3 else [each[::-1] for each in got]
+        return [each[::-1] for each in got] if next(calls) % 3 == 1 else got
 
     patch.setattr(experts, "swap", wrong)
 
