@@ -37,7 +37,7 @@ from .store import DESCRIPTION, WEIGHTS, as_json, described, layout
 _JOURNAL = "journal"
 _BITS = {Storage.FLOAT32: 32, Storage.BFLOAT16: 16, Storage.INT8: 8, Storage.INT4: 4}
 _LEAST_BLOCK = 1 << 16
-"""Bytes of the smallest block of the head: below, a read costs more than what it brings."""
+"""Bytes of the smallest layer that blocks of the head are half of: below, a read costs more than what it brings."""
 
 
 class _Part(NamedTuple):
@@ -210,7 +210,7 @@ class _Blocks:
         self._checksums: dict[tuple[str, int], list[int]] = {}
         self._whole: tuple[str, Quantized, Tensor | None] | None = None
         least = max(_LEAST_BLOCK, max(_layer_bytes(source.config, index, storage) for index in _indices(source.config)))
-        most = max(ROWS, least * 8 // (_BITS[storage] * _padded(source.config.table_width)))
+        most = max(ROWS, least * 4 // (_BITS[storage] * _padded(source.config.table_width)))
         self.count = -(-source.config.vocabulary // most)
         self.rows = -(-source.config.vocabulary // self.count // ROWS) * ROWS
 

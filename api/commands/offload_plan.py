@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     how = "directly" if speeds.direct else "through the page cache: this file system knows no direct reads"
     print(f"disk {speeds.disk / 1e9:.2f} GB/s, read {how}; memory {speeds.memory / 1e9:.1f} GB/s; ", end="")
     print(f"products {speeds.gemm / 1e9:.0f} GFLOP/s")
-    print(f"a decode step of {planned.batch}: {predicted.step_s:.3f} s, {predicted.token_s:.4f} s a token; ", end="")
-    print(
-        f"a prompt token: {predicted.prompt_token_s:.5f} s; reads are hidden from {predicted.hiding_tokens:.0f} tokens on"
-    )
+    print(f"a decode step of {planned.batch}: {predicted.step_s:.3f} s, {predicted.token_s:.4f} s a token")
+    print(f"a prompt token: {predicted.prompt_token_s:.5f} s")
+    print(f"reads are hidden from {predicted.hiding_tokens:.0f} tokens a step on")
     return 0

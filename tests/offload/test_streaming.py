@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from twinfer.offload.direct import DirectFile
 from twinfer.offload.events import Kind, overlap_s, seconds
