@@ -9,6 +9,7 @@ The limit is that of a memory control group (Linux, as root), page cache counted
 Where none can be made the process runs without, and the report says so.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -47,7 +48,7 @@ LAYERS = 120
 PROMPT = tuple(range(100, 116))
 NEW_TOKENS = 6
 SLACK = 24 << 20
-"""Bytes of the limit that the budget leaves: code of torch that is first run then, threads, what the allocator holds."""
+"""Bytes of the limit that the budget leaves: torch's code that is first run then, threads, what the allocator holds."""
 
 _GROUPS = Path("/sys/fs/cgroup/memory")
 
@@ -100,10 +101,8 @@ def limited(folder: Path) -> dict[str, Any]:
     plan = decoder.plan
     assert plan is not None
     events = decoder.events
-    if group is not None:
-        peak = int((group / "memory.max_usage_in_bytes").read_text())
-    else:
-        peak = _resident("VmHWM") - base
+    used = group / "memory.max_usage_in_bytes" if group is not None else None
+    peak = int(used.read_text()) if used is not None else _resident("VmHWM") - base
     decoder.close()
     return {
         "ids": ids,
@@ -123,14 +122,18 @@ def limited(folder: Path) -> dict[str, Any]:
 
 
 def _group() -> Path | None:
-    """Return a new control group that holds this process, or None where none can be made."""
-    group = _GROUPS / f"twinfer-{os.getpid()}"
+    """Return a new control group that holds this process, or None where none can be made. Its parent removes it."""
+    group = _group_of(os.getppid())
     try:
         group.mkdir()
         (group / "cgroup.procs").write_text(str(os.getpid()))
         return group if (group / "memory.limit_in_bytes").exists() else None
     except OSError:
         return None
+
+
+def _group_of(process: int) -> Path:
+    return _GROUPS / f"twinfer-{process}"
 
 
 def _resident(field: str = "VmRSS") -> int:
@@ -155,6 +158,8 @@ def main(folder: Path) -> dict[str, Any]:
         text=True,
         check=False,
     )
+    with contextlib.suppress(OSError):
+        _group_of(os.getpid()).rmdir()
     if ran.returncode != 0:
         raise SystemExit(f"the limited process ended with status {ran.returncode}")
     report: dict[str, Any] = json.loads(ran.stdout)
