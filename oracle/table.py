@@ -118,6 +118,28 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
             ),
             "of schedules: its tests hold it against the closed formulas",
         ),
+        **dict.fromkeys(
+            (
+                *(
+                    f"twinfer.reference.offload.hiding.{name}"
+                    for name in ("hiding_tokens", "compute_s", "fetch_s", "step_s", "partitioned_fetch_s")
+                ),
+                "twinfer.reference.offload.streaming.streamed_forward",
+                *(f"twinfer.reference.offload.partitioned.{name}" for name in ("partition", "all_gather")),
+                *(
+                    f"twinfer.reference.offload.kv_offload.{name}"
+                    for name in ("moves", "moved_layers", "offload", "fetch_back", "link_use")
+                ),
+                *(
+                    f"twinfer.reference.offload.expert_cache.{name}"
+                    for name in (
+                        *("fetches", "hit_rate", "optimal"),
+                        *("least_recently_used", "least_frequently_used"),
+                    )
+                ),
+            ),
+            "decides when something is fetched, which changes no value: its tests compare with what is never moved",
+        ),
         "twinfer.reference.sampling.generator_for": "seeds a generator; its streams are tested with the reference",
     }
 )

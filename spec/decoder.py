@@ -22,6 +22,8 @@ class Path(StrEnum):
 
     REFERENCE = "reference"
     COMPILED = "compiled"
+    OFFLOAD = "offload"
+    """The compiled programs, with weights that are streamed from a store."""
 
 
 class Sequences(Protocol):
