@@ -17,8 +17,9 @@ from ..compiled.packing import Matrix, pack, quantize
 from ..compiled.programs import graph
 from ..compiled.weights import Layer, Model
 from ..spec.ambient import CPU, pinned
-from ..spec.config import INT4_GROUP, Head, ModelConfig, Storage
+from ..spec.config import INT4_GROUP, Head, MlpConfig, ModelConfig, Storage
 from ..spec.counts import Count
+from ..spec.moe import MoeConfig
 from .columns import Column, in_turn
 from .rows import Limits
 from .side_by_side import Key, Measured, ModelSample
@@ -37,9 +38,18 @@ def layer_shapes(config: ModelConfig) -> "Counter[Shape]":
         mixed = attention.heads * attention.head_size
         counts[mixed + 2 * attention.kv_heads * attention.head_size, hidden] += 1
         counts[hidden, mixed] += 1
-        counts[mlp.width * (2 if mlp.gated else 1), hidden] += 1
-        counts[hidden, mlp.width] += 1
+        for each, times in _mlps(mlp):
+            counts[each.width * (2 if each.gated else 1), hidden] += times
+            counts[hidden, each.width] += times
     return counts
+
+
+def _mlps(config: MlpConfig | MoeConfig) -> list[tuple[MlpConfig, int]]:
+    """Return every MLP that a token passes, and how often."""
+    if isinstance(config, MlpConfig):
+        return [(config, 1)]
+    beside = [(each, 1) for each in (config.shared, config.residual) if each is not None]
+    return [(config.expert, config.router.top_k), *beside]
 
 
 def step_shapes(config: ModelConfig) -> "Counter[Shape]":

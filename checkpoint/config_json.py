@@ -3,6 +3,7 @@
 Numbers come back bit by bit, for JSON writes a float with as many digits as it needs.
 """
 
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from enum import Enum
 from types import NoneType
@@ -42,6 +43,13 @@ def read(kind: type[Config], values: object, where: str) -> Config:
     return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
+def _best_known(kinds: Sequence[Any], value: object) -> type[Any]:
+    """Return the config of several that knows most of the value's fields."""
+    own = value.keys() if isinstance(value, dict) else set()
+    known = [kind for kind in kinds if is_dataclass(kind)]
+    return cast("type[Any]", max(known, key=lambda kind: len(own & get_type_hints(kind).keys())))
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
@@ -52,7 +60,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None
     kind = next(each for each in kinds if each is not NoneType)
     if is_dataclass(kind):
-        return read(cast("type[Any]", kind), value, where)
+        return read(_best_known(kinds, value), value, where)
     if issubclass(kind, Enum):
         if value not in [each.value for each in kind]:
             raise ConfigError(f"{where} is {short(value)}; it must be one of {', '.join(each.value for each in kind)}")

@@ -158,7 +158,8 @@ def _layer(
 
     def mlp(normed_TM: Tensor) -> Tensor:
         up = product(normed_TM, weights.up, storage)
-        inner_TF = gated(up, config.mlp.activation) if config.mlp.gated else activation(up, config.mlp.activation)
+        dense = config.dense_mlp
+        inner_TF = gated(up, dense.activation) if dense.gated else activation(up, dense.activation)
         return product(inner_TF, weights.down, storage)
 
     return _residual_blocks(x_TM, weights, config, attention, mlp, reduce)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig, QkNormSpan, Storage
 from ..spec.errors import ConfigError, WeightError
+from ..spec.moe import MoeConfig
 from ..spec.weights import (
     EmbeddingWeights,
     HeadWeights,
@@ -139,7 +140,7 @@ def prepare_layer(
     def norm(part: NormWeights | None) -> Norm | None:
         return prepared_norm(part, config.norm, device, compute)
 
-    attention, mlp = weights.attention, weights.mlp
+    attention, mlp = weights.attention, weights.dense_mlp
     slope_H = attention.alibi_slope_H
     return Layer(
         attention_norm=norm(weights.attention_norm),
@@ -256,7 +257,9 @@ def _plain(tensor: Tensor, device: torch.device, compute: torch.dtype) -> Tensor
 
 def _check_computed(config: ModelConfig) -> None:
     for index, layer in enumerate(config.layers):
-        if layer.mlp.experts != 1:
-            raise ConfigError(
-                f"layer {index} has {layer.mlp.experts} experts; the compiled path computes dense MLPs (experts = 1)"
-            )
+        if isinstance(layer.mlp, MoeConfig):
+            raise ConfigError(f"layer {index} is a mixture of experts; the compiled path computes dense MLPs")
+        if layer.attention.sinks:
+            raise ConfigError(f"layer {index} has attention sinks, which the compiled path does not compute")
+        if layer.dense_mlp.clamp is not None or layer.dense_mlp.up_offset:
+            raise ConfigError(f"layer {index} has a clamped MLP, which the compiled path does not compute")

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from ..reference.attention import attention
 from ..reference.linear import linear
 from ..reference.mlp import activation
 from ..reference.norms import norm
@@ -39,7 +39,11 @@ class Known:
     @property
     def stored(self) -> "Known":
         """The same value, rounded once more as an activation is when it is returned or kept."""
-        return Known(self.value, self.wide, root(self.narrow, self.value))
+        return self.kept(self.value)
+
+    def kept(self, rounded: Tensor) -> "Known":
+        """The same value, rounded once more by a number of this size."""
+        return Known(self.value, self.wide, root(self.narrow, rounded))
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Known":
         """Value and sizes, each rearranged by the same function."""
@@ -61,13 +65,12 @@ def root(*sizes: Tensor) -> Tensor:
 
 def carried(size: Tensor, weight_NI: Tensor) -> Tensor:
     """Independent errors of these sizes, through a product."""
-    return einsum(size * size, weight_NI * weight_NI, "... i, n i -> ... n").sqrt()
+    return F.linear(size * size, weight_NI * weight_NI).sqrt()
 
 
 def linear_scale(size_x: Tensor, weights: LinearWeights) -> Tensor:
     """The same contraction on absolute values."""
-    out = einsum(size_x, weights.weight_NI.abs(), "... i, n i -> ... n")
-    return out if weights.bias_N is None else out + weights.bias_N.abs()
+    return F.linear(size_x, weights.weight_NI.abs(), None if weights.bias_N is None else weights.bias_N.abs())
 
 
 def linear_known(x: Known, weights: LinearWeights) -> Known:
@@ -123,11 +126,8 @@ def product_known(a: Known, b: Known) -> Known:
     return Known(value, root(value, through(a.wide, b.wide)), through(a.narrow, b.narrow))
 
 
-def sum_known(a: Known, b: Known, factor: float) -> Known:
-    """a + factor * b, where factor * b is kept as an activation is."""
-    scaled = factor * b.value
-    narrow = root(a.narrow, factor * b.narrow, scaled) if factor != 1 else root(a.narrow, b.narrow)
-    return Known(a.value + scaled, root(a.value, scaled, a.wide, factor * b.wide), narrow)
+def sum_known(a: Known, b: Known) -> Known:
+    return Known(a.value + b.value, root(a.value, b.value, a.wide, b.wide), root(a.narrow, b.narrow))
 
 
 def attention_known(
@@ -148,21 +148,18 @@ def attention_known(
     q, k, v = query_BTHD, key_BSKD, value_BSKD
     kv_heads = k.value.shape[2]
     seen_BTS = visible_TS.expand(len(q.value), -1, -1)
-    seen_B11TS = seen_BTS[:, None, None]
     looked_at_BS11 = seen_BTS.any(1)[:, :, None, None]
-    k, v = (known.mapped(lambda x: x.where(looked_at_BS11, 0.0)) for known in (k, v))
-
-    def grouped(x: Tensor) -> Tensor:
-        return rearrange(x, "b t (k g) d -> b k g t d", k=kv_heads)
-
-    def score(a: Tensor, b: Tensor) -> Tensor:
-        return abs(scale) * einsum(grouped(a), b, "b k g t d, b s k d -> b k g t s")
+    if not looked_at_BS11.all():
+        k, v = (known.mapped(lambda x: x.where(looked_at_BS11, 0.0)) for known in (k, v))
+    q = q.mapped(lambda x: rearrange(x, "b t (k g) d -> b k g t d", k=kv_heads))
+    k, v = (known.mapped(lambda x: x.transpose(1, 2)[:, :, None]) for known in (k, v))
 
     def of_errors(size_q: Tensor, size_k: Tensor) -> Tensor:
-        return (score(size_q**2, k.value**2) + score(q.value**2, size_k**2)).mul(abs(scale)).sqrt()
+        squares = size_q**2 @ (k.value**2).mT + q.value**2 @ (size_k**2).mT
+        return abs(scale) * squares.sqrt()
 
-    shaped = scale * einsum(grouped(q.value), k.value, "b k g t d, b s k d -> b k g t s")
-    of_score = score(q.value.abs(), k.value.abs()) + of_errors(q.wide, k.wide)
+    shaped = scale * (q.value @ k.value.mT)
+    of_score = abs(scale) * (q.value.abs() @ k.value.abs().mT) + of_errors(q.wide, k.wide)
     if softcap is not None:
         shaped = softcap * torch.tanh(shaped / softcap)
         of_score = of_score + shaped.abs()
@@ -170,18 +167,16 @@ def attention_known(
         bias_KGTS = rearrange(bias_HTS, "(k g) t s -> k g t s", k=kv_heads)
         shaped = shaped + bias_KGTS
         of_score = of_score + bias_KGTS.abs() + shaped.abs()  # the bias is rounded, and so is the sum
-    weight = torch.softmax(shaped.masked_fill(~seen_B11TS, -torch.inf), -1).nan_to_num(0.0)
-
-    def weighted(weight: Tensor, x: Tensor) -> Tensor:
-        return rearrange(einsum(weight, x, "b k g t s, b s k d -> b t k g d"), "b t k g d -> b t (k g) d")
+    weight = torch.softmax(shaped.masked_fill(~seen_BTS[:, None, None], -torch.inf), -1).nan_to_num(0.0)
+    size_v = v.value.abs()
 
     def shifted(of_score: Tensor) -> Tensor:
-        return weighted(weight * (of_score + (weight * of_score).sum(-1, keepdim=True)), v.value.abs())
+        return weight * (of_score + (weight * of_score).sum(-1, keepdim=True)) @ size_v
 
     rounded = torch.maximum(weight, (weight * 2**11).clamp_max(2.0**-14))  # float16 has no finer steps below 2**-14
     rounded = torch.minimum(rounded, (1 - weight) * 2**11)  # one is a number of every dtype: near it less is lost
-    of_weights = torch.minimum(weighted(rounded, v.value.abs()) / 2, 2 * weighted(rounded**2, v.value**2).sqrt())
-    wide = weighted(weight, v.value.abs()) + shifted(of_score) + weighted(weight**2, v.wide**2).sqrt()
-    narrow = root(of_weights, shifted(of_errors(q.narrow, k.narrow)), weighted(weight**2, v.narrow**2).sqrt())
-    given = {"visible_TS": visible_TS, "scale": scale, "bias_HTS": bias_HTS, "softcap": softcap}
-    return Known(attention(q.value, k.value, v.value, **given), wide, narrow)  # type: ignore[arg-type]
+    of_weights = torch.minimum(rounded @ size_v / 2, 2 * (rounded**2 @ size_v**2).sqrt())
+    wide = weight @ size_v + shifted(of_score) + (weight**2 @ v.wide**2).sqrt()
+    narrow = root(of_weights, shifted(of_errors(q.narrow, k.narrow)), (weight**2 @ v.narrow**2).sqrt())
+    out = Known(weight @ v.value, wide, narrow)
+    return out.mapped(lambda x: rearrange(x, "b k g t d -> b t (k g) d"))

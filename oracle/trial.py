@@ -5,7 +5,7 @@ eager reference (in the candidate's own dtype), and the candidate, which is call
 trial and returns a verdict.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from functools import cache, cached_property
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..spec import config, mlp, moe
 from ..spec.ambient import CPU, pinned
 from .case import Case, Inputs
 from .process import ProcessState
@@ -256,25 +257,37 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf.detach() for leaf in _walk(value) if isinstance(leaf, Tensor)]
 
 
-def _walk(value: Any) -> Iterator[Any]:
+def _walk(value: Any) -> list[Any]:
     """Every leaf, in the order of `map_leaves`."""
-    if isinstance(value, Tensor):
-        yield value
-    elif is_dataclass(value) and not isinstance(value, type):
-        for name in _field_names(type(value)):
-            yield from _walk(getattr(value, name))
-    elif isinstance(value, tuple | list):
+    found: list[Any] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: Any, found: list[Any]) -> None:
+    kind: type = type(value)
+    names = _field_names(kind)
+    if names is not None:
+        for name in names:
+            _gather(getattr(value, name), found)
+    elif issubclass(kind, tuple | list):
         for item in value:
-            yield from _walk(item)
-    elif isinstance(value, dict):
+            _gather(item, found)
+    elif issubclass(kind, dict):
         for item in value.values():
-            yield from _walk(item)
+            _gather(item, found)
     else:
-        yield value
+        found.append(value)
+
+
+_OF_CONFIGS = {module.__name__ for module in (config, mlp, moe)}
 
 
 @cache
-def _field_names(kind: type) -> tuple[str, ...]:
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """The fields of a dataclass; None for any other type, and for a config, which holds no tensor and is one leaf."""
+    if not is_dataclass(kind) or kind.__module__ in _OF_CONFIGS:
+        return None
     return tuple(field.name for field in fields(kind) if field.init)
 
 
@@ -291,12 +304,13 @@ class Guarantee(Protocol):
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to everything that is not a dataclass, tuple, list or dict, rebuilding those around it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        names = _field_names(type(value))
-        return replace(value, **{name: map_leaves(function, getattr(value, name)) for name in names})
-    if isinstance(value, tuple | list):
-        return type(value)(map_leaves(function, item) for item in value)
-    if isinstance(value, dict):
+    kind: type = type(value)
+    names = _field_names(kind)
+    if names is not None:
+        return kind(**{name: map_leaves(function, getattr(value, name)) for name in names})
+    if issubclass(kind, tuple | list):
+        return kind(map_leaves(function, item) for item in value)
+    if issubclass(kind, dict):
         return {key: map_leaves(function, item) for key, item in value.items()}
     return function(value)
 

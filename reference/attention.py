@@ -4,7 +4,9 @@
     score[b,t,h,s] = cap(scale * <query[b,t,h], key[b,s,g]>) + bias[h,t,s]
 
 where s runs over the keys that query t may see, and cap(z) = softcap * tanh(z / softcap) in models that bend their
-scores (Gemma 2). The bias is ALiBi's, if there is any. Vaswani et al. 2017 eq. 1; grouped heads: Ainslie et al. 2023.
+scores (Gemma 2). The bias is ALiBi's, if there is any. A head with a sink has one more score, of no key: it takes its
+share of the softmax and adds nothing (gpt-oss; Xiao et al. 2023).
+Vaswani et al. 2017 eq. 1; grouped heads: Ainslie et al. 2023.
 The paper computes all of this in one fused region (section III-D, Fig. 1c).
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, G = H/K, D head size.
@@ -52,6 +54,7 @@ def attention(
     scale: float,
     bias_HTS: Tensor | None = None,
     softcap: float | None = None,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
     """Attend every query to the keys it may see; returns [B, T, H, D] in the queries' dtype.
 
@@ -72,14 +75,20 @@ def attention(
         score_BKGTS = softcap * torch.tanh(score_BKGTS / softcap)
     if bias_HTS is not None:
         score_BKGTS = score_BKGTS + rearrange(bias_HTS.to(wide), "(k g) t s -> k g t s", k=key_BSKD.shape[2])
-    weight_BKGTS = _softmax_over(score_BKGTS, seen_BTS[:, None, None])
+    sink_KG11 = None if sink_H is None else rearrange(sink_H.to(wide), "(k g) -> k g 1 1", k=key_BSKD.shape[2])
+    weight_BKGTS = _softmax_over(score_BKGTS, seen_BTS[:, None, None], sink_KG11)
     out_BTKGD = einsum(weight_BKGTS, value_BSKD, "b k g t s, b s k d -> b t k g d")
     return rearrange(out_BTKGD, "b t k g d -> b t (k g) d").to(query_BTHD.dtype)
 
 
-def _softmax_over(score: Tensor, seen: Tensor) -> Tensor:
-    """Softmax along the last axis over the entries marked in `seen`; all zeros where none is."""
+def _softmax_over(score: Tensor, seen: Tensor, sink: Tensor | None) -> Tensor:
+    """Softmax along the last axis over the entries marked in `seen`, and the sink; all zeros where none is marked."""
     score = score.masked_fill(~seen, -torch.inf)
     peak = score.amax(-1, keepdim=True).nan_to_num(neginf=0.0)  # a row of -inf has no peak; any finite one will do
+    if sink is not None:
+        peak = torch.maximum(peak, sink)
     weight = torch.exp(score - peak)
-    return weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
+    total = weight.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - peak)
+    return weight / total.clamp_min(torch.finfo(score.dtype).tiny)

@@ -13,14 +13,17 @@ from typing import Protocol
 from torch import Tensor
 
 from ..spec.config import LayerConfig, MlpConfig, NormConfig, RotaryLayout
-from ..spec.weights import LayerWeights, LinearWeights, MlpWeights, NormWeights
+from ..spec.moe import MoeConfig, RouterConfig
+from ..spec.weights import LayerWeights, LinearWeights, MlpWeights, MoeWeights, NormWeights
 from .attention import attention
 from .cache import KVCache
 from .layer import layer
 from .linear import linear
 from .mlp import mlp
+from .moe import moe
 from .norms import norm
 from .positions import rotate
+from .routing import Routing, route
 
 
 class Norm(Protocol):
@@ -38,7 +41,7 @@ class Rotate(Protocol):
 
 
 class Attention(Protocol):
-    """`bias_HTS` and `softcap` are given by name, to models that have them alone."""
+    """`bias_HTS`, `softcap` and `sink_H` are given by name, and only to models that have them."""
 
     def __call__(
         self,
@@ -51,11 +54,22 @@ class Attention(Protocol):
         scale: float,
         bias_HTS: Tensor | None = None,
         softcap: float | None = None,
+        sink_H: Tensor | None = None,
     ) -> Tensor: ...
 
 
 class Mlp(Protocol):
     def __call__(self, x_BTM: Tensor, weights: MlpWeights, config: MlpConfig, /, *, linear: Linear) -> Tensor: ...
+
+
+class Route(Protocol):
+    def __call__(self, logit_TE: Tensor, config: RouterConfig, choice_bias_E: Tensor | None, /) -> Routing: ...
+
+
+class Moe(Protocol):
+    def __call__(
+        self, x_BTM: Tensor, weights: MoeWeights, config: MoeConfig, /, *, linear: Linear, mlp: Mlp, route: Route
+    ) -> Tensor: ...
 
 
 class Layer(Protocol):
@@ -71,6 +85,8 @@ class Components:
     rotate: Rotate = rotate
     attention: Attention = attention
     mlp: Mlp = mlp
+    moe: Moe = moe
+    route: Route = route
     layer: Layer = layer
 
 

@@ -14,7 +14,8 @@ or both at once, from the same x, with two norms or a shared one (`Residual`; Wa
 
 Some models clip q, k and v, and some normalize q and k, in this order (Dehghani et al. 2023, section 2).
 
-Norm, linear maps, rotation, attention and MLP are `Components`; swap one to try an idea on a real model.
+Norm, linear maps, rotation, attention, MLP, mixture and router are `Components`; swap one to try an idea on a real
+model.
 
 Shapes: B batch, T new tokens, S tokens before them, M hidden, H query heads, K key/value heads, D head size.
 """
@@ -27,8 +28,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..spec.config import AttentionConfig, LayerConfig, NormPlacement, QkNormSpan, Residual
-from ..spec.weights import AttentionWeights, LayerWeights, NormWeights
+from ..spec.config import AttentionConfig, LayerConfig, MlpConfig, NormPlacement, QkNormSpan, Residual
+from ..spec.errors import ConfigError
+from ..spec.moe import MoeConfig
+from ..spec.weights import AttentionWeights, LayerWeights, MlpWeights, MoeWeights, NormWeights
 from .attention import visible
 from .cache import KVCache, append
 from .positions import alibi
@@ -48,12 +51,30 @@ def layer(
         x_BTM = _joined(x_BTM, attended_BTM, weights.attention_output_norm, config, components)
         read_BTM = _normed(x_BTM, weights.mlp_norm, config, components)
         x_BTM = _added_to(x_BTM, read_BTM, config)
-        fed_BTM = components.mlp(read_BTM, weights.mlp, config.mlp, linear=components.linear)
+        fed_BTM = feed_forward(read_BTM, weights.mlp, config.mlp, components)
         return _joined(x_BTM, fed_BTM, weights.mlp_output_norm, config, components), cache
     if config.residual is Residual.PARALLEL:
         read_BTM = _normed(x_BTM, weights.mlp_norm, config, components)
-    fed_BTM = components.mlp(read_BTM, weights.mlp, config.mlp, linear=components.linear)
+    fed_BTM = feed_forward(read_BTM, weights.mlp, config.mlp, components)
     return x_BTM + config.residual_scale * attended_BTM + config.residual_scale * fed_BTM, cache
+
+
+def feed_forward(
+    x_BTM: Tensor, weights: MlpWeights | MoeWeights, config: MlpConfig | MoeConfig, components: Components
+) -> Tensor:
+    """Feed each token to the layer's MLP, or to the experts in its place.
+
+    Raises `ConfigError` where the weights are not of the config's kind.
+    """
+    match weights, config:
+        case MlpWeights(), MlpConfig():
+            return components.mlp(x_BTM, weights, config, linear=components.linear)
+        case MoeWeights(), MoeConfig():
+            return components.moe(
+                x_BTM, weights, config, linear=components.linear, mlp=components.mlp, route=components.route
+            )
+        case _:
+            raise ConfigError(f"the weights are {type(weights).__name__}, but the config is {type(config).__name__}")
 
 
 def _normed(x_BTM: Tensor, weights: NormWeights | None, config: LayerConfig, components: Components) -> Tensor:
@@ -89,6 +110,8 @@ def self_attention(
         turn = (position_T, weights.rotary_frequency_J, config.rotary.layout, config.rotary.attention_factor)
         query_BTHD, key_BTKD = components.rotate(query_BTHD, *turn), components.rotate(key_BTKD, *turn)
     shaping: dict[str, Any] = {} if config.softcap is None else {"softcap": config.softcap}
+    if weights.sink_H is not None:
+        shaping["sink_H"] = weights.sink_H
     if weights.alibi_slope_H is not None:
         shaping["bias_HTS"] = alibi(weights.alibi_slope_H, position_T, position_S)
 

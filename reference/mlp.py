@@ -3,6 +3,8 @@
     plain:  out = down(activation(up(x)))
     gated:  out = down(activation(gate(x)) * up(x))          Shazeer 2020
 
+gpt-oss cuts gate(x) and up(x) before the activation, and adds 1 to up(x) (`MlpConfig.clamp`, `up_offset`).
+
 The paper fuses what stands between the two products into the first of them (section III-D, region 3 of Fig. 1c).
 
 Shapes: B batch, T tokens, M hidden, F intermediate.
@@ -15,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..spec.config import Activation, MlpConfig
-from ..spec.errors import ConfigError
 from ..spec.weights import LinearWeights, MlpWeights
 from .linear import linear as plain_linear
 
@@ -44,12 +45,11 @@ def mlp(
     *,
     linear: Callable[[Tensor, LinearWeights], Tensor] = plain_linear,
 ) -> Tensor:
-    """Feed each token forward; returns [B, T, M] in x's dtype. Raises `ConfigError` for more than one expert."""
-    if config.experts != 1:
-        raise ConfigError(f"MlpConfig.experts is {config.experts}; this MLP is dense, so it must be 1")
+    """Feed each token forward; returns [B, T, M] in x's dtype."""
     up_BTF = linear(x_BTM, weights.up)
     if weights.gate is None:
-        inner_BTF = activation(up_BTF, config.activation)
-    else:
-        inner_BTF = activation(linear(x_BTM, weights.gate), config.activation) * up_BTF
-    return linear(inner_BTF, weights.down)
+        return linear(activation(up_BTF, config.activation), weights.down)
+    gate_BTF = linear(x_BTM, weights.gate)
+    if config.clamp is not None:
+        gate_BTF, up_BTF = gate_BTF.clamp(max=config.clamp), up_BTF.clamp(-config.clamp, config.clamp)
+    return linear(activation(gate_BTF, config.activation) * (up_BTF + config.up_offset), weights.down)

@@ -11,49 +11,67 @@ or wider.
 Shapes: B batch, T tokens, M hidden, E experts, K = top_k, N choices of one expert.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..spec.moe import MoeConfig
-from ..spec.weights import LinearWeights, MoeWeights
+from ..spec.config import MlpConfig
+from ..spec.moe import MoeConfig, RouterConfig
+from ..spec.weights import LinearWeights, MlpWeights, MoeWeights
 from .dispatch import DROPPED, capacity, slots
 from .linear import linear as plain_linear
-from .mlp import mlp
-from .routing import Routing, route
+from .mlp import mlp as plain_mlp
+from .routing import Routing
+from .routing import route as plain_route
 
 Linear = Callable[[Tensor, LinearWeights], Tensor]
+Feed = Callable[[Tensor, MlpWeights, MlpConfig], Tensor]
+Route = Callable[[Tensor, RouterConfig, Tensor | None], Routing]
 
 
-def moe(x_BTM: Tensor, weights: MoeWeights, config: MoeConfig, *, linear: Linear = plain_linear) -> Tensor:
+class Mlp(Protocol):
+    def __call__(self, x_BTM: Tensor, weights: MlpWeights, config: MlpConfig, /, *, linear: Linear) -> Tensor: ...
+
+
+def moe(
+    x_BTM: Tensor,
+    weights: MoeWeights,
+    config: MoeConfig,
+    *,
+    linear: Linear = plain_linear,
+    mlp: Mlp = plain_mlp,
+    route: Route = plain_route,
+) -> Tensor:
     """Serve each token by its experts; returns [B, T, M] in x's dtype.
 
     The capacity is that of all B * T tokens together, which are served in that order. Raises `NumericsError` for a
     router logit that is NaN.
     """
     x_TM = rearrange(x_BTM, "b t m -> (b t) m")
-    routing = route_tokens(x_TM, weights, config)
-    out_TM = _experts(x_TM, routing, weights, config, linear).to(x_TM.dtype)
+    routing = route(router_logits(x_TM, weights), config.router, weights.choice_bias_E)
+    feed = functools.partial(mlp, linear=linear)
+    out_TM = _experts(x_TM, routing, weights, config, feed).to(x_TM.dtype)
     if config.shared is not None and weights.shared is not None:
-        shared_TM = mlp(x_TM, weights.shared, config.shared, linear=linear)
+        shared_TM = feed(x_TM, weights.shared, config.shared)
         if weights.shared_gate is not None:
             shared_TM = torch.sigmoid(_wide(linear, x_TM, weights.shared_gate)).to(x_TM.dtype) * shared_TM
         out_TM = out_TM + shared_TM
     if config.residual is not None and weights.residual is not None and weights.coefficient is not None:
         mix_T2 = torch.softmax(_wide(linear, x_TM, weights.coefficient), -1).to(x_TM.dtype)
-        out_TM = mix_T2[:, :1] * out_TM + mix_T2[:, 1:] * mlp(x_TM, weights.residual, config.residual, linear=linear)
+        out_TM = mix_T2[:, :1] * out_TM + mix_T2[:, 1:] * feed(x_TM, weights.residual, config.residual)
     return rearrange(out_TM, "(b t) m -> b t m", b=x_BTM.shape[0])
 
 
-def route_tokens(x_TM: Tensor, weights: MoeWeights, config: MoeConfig) -> Routing:
-    """Return what the tokens choose: the router's product and all that follows in float32 or wider."""
-    wide = torch.promote_types(x_TM.dtype, torch.float32)
-    return route(plain_linear(x_TM.to(wide), weights.router), config.router, weights.choice_bias_E)
+def router_logits(x_TM: Tensor, weights: MoeWeights) -> Tensor:
+    """Return the logits [T, E] by which the tokens choose, in float32 or wider whatever x's dtype is."""
+    return _wide(plain_linear, x_TM, weights.router)
 
 
-def _experts(x_TM: Tensor, routing: Routing, weights: MoeWeights, config: MoeConfig, linear: Linear) -> Tensor:
+def _experts(x_TM: Tensor, routing: Routing, weights: MoeWeights, config: MoeConfig, feed: Feed) -> Tensor:
     """The weighted sum of what the chosen experts make of each token, in the weights' dtype."""
     expert_TK, weight_TK = routing
     served_TK = torch.ones_like(expert_TK, dtype=torch.bool)
@@ -61,9 +79,9 @@ def _experts(x_TM: Tensor, routing: Routing, weights: MoeWeights, config: MoeCon
         places = capacity(len(x_TM), config.router.experts, config.router.top_k, config.capacity)
         served_TK = slots(routing, config.router.experts, places, config.capacity.drop_order) != DROPPED
     out_TM = torch.zeros_like(x_TM, dtype=weight_TK.dtype)
-    for expert, each in enumerate(weights.experts):
+    for expert in range(config.router.experts):
         token_N, choice_N = ((expert_TK == expert) & served_TK).nonzero(as_tuple=True)
-        served_NM = mlp(x_TM[token_N], each, config.expert, linear=linear)
+        served_NM = feed(x_TM[token_N], weights.experts[expert], config.expert)
         out_TM[token_N] += weight_TK[token_N, choice_N, None] * served_NM.to(weight_TK.dtype)  # a token comes once
     return out_TM
 

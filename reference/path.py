@@ -213,8 +213,9 @@ class ReferencePath:
 
         return assemble(type(weights), {name: held(name, tensor) for name, tensor in tensors(weights)})
 
-    def _matrix(self, weight_NI: Tensor) -> Tensor:
-        return stored(weight_NI, self.storage, self._wide_dtype).to(self.device)
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """[N, I], or [E, N, I]: rows are quantized one by one, whichever expert they belong to."""
+        return stored(weight.flatten(0, -2), self.storage, self._wide_dtype).view(weight.shape).to(self.device)
 
     def _vector(self, vector: Tensor) -> Tensor:
         return vector.to(torch.float32).to(device=self.device, dtype=self._wide_dtype)

@@ -2,6 +2,7 @@
 
     logit[t] = router(x[t])                             float32 or wider, through the choice and the weights
     score[t] = softmax(logit[t]),  sigmoid(logit[t]),  or logit[t] where the softmax comes after the choice
+               (over the chosen; SparseMixer: for each choice over those near it)
     chosen[t] = the k largest of score[t] (+ choice bias), the lower index of equal ones first
     weight[t] = scale * score[t] of the chosen, divided by their sum where the recipe renormalizes
 
@@ -54,12 +55,30 @@ def route(logit_TE: Tensor, config: RouterConfig, choice_bias_E: Tensor | None =
     score_TE = _scores(logit_TE, config.score)
     ranking_TE = score_TE if choice_bias_E is None else score_TE + choice_bias_E.to(score_TE.dtype)
     expert_TK = _largest(_within_kept_groups(ranking_TE, config), config.top_k)
-    weight_TK = score_TE.gather(1, expert_TK)
+    return Routing(expert_TK, choice_weights(logit_TE, expert_TK, config))
+
+
+def choice_weights(logit_TE: Tensor, expert_TK: Tensor, config: RouterConfig) -> Tensor:
+    """Return how much each of the chosen experts counts, [T, K], whoever chose them."""
+    weight_TK = _scores(logit_TE, config.score).gather(1, expert_TK)
     if config.score is Score.SOFTMAX_OF_CHOSEN:
         weight_TK = torch.softmax(weight_TK, -1)
+    if config.score is Score.SPARSEMIXER and config.nearness is not None:
+        weight_TK = _among_near(logit_TE, expert_TK, config.nearness)
     if config.renormalize:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + _TINY)
-    return Routing(expert_TK, config.scale * weight_TK)
+    return config.scale * weight_TK
+
+
+def _among_near(logit_TE: Tensor, expert_TK: Tensor, nearness: float) -> Tensor:
+    """Weigh each choice among the experts not chosen before it whose logit is near its own (SparseMixer)."""
+    weights, left_TE = [], logit_TE
+    for chosen_T1 in expert_TK.T[..., None]:
+        best_T1 = logit_TE.gather(1, chosen_T1)
+        far_TE = best_T1 - logit_TE > nearness * torch.maximum(logit_TE.abs(), best_T1)
+        weights.append(torch.softmax(left_TE.masked_fill(far_TE, -torch.inf), -1).gather(1, chosen_T1))
+        left_TE = left_TE.scatter(1, chosen_T1, -torch.inf)
+    return torch.cat(weights, -1)
 
 
 def _scores(logit_TE: Tensor, kind: Score) -> Tensor:
@@ -68,7 +87,7 @@ def _scores(logit_TE: Tensor, kind: Score) -> Tensor:
             return torch.softmax(logit_TE, -1)
         case Score.SIGMOID:
             return torch.sigmoid(logit_TE)
-        case Score.SOFTMAX_OF_CHOSEN:
+        case Score.SOFTMAX_OF_CHOSEN | Score.SPARSEMIXER:
             return logit_TE
 
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .errors import ConfigError
+from .mlp import Activation as Activation
+from .mlp import MlpConfig as MlpConfig
+from .mlp import require, require_positive
+from .moe import MoeConfig
 
 
 class NormKind(StrEnum):
@@ -46,20 +50,6 @@ class Residual(StrEnum):
     """What attention read, through a norm of its own: x + attention(norm(x)) + mlp(norm'(x)), GPT-NeoX."""
     PARALLEL_SHARED_NORM = "parallel_shared_norm"
     """The same, one norm for both: GPT-J, Phi, Cohere, Falcon-7B."""
-
-
-class Activation(StrEnum):
-    """The non-linearity inside an MLP."""
-
-    GELU = "gelu"
-    """x * Phi(x), with the exact normal distribution function (erf)."""
-    GELU_TANH = "gelu_tanh"
-    """The tanh approximation of GELU, which GPT-2 was trained with. Not interchangeable with `GELU`."""
-    GELU_SIGMOID = "gelu_sigmoid"
-    """x * sigmoid(1.702 x), the sigmoid approximation of GELU, also called quick: CLIP."""
-    RELU = "relu"
-    SILU = "silu"
-    """x * sigmoid(x), also called swish."""
 
 
 class QkNormSpan(StrEnum):
@@ -128,7 +118,7 @@ class NormConfig:
     def __post_init__(self) -> None:
         if self.kind is NormKind.RMS:
             object.__setattr__(self, "bias", False)
-        _require(self.epsilon > 0, "NormConfig.epsilon", self.epsilon, "a positive number, such as 1e-5")
+        require(self.epsilon > 0, "NormConfig.epsilon", self.epsilon, "a positive number, such as 1e-5")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,13 +132,13 @@ class RotaryConfig:
     """Multiplies cos and sin, and so what rotates: YaRN, LongRoPE."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.attention_factor > 0,
             "RotaryConfig.attention_factor",
             self.attention_factor,
             "a positive number, usually 1",
         )
-        _require(self.size > 0 and self.size % 2 == 0, "RotaryConfig.size", self.size, "a positive even number")
+        require(self.size > 0 and self.size % 2 == 0, "RotaryConfig.size", self.size, "a positive even number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,26 +167,28 @@ class AttentionConfig:
     qk_norm: NormConfig | None = None
     """Queries and keys are normalized, before they rotate."""
     qk_norm_span: QkNormSpan = QkNormSpan.HEAD
+    sinks: bool = False
+    """Each head has one more score, its `AttentionWeights.sink_H`, in the softmax's denominator only: gpt-oss."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.causal or not self.alibi, "AttentionConfig.alibi", self.alibi, "false where attention is not causal"
         )
         for field in ("softcap", "qkv_clip"):
             value = getattr(self, field)
-            _require(value is None or value > 0, f"AttentionConfig.{field}", value, "a positive number, or None")
-        _require_positive(self, "heads", "kv_heads", "head_size")
-        _require(
+            require(value is None or value > 0, f"AttentionConfig.{field}", value, "a positive number, or None")
+        require_positive(self, "heads", "kv_heads", "head_size")
+        require(
             self.heads % self.kv_heads == 0,
             "AttentionConfig.kv_heads",
             self.kv_heads,
             f"a divisor of heads, which is {self.heads}",
         )
-        _require(self.scale > 0, "AttentionConfig.scale", self.scale, "a positive number, such as head_size ** -0.5")
+        require(self.scale > 0, "AttentionConfig.scale", self.scale, "a positive number, such as head_size ** -0.5")
         if self.window is not None:
-            _require(self.window > 0, "AttentionConfig.window", self.window, "at least 1, or None for no window")
+            require(self.window > 0, "AttentionConfig.window", self.window, "at least 1, or None for no window")
         if self.rotary is not None:
-            _require(
+            require(
                 self.rotary.size <= self.head_size,
                 "RotaryConfig.size",
                 self.rotary.size,
@@ -205,40 +197,33 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MlpConfig:
-    width: int
-    """Intermediate size, F."""
-    activation: Activation
-    gated: bool
-    """down(activation(gate(x)) * up(x)) if true, else down(activation(up(x)))."""
-    bias: bool = False
-    experts: int = 1
-    """How many such MLPs stand side by side behind a router; 1 is a plain dense MLP without a router."""
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "width", "experts")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerConfig:
     """One transformer layer; all of its norms are of one kind."""
 
     norm: NormConfig
     attention: AttentionConfig
-    mlp: MlpConfig
+    mlp: MlpConfig | MoeConfig
+    """A dense MLP, or a mixture of experts in its place."""
     norm_placement: NormPlacement = NormPlacement.PRE_NORM
     residual: Residual = Residual.SEQUENTIAL
     residual_scale: float = 1.0
     """Multiplies what attention and MLP add to the stream: Granite."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.residual is Residual.SEQUENTIAL or self.norm_placement is NormPlacement.PRE_NORM,
             "LayerConfig.norm_placement",
             self.norm_placement.value,
             f"pre_norm, where the residual is {self.residual.value}",
         )
-        _require(self.residual_scale > 0, "LayerConfig.residual_scale", self.residual_scale, "a positive number")
+        require(self.residual_scale > 0, "LayerConfig.residual_scale", self.residual_scale, "a positive number")
+
+    @property
+    def dense_mlp(self) -> MlpConfig:
+        """The MLP. Raises `ConfigError` where a mixture of experts is in its place."""
+        if isinstance(self.mlp, MoeConfig):
+            raise ConfigError(f"the layer has {self.mlp.router.experts} experts; here it must have one MLP")
+        return self.mlp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,23 +273,16 @@ class ModelConfig:
         return self.hidden if self.embedding_size is None else self.embedding_size
 
     def __post_init__(self) -> None:
-        _require_positive(self, "hidden", "vocabulary", "context", "table_width")
-        _require(self.token_types >= 0, "ModelConfig.token_types", self.token_types, "at least 0")
+        require_positive(self, "hidden", "vocabulary", "context", "table_width")
+        require(self.token_types >= 0, "ModelConfig.token_types", self.token_types, "at least 0")
         for field in ("embedding_scale", "logit_scale"):
-            _require(getattr(self, field) > 0, f"ModelConfig.{field}", getattr(self, field), "a positive number")
+            require(getattr(self, field) > 0, f"ModelConfig.{field}", getattr(self, field), "a positive number")
         cap = self.logit_softcap
-        _require(cap is None or cap > 0, "ModelConfig.logit_softcap", cap, "a positive number, or None")
+        require(cap is None or cap > 0, "ModelConfig.logit_softcap", cap, "a positive number, or None")
         headless = self.head is Head.NONE
-        _require(not (headless and self.head_bias), "ModelConfig.head_bias", self.head_bias, "false without a head")
-        _require(len(self.layers) > 0, "ModelConfig.layers", self.layers, "at least one layer")
-
-
-def _require_positive(config: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(value > 0, f"{type(config).__name__}.{field}", value, "at least 1")
-
-
-def _require(holds: bool, field: str, value: object, right: str) -> None:
-    if not holds:
-        raise ConfigError(f"{field} is {value!r}; it must be {right}")
+        require(not (headless and self.head_bias), "ModelConfig.head_bias", self.head_bias, "false without a head")
+        require(len(self.layers) > 0, "ModelConfig.layers", self.layers, "at least one layer")
+        for index, layer in enumerate(self.layers):
+            capacity = layer.mlp.capacity if isinstance(layer.mlp, MoeConfig) else None
+            right = "None inside a model, where a token's result must not depend on what else is computed with it"
+            require(capacity is None, f"MoeConfig.capacity of layer {index}", capacity, right)

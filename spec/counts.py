@@ -23,9 +23,10 @@ class Component(StrEnum):
     """Token table with its projection, and the tables of learned positions and token types."""
     ATTENTION = "attention"
     MLP = "mlp"
-    """Dense MLPs: those of layers without a router."""
+    """MLPs that serve every token: dense ones, and those beside experts."""
     EXPERTS = "experts"
     ROUTER = "router"
+    """Routers with their biases, and what weighs the MLPs beside experts."""
     NORMS = "norms"
     """Of layers, of queries and keys, of the embedding, and the final one."""
     HEAD = "head"
@@ -90,17 +91,16 @@ def cache_bytes_per_token(config: ModelConfig, element: int = FLOAT32_BYTES) -> 
     return sum(2 * layer.attention.kv_heads * layer.attention.head_size * element for layer in config.layers)
 
 
+_OF_MIXTURE = {
+    "experts": Component.EXPERTS,
+    **dict.fromkeys(("router", "choice_bias_E", "shared_gate", "coefficient"), Component.ROUTER),
+}
+
+
 def _parts(config: ModelConfig) -> Iterator[tuple[Component, Count]]:
     yield from _counted(embedding_shapes(config), Component.EMBEDDING)
     for layer in config.layers:
-        experts = layer.mlp.experts
-        for component, part in _counted(layer_shapes(layer, config.hidden), Component.MLP):
-            if component is Component.MLP and experts > 1:
-                yield Component.EXPERTS, experts * part
-            else:
-                yield component, part
-        if experts > 1:
-            yield Component.ROUTER, Count(float32=config.hidden * experts)
+        yield from _counted(layer_shapes(layer, config.hidden), Component.MLP)
     yield from _counted(head_shapes(config), Component.HEAD)
 
 
@@ -109,11 +109,14 @@ def _counted(shapes: Shapes, other: Component) -> Iterator[tuple[Component, Coun
     for name, shape in trained(shapes).items():
         parts = name.split(".")
         component = Component.ATTENTION if parts[0] == "attention" else other
+        if parts[0] == "mlp":
+            component = _OF_MIXTURE.get(parts[1], other)
         yield Component.NORMS if any(part.endswith("norm") for part in parts) else component, _of_tensor(name, shape)
 
 
 def _of_tensor(name: str, shape: tuple[int, ...]) -> Count:
     if not is_matrix(name):
         return Count(float32=math.prod(shape))
-    rows, inputs = shape
+    *stack, inputs = shape
+    rows = math.prod(stack)
     return Count(matrix=rows * inputs, rows=rows, groups=rows * -(-inputs // INT4_GROUP))

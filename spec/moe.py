@@ -11,19 +11,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 
-from .config import MlpConfig
 from .errors import ConfigError
-
-
-def _at_least_one(config: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(value > 0, f"{type(config).__name__}.{field}", value, "at least 1")
-
-
-def _require(holds: bool, field: str, value: object, right: str) -> None:
-    if not holds:
-        raise ConfigError(f"{field} is {value!r}; it must be {right}")
+from .mlp import MlpConfig, require, require_positive
 
 
 class Score(StrEnum):
@@ -35,6 +24,9 @@ class Score(StrEnum):
     """The choice by the logits, then softmax over the chosen only: Mixtral, gpt-oss."""
     SIGMOID = "sigmoid"
     """Each expert's own sigmoid; scores of one token need not sum to 1: DeepSeek-V3, GLM-4 MoE."""
+    SPARSEMIXER = "sparsemixer"
+    """One choice after the other; a choice's weight is its softmax among the experts not chosen before whose logit is
+    near the best: Phi-3.5-MoE (arXiv 2409.12136)."""
 
 
 class DropOrder(StrEnum):
@@ -63,35 +55,43 @@ class RouterConfig:
     """Whether the router's linear map has a bias: gpt-oss."""
     choice_bias: bool = False
     """Whether a bias for each expert is added to the scores for the choice only, never to the weights: DeepSeek-V3."""
+    nearness: float | None = None
+    """SPARSEMIXER: experts count whose logit lies at most nearness * max(|logit|, best) below the best; 0.02 in Phi."""
     groups: int = 1
     """Groups of E / groups neighboring experts each."""
     kept_groups: int = 1
     """Groups that a token may choose from: those with the largest sum of their two best scores (DeepSeek-V3)."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "experts", "top_k", "groups", "kept_groups")
-        _require(self.scale > 0, "RouterConfig.scale", self.scale, "a positive number, usually 1")
-        _require(
+        require_positive(self, "experts", "top_k", "groups", "kept_groups")
+        require(self.scale > 0, "RouterConfig.scale", self.scale, "a positive number, usually 1")
+        require(
             self.experts % self.groups == 0,
             "RouterConfig.groups",
             self.groups,
             f"a divisor of experts, which is {self.experts}",
         )
-        _require(
+        require(
             self.kept_groups <= self.groups,
             "RouterConfig.kept_groups",
             self.kept_groups,
             f"at most groups, which is {self.groups}",
         )
+        require(
+            (self.nearness is not None and self.nearness > 0) == (self.score is Score.SPARSEMIXER),
+            "RouterConfig.nearness",
+            self.nearness,
+            "a positive number where the score is sparsemixer, and None elsewhere",
+        )
         choosable = self.experts // self.groups * self.kept_groups
-        _require(
+        require(
             self.top_k <= choosable,
             "RouterConfig.top_k",
             self.top_k,
             f"at most the experts that a token may choose from, which are {choosable}",
         )
-        _require(
-            not (self.choice_bias and self.score is Score.SOFTMAX_OF_CHOSEN),
+        require(
+            not (self.choice_bias and self.score in (Score.SOFTMAX_OF_CHOSEN, Score.SPARSEMIXER)),
             "RouterConfig.choice_bias",
             self.choice_bias,
             "false where scores exist only after the choice",
@@ -108,8 +108,8 @@ class CapacityConfig:
     drop_order: DropOrder = DropOrder.FIRST_COME
 
     def __post_init__(self) -> None:
-        _require(self.factor > 0, "CapacityConfig.factor", self.factor, "a positive number, such as 1.25")
-        _at_least_one(self, "minimum")
+        require(self.factor > 0, "CapacityConfig.factor", self.factor, "a positive number, such as 1.25")
+        require_positive(self, "minimum")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,13 +129,13 @@ class MoeConfig:
     """An MLP mixed with the experts by a learned softmax of two: residual MoE (arXiv 2201.05596, section 4.1)."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.shared is not None or not self.shared_gate,
             "MoeConfig.shared_gate",
             self.shared_gate,
             "false without a shared MLP",
         )
-        _require(
+        require(
             self.shared is None or self.residual is None,
             "MoeConfig.residual",
             self.residual,
@@ -154,6 +154,7 @@ ROUTERS: Mapping[str, RouterConfig] = MappingProxyType(
         "qwen2-moe": _TOP_2,
         "qwen3-moe": replace(_TOP_2, renormalize=True),
         "olmoe": _TOP_2,
+        "phimoe": replace(_TOP_2, score=Score.SPARSEMIXER, nearness=0.02),
         "deepseek-v3": replace(_TOP_2, score=Score.SIGMOID, renormalize=True, choice_bias=True),
         "gpt-oss": replace(_TOP_2, score=Score.SOFTMAX_OF_CHOSEN, logit_bias=True),
     }

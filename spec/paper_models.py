@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from .config import Activation, AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormKind
 from .errors import RequestError
+from .moe import MoeConfig, router
 
 EXPERTS = 128
 VOCABULARY = 50257
@@ -53,6 +54,7 @@ def _sparse(billions: float, *, hidden: int, layers: int) -> PaperModel:
 
 def _layer(hidden: int, heads: int, *, experts: int) -> LayerConfig:
     head_size = hidden // heads
+    mlp = MlpConfig(width=4 * hidden, activation=Activation.GELU_TANH, gated=False, bias=True)
     return LayerConfig(
         norm=_NORM,
         attention=AttentionConfig(
@@ -63,7 +65,7 @@ def _layer(hidden: int, heads: int, *, experts: int) -> LayerConfig:
             qkv_bias=True,
             output_bias=True,
         ),
-        mlp=MlpConfig(width=4 * hidden, activation=Activation.GELU_TANH, gated=False, bias=True, experts=experts),
+        mlp=mlp if experts == 1 else MoeConfig(router=router("switch", experts=experts, top_k=1), expert=mlp),
     )
 
 

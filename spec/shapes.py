@@ -4,24 +4,27 @@ The one place that says so. Weights are checked against it, files are checked ag
 read, random weights are drawn by it, and models too large for this machine are counted by it.
 
 Shapes: M hidden, W table width, H query heads, K key/value heads, D head size, J = rotary size / 2, F intermediate,
-V vocabulary, P positions, Y token types.
+V vocabulary, P positions, Y token types, E experts.
 """
 
 from .config import AttentionConfig, Head, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormPlacement, Residual
+from .moe import MoeConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
-_MATRICES = ("weight_NI", "token_VW")
+_MATRICES = ("weight_NI", "weight_ENI", "token_VW")
+_FLOAT32 = ("router", "shared_gate", "coefficient")
 _BUFFERS = ("rotary_frequency_J", "alibi_slope_H")
 
 
 def is_matrix(name: str) -> bool:
     """Whether the tensor of that name is kept in the chosen `Storage`; all others stay float32.
 
-    >>> is_matrix("attention.query.weight_NI"), is_matrix("attention.query.bias_N")
-    (True, False)
+    >>> is_matrix("attention.query.weight_NI"), is_matrix("attention.query.bias_N"), is_matrix("mlp.router.weight_NI")
+    (True, False, False)
     """
-    return name.rpartition(".")[2] in _MATRICES
+    *_, part, tensor = ("", *name.split("."))
+    return tensor in _MATRICES and part not in _FLOAT32
 
 
 def is_buffer(name: str) -> bool:
@@ -48,8 +51,8 @@ def embedding_shapes(config: ModelConfig) -> Shapes:
 
 
 def layer_shapes(config: LayerConfig, hidden: int) -> Shapes:
-    """One layer; of a mixture of experts, one expert."""
-    shapes = {**_attention(config.attention, hidden), **_mlp(config.mlp, hidden)}
+    mlp = _moe(config.mlp, hidden) if isinstance(config.mlp, MoeConfig) else _mlp("mlp", config.mlp, hidden)
+    shapes = {**_attention(config.attention, hidden), **mlp}
     for name in _layer_norms(config):
         shapes |= _norm(name, config.norm, hidden)
     return shapes
@@ -91,19 +94,38 @@ def _attention(config: AttentionConfig, hidden: int) -> Shapes:
         shapes["attention.rotary_frequency_J"] = (config.rotary.size // 2,)
     if config.alibi:
         shapes["attention.alibi_slope_H"] = (config.heads,)
+    if config.sinks:
+        shapes["attention.sink_H"] = (config.heads,)
     if config.qk_norm is not None:
         shapes |= _norm("attention.query_norm", config.qk_norm, query_width)
         shapes |= _norm("attention.key_norm", config.qk_norm, kv_width)
     return shapes
 
 
-def _mlp(config: MlpConfig, hidden: int) -> Shapes:
+def _mlp(name: str, config: MlpConfig, hidden: int) -> Shapes:
     shapes = {
-        **_linear("mlp.up", config.width, hidden, config.bias),
-        **_linear("mlp.down", hidden, config.width, config.bias),
+        **_linear(f"{name}.up", config.width, hidden, config.bias),
+        **_linear(f"{name}.down", hidden, config.width, config.bias),
     }
     if config.gated:
-        shapes |= _linear("mlp.gate", config.width, hidden, config.bias)
+        shapes |= _linear(f"{name}.gate", config.width, hidden, config.bias)
+    return shapes
+
+
+def _moe(config: MoeConfig, hidden: int) -> Shapes:
+    experts = config.router.experts
+    shapes = _linear("mlp.router", experts, hidden, config.router.logit_bias)
+    if config.router.choice_bias:
+        shapes["mlp.choice_bias_E"] = (experts,)
+    for name, shape in _mlp("mlp.experts", config.expert, hidden).items():
+        shapes[f"{name.rpartition('_')[0]}_E{name.rpartition('_')[2]}"] = (experts, *shape)
+    if config.shared is not None:
+        shapes |= _mlp("mlp.shared", config.shared, hidden)
+    if config.shared_gate:
+        shapes |= _linear("mlp.shared_gate", 1, hidden, bias=False)
+    if config.residual is not None:
+        shapes |= _mlp("mlp.residual", config.residual, hidden)
+        shapes |= _linear("mlp.coefficient", 2, hidden, bias=True)
     return shapes
 
 

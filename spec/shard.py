@@ -3,9 +3,13 @@
 Tensor slicing as in Megatron-LM (Shoeybi et al. 2019, section 3; the paper's section IV-A): the matrices that read the
 hidden vector are cut by rows, those that write it by columns, so a layer needs two all-reduces and nothing else.
 
-    rows       query, key, value, gate and up, with biases; gains of queries and keys; ALiBi slopes; token table; head
+    rows       query, key, value, gate and up, with biases; gains of queries and keys; ALiBi slopes; sinks; token table;
+               head
     columns    attention output and down; their biases belong to rank 0 and are absent elsewhere
-    whole      norms, positions, token types, rotary frequencies, projections to and from the token table's width
+    whole      norms, positions, token types, rotary frequencies, projections to and from the token table's width;
+               routers and what weighs the MLPs beside experts
+
+Of a mixture of experts each rank holds its rows or columns of every expert (the paper's expert slicing).
 
 Heads stay whole, and every query head stays with the key/value head that it reads. Where there are more ranks than
 key/value heads, ranks that share a head all hold it. Example: 8 query heads over 2 key/value heads of 16 elements, an
@@ -23,16 +27,20 @@ from dataclasses import dataclass, replace
 
 from .config import INT4_GROUP, LayerConfig, ModelConfig, Storage
 from .errors import RequestError
+from .mlp import MlpConfig
+from .moe import MoeConfig
 from .shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
 
 Slices = dict[str, tuple[slice | None, ...]]
 """For each tensor that a rank holds, what it holds of each dimension; None is all of it."""
 
+_BESIDE = ("experts", "shared", "residual")
 _LAYER_ROWS = (
     *("attention.query.", "attention.key.", "attention.value.", "mlp.gate.", "mlp.up."),
-    *("attention.query_norm.", "attention.key_norm.", "attention.alibi_slope_H"),
+    *("attention.query_norm.", "attention.key_norm.", "attention.alibi_slope_H", "attention.sink_H"),
+    *(f"mlp.{part}.{matrix}." for part in _BESIDE for matrix in ("gate", "up")),
 )
-_LAYER_COLUMNS = ("attention.output.", "mlp.down.")
+_LAYER_COLUMNS = ("attention.output.", "mlp.down.", *(f"mlp.{part}.down." for part in _BESIDE))
 _OF_KV_HEADS = ("attention.key.", "attention.value.", "attention.key_norm.")
 _EMBEDDING_ROWS = ("token_VW",)
 _HEAD_ROWS = ("projection.", "bias_V")
@@ -108,7 +116,24 @@ def local_layer(layer: LayerConfig, ranks: int) -> LayerConfig:
         heads=layer.attention.heads // ranks,
         kv_heads=max(1, layer.attention.kv_heads // ranks),
     )
-    return replace(layer, attention=attention, mlp=replace(layer.mlp, width=layer.mlp.width // ranks))
+    return replace(layer, attention=attention, mlp=_local_mlp(layer.mlp, ranks))
+
+
+def _local_mlp(config: MlpConfig | MoeConfig, ranks: int) -> MlpConfig | MoeConfig:
+    if isinstance(config, MlpConfig):
+        return replace(config, width=config.width // ranks)
+    parts = {part: getattr(config, part) for part in ("expert", "shared", "residual")}
+    return replace(
+        config, **{part: replace(mlp, width=mlp.width // ranks) for part, mlp in parts.items() if mlp is not None}
+    )
+
+
+def _widths(config: MlpConfig | MoeConfig) -> dict[str, int]:
+    """Return the width of each MLP of a layer, by what it is called."""
+    if isinstance(config, MlpConfig):
+        return {"an MLP": config.width}
+    mlps = {"experts": config.expert, "a shared MLP": config.shared, "a residual MLP": config.residual}
+    return {name: mlp.width for name, mlp in mlps.items() if mlp is not None}
 
 
 def degrees(config: ModelConfig, storage: Storage | None = None) -> tuple[int, ...]:
@@ -139,14 +164,16 @@ def check_ranks(config: ModelConfig, ranks: int, storage: Storage | None = None)
 def _refusal(config: ModelConfig, ranks: int, storage: Storage | None) -> str | None:
     """Say why that number of ranks cannot share the model; None if it can."""
     for index, layer in enumerate(config.layers):
-        heads, kv_heads, width = layer.attention.heads, layer.attention.kv_heads, layer.mlp.width
+        heads, kv_heads, widths = layer.attention.heads, layer.attention.kv_heads, _widths(layer.mlp)
         if heads % ranks:
             return f"layer {index} has {heads} query heads, which do not divide by it"
         if kv_heads % ranks and ranks % kv_heads:
             return f"layer {index} has {kv_heads} key/value heads, which neither divide by it nor it by them"
-        if width % ranks:
-            return f"layer {index} has an MLP of width {width}, which does not divide by it"
-        columns = {"attention output": heads * layer.attention.head_size, "down": width}
+        for name, width in widths.items():
+            if width % ranks:
+                return f"layer {index} has {name} of width {width}, which does not divide by it"
+        down = {"down" if name == "an MLP" else f"down of {name}": width for name, width in widths.items()}
+        columns = {"attention output": heads * layer.attention.head_size, **down}
         for name, size in columns.items():
             if storage is Storage.INT4 and ranks > 1 and size // ranks % INT4_GROUP:
                 return (
@@ -165,13 +192,14 @@ def _slices(
     held: Slices = {}
     for name, shape in shapes.items():
         whole: tuple[slice | None, ...] = (None,) * len(shape)
+        stack = whole[: name.startswith("mlp.experts.")]  # an expert's rows and columns come after the experts
         if name.startswith(by_rows):
-            rows = _piece(shape[0], _among(shard, kv_heads) if name.startswith(_OF_KV_HEADS) else shard)
-            held[name] = rows, *whole[1:]
+            rows = _piece(shape[len(stack)], _among(shard, kv_heads) if name.startswith(_OF_KV_HEADS) else shard)
+            held[name] = (*stack, rows, *whole[len(stack) + 1 :])
         elif not name.startswith(by_columns):
             held[name] = whole
-        elif len(shape) == 2:
-            held[name] = None, _piece(shape[1], shard)
+        elif len(shape) == len(stack) + 2:
+            held[name] = *whole[:-1], _piece(shape[-1], shard)
         elif shard.rank == 0:  # the bias of a matrix cut by columns is added once
             held[name] = whole
     return held

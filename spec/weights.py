@@ -4,11 +4,12 @@ All are pytrees (`torch.utils._pytree` maps over them) and compare by identity; 
 Linear weights are stored [outputs, inputs]: y = x @ weight.T + bias.
 
 Shapes: M hidden, W width of the token table, H query heads, K key/value heads, D head size, F intermediate,
-V vocabulary, P positions, Y token types, J = rotary size / 2, N outputs and I inputs of a linear.
+V vocabulary, P positions, Y token types, J = rotary size / 2, N outputs and I inputs of a linear, E experts.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from types import NoneType
 from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
@@ -55,6 +56,8 @@ class AttentionWeights:
     """Gain [H * D], where all heads share one of [D] repeated for each; None where queries are not normalized."""
     key_norm: NormWeights | None = None
     """Gain [K * D]."""
+    sink_H: Tensor | None = None
+    """A score of each head that is no key's; None without sinks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,11 +71,40 @@ class MlpWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StackedLinearWeights:
+    """One linear for each expert."""
+
+    weight_ENI: Tensor
+    bias_EN: Tensor | None = None
+
+    def __getitem__(self, expert: int) -> LinearWeights:
+        """Return one expert's, as views."""
+        bias_N = None if self.bias_EN is None else self.bias_EN[expert]
+        return LinearWeights(weight_NI=self.weight_ENI[expert], bias_N=bias_N)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertWeights:
+    up: StackedLinearWeights
+    """[E, F, M]."""
+    down: StackedLinearWeights
+    """[E, M, F]."""
+    gate: StackedLinearWeights | None = None
+    """[E, F, M]; None where the experts are not gated."""
+
+    def __getitem__(self, expert: int) -> MlpWeights:
+        """Return one expert's, as views."""
+        gate = None if self.gate is None else self.gate[expert]
+        return MlpWeights(up=self.up[expert], down=self.down[expert], gate=gate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MoeWeights:
+    """Maps of a token to one number, or one an expert, stay float32 in every storage: router, gate, coefficient."""
+
     router: LinearWeights
     """[E, M]."""
-    experts: tuple[MlpWeights, ...]
-    """E of them."""
+    experts: ExpertWeights
     choice_bias_E: Tensor | None = None
     """Added to the scores for the choice only."""
     shared: MlpWeights | None = None
@@ -92,12 +124,19 @@ class LayerWeights:
     """
 
     attention: AttentionWeights
-    mlp: MlpWeights
+    mlp: MlpWeights | MoeWeights
     attention_norm: NormWeights | None = None
     """Of both inputs where they share one."""
     mlp_norm: NormWeights | None = None
     attention_output_norm: NormWeights | None = None
     mlp_output_norm: NormWeights | None = None
+
+    @property
+    def dense_mlp(self) -> MlpWeights:
+        """The MLP's. Raises `WeightError` where a mixture of experts is in its place."""
+        if isinstance(self.mlp, MoeWeights):
+            raise WeightError(f"the layer has {len(self.mlp.router.weight_NI)} experts; here it must have one MLP")
+        return self.mlp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,6 +165,8 @@ for _kind in (
     NormWeights,
     AttentionWeights,
     MlpWeights,
+    StackedLinearWeights,
+    ExpertWeights,
     MoeWeights,
     LayerWeights,
     EmbeddingWeights,
@@ -168,10 +209,6 @@ def validate_embedding(weights: EmbeddingWeights, config: ModelConfig, shard: Sh
 
 def validate_layer(weights: LayerWeights, config: ModelConfig, index: int, shard: Shard | None = None) -> None:
     layer = config.layers[index]
-    if layer.mlp.experts != 1:
-        raise WeightError(
-            f"layer {index} mlp has {layer.mlp.experts} experts; weights of dense MLPs alone are known, so it must be 1"
-        )
     shapes = layer_shapes(layer, config.hidden)
     _check(weights, sliced_shapes(shapes, layer_slices(config, index, shard)) if shard else shapes, f"layer {index}")
 
@@ -209,9 +246,10 @@ def assemble(kind: type[Part], named: Mapping[str, Tensor]) -> Part:
 def _assembled(kind: type[Part], named: dict[str, Tensor], prefix: str) -> tuple[Part, dict[str, Tensor]]:
     """The part whose tensors' names begin with the prefix, and the tensors that it did not take."""
     values: dict[str, Any] = {}
-    for field, wanted in get_type_hints(kind).items():
+    plain: type = kind
+    for field, wanted in _hints(plain).items():
         name = f"{prefix}{field}"
-        inner = next(each for each in (get_args(wanted) or (wanted,)) if each is not NoneType)
+        inner = _kind_named(field, wanted, named, name)
         if inner is Tensor and name in named:
             values[field] = named.pop(name)
         elif inner is not Tensor and any(each.startswith(f"{name}.") for each in named):
@@ -221,8 +259,21 @@ def _assembled(kind: type[Part], named: dict[str, Tensor], prefix: str) -> tuple
     return kind(**values), named
 
 
+def _kind_named(field: str, wanted: Any, named: Mapping[str, Tensor], name: str) -> Any:
+    """Return the kind that the field holds: of several, the first with all that the tensors' names speak of."""
+    kinds = [each for each in (get_args(wanted) or (wanted,)) if each is not NoneType]
+    spoken = {each.removeprefix(f"{name}.").partition(".")[0] for each in named if each.startswith(f"{name}.")}
+    return next((kind for kind in kinds if len(kinds) == 1 or spoken <= _hints(kind).keys()), kinds[0])
+
+
 def _field_names(kind: type) -> str:
-    return ", ".join(get_type_hints(kind))
+    return ", ".join(_hints(kind))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The type of each field; resolving names takes longer than filling them."""
+    return get_type_hints(kind)
 
 
 def _check(weights: Any, shapes: Shapes, where: str) -> None:

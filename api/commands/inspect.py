@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from twinfer.spec.config import Head, LayerConfig, ModelConfig, NormPlacement, Residual, Storage
+from twinfer.spec.config import Head, LayerConfig, MlpConfig, ModelConfig, NormPlacement, Residual, Storage
 from twinfer.spec.counts import Count, cache_bytes_per_token, count, total
+from twinfer.spec.moe import MoeConfig
 from twinfer.spec.paper_models import PAPER_MODELS
 
 from .console import print_json, print_table, waiting
@@ -125,11 +126,29 @@ def describe_layer(layer: LayerConfig) -> str:
         words.append(f"window {attention.window}")
     if layer.residual is not Residual.SEQUENTIAL:
         words.append("attention beside MLP")
-    gated = "gated " if mlp.gated else ""
-    words.append(
-        f"{f'{mlp.experts} experts, each a ' if mlp.experts > 1 else ''}{gated}{mlp.activation} MLP of {mlp.width}"
-    )
+    if attention.sinks:
+        words.append("sinks")
+    words += _describe_mixture(mlp) if isinstance(mlp, MoeConfig) else [_describe_mlp(mlp)]
     return ", ".join(words)
+
+
+def _describe_mixture(config: MoeConfig) -> list[str]:
+    router = config.router
+    each = _describe_mlp(config.expert)
+    words = [f"{router.experts} experts, each a {each}", f"top-{router.top_k} by {router.score}"]
+    if router.renormalize:
+        words.append("renormalized")
+    if router.groups > 1:
+        words.append(f"{router.kept_groups} of {router.groups} groups")
+    if config.shared is not None:
+        words.append(f"beside a shared {_describe_mlp(config.shared)}")
+    if config.residual is not None:
+        words.append(f"mixed with a {_describe_mlp(config.residual)}")
+    return words
+
+
+def _describe_mlp(config: MlpConfig) -> str:
+    return f"{'gated ' if config.gated else ''}{config.activation} MLP of {config.width}"
 
 
 def _config(model: str) -> ModelConfig:

@@ -119,7 +119,7 @@ def transformers_llama(source: WeightSource) -> Any:
     config = source.config
     check_llama_like(config)
     library: Any = import_module("transformers")
-    attention, mlp = config.layers[0].attention, config.layers[0].mlp
+    attention, mlp = config.layers[0].attention, config.layers[0].dense_mlp
     frequency_J = _frequencies(source)
     base = rotary_base(frequency_J) or _USUAL_BASE
     model: Any
@@ -157,7 +157,7 @@ def write_gguf(source: WeightSource, path: Path) -> None:
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.hidden)
     writer.add_block_count(len(config.layers))
-    writer.add_feed_forward_length(config.layers[0].mlp.width)
+    writer.add_feed_forward_length(config.layers[0].dense_mlp.width)
     writer.add_head_count(attention.heads)
     writer.add_head_count_kv(attention.kv_heads)
     writer.add_key_length(attention.head_size)

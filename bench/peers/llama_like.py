@@ -59,7 +59,7 @@ def _llama_like(config: ModelConfig) -> ModelConfig:
             scale=head_size**-0.5,
             rotary=RotaryConfig(layout=RotaryLayout.HALF_SPLIT, size=head_size),
         ),
-        mlp=MlpConfig(width=first.mlp.width, activation=Activation.SILU, gated=True),
+        mlp=MlpConfig(width=first.dense_mlp.width, activation=Activation.SILU, gated=True),
     )
     return ModelConfig(
         family=config.family,

@@ -55,23 +55,26 @@ def layout(shapes: Shapes, storage: Storage) -> dict[str, tuple[str, tuple[int, 
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if is_matrix(name):
-            expected |= _matrix_layout(name, shape[0], shape[1], storage)
+            expected |= _matrix_layout(name, shape[:-1], shape[-1], storage)
         else:
             expected[name] = "F64" if is_buffer(name) else "F32", shape
     return expected
 
 
-def _matrix_layout(name: str, rows: int, inputs: int, storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _matrix_layout(
+    name: str, rows: tuple[int, ...], inputs: int, storage: Storage
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Lay out a matrix, or one for each expert: rows are (N,) or (E, N)."""
     match storage:
         case Storage.FLOAT32:
-            return {name: ("F32", (rows, inputs))}
+            return {name: ("F32", (*rows, inputs))}
         case Storage.BFLOAT16:
-            return {name: ("BF16", (rows, inputs))}
+            return {name: ("BF16", (*rows, inputs))}
         case Storage.INT8:
-            return {name: ("I8", (rows, inputs)), name + ABSMAX: ("F32", (rows,))}
+            return {name: ("I8", (*rows, inputs)), name + ABSMAX: ("F32", rows)}
         case Storage.INT4:
-            of_groups = "F32", (rows, -(-inputs // INT4_GROUP))
-            return {name: ("U8", (rows, -(-inputs // 2))), name + MIN: of_groups, name + MAX: of_groups}
+            of_groups = "F32", (*rows, -(-inputs // INT4_GROUP))
+            return {name: ("U8", (*rows, -(-inputs // 2))), name + MIN: of_groups, name + MAX: of_groups}
 
 
 def layout_slices(slices: Slices, storage: Storage) -> dict[str, tuple[slice, ...]]:
@@ -87,11 +90,11 @@ def layout_slices(slices: Slices, storage: Storage) -> dict[str, tuple[slice, ..
     for name, each in slices.items():
         cuts[name] = index_of(each)
         if is_matrix(name) and storage is Storage.INT8:
-            cuts[name + ABSMAX] = cuts[name][:1]
+            cuts[name + ABSMAX] = cuts[name][:-1]
         elif is_matrix(name) and storage is Storage.INT4:
-            rows, columns = cuts[name]
-            cuts[name] = rows, _coarser(columns, 2)
-            cuts[name + MIN] = cuts[name + MAX] = rows, _coarser(columns, INT4_GROUP)
+            *rows, columns = cuts[name]
+            cuts[name] = *rows, _coarser(columns, 2)
+            cuts[name + MIN] = cuts[name + MAX] = *rows, _coarser(columns, INT4_GROUP)
     return cuts
 
 
@@ -112,11 +115,16 @@ def encode(name: str, tensor: Tensor, storage: Storage, quantizers: Quantizers) 
         case Storage.BFLOAT16:
             return {name: tensor.to(torch.bfloat16)}
         case Storage.INT8:
-            of_rows = encoded_rows(tensor.to(torch.float32), quantizers.rows, name)
-            return dict(zip((name, name + ABSMAX), of_rows, strict=True))
+            of_rows = encoded_rows(tensor.to(torch.float32).flatten(0, -2), quantizers.rows, name)
+            return _stacked(dict(zip((name, name + ABSMAX), of_rows, strict=True)), tensor.shape[:-1])
         case Storage.INT4:
-            of_groups = encoded_groups(tensor.to(torch.float32), quantizers.groups, name)
-            return dict(zip((name, name + MIN, name + MAX), of_groups, strict=True))
+            of_groups = encoded_groups(tensor.to(torch.float32).flatten(0, -2), quantizers.groups, name)
+            return _stacked(dict(zip((name, name + MIN, name + MAX), of_groups, strict=True)), tensor.shape[:-1])
+
+
+def _stacked(encoded: dict[str, Tensor], rows: torch.Size) -> dict[str, Tensor]:
+    """Return what was encoded row by row with the rows' own dimensions: those of an expert may be stacked."""
+    return {name: tensor.view(*rows, *tensor.shape[1:]) for name, tensor in encoded.items()}
 
 
 def decode(found: dict[str, Tensor], shapes: Shapes, storage: Storage) -> dict[str, Tensor]:
@@ -124,9 +132,11 @@ def decode(found: dict[str, Tensor], shapes: Shapes, storage: Storage) -> dict[s
     weights = {}
     for name, shape in shapes.items():
         if is_matrix(name) and storage is Storage.INT8:
-            weights[name] = dequantized(found[name], found[name + ABSMAX])
+            of_rows = dequantized(found[name].flatten(0, -2), found[name + ABSMAX].flatten())
+            weights[name] = of_rows.view(shape)
         elif is_matrix(name) and storage is Storage.INT4:
-            weights[name] = dequantized_groups(found[name], found[name + MIN], found[name + MAX], shape[1])
+            byte_NW, min_NG, max_NG = (found[each].flatten(0, -2) for each in (name, name + MIN, name + MAX))
+            weights[name] = dequantized_groups(byte_NW, min_NG, max_NG, shape[-1]).view(shape)
         else:
             weights[name] = found[name]
     return weights

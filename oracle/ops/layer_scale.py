@@ -1,20 +1,23 @@
-"""The sizes of what is rounded on the way through a layer and through its attention, to first order.
+"""The sizes of what is rounded on the way through a layer: the reference's own layer, run on values that carry them.
 
-A right implementation may round to the activations' dtype what the reference stores in it, and attention's weights.
+The layer's order of parts is the reference's: its `Components` are swapped for functions that bound what they round,
+and what stands between them (sums, factors, rearrangements) is bounded as torch is called. A right implementation may
+round to the activations' dtype what the reference stores in it: each result of a part counts where the next reads it.
 
-Shapes: B batch, T new tokens, S tokens before them, M hidden, H query heads, K key/value heads, D head size, F
-intermediate, J rotating pairs.
+Shapes: B batch, T new tokens, M hidden, H query heads, K key/value heads, D head size.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from ...reference import attention as attention_file
-from ...reference.cache import KVCache, append
-from ...reference.positions import alibi
-from ...spec.config import AttentionConfig, NormPlacement, QkNormSpan, Residual
-from ...spec.weights import AttentionWeights, LayerWeights, LinearWeights, NormWeights
+from ...reference.cache import KVCache
+from ...reference.components import Components
+from ...reference.layer import layer, self_attention
+from ...spec.config import MlpConfig, NormConfig, RotaryLayout
+from ...spec.weights import LinearWeights, MlpWeights, NormWeights
 from ..budget import Sizes
 from ..case import Inputs
 from ..scale import Known, attention_known, exactly, linear_known, norm_known, sum_known
@@ -22,104 +25,135 @@ from .mlp import mlp_known
 from .positions import rotate_known
 
 
-def self_attention_known(
-    x_BTM: Known, weights: AttentionWeights, config: AttentionConfig, cache: KVCache
-) -> tuple[Known, Known, Known]:
-    """The output, and the keys and values of the grown cache."""
-    position_S = torch.arange(cache.length + x_BTM.value.shape[1])
-    position_T = position_S[cache.length :]
+class Sized(Tensor):
+    """A value in float64 that carries the sizes of what was rounded on the way to it, through the reference.
 
-    def projected(part: LinearWeights, part_norm: NormWeights | None, turns: bool) -> Known:
-        known = linear_known(x_BTM, part)
-        if config.qkv_clip is not None:
-            clip = config.qkv_clip
-            known = Known(known.value.clamp(-clip, clip), known.wide, known.narrow)
-        if config.qk_norm is not None and part_norm is not None:
-            known = _head_norm_known(known.stored, part_norm, config)
-        known = known.mapped(lambda value: rearrange(value, "b t (h d) -> b t h d", d=config.head_size))
-        if turns and config.rotary is not None and weights.rotary_frequency_J is not None:
-            turn = (position_T, weights.rotary_frequency_J, config.rotary.layout, config.rotary.attention_factor)
-            known = rotate_known(known.stored, *turn)
-        return known
+    The last rounding of a result counts only where something reads it: what a layer returns rounds by its own size.
+    """
 
-    query = projected(weights.query, weights.query_norm, turns=True).stored
-    key = projected(weights.key, weights.key_norm, turns=True)
-    value = projected(weights.value, None, turns=False)
-    slope_H = weights.alibi_slope_H
-    grown_key, grown_value = _grown(cache, key, value)
-    attended = attention_known(
-        query,
-        *_grown(cache, key.stored, value.stored),
-        visible_TS=attention_file.visible(position_T, position_S, causal=config.causal, window=config.window),
-        scale=config.scale,
-        softcap=config.softcap,
-        bias_HTS=None if slope_H is None else alibi(slope_H, position_T, position_S),
-    )
-    joined = attended.stored.mapped(lambda out: rearrange(out, "b t h d -> b t (h d)"))
-    return linear_known(joined, weights.output), grown_key, grown_value
+    sizes: Known
+    unread: Tensor
+    """The value where it is a result; zero where it is an input, which was not rounded."""
 
+    @staticmethod
+    def of_input(value: Tensor) -> "Sized":
+        """Return an input: nothing was rounded on the way to it."""
+        return _sized(exactly(value), torch.zeros_like(value))
 
-def _grown(cache: KVCache, key: Known, value: Known) -> tuple[Known, Known]:
-    """The cache's own rows are inputs."""
-    old = exactly(cache.key_BSKD)
-    values = append(cache, key.value, value.value)
-    wide = append(KVCache(old.wide, old.wide), key.wide, value.wide)
-    narrow = append(KVCache(old.narrow, old.narrow), key.narrow, value.narrow)
-    return (
-        Known(values.key_BSKD, wide.key_BSKD, narrow.key_BSKD),
-        Known(values.value_BSKD, wide.value_BSKD, narrow.value_BSKD),
-    )
+    @staticmethod
+    def of_result(known: Known) -> "Sized":
+        """Return the result of a part."""
+        return _sized(known, known.value)
+
+    @property
+    def read(self) -> Known:
+        """The value as the next part reads it: rounded once more."""
+        return self.sizes.kept(self.unread)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if function in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **options)
+        if function in _BOUNDED:
+            return _BOUNDED[function](*args, **options)
+        if function in _MOVING:
+            return _moved(function, args, options)
+        raise TypeError(f"nobody has said what {function} rounds; bound it in {__name__}")
 
 
-def _head_norm_known(x: Known, weights: NormWeights, config: AttentionConfig) -> Known:
-    assert config.qk_norm is not None
-    if config.qk_norm_span is QkNormSpan.ALL_HEADS:
-        return norm_known(x, weights, config.qk_norm)
-    size = config.head_size
-    bias_HD = None if weights.bias_M is None else weights.bias_M.view(-1, size)
-    of_heads = NormWeights(gain_M=weights.gain_M.view(-1, size), bias_M=bias_HD)
-    apart = x.mapped(lambda value: rearrange(value, "b t (h d) -> b t h d", d=size))
-    return norm_known(apart, of_heads, config.qk_norm).mapped(lambda value: value.flatten(2))
+def _sized(sizes: Known, unread: Tensor) -> Sized:
+    carrier: Sized = sizes.value.as_subclass(Sized)
+    carrier.sizes, carrier.unread = sizes, unread
+    return carrier
 
 
-def _sizes(known: tuple[Known, ...]) -> list[Sizes]:
-    return [Sizes(each.wide, each.narrow / 2) for each in known]  # the reference rounds there too: docs/equal.md
+def _as_sized(value: Tensor) -> Sized:
+    return value if isinstance(value, Sized) else Sized.of_input(value)
+
+
+def _moved(function: Callable[..., Tensor], args: tuple[Any, ...], options: Mapping[str, Any]) -> Sized:
+    """The same rearrangement of the value and of each size; of several tensors where it joins them."""
+    first, *rest = args
+    several = isinstance(first, list | tuple)
+    carriers = [_as_sized(each) for each in first] if several else [_as_sized(first)]
+
+    def move(part: Callable[[Sized], Tensor]) -> Tensor:
+        parts = [part(carrier) for carrier in carriers]
+        return function(parts if several else parts[0], *rest, **options)
+
+    sizes = Known(*(move(lambda c, name=name: getattr(c.sizes, name)) for name in ("value", "wide", "narrow")))  # type: ignore[misc]
+    return _sized(sizes, move(lambda c: c.unread))
+
+
+def _clamped(x: Sized, least: float, most: float) -> Sized:
+    """Clipping rounds nothing, and what was rounded before it reaches no further than before."""
+    sizes = Known(x.sizes.value.clamp(least, most), x.sizes.wide, x.sizes.narrow)
+    return _sized(sizes, x.unread.clamp(least, most))
+
+
+def _times(x: Sized, factor: float) -> Sized:
+    """A product with 1 rounds nothing."""
+    if factor == 1:
+        return x
+    read = x.read
+    return Sized.of_result(Known(factor * read.value, abs(factor) * read.wide, abs(factor) * read.narrow))
+
+
+def _sum(one: Sized, other: Sized) -> Sized:
+    return Sized.of_result(sum_known(_as_sized(one).read, _as_sized(other).read))
+
+
+_FACTS = {getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "ndim")}
+_MOVING = {torch.cat, Tensor.reshape, Tensor.permute}
+_BOUNDED: Mapping[Any, Callable[..., Sized]] = {
+    Tensor.clamp: _clamped,
+    Tensor.mul: _times,
+    Tensor.add: _sum,
+}
+
+
+def _linear(x: Tensor, weights: LinearWeights) -> Sized:
+    return Sized.of_result(linear_known(_as_sized(x).read, weights))
+
+
+def _norm(x: Tensor, weights: NormWeights, config: NormConfig) -> Sized:
+    return Sized.of_result(norm_known(_as_sized(x).read, weights, config))
+
+
+def _rotate(
+    x_BTHD: Tensor, position_T: Tensor, frequency_J: Tensor, layout: RotaryLayout, attention_factor: float
+) -> Sized:
+    return Sized.of_result(rotate_known(_as_sized(x_BTHD).read, position_T, frequency_J, layout, attention_factor))
+
+
+def _attention(query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, **options: Any) -> Sized:
+    query, key, value = (_as_sized(x).read for x in (query_BTHD, key_BSKD, value_BSKD))
+    return Sized.of_result(attention_known(query, key, value, **options))
+
+
+def _mlp(x_BTM: Tensor, weights: MlpWeights, config: MlpConfig, *, linear: Any) -> Sized:
+    return Sized.of_result(mlp_known(_as_sized(x_BTM).read, weights, config))
+
+
+_COMPONENTS = Components(norm=_norm, linear=_linear, rotate=_rotate, attention=_attention, mlp=_mlp)
+
+
+def _scale(reference: Callable[..., tuple[Tensor, KVCache]], exact: Inputs) -> list[Sizes]:
+    cache: KVCache = exact["cache"]
+    old = KVCache(Sized.of_input(cache.key_BSKD), Sized.of_input(cache.value_BSKD))
+    x_BTM = Sized.of_input(exact["x_BTM"])
+    out_BTM, grown = reference(x_BTM, exact["weights"], exact["config"], old, _COMPONENTS)
+    sizes = [_as_sized(out).sizes for out in (out_BTM, grown.key_BSKD, grown.value_BSKD)]
+    return [Sizes(each.wide, each.narrow / 2) for each in sizes]  # the reference rounds there too: docs/equal.md
 
 
 def scale_of_self_attention(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
-    x_BTM = exactly(exact["x_BTM"])
-    return _sizes(self_attention_known(x_BTM, exact["weights"], exact["config"], exact["cache"]))
+    return _scale(self_attention, exact)
 
 
 def scale_of_layer(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
-    config, cache = exact["config"], exact["cache"]
-    weights: LayerWeights = exact["weights"]
-    x = exactly(exact["x_BTM"])
-    of_cache: list[Known] = []
-
-    def normed(known: Known, part: NormWeights | None) -> Known:
-        return known if part is None else norm_known(known, part, config.norm).stored
-
-    def attended(known: Known) -> Known:
-        out, *grown = self_attention_known(known, weights.attention, config.attention, cache)
-        of_cache.extend(grown)
-        return out.stored
-
-    def fed(known: Known) -> Known:
-        return mlp_known(known, weights.mlp, config.mlp).stored
-
-    def joined(one: Known, other: Known, part: NormWeights | None) -> Known:
-        if config.norm_placement is NormPlacement.POST_NORM:
-            return normed(sum_known(one, other, config.residual_scale).stored, part)
-        return sum_known(one, normed(other, part), config.residual_scale).stored
-
-    on_stream = config.norm_placement is NormPlacement.STREAM_NORM
-    read = normed(x, weights.attention_norm)
-    if config.residual is Residual.SEQUENTIAL:
-        middle = joined(read if on_stream else x, attended(read), weights.attention_output_norm)
-        second = normed(middle, weights.mlp_norm)
-        out = joined(second if on_stream else middle, fed(second), weights.mlp_output_norm)
-    else:
-        of_mlp = fed(normed(x, weights.mlp_norm) if weights.mlp_norm else read)
-        out = sum_known(sum_known(x, attended(read), config.residual_scale).stored, of_mlp, config.residual_scale)
-    return _sizes((out, *of_cache))
+    return _scale(layer, exact)

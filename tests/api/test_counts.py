@@ -11,6 +11,7 @@ from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.spec.config import Storage
 from twinfer.spec.counts import Component, cache_bytes_per_token, count, total
 from twinfer.spec.errors import RequestError
+from twinfer.spec.moe import MoeConfig, RouterConfig
 from twinfer.spec.paper_models import PAPER_MODELS, paper_model
 from twinfer.spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, tensors
 
@@ -54,7 +55,8 @@ def test_counts_are_the_elements_of_the_weights(seed):
 def test_experts_multiply_the_mlp_and_add_a_router(seed, experts):
     """E experts hold E times what the dense MLP held, beside a router of hidden * E a layer; the rest is unchanged."""
     config = draw_model_config(RandomPicker(seed))
-    layers = tuple(replace(layer, mlp=replace(layer.mlp, experts=experts)) for layer in config.layers)
+    how = RouterConfig(experts=experts, top_k=1)
+    layers = tuple(replace(layer, mlp=MoeConfig(router=how, expert=layer.dense_mlp)) for layer in config.layers)
     dense, sparse = count(config), count(replace(config, layers=layers))
     assert sparse[Component.EXPERTS] == experts * dense[Component.MLP]
     assert sparse[Component.ROUTER].parameters == len(layers) * config.hidden * experts

@@ -20,7 +20,15 @@ from twinfer.reference.routing import Routing, route
 from twinfer.spec.config import Activation, MlpConfig
 from twinfer.spec.errors import ConfigError, NumericsError
 from twinfer.spec.moe import ROUTERS, CapacityConfig, DropOrder, MoeConfig, RouterConfig, Score, router
-from twinfer.spec.weights import LinearWeights, MlpWeights, MoeWeights
+from twinfer.spec.weights import (
+    ExpertWeights,
+    LinearWeights,
+    MlpWeights,
+    MoeWeights,
+    StackedLinearWeights,
+    assemble,
+    tensors,
+)
 
 GATED = MlpConfig(width=12, activation=Activation.SILU, gated=True)
 
@@ -31,7 +39,7 @@ def drawn_router(seed: int) -> tuple[RouterConfig, Tensor, Tensor | None]:
     groups = pick.choice([1, 1, 2, 3])
     experts = groups * pick.randint(1, 4)
     kept = pick.randint(1, groups)
-    score = pick.choice(list(Score))
+    score = pick.choice([each for each in Score if each is not Score.SPARSEMIXER])
     config = RouterConfig(
         experts=experts,
         top_k=pick.randint(1, experts // groups * kept),
@@ -203,12 +211,10 @@ def drawn_moe(seed: int, **router_how: Any) -> tuple[MoeConfig, MoeWeights, Tens
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    def one() -> MlpWeights:
-        up, gate = (LinearWeights(weight_NI=normal(GATED.width, hidden)) for _ in range(2))
-        return MlpWeights(up=up, gate=gate, down=LinearWeights(weight_NI=normal(hidden, GATED.width)))
-
+    up, gate = (StackedLinearWeights(weight_ENI=normal(experts, GATED.width, hidden)) for _ in range(2))
+    down = StackedLinearWeights(weight_ENI=normal(experts, hidden, GATED.width))
     weights = MoeWeights(
-        router=LinearWeights(weight_NI=normal(experts, hidden)), experts=tuple(one() for _ in range(experts))
+        router=LinearWeights(weight_NI=normal(experts, hidden)), experts=ExpertWeights(up=up, gate=gate, down=down)
     )
     return config, weights, normal(1, tokens, hidden)
 
@@ -216,6 +222,19 @@ def drawn_moe(seed: int, **router_how: Any) -> tuple[MoeConfig, MoeWeights, Tens
 def close(one: Tensor, other: Tensor) -> bool:
     """Equal to a thousand roundings of the largest number."""
     return bool((one - other).abs().max() <= 1000 * torch.finfo(one.dtype).eps * other.abs().max())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sparsemixer_is_that_of_transformers(seed: int) -> None:
+    """Phi-3.5-MoE's router, whatever its training would draw: both choices, and their weights."""
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    logit_TE = torch.randn(64, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logit_TE[1::2] = 0.02 * logit_TE[1::2] + logit_TE[1::2, :1]  # near one another, so that some count and some do not
+    weight_T2, expert_T2 = sparsemixer(logit_TE, jitter_eps=0.01, training=False)
+    found = route(logit_TE, router("phimoe", experts=6, top_k=2))
+    assert torch.equal(found.expert_TK, expert_T2)
+    assert float((found.weight_TK - weight_T2).abs().max()) < 1e-12
 
 
 @given(seed=st.integers(0, 2**32))
@@ -232,7 +251,8 @@ def test_a_mixture_is_the_weighted_sum_of_its_chosen_experts(seed: int) -> None:
 @given(seed=st.integers(0, 2**32))
 def test_equal_experts_are_one_expert_where_weights_sum_to_one(seed: int) -> None:
     config, weights, x_1TM = drawn_moe(seed, renormalize=True)
-    equal = replace(weights, experts=weights.experts[:1] * config.router.experts)
+    named = {name: weight[:1].expand_as(weight) for name, weight in tensors(weights.experts)}
+    equal = replace(weights, experts=assemble(ExpertWeights, named))
     assert close(moe(x_1TM, equal, config), mlp(x_1TM, weights.experts[0], config.expert))
 
 
@@ -257,16 +277,13 @@ def test_shuffled_tokens_give_shuffled_results(seed: int) -> None:
     assert close(moe(x_1TM[:, order], weights, config), moe(x_1TM, weights, config)[:, order])
 
 
-def _experts_of(block: Any, config: Any) -> tuple[MlpWeights, ...]:
+def _experts_of(block: Any) -> ExpertWeights:
     """transformers' stacked experts: the gate's rows above the up's."""
-    gate_up_ENM, down_EMF = block.experts.gate_up_proj, block.experts.down_proj
-    return tuple(
-        MlpWeights(
-            gate=LinearWeights(weight_NI=gate_up_NM[: len(gate_up_NM) // 2]),
-            up=LinearWeights(weight_NI=gate_up_NM[len(gate_up_NM) // 2 :]),
-            down=LinearWeights(weight_NI=down_MF),
-        )
-        for gate_up_NM, down_MF in zip(gate_up_ENM, down_EMF, strict=True)
+    gate_EFM, up_EFM = block.experts.gate_up_proj.chunk(2, 1)
+    return ExpertWeights(
+        gate=StackedLinearWeights(weight_ENI=gate_EFM),
+        up=StackedLinearWeights(weight_ENI=up_EFM),
+        down=StackedLinearWeights(weight_ENI=block.experts.down_proj),
     )
 
 
@@ -325,7 +342,7 @@ def test_mixtures_are_those_of_transformers(build: Callable[[], tuple[Any, str]]
     )
     weights = MoeWeights(
         router=LinearWeights(weight_NI=block.gate.weight),
-        experts=_experts_of(block, module.config),
+        experts=_experts_of(block),
         shared=None
         if shared is None
         else MlpWeights(

@@ -1,0 +1,72 @@
+"""The bounds of a layer follow the reference's own order of parts."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from twinfer.oracle.budget import Sizes
+from twinfer.oracle.case import Case, Data, RandomPicker
+from twinfer.oracle.ops.layer_scale import Sized, scale_of_layer
+from twinfer.oracle.ops.mlp import mlp_known
+from twinfer.oracle.scale import exactly, norm_known, sum_known
+from twinfer.oracle.table import OPS
+from twinfer.reference import layer as layer_file
+from twinfer.spec.config import NormPlacement, Residual
+
+LAYER = OPS["layer"]
+
+
+def drawn(**options: Any) -> Case:
+    """The first drawn case with these options, its numbers normal."""
+    cases = (LAYER.cases(RandomPicker(seed)) for seed in range(2000))
+    return next(replace(case, data=Data.NORMAL) for case in cases if options.items() <= case.options.items())
+
+
+def sizes(case: Case) -> Sizes:
+    return scale_of_layer(LAYER.trial(LAYER.reference, case).sized_inputs, [])[0]
+
+
+@pytest.mark.parametrize("placement", [NormPlacement.PRE_NORM, NormPlacement.POST_NORM, NormPlacement.OUTPUT_NORM])
+def test_a_factor_dropped_from_the_reference_changes_the_bound(
+    placement: NormPlacement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No second spelling of the layer remembers the factor."""
+    case = drawn(placement=placement.value, residual=Residual.SEQUENTIAL.value, residual_scale=0.25)
+    before = sizes(case)
+    joined = layer_file._joined
+
+    def unscaled(x: Tensor, out: Tensor, weights: Any, config: Any, components: Any) -> Tensor:
+        return joined(x, out, weights, replace(config, residual_scale=1.0), components)
+
+    monkeypatch.setattr(layer_file, "_joined", unscaled)
+    after = sizes(case)
+    assert not torch.equal(before.wide, after.wide)
+    assert not torch.equal(torch.as_tensor(before.narrow), torch.as_tensor(after.narrow))
+
+
+def test_a_result_rounds_where_it_is_read_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without attention a pre-norm layer is x + mlp(norm(x)), whose parts are put together here by hand."""
+
+    def nothing_attended(x_BTM: Any, weights: Any, config: Any, cache: Any, components: Any) -> Any:
+        return Sized.of_input(torch.zeros(x_BTM.shape, dtype=torch.float64)), cache
+
+    monkeypatch.setattr(layer_file, "self_attention", nothing_attended)
+    case = drawn(placement="pre_norm", residual="parallel", residual_scale=1.0)
+    exact = LAYER.trial(LAYER.reference, case).sized_inputs
+    weights, config = exact["weights"], exact["config"]
+    x = exactly(exact["x_BTM"])
+    read = norm_known(x, weights.mlp_norm or weights.attention_norm, config.norm).stored
+    fed = mlp_known(read, weights.mlp, config.mlp).stored
+    wanted = sum_known(sum_known(x, exactly(torch.zeros_like(x.value))).stored, fed)
+    got = sizes(case)
+    torch.testing.assert_close(got.wide, wanted.wide, rtol=1e-14, atol=0)
+    torch.testing.assert_close(got.narrow, wanted.narrow / 2, rtol=1e-14, atol=0)
+
+
+def test_what_nobody_bounded_is_refused() -> None:
+    """A new operation between the layer's parts needs its bound before anything is judged by it."""
+    with pytest.raises(TypeError, match=r"nobody has said what .*exp.* rounds"):
+        torch.exp(Sized.of_input(torch.ones(2, dtype=torch.float64)))
