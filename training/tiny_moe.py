@@ -44,6 +44,7 @@ from twinfer.spec.config import (
     RotaryLayout,
 )
 from twinfer.spec.moe import MoeConfig, router
+from twinfer.spec.shapes import embedding_shapes, head_shapes, is_matrix, layer_shapes, trained
 
 HIDDEN, HEADS, HEAD_SIZE, CONTEXT = 128, 2, 64, 512
 WIDTH, EXPERT_WIDTH, RESIDUAL_WIDTH = 128, 144, 128
@@ -140,45 +141,15 @@ def _active_width(mlp: MlpConfig | MoeConfig) -> int:
 def drawn(config: ModelConfig, seed: int) -> Weights:
     """Draw the first weights: normal, of variance 1 / I; gains are 1, and so is the variance of the token table."""
     generator = torch.Generator().manual_seed(seed)
-    shapes: dict[str, tuple[int, ...]] = {"embedding.token_VW": (config.vocabulary, config.hidden)}
-    for index, layer in enumerate(config.layers):
-        shapes |= {f"{index}.{name}": shape for name, shape in _layer_shapes(layer, config.hidden).items()}
-    shapes["head.norm.gain_M"] = (config.hidden,)
+    named = {"embedding": embedding_shapes(config), "head": head_shapes(config)}
+    named |= {str(index): layer_shapes(layer, config.hidden) for index, layer in enumerate(config.layers)}
     weights = {}
-    for name, shape in shapes.items():
-        spread = 1.0 if name.startswith("embedding") else shape[-1] ** -0.5
-        weights[name] = torch.ones(shape) if len(shape) == 1 else spread * torch.randn(shape, generator=generator)
+    for part, shapes in named.items():
+        for name, shape in trained(shapes).items():
+            spread = 1.0 if name == "token_VW" else shape[-1] ** -0.5
+            weight = torch.ones(shape) if len(shape) == 1 else spread * torch.randn(shape, generator=generator)
+            weights[f"{part}.{name}"] = weight
     return weights
-
-
-def _layer_shapes(layer: LayerConfig, hidden: int) -> dict[str, tuple[int, ...]]:
-    attention, mlp = layer.attention, layer.mlp
-    query, key = attention.heads * attention.head_size, attention.kv_heads * attention.head_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "attention_norm.gain_M": (hidden,),
-        "attention.query.weight_NI": (query, hidden),
-        "attention.key.weight_NI": (key, hidden),
-        "attention.value.weight_NI": (key, hidden),
-        "attention.output.weight_NI": (hidden, query),
-        "mlp_norm.gain_M": (hidden,),
-    }
-    if isinstance(mlp, MlpConfig):
-        return shapes | _mlp_shapes("mlp", mlp.width, hidden)
-    shapes["mlp.router.weight_NI"] = (mlp.router.experts, hidden)
-    for name, shape in _mlp_shapes("mlp.experts", mlp.expert.width, hidden).items():
-        shapes[name.replace("weight_NI", "weight_ENI")] = (mlp.router.experts, *shape)
-    if mlp.residual:
-        shapes |= _mlp_shapes("mlp.residual", mlp.residual.width, hidden)
-        shapes["mlp.coefficient.weight_NI"] = (2, hidden)
-    return shapes
-
-
-def _mlp_shapes(prefix: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{prefix}.gate.weight_NI": (width, hidden),
-        f"{prefix}.up.weight_NI": (width, hidden),
-        f"{prefix}.down.weight_NI": (hidden, width),
-    }
 
 
 def logits(token_BT: Tensor, weights: Weights, config: ModelConfig, compute: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -388,7 +359,7 @@ def main() -> None:
     config = dense_config() if args.dense else mixture_config()
     losses = train(config, text, seed=args.seed, steps=args.steps, stop=args.steps, folder=args.folder)
     weights = torch.load(args.folder / "checkpoint.pt")["weights"]
-    rounded = {name: weight.bfloat16().float() if weight.dim() > 1 else weight for name, weight in weights.items()}
+    rounded = {name: weight.bfloat16().float() if is_matrix(name) else weight for name, weight in weights.items()}
     result = {
         "dense": args.dense,
         "seed": args.seed,
