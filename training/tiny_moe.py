@@ -1,9 +1,9 @@
 """Train `tiny-moe`, the mixture of experts that comes with twinfer, and the dense model that it is measured against.
 
     apt-get install bible-kjv bible-kjv-text               the text: King James Version, public domain
-    python training/tiny_moe.py train runs/moe-0 --seed 0
-    python training/tiny_moe.py train runs/dense-0 --seed 0 --dense
-    python training/tiny_moe.py export runs/moe-0 tiny-moe
+    python training/tiny_moe.py runs/moe-0 --seed 0
+    python training/tiny_moe.py runs/dense-0 --seed 0 --dense
+    python training/ship.py export runs/moe-0 tiny-moe     the folder that twinfer opens
 
 A token is a byte. Byte 0 ends a text, here a chapter; a newline ends a verse. Every tenth book from the eighth (Ruth,
 Job, Hosea, Zechariah, Galatians, Hebrews; 5.3 % of the bytes) is held out for validation.
@@ -158,7 +158,7 @@ def logits(token_BT: Tensor, weights: Weights, config: ModelConfig, compute: tor
     x_BTM = F.embedding(token_BT, weights["embedding.token_VW"])
     balance = torch.zeros(())
     for index, layer in enumerate(config.layers):
-        wide_here, narrow_here = _under(weights, f"{index}."), _under(narrow, f"{index}.")
+        wide_here, narrow_here = under(weights, f"{index}."), under(narrow, f"{index}.")
         x_BTM = x_BTM + _attention(_norm(x_BTM, wide_here["attention_norm.gain_M"], compute), narrow_here, layer)
         input_BTM = _norm(x_BTM, wide_here["mlp_norm.gain_M"], torch.float32)
         if isinstance(layer.mlp, MlpConfig):
@@ -170,7 +170,7 @@ def logits(token_BT: Tensor, weights: Weights, config: ModelConfig, compute: tor
     return F.linear(last_BTM, narrow["embedding.token_VW"] * config.logit_scale).float(), balance
 
 
-def _under(weights: Weights, prefix: str) -> Weights:
+def under(weights: Weights, prefix: str) -> Weights:
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
@@ -201,9 +201,13 @@ def _mask(tokens: int) -> Tensor:
 
 @cache
 def _rotation(tokens: int) -> tuple[Tensor, Tensor]:
-    frequency = ROTARY_BASE ** (-torch.arange(HEAD_SIZE // 2) / (HEAD_SIZE // 2))
-    angle = torch.arange(tokens)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    angle = torch.arange(tokens)[:, None] * rotary_frequency()
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotary_frequency() -> Tensor:
+    """Return the radians a token by which each pair of a head rotates, float64."""
+    return ROTARY_BASE ** (-torch.arange(HEAD_SIZE // 2, dtype=torch.float64) / (HEAD_SIZE // 2))
 
 
 def _rotated(x: Tensor) -> Tensor:
@@ -346,30 +350,38 @@ def bits_per_byte(weights: Weights, config: ModelConfig, text: Tensor) -> float:
     return nats / count / math.log(2)
 
 
+def train_and_judge(folder: Path, *, seed: int, steps: int, dense: bool) -> None:
+    """Train in the folder, and note there how well the trained weights do on the held-out books."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text, held_out = parts(books())
+    config = dense_config() if dense else mixture_config()
+    losses = train(config, text, seed=seed, steps=steps, stop=steps, folder=folder)
+    weights: Weights = torch.load(folder / "checkpoint.pt")["weights"]
+    result = {
+        "dense": dense,
+        "seed": seed,
+        "bits_per_byte": bits_per_byte(weights, config, held_out),
+        "bits_per_byte_bfloat16": bits_per_byte(stored(weights), config, held_out),
+        "parameters": sum(weight.numel() for weight in weights.values()),
+        "losses": losses,
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def stored(weights: Weights) -> Weights:
+    """Return the weights as bfloat16 storage keeps them."""
+    return {name: weight.bfloat16().float() if is_matrix(name) else weight for name, weight in weights.items()}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train tiny-moe.")
-    parser.add_argument("folder", type=Path, help="where checkpoints and results go")
+    parser = argparse.ArgumentParser(description="Train tiny-moe, or the dense model that it is measured against.")
+    parser.add_argument("folder", type=Path, help="where checkpoint.pt and result.json go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--dense", action="store_true", help="the dense model of the same active size")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    text, held_out = parts(books())
-    config = dense_config() if args.dense else mixture_config()
-    losses = train(config, text, seed=args.seed, steps=args.steps, stop=args.steps, folder=args.folder)
-    weights = torch.load(args.folder / "checkpoint.pt")["weights"]
-    rounded = {name: weight.bfloat16().float() if is_matrix(name) else weight for name, weight in weights.items()}
-    result = {
-        "dense": args.dense,
-        "seed": args.seed,
-        "bits_per_byte": bits_per_byte(weights, config, held_out),
-        "bits_per_byte_bfloat16": bits_per_byte(rounded, config, held_out),
-        "parameters": sum(weight.numel() for weight in weights.values()),
-        "losses": losses,
-    }
-    (args.folder / "result.json").write_text(json.dumps(result))
-    print({name: value for name, value in result.items() if name != "losses"}, flush=True)
+    train_and_judge(args.folder, seed=args.seed, steps=args.steps, dense=args.dense)
 
 
 if __name__ == "__main__":
