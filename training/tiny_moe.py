@@ -56,7 +56,7 @@ ROTARY_BASE = 10_000.0
 END = 0
 """The byte that ends a text."""
 
-STEPS = 1400
+STEPS = 1200
 BATCH = 2048
 """Bytes a step."""
 SHORT, LONG_FROM = 256, 0.8
