@@ -1,5 +1,7 @@
 """check_wheel.py WHEEL PACKAGE...: the wheel holds every module of the packages but those of `CHECKOUT_ONLY`.
 
+The models in `INCLUDED` are there too.
+
 Besides its own metadata it holds nothing else.
 """
 
@@ -9,6 +11,7 @@ from pathlib import Path
 
 CHECKOUT_ONLY = Path("bench/peers")
 """Packages that run from a checkout only."""
+INCLUDED = Path("checkpoint/included")
 
 
 def main(wheel: str, *packages: str) -> None:
@@ -21,6 +24,7 @@ def main(wheel: str, *packages: str) -> None:
         if CHECKOUT_ONLY not in path.parents
     }
     wanted.add("twinfer/py.typed")
+    wanted |= {f"twinfer/{path.as_posix()}" for path in INCLUDED.rglob("*") if path.is_file()}
     if names != wanted:
         sys.exit(f"surplus in the wheel: {sorted(names - wanted)}; missing: {sorted(wanted - names)}")
     print(f"{Path(wheel).name}: {len(names)} files, all under twinfer/")

@@ -48,9 +48,10 @@ class Measurement:
 
 
 def measure(task: Task, report: Callable[[str], None] | None = None) -> Measurement:
-    """Load, answer the question, then time a longer prompt and its continuation, everything warm by then."""
+    """Load, answer the question (continue it, without a chat template), then time a longer prompt, everything warm."""
     model = load(task.model, task.path, task.storage, batches=False, report=report)
-    (answer,) = model.generate([task.question], chat=True, max_new_tokens=48).outputs()
+    chat = model.checkpoint.chat_template is not None
+    (answer,) = model.generate([task.question], chat=chat, max_new_tokens=48).outputs()
     timed = (model.tokenize(PARAGRAPH) * task.prompt_tokens)[: task.prompt_tokens]
     generation = generate(model.decoder, [timed], max_new_tokens=task.new_tokens)
     (continuation,) = generation.outputs()

@@ -53,6 +53,9 @@ class BuiltIn:
         return str(PurePosixPath(self.member, file.inside))
 
 
+INCLUDED = {"tiny-moe": Path(__file__).parent / "included" / "tiny-moe"}
+"""Models that come with this package, by name: folders in the twinfer form."""
+
 BUILT_IN = {
     model.name: model
     for model in (

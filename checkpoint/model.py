@@ -9,7 +9,7 @@ from ..spec.config import ModelConfig, Storage
 from ..spec.errors import CheckpointError, RequestError
 from ..spec.weights import WeightSource
 from . import config_json, huggingface
-from .builtin import BUILT_IN, cache_folder
+from .builtin import BUILT_IN, INCLUDED, cache_folder
 from .embedding_recipe import EmbeddingRecipe, gguf_recipe, recipe_of
 from .fetch import fetched
 from .fields import Fields
@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 def open_model(model: str, *, context: int | None = None, report: Callable[[str], None] | None = None) -> Checkpoint:
-    """Open the model that `model` names: a folder, a .gguf file, or one of `BUILT_IN`.
+    """Open the model that `model` names: a folder, a .gguf file, or one of `INCLUDED` or `BUILT_IN`.
 
     `context` is how many tokens a sequence will hold at most, where that is fewer than the model was made for; models
     whose positions are scaled otherwise for long texts than for short ones (LongRoPE) go by it. `report` is told, in a
@@ -67,7 +67,9 @@ def open_model(model: str, *, context: int | None = None, report: Callable[[str]
 
 
 def _open(model: str, context: int | None, report: Callable[[str], None]) -> Checkpoint:
-    if model in BUILT_IN:  # a folder of that name can still be given as ./name
+    if model in INCLUDED:  # a folder of that name can still be given as ./name
+        path, name = INCLUDED[model], model
+    elif model in BUILT_IN:
         path, name = fetched(BUILT_IN[model], cache_folder(), report), model
     else:
         try:
@@ -80,9 +82,9 @@ def _open(model: str, context: int | None, report: Callable[[str], None]) -> Che
     if path.is_file():
         return _open_gguf(path, name, context)
     raise CheckpointError(
-        f"there is no model {model!r}: neither a file or folder here nor a built-in name ({', '.join(BUILT_IN)}); give "
-        "one of those names, a .gguf file, a Hugging Face folder (config.json and model.safetensors), or one that "
-        "twinfer convert has made"
+        f"there is no model {model!r}: neither a file or folder here nor a built-in name "
+        f"({', '.join((*BUILT_IN, *INCLUDED))}); give one of those names, a .gguf file, a Hugging Face folder "
+        "(config.json and model.safetensors), or one that twinfer convert has made"
     )
 
 

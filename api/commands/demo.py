@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 
 from twinfer import reference as reference_package
+from twinfer.spec.errors import CheckpointError
 
 from ..loading import load
 from ..measuring import Measurement, Task, measure_in_subprocess
 from .console import print_json, print_table, waiting
 from .options import add_json
 
-MODEL = "smollm2"
-QUESTION = "What is the capital of France?"
+MODEL, OFFLINE = "smollm2", "tiny-moe"
+"""Shown where no model is given: the second where the first is neither there nor can be fetched."""
+QUESTIONS = {MODEL: "What is the capital of France?", OFFLINE: "In the beginning"}
+"""Models and what each is asked; tiny-moe, which knows no conversations, continues it."""
 PATHS = ("reference", "compiled")
 STORAGES = ("float32", "int8")
 """The paths are compared in each: equal storage means equal weights."""
@@ -23,7 +26,8 @@ NAME, HELP = "demo", "start here: a trained model on both paths, compared"
 DESCRIPTION = f"""\
 Fetch a small trained model ({MODEL}, 93 MB) if it is not there yet, ask it a question on the reference path and on the
 compiled path, and check that both give the same tokens: with float32 weights, and again with int8 weights. Each path
-runs in a process of its own, so that peak memory is its own.
+runs in a process of its own, so that peak memory is its own. Where {MODEL} cannot be fetched, {OFFLINE} is taken, a
+mixture of experts that comes with twinfer.
 """
 
 EPILOG = """\
@@ -34,18 +38,21 @@ with --json, one object: {"model", "question", "same_tokens": {storage: true or 
     "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes", ...}]}
 """
 
-TRY_NEXT = f"""\
+TRY_NEXT = """\
 Try next:
-  twinfer generate {MODEL} --chat --prompt "Explain rain to a child."
-  twinfer generate {MODEL} --storage int8 --prompt "Once upon a time"
-  twinfer verify {MODEL} --storage int8
-  twinfer inspect {MODEL}
+  twinfer generate {model}{chat} --prompt "{prompt}"
+  twinfer generate {model} --storage int8 --prompt "Once upon a time"
+  twinfer verify {model} --storage int8
+  twinfer inspect {model}
   twinfer ops
-  less {reference_package.__path__[0]}/layer.py
+  less {reference}/layer.py
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", choices=QUESTIONS, help=f"default: {MODEL}, or {OFFLINE} where that is neither there nor in reach"
+    )
     add_json(parser)
 
 
@@ -64,37 +71,45 @@ class Verdict:
 
 
 def run(args: argparse.Namespace) -> int:
-    _fetch()
-    measured = {storage: [_measure(path, storage) for path in PATHS] for storage in STORAGES}
-    verdicts = {storage: _judge(storage, *twins) for storage, twins in measured.items()}
+    model = _fetched(args.model)
+    measured = {storage: [_measure(model, path, storage) for path in PATHS] for storage in STORAGES}
+    verdicts = {storage: _judge(model, storage, *twins) for storage, twins in measured.items()}
     if args.json:
         print_json(
             {
-                "model": MODEL,
-                "question": QUESTION,
+                "model": model,
+                "question": QUESTIONS[model],
                 "same_tokens": {storage: verdict.same for storage, verdict in verdicts.items()},
                 "ties": {storage: verdict.tie for storage, verdict in verdicts.items()},
                 "measurements": [asdict(measurement) for twins in measured.values() for measurement in twins],
             }
         )
     else:
-        _tell(measured, verdicts)
+        _tell(model, measured, verdicts)
     return 0 if all(verdict.holds for verdict in verdicts.values()) else 1
 
 
-def _fetch() -> None:
+def _fetched(chosen: str | None) -> str:
+    """Return the model's name, once it is there."""
     from twinfer.checkpoint import open_model
 
-    with waiting() as report:
-        open_model(MODEL, report=report)
+    try:
+        with waiting() as report:
+            open_model(chosen or MODEL, report=report)
+    except CheckpointError as error:
+        if chosen is not None:
+            raise
+        print(f"{MODEL} cannot be used ({error}); {OFFLINE} is shown instead", file=sys.stderr, flush=True)
+        return OFFLINE
+    return chosen or MODEL
 
 
-def _measure(path: str, storage: str) -> Measurement:
+def _measure(model: str, path: str, storage: str) -> Measurement:
     print(f"{path} path, {storage} weights ...", file=sys.stderr, flush=True)
-    return measure_in_subprocess(Task(model=MODEL, path=path, storage=storage, question=QUESTION))
+    return measure_in_subprocess(Task(model=model, path=path, storage=storage, question=QUESTIONS[model]))
 
 
-def _judge(storage: str, reference: Measurement, compiled: Measurement) -> Verdict:
+def _judge(model: str, storage: str, reference: Measurement, compiled: Measurement) -> Verdict:
     """Compare the answer, then the continuation of the timed prompt, up to the first token that differs."""
     pairs = [
         ("answer", reference.question_ids, reference.answer_ids, compiled.answer_ids),
@@ -103,7 +118,7 @@ def _judge(storage: str, reference: Measurement, compiled: Measurement) -> Verdi
     for what, prompt, one, other in pairs:
         if one != other:
             agree = _agreement(one, other)
-            tie = admissible_tie(storage, prompt, agree + 1)
+            tie = admissible_tie(model, storage, prompt, agree + 1)
             tokens = f"{one[agree : agree + 1]} against {other[agree : agree + 1]}"
             words = f"the {what} agrees for {agree} tokens, then {tokens}"
             explained = f"an admissible tie: {tie}" if tie else "DIFFERENT tokens, which no tie explains"
@@ -112,15 +127,15 @@ def _judge(storage: str, reference: Measurement, compiled: Measurement) -> Verdi
     return Verdict(same=True, tie=None, words=f"{storage}: same tokens on both paths ({counts})")
 
 
-def admissible_tie(storage: str, prompt: list[int], new_tokens: int) -> str | None:
+def admissible_tie(model: str, storage: str, prompt: list[int], new_tokens: int) -> str | None:
     """The near-tie at which greedy text parts from float64 truth, if rounding alone can explain the difference."""
     from twinfer.oracle.baseline import Baseline
     from twinfer.oracle.paths import free_run
 
     with waiting() as report:
-        model = load(MODEL, "compiled", storage, batches=False, report=report)
-        baseline = Baseline.of(model.checkpoint.source, storage=model.storage)
-        runs = [free_run(baseline, path, prompt, new_tokens) for path in (baseline.eager[0], model.decoder)]
+        loaded = load(model, "compiled", storage, batches=False, report=report)
+        baseline = Baseline.of(loaded.checkpoint.source, storage=loaded.storage)
+        runs = [free_run(baseline, path, prompt, new_tokens) for path in (baseline.eager[0], loaded.decoder)]
     ties = [str(run.tie) for run in runs if run.tie is not None]
     return "; ".join(ties) if ties and all(run.holds for run in runs) else None
 
@@ -131,10 +146,10 @@ def _agreement(one: list[int], other: list[int]) -> int:
     return next(different, min(len(one), len(other)))
 
 
-def _tell(measured: dict[str, list[Measurement]], verdicts: dict[str, Verdict]) -> None:
+def _tell(model: str, measured: dict[str, list[Measurement]], verdicts: dict[str, Verdict]) -> None:
     reference, compiled = measured["float32"]
     quantized = measured["int8"][1]
-    print(f"\nQ: {QUESTION}")
+    print(f"\nQ: {QUESTIONS[model]}")
     print(f"A: {compiled.answer}  (compiled, float32)")
     print(f"A: {quantized.answer}  (compiled, int8)\n")
     for verdict in verdicts.values():
@@ -144,7 +159,8 @@ def _tell(measured: dict[str, list[Measurement]], verdicts: dict[str, Verdict]) 
         f"Decoding, compiled against reference: {_ratio(compiled, reference)} in float32, "
         f"{_ratio(quantized, reference)} in int8.\n"
     )
-    print(TRY_NEXT, end="")
+    chat, prompt = (" --chat", "Explain rain to a child.") if model == MODEL else ("", QUESTIONS[model])
+    print(TRY_NEXT.format(model=model, chat=chat, prompt=prompt, reference=reference_package.__path__[0]), end="")
 
 
 def _table(measurements: list[Measurement]) -> Table:

@@ -14,7 +14,7 @@ from ..paths import Compute
 
 MODEL_HELP = (
     "a folder (Hugging Face: config.json, model.safetensors; or made by twinfer convert), a .gguf file, or the "
-    "built-in name smollm2 (writes texts) or minilm (embeds them)"
+    "built-in name smollm2 (writes texts), tiny-moe (the same, offline) or minilm (embeds them)"
 )
 
 

