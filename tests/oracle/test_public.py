@@ -31,7 +31,7 @@ from twinfer.oracle.trial import Arithmetic, Status
 from twinfer.reference.cache import KVCache
 from twinfer.spec.config import Activation, RotaryLayout
 
-CASES = 60
+CASES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
