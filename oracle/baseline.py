@@ -99,12 +99,13 @@ def nudging(seed: int) -> Components:
         return activation(x, kind) + (noise(x) * x / 2 if kind is not Activation.RELU else 0)
 
     def mlp(x_BTM: Tensor, weights: MlpWeights, config: MlpConfig, *, linear: Linear) -> Tensor:
-        inner_BTF = linear(x_BTM, weights.up)
+        up_BTF = linear(x_BTM, weights.up)
         if weights.gate is None:
-            inner_BTF = nudged_activation(inner_BTF, config.activation)
-        else:
-            inner_BTF = nudged_activation(linear(x_BTM, weights.gate), config.activation) * inner_BTF
-        return linear(inner_BTF, weights.down)
+            return linear(nudged_activation(up_BTF, config.activation), weights.down)
+        gate_BTF = linear(x_BTM, weights.gate)
+        if config.clamp is not None:
+            gate_BTF, up_BTF = gate_BTF.clamp(max=config.clamp), up_BTF.clamp(-config.clamp, config.clamp)
+        return linear(nudged_activation(gate_BTF, config.activation) * (up_BTF + config.up_offset), weights.down)
 
     return replace(
         DEFAULT,
@@ -112,4 +113,5 @@ def nudging(seed: int) -> Components:
         linear=on_nudged(DEFAULT.linear),
         attention=on_nudged(DEFAULT.attention),
         mlp=mlp,
+        moe=on_nudged(DEFAULT.moe),
     )

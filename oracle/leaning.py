@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.components import DEFAULT, Components
+from ..reference.components import DEFAULT, Components, Route
 from ..reference.decoder import empty_caches, forward
 from ..reference.embedding import head_logits, scale_and_cap
 from ..reference.path import ReferencePath
@@ -69,8 +69,9 @@ class Leaning:
             return None
         worst = int(self.ratio_P.where(off_P, 0.0).argmax())
         layer, number = divmod(worst, len(NUMBERS))
+        number_of_layer = f"layer {layer}'s {NUMBERS[number]}"
         return (
-            f"errors lean one way: as if layer {layer}'s {NUMBERS[number]} were off by {float(self.offset_P[worst]):+.2%}; "
+            f"errors lean one way: as if {number_of_layer} were off by {float(self.offset_P[worst]):+.2%}, "
             f"that is {float(self.ratio_P[worst]):.3g} times what roundings explain"
         )
 
@@ -85,11 +86,12 @@ def leaning(
     *,
     type_T: Tensor | None = None,
     encoded: bool = False,
+    route: Route = DEFAULT.route,
 ) -> Leaning:
     """Project a sequence's errors, and those of its nudged eager runs, on the directions of all numbers.
 
     `row_R` are the positions of the rows; no row counts as more exact than `floor_R`. Rows are logits, or hidden
-    vectors where they were `encoded`.
+    vectors where they were `encoded`. `route` gives the choices of experts that the truth was forced to.
     """
     square_R = nudged_NRV.square().mean((0, -1)) + floor_R.square() + torch.finfo(torch.float64).tiny
     generator = torch.Generator().manual_seed(len(token_T))
@@ -100,7 +102,7 @@ def leaning(
         factor_LP = torch.ones(
             len(truth.weights.layers), len(NUMBERS), dtype=torch.float64, device=truth.device, requires_grad=True
         )
-        components = _with_factors(truth.weights.layers, factor_LP)
+        components = replace(_with_factors(truth.weights.layers, factor_LP), route=route)
         caches = empty_caches(1, truth.config, torch.float64, truth.device)
         type_BT = None if type_T is None else type_T[None].to(truth.device)
         given = (token_T[None].to(truth.device), caches, truth.weights, truth.config, torch.float64, components)
@@ -133,7 +135,11 @@ def _with_factors(layers: Sequence[LayerWeights], factor_LP: Tensor) -> Componen
         def mlp(*inputs: Any, **options: Any) -> Tensor:
             return fed * DEFAULT.mlp(*inputs, **options)
 
+        def moe(*inputs: Any, **options: Any) -> Tensor:
+            return fed * DEFAULT.moe(*inputs, **{**options, "mlp": DEFAULT.mlp})
+
         config = replace(config, norm=replace(config.norm, epsilon=epsilon * config.norm.epsilon))
-        return DEFAULT.layer(x_BTM, weights, config, cache, replace(components, attention=attention, mlp=mlp))
+        numbered = replace(components, attention=attention, mlp=mlp, moe=moe)
+        return DEFAULT.layer(x_BTM, weights, config, cache, numbered)
 
     return replace(DEFAULT, layer=layer)

@@ -49,6 +49,8 @@ def right_pairs(pairs: int) -> Iterator[tuple[str, PathComparison]]:
             "compiled": CompiledPath(source, mode="eager", **given),
             "summed otherwise": ReferencePath(source, components=otherwise.keywords["components"], **given),
         }
+        if given["compute"] is torch.float64:
+            del paths["summed otherwise"]  # its parts round to float32
         for name, path in paths.items():
             yield f"seed {seed}, {name}, {given}", compare_paths(baseline, path, schedule)
 

@@ -86,6 +86,25 @@ class Decoder(Protocol):
         ...
 
 
+Routes = list[list[Tensor]]
+"""The chosen experts: for each sequence, for each layer that has experts, in the order of the layers, int64 [T_i, k]."""
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """A decoder that reports which experts it chose. Nothing but the attribute is asked of it.
+
+    Two sequences were given 3 tokens and 1, in a model whose one mixture chooses 2 of 4 experts a token:
+
+        path.routes == [[tensor([[1, 3], [0, 2], [3, 1]])], [tensor([[2, 0]])]]
+    """
+
+    @property
+    def routes(self) -> Routes:
+        """The choices of the last `extend`: each new token's, its best expert first; [0, k] for none."""
+        ...
+
+
 @runtime_checkable
 class Encoder(Protocol):
     """A model that reads whole texts."""
