@@ -158,7 +158,7 @@ def _kept_shape_of_experts(shapes: list[tuple[int, ...]], entry: Stored) -> tupl
 
 
 def _there(entries: tuple[Stored, ...], names: Mapping[str, str], prefix: str) -> list[Stored]:
-    """Return the entries without those that the file lacks and whose weights it has by another name or in another form."""
+    """Return the entries without those that the file lacks and whose weights it has in another form."""
 
     def here(entry: Stored) -> bool:
         return any(prefix + entry.name.replace("{expert}", str(expert)) in names for expert in (0, 1))
