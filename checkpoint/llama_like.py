@@ -3,12 +3,13 @@
 RMS norms, rotary positions, grouped heads, gated MLPs, unless a family says otherwise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..spec.config import AttentionConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig
 from ..spec.errors import ConfigError
+from ..spec.moe import MoeConfig
 from . import rotary_fields
 from .family import ACTIVATIONS, ParsedConfig, head, head_size, rms_norm
 from .fields import MOST_LAYERS, Fields
@@ -61,6 +62,7 @@ def read(
     size: int | None = None,
     attention: Mapping[str, Any] | None = None,
     mlp: Mapping[str, Any] | None = None,
+    feed: Callable[[int, MlpConfig], MlpConfig | MoeConfig] | None = None,
     layer: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> ParsedConfig:
@@ -68,6 +70,7 @@ def read(
 
     `windows` and `rotations` may differ from layer to layer; without the latter, all layers rotate as the config says,
     whole heads or, where it does not say and `part` is given, that part of them.
+    `feed` makes a layer's mixture of experts, given its number and the dense MLP that the fields describe.
     `size` is that of a head where the config does not say and heads do not share the hidden elements.
     """
     layers = layer_count(config)
@@ -95,17 +98,21 @@ def read(
         }
     )
 
-    def one(window: int | None, rotation: Rotation | None) -> LayerConfig:
+    def one(index: int, window: int | None, rotation: Rotation | None) -> LayerConfig:
         turning = None if rotation is None else rotation.config
         own = replace(plain, window=window, rotary=turning)
-        return LayerConfig(norm=norm, attention=own, mlp=plain_mlp, **(layer or {}))
+        own_mlp = plain_mlp if feed is None else feed(index, plain_mlp)
+        return LayerConfig(norm=norm, attention=own, mlp=own_mlp, **(layer or {}))
 
     fields: dict[str, Any] = {
         "family": config.text("model_type", "llama"),
         "hidden": config.integer("hidden_size"),
         "vocabulary": config.integer("vocab_size"),
         "context": context(config),
-        "layers": tuple(one(window, rotation) for window, rotation in zip(each_window, turns, strict=True)),
+        "layers": tuple(
+            one(index, window, rotation)
+            for index, (window, rotation) in enumerate(zip(each_window, turns, strict=True))
+        ),
         "final_norm": norm,
         "learned_positions": False,
         "head": head(config, tied=tied),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..spec.config import Head, ModelConfig
 from ..spec.errors import WeightError
 from ..spec.shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
-from .table import Heads, Stored, Table
+from .table import Experts, Heads, Stored, Table
 
 _PROJECTION = "projection.weight_NI"
 _TOKENS = "token_VW"
@@ -95,7 +95,7 @@ def plan(table: Table, config: ModelConfig, store: TensorStore, buffers: Buffers
     ) -> tuple[Reading, ...]:
         shapes = {name: shape for name, shape in shapes.items() if name not in made}
         readings = []
-        for entry in entries:
+        for entry in _there(entries, names, prefix):
             wanted = {target: shapes.pop(target) for target in entry.fills if target in shapes}
             if not wanted:
                 continue
@@ -103,7 +103,8 @@ def plan(table: Table, config: ModelConfig, store: TensorStore, buffers: Buffers
             fills = {target: shape[0] for target, shape in wanted.items()}
             shape = _kept_shape(list(wanted.values()), entry, skip, head_size)
             most = len(names) + _MOST_MISSING - len(claimed)
-            own = _numbered(prefix + entry.name, min(sum(fills.values()) // max(1, head_size), most))
+            count = min(wanted[entry.fills[0]][0] if entry.experts else sum(fills.values()) // max(1, head_size), most)
+            own = _numbered(prefix + entry.name, count)
             claimed.update(dict.fromkeys(own, shape))
             if len(claimed) >= len(names) + _MOST_MISSING:
                 raise _missing(config, store, names, claimed)
@@ -132,6 +133,8 @@ def plan(table: Table, config: ModelConfig, store: TensorStore, buffers: Buffers
 
 def _kept_shape(shapes: list[tuple[int, ...]], entry: Stored, skip: int, head_size: int) -> tuple[int, ...]:
     """The shape that the file's tensor must have to hold weights of these shapes."""
+    if entry.experts is not None:
+        return _kept_shape_of_experts(shapes, entry)
     rows = sum(shape[0] for shape in shapes)
     if entry.heads is Heads.SHARED or "{head}" in entry.name:
         return (head_size,)
@@ -141,9 +144,33 @@ def _kept_shape(shapes: list[tuple[int, ...]], entry: Stored, skip: int, head_si
     return stacked[::-1] if entry.transposed else stacked
 
 
-def _numbered(name: str, heads: int) -> tuple[str, ...]:
-    """The name, or one for each head."""
-    return tuple(name.replace("{head}", str(head)) for head in range(heads)) if "{head}" in name else (name,)
+def _kept_shape_of_experts(shapes: list[tuple[int, ...]], entry: Stored) -> tuple[int, ...]:
+    """Return the same for maps of experts: [E, N, I], with the rows of several after each other."""
+    count, inputs = shapes[0][0], shapes[0][2:]
+    own = (sum(shape[1] for shape in shapes), *inputs)
+    own = own[::-1] if entry.transposed else own
+    match entry.experts:
+        case Experts.APART:
+            return own
+        case Experts.FLAT:
+            return count * own[0], *own[1:]
+    return count, *own
+
+
+def _there(entries: tuple[Stored, ...], names: Mapping[str, str], prefix: str) -> list[Stored]:
+    """Return the entries without those that the file lacks and whose weights it has in another form."""
+
+    def here(entry: Stored) -> bool:
+        return any(prefix + entry.name.replace("{expert}", str(expert)) in names for expert in (0, 1))
+
+    found = {target for entry in entries if here(entry) for target in entry.fills}
+    return [entry for entry in entries if here(entry) or not found.intersection(entry.fills)]
+
+
+def _numbered(name: str, count: int) -> tuple[str, ...]:
+    """The name, or one for each head or expert."""
+    letters = next((each for each in ("{head}", "{expert}") if each in name), None)
+    return (name,) if letters is None else tuple(name.replace(letters, str(number)) for number in range(count))
 
 
 def _check(

@@ -14,6 +14,7 @@ from ..spec.config import LayerConfig, ModelConfig
 from ..spec.errors import ConfigError
 from ..spec.shard import Shard, Slices, embedding_slices, head_slices, index_of, layer_slices
 from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble
+from .expert_reading import read_experts
 from .plan import Buffers, Reading, TensorStore, plan
 from .sliced_reading import read_slices
 from .table import Heads, Table
@@ -69,10 +70,17 @@ class FileSource:
         if slices is not None:
             weights = {name: buffer[index_of(slices[name])] for name, buffer in buffers.items()}
             for reading in readings:
-                weights |= read_slices(self._store, reading, slices, layer)
+                if reading.stored.experts is not None:
+                    weights |= read_experts(self._store, reading, slices)
+                else:
+                    weights |= read_slices(self._store, reading, slices, layer)
             return weights
         weights = dict(buffers)
         for reading in readings:
+            if reading.stored.experts is not None:
+                with pinned(CPU):
+                    weights |= read_experts(self._store, reading, None)
+                continue
             with pinned(CPU):
                 tensor = self._rows(reading)
             if reading.stored.reorder is not None:

@@ -22,6 +22,10 @@ QKV = ("attention.query", "attention.key", "attention.value")
 """What a merged projection fills, in the order in which most files stack the three."""
 
 
+GATE_UP = ("mlp.experts.gate", "mlp.experts.up")
+"""What a merged projection of experts fills, in the order in which most files stack the two."""
+
+
 class Heads(Enum):
     """How a file keeps numbers of which every head has one row, D of them, where ours are [H * D]."""
 
@@ -33,11 +37,23 @@ class Heads(Enum):
     """[D], the same for every head."""
 
 
+class Experts(Enum):
+    """How a file keeps one linear map of every expert, where ours are [E, N, I]."""
+
+    APART = auto()
+    """One tensor an expert, whose number is `{expert}` in the name."""
+    STACKED = auto()
+    """[E, N, I]."""
+    FLAT = auto()
+    """[E * N, I]."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
     """One tensor of a file, and the weights it fills.
 
-    If it fills several, it holds them stacked along their outputs, in this order.
+    If it fills several, it holds them stacked along their outputs, in this order. Where a table has several entries
+    that fill the same, that one counts which the file has; the first, if none.
     """
 
     name: str
@@ -49,6 +65,10 @@ class Stored:
     """Kept as [inputs, outputs]."""
     heads: Heads = Heads.TOGETHER
     reorder: Reorder | None = None
+    experts: Experts | None = None
+    """Of the maps of experts. Each expert's are transposed, or hold several weights, alone."""
+    interleaved: bool = False
+    """Of several weights of an expert, the rows are kept in turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +116,34 @@ def linear(name: str, *fills: str, transposed: bool = False, reorder: Reorder | 
         Stored(name=f"{name}.weight", fills=weights, transposed=transposed, reorder=reorder),
         Stored(name=f"{name}.bias", fills=biases, reorder=reorder),
     )
+
+
+def experts(
+    name: str,
+    *fills: str,
+    form: Experts = Experts.APART,
+    transposed: bool = False,
+    interleaved: bool = False,
+    endings: tuple[str, str] = (".weight", ".bias"),
+) -> tuple[Stored, Stored]:
+    """Weights and biases of a linear map of every expert; `endings` of their names.
+
+    >>> [(each.name, each.fills) for each in experts("experts.{expert}.w2", "mlp.experts.down")]
+    [('experts.{expert}.w2.weight', ('mlp.experts.down.weight_ENI',)), \
+('experts.{expert}.w2.bias', ('mlp.experts.down.bias_EN',))]
+    """
+    weights, biases = (tuple(f"{each}.{kind}" for each in fills) for kind in ("weight_ENI", "bias_EN"))
+    return (
+        Stored(name=name + endings[0], fills=weights, transposed=transposed, experts=form, interleaved=interleaved),
+        Stored(name=name + endings[1], fills=biases, experts=form, interleaved=interleaved),
+    )
+
+
+STACKED_EXPERTS = (
+    *experts("mlp.experts.gate_up_proj", *GATE_UP, form=Experts.STACKED, endings=("", "_bias")),
+    *experts("mlp.experts.down_proj", "mlp.experts.down", form=Experts.STACKED, endings=("", "_bias")),
+)
+"""As the modules of transformers hold experts, whatever their files do."""
 
 
 def norm(name: str, fills: str, heads: Heads = Heads.TOGETHER) -> tuple[Stored, Stored]:

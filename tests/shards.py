@@ -13,6 +13,7 @@ from twinfer.oracle.case import Picker
 from twinfer.oracle.models import draw_model_config
 from twinfer.oracle.trial import same_bits
 from twinfer.spec.config import AttentionConfig, LayerConfig, ModelConfig, Storage
+from twinfer.spec.moe import MoeConfig
 from twinfer.spec.shapes import is_buffer
 from twinfer.spec.shard import Shard, degrees
 from twinfer.spec.weights import (
@@ -51,8 +52,9 @@ def expected(part: int | str, whole: Part, config: ModelConfig, shard: Shard) ->
         rows, columns = _elements(part, name, config, shard)
         if rows == []:
             continue
-        share = tensor if rows is None else tensor[torch.tensor(rows)]
-        held[name] = share if columns is None else share[:, torch.tensor(columns)]
+        first = 1 if ".experts." in name else 0  # the experts come before their rows
+        share = tensor if rows is None else tensor.index_select(first, torch.tensor(rows))
+        held[name] = share if columns is None else share.index_select(first + 1, torch.tensor(columns))
     return held
 
 
@@ -68,23 +70,32 @@ def _elements(
         return None, None
     layer = config.layers[part]
     query, key_value = _dealt(layer.attention, shard)
-    width = [element for element in range(layer.mlp.width) if element * ranks // layer.mlp.width == rank]
     match name.split("."):
-        case ["attention", "alibi_slope_H"]:
+        case ["mlp", "experts" | "shared" | "residual" as beside, matrix, tensor] if isinstance(layer.mlp, MoeConfig):
+            mlp = {"experts": layer.mlp.expert, "shared": layer.mlp.shared, "residual": layer.mlp.residual}[beside]
+            assert mlp is not None
+            return _of_mlp(matrix, tensor.replace("_E", "_"), mlp.width, shard)
+        case ["mlp", "gate" | "up" | "down" as matrix, tensor]:
+            return _of_mlp(matrix, tensor, layer.dense_mlp.width, shard)
+    match name.split("."):
+        case ["attention", "alibi_slope_H" | "sink_H"]:
             return sorted({element // layer.attention.head_size for element in query}), None
         case ["attention", "query" | "query_norm", _]:
             return query, None
         case ["attention", "key" | "value" | "key_norm", _]:
             return key_value, None
-        case ["mlp", "gate" | "up", _]:
-            return width, None
         case ["attention", "output", "weight_NI"]:
             return None, query
-        case ["mlp", "down", "weight_NI"]:
-            return None, width
-        case [_, "output" | "down", "bias_N"]:
+        case [_, "output", "bias_N"]:
             return None if rank == 0 else [], None
     return None, None
+
+
+def _of_mlp(matrix: str, tensor: str, width: int, shard: Shard) -> tuple[list[int] | None, list[int] | None]:
+    own = [element for element in range(width) if element * shard.ranks // width == shard.rank]
+    if matrix != "down":
+        return own, None
+    return (None, own) if tensor == "weight_NI" else (None if shard.rank == 0 else [], None)
 
 
 def _dealt(attention: AttentionConfig, shard: Shard) -> tuple[list[int], list[int]]:

@@ -6,27 +6,35 @@ from .bloom import BLOOM
 from .clip import CLIP, CLIP_TEXT
 from .cohere import COHERE
 from .cohere2 import COHERE2
+from .dbrx import DBRX
 from .distilbert import DISTILBERT
 from .falcon import FALCON, REFINED_WEB, REFINED_WEB_MODEL
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
+from .glm4_moe import GLM4_MOE
 from .gpt2 import GPT2
 from .gpt_bigcode import GPT_BIGCODE
 from .gpt_neo import GPT_NEO
 from .gpt_neox import GPT_NEOX
+from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
-from .granite import GRANITE
+from .granite import GRANITE, GRANITE_MOE
 from .internlm2 import INTERNLM2
 from .llama import LLAMA, MISTRAL
 from .megatron_gpt import MEGATRON_GPT
+from .mixtral import MIXTRAL
 from .mpt import MPT
 from .olmo2 import OLMO2
+from .olmoe import OLMOE
 from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
+from .phimoe import PHIMOE
 from .qwen2 import QWEN2
+from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
 from .roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from .smollm3 import SMOLLM3
 from .stablelm import STABLELM
@@ -69,4 +77,13 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3,
     SMOLLM3,
     STARCODER2,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    GRANITE_MOE,
+    PHIMOE,
+    DBRX,
+    GPT_OSS,
+    GLM4_MOE,
 )

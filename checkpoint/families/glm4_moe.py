@@ -1,0 +1,66 @@
+"""GLM 4.5: first layers dense, then experts by sigmoid, chosen with a bias and by groups, beside a shared MLP."""
+
+from dataclasses import replace
+
+from ...spec.config import MlpConfig
+from ...spec.moe import MoeConfig, RouterConfig, Score
+from ..family import Family, ParsedConfig, rms_norm
+from ..fields import Fields
+from ..llama_like import GATED_MLP, INPUT_NORMS, SPLIT_QKV, read, table
+from ..moe_fields import ROUTER_AND_EXPERTS, ROUTER_TRAINING
+from ..table import Heads, linear, norm, tensor
+
+
+def _read(config: Fields) -> ParsedConfig:
+    chooses = RouterConfig(
+        experts=config.integer("n_routed_experts", 128),
+        top_k=config.integer("num_experts_per_tok", 8),
+        score=Score.SIGMOID,
+        renormalize=config.flag("norm_topk_prob", True),
+        scale=config.number("routed_scaling_factor", 1.0),
+        choice_bias=True,
+        groups=config.integer("n_group", 1),
+        kept_groups=config.integer("topk_group", 1),
+    )
+    first = config.integer("first_k_dense_replace", 1, least=0)
+    width, shared = config.integer("moe_intermediate_size", 1408), config.integer("n_shared_experts", 1)
+    own_norm = rms_norm(config, default=1e-5)
+    config.ignore(("num_nextn_predict_layers", "num_mtp_layers"))
+
+    def feed(index: int, plain: MlpConfig) -> MlpConfig | MoeConfig:
+        if index < first:
+            return plain
+        expert = replace(plain, width=width)
+        return MoeConfig(router=chooses, expert=expert, shared=replace(plain, width=width * shared))
+
+    return read(
+        config,
+        norm=own_norm,
+        part=0.5,
+        attention={
+            "qkv_bias": config.flag("attention_bias", False),
+            "qk_norm": own_norm if config.flag("use_qk_norm", False) else None,
+        },
+        feed=feed,
+    )
+
+
+GLM4_MOE = Family(
+    model_type="glm4_moe",
+    architectures=("Glm4MoeForCausalLM", "Glm4MoeModel"),
+    read=_read,
+    table=table(
+        *INPUT_NORMS,
+        *SPLIT_QKV,
+        *norm("self_attn.q_norm", "attention.query_norm", Heads.SHARED),
+        *norm("self_attn.k_norm", "attention.key_norm", Heads.SHARED),
+        *linear("self_attn.o_proj", "attention.output"),
+        *GATED_MLP,
+        *ROUTER_AND_EXPERTS,
+        tensor("mlp.gate.e_score_correction_bias", "mlp.choice_bias_E"),
+        *linear("mlp.shared_experts.gate_proj", "mlp.shared.gate"),
+        *linear("mlp.shared_experts.up_proj", "mlp.shared.up"),
+        *linear("mlp.shared_experts.down_proj", "mlp.shared.down"),
+    ),
+    ignored=ROUTER_TRAINING,
+)

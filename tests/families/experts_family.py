@@ -1,0 +1,51 @@
+"""What the tests of families with experts share: ways to be wrong."""
+
+from dataclasses import replace
+from typing import Any
+
+from twinfer.spec.config import LayerConfig
+from twinfer.spec.moe import MoeConfig
+from twinfer.spec.weights import LayerWeights, MoeWeights
+
+from .llama_family import layers_with
+
+
+def router_with(**fields: Any) -> dict[str, Any]:
+    """A wrong mapping: these fields of every router otherwise."""
+
+    def change(layer: LayerConfig) -> LayerConfig:
+        if not isinstance(layer.mlp, MoeConfig):
+            return layer
+        return replace(layer, mlp=replace(layer.mlp, router=replace(layer.mlp.router, **fields)))
+
+    return layers_with(change)
+
+
+def _swapped(weights: LayerWeights) -> LayerWeights:
+    mlp = weights.mlp
+    if not isinstance(mlp, MoeWeights):
+        return weights
+    experts = mlp.experts
+    assert experts.gate is not None
+    return replace(weights, mlp=replace(mlp, experts=replace(experts, gate=experts.up, up=experts.gate)))
+
+
+GATE_AND_UP_SWAPPED: dict[str, Any] = {"on_layer": _swapped}
+
+
+def _shared_gate_at_half(weights: LayerWeights) -> LayerWeights:
+    mlp = weights.mlp
+    assert isinstance(mlp, MoeWeights)
+    assert mlp.shared_gate is not None
+    half = replace(mlp.shared_gate, weight_NI=0 * mlp.shared_gate.weight_NI)
+    return replace(weights, mlp=replace(mlp, shared_gate=half))
+
+
+def _sinks_negated(weights: LayerWeights) -> LayerWeights:
+    sink_H = weights.attention.sink_H
+    assert sink_H is not None
+    return replace(weights, attention=replace(weights.attention, sink_H=-sink_H))
+
+
+SHARED_GATE_AT_HALF: dict[str, Any] = {"on_layer": _shared_gate_at_half}
+SINKS_NEGATED: dict[str, Any] = {"on_layer": _sinks_negated}

@@ -1,0 +1,129 @@
+"""Families with experts beside transformers: each at configs that differ in everything that its routing can vary."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from twinfer.spec.moe import Score
+
+from .experts_family import GATE_AND_UP_SWAPPED, SHARED_GATE_AT_HALF, SINKS_NEGATED, router_with
+from .llama_family import attention_with
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
+QWEN = SIZES | {"moe_intermediate_size": 8, "num_experts": 6, "num_experts_per_tok": 3}
+OLMOE = SIZES | {"num_experts": 6, "num_experts_per_tok": 3}
+LOCAL = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
+GLM = SIZES | {"moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 3, "head_dim": 8}
+OSS = LOCAL | {"head_dim": 4, "sliding_window": 4, "num_hidden_layers": 3}
+DBRX_INNER = {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16}
+DBRX = {"d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 20}
+
+CONFIGS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "mixtral": ("Mixtral", [LOCAL | {"sliding_window": 5, "tie_word_embeddings": True}, LOCAL]),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        [
+            QWEN
+            | {
+                "num_hidden_layers": 4,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [1],
+                "norm_topk_prob": True,
+                "qkv_bias": False,
+            },
+            QWEN | {"shared_expert_intermediate_size": 10},
+        ],
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        [
+            QWEN | {"head_dim": 6, "mlp_only_layers": [0], "attention_bias": True},
+            QWEN | {"head_dim": 4, "norm_topk_prob": True},
+        ],
+    ),
+    "olmoe": ("Olmoe", [OLMOE | {"norm_topk_prob": True, "attention_bias": True}, OLMOE]),
+    "granitemoe": (
+        "GraniteMoe",
+        [
+            LOCAL | {"attention_bias": True},
+            LOCAL
+            | {
+                "embedding_multiplier": 3.0,
+                "logits_scaling": 2.0,
+                "residual_multiplier": 0.5,
+                "attention_multiplier": 0.3,
+            },
+        ],
+    ),
+    "phimoe": (
+        "Phimoe",
+        [LOCAL | {"attention_bias": True, "lm_head_bias": True}, LOCAL | {"router_jitter_noise": 0.2}],
+    ),
+    "dbrx": (
+        "Dbrx",
+        [
+            DBRX
+            | {
+                "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 1e9},
+                "ffn_config": DBRX_INNER | {"moe_normalize_expert_weights": None},
+            },
+            DBRX | {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 0.5}, "ffn_config": DBRX_INNER},
+        ],
+    ),
+    "gpt_oss": ("GptOss", [OSS | {"swiglu_limit": 0.5, "attention_bias": False}, OSS | {"swiglu_limit": 0.7}]),
+    "glm4_moe": (
+        "Glm4Moe",
+        [
+            GLM | {"first_k_dense_replace": 0, "norm_topk_prob": False, "attention_bias": True},
+            GLM | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "use_qk_norm": True},
+        ],
+    ),
+}
+
+WRONG: dict[str, dict[str, dict[str, Any]]] = {
+    "mixtral": {"gate and up swapped": GATE_AND_UP_SWAPPED, "softmax of all": router_with(score=Score.SOFTMAX)},
+    "qwen2_moe": {
+        "renormalized": router_with(renormalize=True),
+        "shared MLP by a half whatever the token": SHARED_GATE_AT_HALF,
+    },
+    "qwen3_moe": {"not renormalized": router_with(renormalize=False), "gate and up swapped": GATE_AND_UP_SWAPPED},
+    "olmoe": {"renormalized": router_with(renormalize=True), "gate and up swapped": GATE_AND_UP_SWAPPED},
+    "granitemoe": {"gate and up swapped": GATE_AND_UP_SWAPPED, "softmax of all": router_with(score=Score.SOFTMAX)},
+    "phimoe": {
+        "half as near": router_with(nearness=0.2),
+        "plain softmax": router_with(score=Score.SOFTMAX_OF_CHOSEN, nearness=None),
+    },
+    "dbrx": {"not renormalized": router_with(renormalize=False), "not cut": attention_with(qkv_clip=None)},
+    "gpt_oss": {"sinks of the wrong sign": SINKS_NEGATED, "gate and up swapped": GATE_AND_UP_SWAPPED},
+    "glm4_moe": {"no groups": router_with(groups=1, kept_groups=1), "not scaled": router_with(scale=1.0)},
+}
+
+
+def made(family: str, which: int) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    name, fields = CONFIGS[family]
+    config = getattr(transformers, f"{name}Config")(**fields[which])
+    return getattr(transformers, f"{name}ForCausalLM"), config
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_mixtures(family: str, which: int, agrees: Callable[..., None]) -> None:
+    kind, config = made(family, which)
+    agrees(kind, config, 7 + which)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_wrong_mappings_are_seen(family: str, catches: Callable[..., None]) -> None:
+    catches(*made(family, 1), WRONG[family])
