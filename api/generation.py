@@ -128,8 +128,11 @@ def generate(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     tokenizer: Streams | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Generation:
     """Extend each prompt (token ids) until an end token, a stop string, or `max_new_tokens`.
+
+    `numbers` are those of the prompts, by which draws differ; by default 0, 1, 2, ...
 
     Without a tokenizer there is no text, and no stop strings. Raises `RequestError`, before anything is allocated,
     for a prompt that is empty, holds an id outside the vocabulary, or has no room for the new tokens in the model's
@@ -146,7 +149,7 @@ def generate(
             limit=max_new_tokens,
             end_tokens=frozenset(end_tokens),
             sampling=sampling,
-            generator=generator_for(seed, index),
+            generator=generator_for(seed, index if numbers is None else numbers[index]),
             text=None if tokenizer is None else StopWatch(tokenizer.stream(), stop),
         )
         for index, prompt in enumerate(prompts)

@@ -65,12 +65,14 @@ class Model:
         stop: Sequence[str] = (),
         sampling: Sampling = GREEDY,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> Generation:
         """Extend each prompt, text or token ids, until an end token of the model, a stop string, or `max_new_tokens`.
 
         With `chat`, a prompt of text opens a conversation, held on `date`, as the model's template writes it.
         `sampling` chooses the tokens, by default the likeliest; what a prompt yields depends on the prompt, its index
-        and the `seed` only. Iterate over the result for events as they come, or call its `outputs()`.
+        (or what `numbers` has for it) and the `seed` only. Iterate over the result for events as they come, or call
+        its `outputs()`.
 
         Raises `RequestError` as `tokenize` and `twinfer.generate` do, before anything is allocated.
         """
@@ -84,6 +86,7 @@ class Model:
             sampling=sampling,
             seed=seed,
             tokenizer=self.checkpoint.tokenizer,
+            numbers=numbers,
         )
 
     def embed(

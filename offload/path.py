@@ -33,7 +33,7 @@ from .calls import Call, StreamedProgram, streamed_program
 from .direct import DirectFile, aligned_buffer
 from .events import Event
 from .form import Resident, faulty, in_buffer
-from .plan import PREFILL_TOKENS, Plan, call_bytes, plan
+from .plan import PREFILL_TOKENS, Plan, call_bytes, most_batch, plan
 from .store import Store
 from .streamer import Streamer, damaged
 from .table import DiskTable
@@ -142,6 +142,12 @@ class OffloadPath:
             for name in [each for each in self._programs if each not in later]:
                 self._program(name)
         return time.perf_counter() - begin_s
+
+    def most_batch(self, reserve: int) -> int:
+        """Return how many sequences of so many tokens the budget has room for."""
+        expands = self._mode is Mode.EAGER
+        given = self._store, self._config
+        return most_batch(*given, budget=self._budget, reserve=reserve, compute=self._compute, expands=expands)
 
     def open(self, batch: int, reserve: int) -> StaticSequences:
         """Start `batch` empty sequences with room for `reserve` tokens each, if the budget has that room."""

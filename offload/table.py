@@ -64,8 +64,8 @@ class DiskTable:
                 fetch(place)
         places = {block: place for place, block in enumerate(wanted)}
         numbers = [places[token // self._rows] * self._rows + token % self._rows for token in tokens]
-        scales = [made.get(name) for name in ("scale_N", "scale_BGU", "min_BGU")]
-        return Matrix(made["word"], *scales, None, self._outputs), numbers
+        scale_N, scale_BGU, min_BGU = (made.get(name) for name in ("scale_N", "scale_BGU", "min_BGU"))
+        return Matrix(made["word"], scale_N, scale_BGU, min_BGU, None, self._outputs), numbers
 
     def close(self) -> None:
         """End the threads; closing twice does nothing."""

@@ -4,13 +4,14 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path as FilePath
+from typing import Any, Protocol, runtime_checkable
 
 from twinfer.reference.sampling import Sampling
 from twinfer.spec.errors import RequestError
 
 from ..chat import DATE, prompt_ids
-from ..generation import Generation, check_prompts, check_stops
+from ..generation import Generation, Output, check_prompts, check_stops
 from ..loading import Model, load, open_checkpoint
 from ..memory import peak_memory_bytes
 from .console import print_json, waiting
@@ -20,6 +21,7 @@ from .options import (
     add_json,
     add_memory_budget,
     add_model,
+    positive,
     read_lines,
     token_ids,
     unicode_text,
@@ -83,7 +85,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end before this text; repeatable",
     )
+    parser.add_argument(
+        "--output", type=FilePath, metavar="FILE", help="write results here as they finish, one JSON a line"
+    )
+    parser.add_argument(
+        "--batch",
+        type=batch_size,
+        metavar="B",
+        help="with --output: prompts at a time, or auto, as many as a store's memory budget holds (default: all)",
+    )
     add_json(parser)
+
+
+def batch_size(text: str) -> int | str:
+    """Read a number of at least 1, or "auto"."""
+    return text if text == "auto" else positive(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty,
     )
     prompts = _prompts(args)
+    if args.batch is not None and args.output is None:
+        raise RequestError("--batch is given without --output; give a file that results are written to")
     with waiting() as report:
         start = time.perf_counter()
         checkpoint = open_checkpoint(args.model, report, context=args.context)
@@ -107,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         how = args.path, args.storage, args.compute, args.device
         model = load(checkpoint, *how, batches=len(ids) > 1, memory_budget=args.memory_budget, report=report)
     model = replace(model, load_s=opening_s + model.load_s)
+    if args.output is not None:
+        return _run_batches(args, model, ids, sampling)
     generation = model.generate(
         ids, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed
     )
@@ -115,6 +135,34 @@ def run(args: argparse.Namespace) -> int:
     else:
         _stream(generation, len(prompts), text=model.checkpoint.tokenizer is not None)
     return 0
+
+
+def _run_batches(args: argparse.Namespace, model: Model, ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
+    """Run the prompts in batches whose results are kept; a run that was killed is gone on with."""
+    from ..batches import run_batches
+
+    def some(numbers: Sequence[int]) -> Sequence[Output]:
+        prompts = [ids[number] for number in numbers]
+        options = {"stop": args.stop, "sampling": sampling, "seed": args.seed, "numbers": numbers}
+        return model.generate(prompts, max_new_tokens=args.max_new_tokens, **options).outputs()
+
+    reserve = max(len(prompt) for prompt in ids) + args.max_new_tokens
+    batch = len(ids) if args.batch is None else args.batch
+    if batch == "auto":
+        batch = min(len(ids), model.decoder.most_batch(reserve)) if isinstance(model.decoder, Batching) else len(ids)
+    request = [args.max_new_tokens, asdict(sampling), args.seed, args.stop]
+    request += [model.storage.value, model.compute.value, model.checkpoint.name]
+    with waiting() as report:
+        ran = run_batches(args.output, ids, request, batch, some, report)
+    print(f"{args.output}: {len(ids)} results, {ran} of them new, {batch} at a time")
+    return 0
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """A decoder that knows how many sequences it has room for."""
+
+    def most_batch(self, reserve: int) -> int: ...
 
 
 def report_of(model: Model, name: str, generation: Generation) -> dict[str, Any]:

@@ -6,22 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from twinfer.commands import bench
+from twinfer.commands import bench, offload
 from twinfer.commands import parser as parser_file
 from twinfer.commands.main import main
 
 SHARED = {"__init__", "main", "command", "console", "options", "parser", "bench_options"}
+PARENTS = (bench, offload)
 FOLDER = Path(parser_file.__file__).parent
 
 
 def test_every_file_is_a_command_of_a_table_or_shared_by_several() -> None:
     """A file's name is its command's, that of a subcommand with its parent's before it."""
-    names = [each.NAME for each in parser_file.COMMANDS] + [f"bench_{each.NAME}" for each in bench.COMMANDS]
+    names = [each.NAME for each in parser_file.COMMANDS]
+    names += [f"{parent.NAME}_{each.NAME}" for parent in PARENTS for each in parent.COMMANDS]
     assert len(set(names)) == len(names)
     assert {path.stem for path in FOLDER.glob("*.py")} == SHARED | set(names)
 
 
-CALLED = {each.NAME: each for each in parser_file.COMMANDS} | {f"bench {each.NAME}": each for each in bench.COMMANDS}
+CALLED = {each.NAME: each for each in parser_file.COMMANDS}
+CALLED |= {f"{parent.NAME} {each.NAME}": each for parent in PARENTS for each in parent.COMMANDS}
 
 
 @pytest.mark.parametrize("words", CALLED)

@@ -1,0 +1,89 @@
+"""Many prompts through one path, in batches, their results kept in a file as they finish.
+
+Each line of the file is one prompt's result, with a digest of everything that it depends on. A run that was killed is
+gone on with: prompts whose results are there are not run again, and a line that was cut short is written anew. So
+whenever it is killed nothing is lost but the batch under way, and nothing is there twice.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from twinfer.offload.locked import locked
+from twinfer.spec.errors import RequestError
+
+from .generation import Output
+
+Run = Callable[[Sequence[int]], Sequence[Output]]
+"""Takes the numbers of some prompts and returns what they yield."""
+
+
+def run_batches(
+    file: Path, prompts: Sequence[Sequence[int]], request: Any, batch: int, run: Run, report: Callable[[str], None]
+) -> int:
+    """Run the prompts that the file lacks, `batch` at a time; returns how many that were.
+
+    `request` is JSON of what results depend on besides the prompt. Raises `RequestError` where the file holds results
+    of other prompts or another request, is being written by another process, or cannot be written.
+    """
+    digests = [_digest(index, prompt, request) for index, prompt in enumerate(prompts)]
+    try:
+        file.touch()
+        with locked(file, f"{file} is being written by another process; wait for it, or give another file"):
+            done = _finished(file, digests)
+            left = [index for index in range(len(prompts)) if index not in done]
+            begin_s = time.perf_counter()
+            for first in range(0, len(left), batch):
+                numbers = left[first : first + batch]
+                outputs = run(numbers)
+                _append(file, [_line(*each, digests) for each in zip(numbers, outputs, strict=True)])
+                ran = first + len(numbers)
+                rest_s = (time.perf_counter() - begin_s) / ran * (len(left) - ran)
+                report(f"{len(done) + ran} of {len(prompts)} prompts, {rest_s:.0f} s left")
+            return len(left)
+    except OSError as error:
+        raise RequestError(f"{file} cannot be written: {error.strerror or error}") from None
+
+
+def _finished(file: Path, digests: Sequence[str]) -> set[int]:
+    """Return the prompts whose results are there, and cut off a line that is not whole."""
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    done: set[int] = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            result = json.loads(line)
+            index, digest = result["prompt"], result["digest"]
+            fits = isinstance(index, int) and 0 <= index < len(digests) and digest == digests[index]
+        except (ValueError, TypeError, KeyError):
+            fits = False
+        if not fits:
+            raise RequestError(
+                f"{file}, line {number} is no result of these prompts and options; give those it was made with, or "
+                "another file"
+            )
+        done.add(index)
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+    return done
+
+
+def _append(file: Path, lines: Sequence[str]) -> None:
+    with file.open("a", encoding="utf-8") as out:
+        out.write("".join(lines))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _line(index: int, output: Output, digests: Sequence[str]) -> str:
+    result = {"prompt": index, **asdict(output), "digest": digests[index]}
+    return json.dumps(result, allow_nan=False) + "\n"
+
+
+def _digest(index: int, prompt: Sequence[int], request: Any) -> str:
+    return hashlib.sha256(json.dumps([index, list(prompt), request], sort_keys=True).encode()).hexdigest()[:16]
