@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from .chat import DATE, encode, prompt_ids
 from .embedding import chosen, embed, text_ids
 from .generation import GREEDY, Generation, generate
 from .paths import BUILDERS, Compute, Order, Report
+from .store_source import StoreSource
 
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint
@@ -108,6 +110,7 @@ def load(
     *,
     context: int | None = None,
     batches: bool = True,
+    memory_budget: int | None = None,
     report: Report | None = None,
 ) -> Model:
     """Make a model ready to run on a path.
@@ -118,7 +121,8 @@ def load(
     the arithmetic (float32, float64, bfloat16, float16); both may be given as torch dtypes too. `context` is the most
     tokens of a sequence, where a model named here is to hold fewer than it can. The compiled path compiles here, once
     for any prompt and batch size; without `batches`, what only several prompts at once need is compiled when they come.
-    `report` is called with a line about whatever takes long.
+    `report` is called with a line about whatever takes long. A store (made by twinfer offload build) runs on the path
+    offload, whatever is named, within `memory_budget` bytes besides the interpreter.
 
     Raises a `TwinferError` that says what would be right: for a value that is none of these, a model that cannot be
     used, or a machine that lacks what the path needs.
@@ -130,6 +134,12 @@ def load(
     start = time.perf_counter()
     checkpoint = _opened(model, context, report)
     chosen_storage = given_storage or checkpoint.storage or Storage.FLOAT32
+    if isinstance(checkpoint.source, StoreSource):
+        chosen_path = Path.OFFLOAD
+    elif memory_budget is not None:
+        raise RequestError(
+            f"{checkpoint.name} is no store, so no memory budget bounds it; make one: twinfer offload build MODEL STORE"
+        )
     order = Order(
         source=checkpoint.source,
         storage=chosen_storage,
@@ -137,6 +147,7 @@ def load(
         device=chosen_device,
         batches=batches,
         report=report,
+        memory_budget=memory_budget,
     )
     built = BUILDERS[chosen_path](order)
     return Model(
@@ -170,6 +181,10 @@ def open_checkpoint(model: str, report: Report | None = None, *, context: int | 
     """Open a folder, a .gguf file, or a built-in name; raises `TwinferError` where that fails."""
     from twinfer.checkpoint import open_model
 
+    if (FilePath(model) / "store.json").is_file():
+        from .stores import open_store_model
+
+        return open_store_model(FilePath(model), context)
     if model in PAPER_MODELS:
         raise RequestError(
             f"{model} is known by its config alone: there are no weights of it; see `twinfer inspect {model}`"

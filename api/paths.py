@@ -11,7 +11,10 @@ import torch
 
 from twinfer.spec.config import Storage
 from twinfer.spec.decoder import Decoder, Path
+from twinfer.spec.errors import RequestError
 from twinfer.spec.weights import WeightSource
+
+from .store_source import StoreSource
 
 Report = Callable[[str], None]
 """Told in a line each what is being waited for."""
@@ -43,6 +46,8 @@ class Order:
     batches: bool
     """Whether several prompts at once are expected."""
     report: Report | None
+    memory_budget: int | None = None
+    """Bytes, for a store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,5 +83,30 @@ def _compiled(order: Order) -> Built:
     return Built(decoder=path, compile_s=path.compile(batches=order.batches))
 
 
-BUILDERS: dict[Path, Callable[[Order], Built]] = {Path.REFERENCE: _reference, Path.COMPILED: _compiled}
+def _offload(order: Order) -> Built:
+    from twinfer.offload.path import OffloadPath
+
+    if not isinstance(order.source, StoreSource):
+        raise RequestError("the path offload runs a store; make one of the model: twinfer offload build MODEL STORE")
+    if order.memory_budget is None:
+        raise RequestError("a store runs within a memory budget, which is not given; give one, such as 512MB")
+    if order.device.type != "cpu":
+        raise RequestError(f"device is {str(order.device)!r}; a store runs on cpu")
+    if order.storage is not order.source.store.storage:
+        raise RequestError(f"storage is {order.storage}; this store is in {order.source.store.storage}")
+    path = OffloadPath(
+        order.source.store,
+        order.source.config,
+        budget=order.memory_budget,
+        compute=order.compute.dtype,
+        report=order.report,
+    )
+    return Built(decoder=path, compile_s=path.compile(batches=order.batches))
+
+
+BUILDERS: dict[Path, Callable[[Order], Built]] = {
+    Path.REFERENCE: _reference,
+    Path.COMPILED: _compiled,
+    Path.OFFLOAD: _offload,
+}
 """The builder of every path that `twinfer.load` knows."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..compiled.linear import linear_decode, linear_prefill, product
+from ..compiled.moe import Mlp
 from ..compiled.packing import Matrix, pack, quantize
 from ..compiled.programs import graph
 from ..compiled.weights import Layer, Model
@@ -119,7 +120,8 @@ def _layer_products(xs: Sequence[Tensor], matrices: Sequence[Matrix]) -> list[Te
 
 
 def _matrices(layer: Layer) -> list[Matrix]:
-    return [layer.qkv, layer.output, layer.up, layer.down]
+    assert isinstance(layer.mlp, Mlp)
+    return [layer.qkv, layer.output, *layer.mlp]
 
 
 def small_products(storage: Storage, size: int) -> Iterator[tuple[Key, ModelSample]]:

@@ -90,12 +90,20 @@ def _open(model: str, context: int | None, report: Callable[[str], None]) -> Che
 
 def _open_twinfer(folder: Path, context: int | None) -> Checkpoint:
     source = TwinferFolder(folder, context)
-    about, tokenizer = source.about, source.tokenizer()
+    checkpoint = described_checkpoint(source.about, source, source.tokenizer(), source.storage, str(folder))
+    source.about.finish()
+    return checkpoint
+
+
+def described_checkpoint(
+    about: Fields, source: WeightSource, tokenizer: Tokenizer | None, storage: Storage, where: str
+) -> Checkpoint:
+    """Return a model of which these fields say what there is to know besides (`native.convert.about_model`)."""
     special, embedding = about.section("special_tokens"), about.section("embedding")
     end_tokens = tuple(about.integers("end_tokens"))
     if any(token >= source.config.vocabulary for token in end_tokens):
         raise about.wrong("end_tokens", f"a list of token ids below the vocabulary's size, {source.config.vocabulary}")
-    checkpoint = Checkpoint(
+    return Checkpoint(
         name=about.text("name"),
         source=source,
         config=source.config,
@@ -103,12 +111,10 @@ def _open_twinfer(folder: Path, context: int | None) -> Checkpoint:
         end_tokens=end_tokens,
         chat_template=about.optional_text("chat_template"),
         special_tokens={} if special is None else {name: special.text(name) for name in special.names()},
-        storage=source.storage,
-        embedding=config_json.read(EmbeddingRecipe, embedding.values if embedding else {}, f"{folder}: embedding"),
+        storage=storage,
+        embedding=config_json.read(EmbeddingRecipe, embedding.values if embedding else {}, f"{where}: embedding"),
         no_tokenizer=about.text("no_tokenizer"),
     )
-    about.finish()
-    return checkpoint
 
 
 def _open_folder(folder: Path, name: str, context: int | None) -> Checkpoint:

@@ -96,6 +96,7 @@ def attend_decode(
     scale: float,
     softcap: float | None = None,
     slope_H: Tensor | None = None,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
     """One query for each of R sequences, at `position_R`, over what it sees; [R, H, D].
 
@@ -118,14 +119,21 @@ def attend_decode(
         score_RSKG = score_RSKG + alibi(position_R, slot_S, slope_H, compute=wide).view(score_RSKG.shape)
     score_RSKG = score_RSKG + mask.added_RS[:, :, None, None]
     # heads last, or Inductor's vectors would run over the slots, whose values are nowhere side by side
-    weight_RSKG = materialized(torch.exp(score_RSKG - score_RSKG.amax(1, keepdim=True)))
+    peak_RKG = score_RSKG.amax(1)
+    if sink_H is not None:
+        sink_KG = sink_H.view(peak_RKG.shape[1:])
+        peak_RKG = torch.maximum(peak_RKG, sink_KG)
+    weight_RSKG = materialized(torch.exp(score_RSKG - peak_RKG[:, None]))
     if written_out:
         parts = value_RSKD.view(*value_RSKD.shape[:3], _parts(*query_RKGD.shape[2:]), -1).unbind(3)
         sums = [(weight_RSK[..., None] * part).sum(1) for weight_RSK in weight_RSKG.unbind(3) for part in parts]
         out_RKGD = torch.cat(sums, -1).view(query_RKGD.shape)
     else:
         out_RKGD = (weight_RSKG[..., None] * value_RSKD[:, :, :, None]).sum(1)
-    return (out_RKGD / weight_RSKG.sum(1)[..., None]).reshape(query_RHD.shape).to(query_RHD.dtype)
+    total_RKG = weight_RSKG.sum(1)
+    if sink_H is not None:
+        total_RKG = total_RKG + torch.exp(sink_KG - peak_RKG)
+    return (out_RKGD / total_RKG[..., None]).reshape(query_RHD.shape).to(query_RHD.dtype)
 
 
 def _parts(group: int, head_size: int) -> int:
@@ -153,13 +161,14 @@ def attend_prefill(
     window: int | None,
     softcap: float | None = None,
     slope_H: Tensor | None = None,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
     """The last T queries of one sequence over its S slots, all of them written; `mask_TS` from `mask`; [T, H, D]."""
     key_KSD, value_KSD = _by_head(key_CKD[slot_S]), _by_head(value_CKD[slot_S])
     query_THD, scale = _scaled(query_THD, scale)
     query_KTGD = _by_head(query_THD.view(query_THD.shape[0], key_CKD.shape[1], -1, query_THD.shape[2]))
     operands = query_KTGD, key_KSD, value_KSD, mask_TS
-    out_THD: Tensor = torch.ops.twinfer.attend_blocks(*operands, window, scale, softcap, slope_H)
+    out_THD: Tensor = torch.ops.twinfer.attend_blocks(*operands, window, scale, softcap, slope_H, sink_H)
     return out_THD
 
 
@@ -184,6 +193,7 @@ def _attend_blocks(
     scale: float,
     softcap: float | None,
     slope_H: Tensor | None,
+    sink_H: Tensor | None,
 ) -> Tensor:
     """Attention of the last T of S positions, in blocks of queries; a block reads the keys that one of it may see.
 
@@ -200,7 +210,7 @@ def _attend_blocks(
             bias_TSH = alibi(position_T, position_S, slope_H, compute=query_KTGD.dtype)
             added_HTS = added_HTS + bias_TSH.permute(2, 0, 1)
         operands = query_KTGD[:, block], key_KSD[:, seen], value_KSD[:, seen], added_HTS
-        _attend_block(*operands, scale, softcap, out_THD[block])
+        _attend_block(*operands, scale, softcap, sink_H, out_THD[block])
     return out_THD
 
 
@@ -215,12 +225,13 @@ def attend_varlen(
     window: int | None,
     softcap: float | None = None,
     slope_H: Tensor | None = None,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
     """Every query over the keys of its own text; [T, H, D]. `cu_seqlens` [N + 1] is on the CPU: its values are read."""
     query_THD, scale = _scaled(query_THD, scale)
     query_KTGD = _by_head(query_THD.view(query_THD.shape[0], key_TKD.shape[1], -1, query_THD.shape[2]))
     operands = query_KTGD, _by_head(key_TKD), _by_head(value_TKD), cu_seqlens
-    out_THD: Tensor = torch.ops.twinfer.attend_varlen(*operands, causal, window, scale, softcap, slope_H)
+    out_THD: Tensor = torch.ops.twinfer.attend_varlen(*operands, causal, window, scale, softcap, slope_H, sink_H)
     return out_THD
 
 
@@ -235,6 +246,7 @@ def _attend_varlen(
     scale: float,
     softcap: float | None,
     slope_H: Tensor | None,
+    sink_H: Tensor | None,
 ) -> Tensor:
     """Text by text, each in blocks of queries as in `attend_blocks`, and masks of a block where something is masked.
 
@@ -253,7 +265,8 @@ def _attend_varlen(
                     bias_TSH = alibi(position_T, position_S, slope_H, compute=query_KTGD.dtype)
                     added_HTS = added_HTS + bias_TSH.permute(2, 0, 1)
             operands = query_KtGD[:, block], key_KSD[:, seen], value_KSD[:, seen], added_HTS
-            _attend_block(*operands, scale, softcap, out_THD[begin + block.start : begin + block.stop])
+            out_tHD = out_THD[begin + block.start : begin + block.stop]
+            _attend_block(*operands, scale, softcap, sink_H, out_tHD)
     return out_THD
 
 
@@ -279,6 +292,7 @@ def _attend_block(
     added_HTS: Tensor | None,
     scale: float,
     softcap: float | None,
+    sink_H: Tensor | None,
     out_THD: Tensor,
 ) -> None:
     """Into `out_THD`: by torch's fused attention, or with many rows a key head, or a cap, by products.
@@ -288,6 +302,8 @@ def _attend_block(
     """
     wide = accumulation_dtype(query_KTGD.dtype)
     kv_heads, tokens, group, size = query_KTGD.shape
+    if sink_H is not None:
+        key_KSD, value_KSD, added_HTS = _with_sinks(key_KSD, value_KSD, added_HTS, sink_H, tokens)
     out_TKGD = out_THD.view(tokens, kv_heads, group, size)
     added_KGTS = None
     if added_HTS is not None:
@@ -316,6 +332,18 @@ def _attend_block(
             score_TGS.add_(added_KGTS[head].transpose(0, 1))
         weight_PS = torch.softmax(score_TGS, -1).flatten(0, 1)
         out_TKGD[:, head] = product(weight_PS, value_KSD[head].to(wide).t(), None).view(tokens, group, size)
+
+
+def _with_sinks(
+    key_KSD: Tensor, value_KSD: Tensor, added_HTS: Tensor | None, sink_H: Tensor, tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one more key and value of zeros, and what is added to the scores: a zero key's score is its head's sink."""
+    key_KSD, value_KSD = (functional.pad(each, (0, 0, 0, 1)) for each in (key_KSD, value_KSD))
+    column_HT1 = sink_H[:, None, None].expand(-1, tokens, 1)
+    if added_HTS is None:
+        return key_KSD, value_KSD, functional.pad(column_HT1, (key_KSD.shape[1] - 1, 0))
+    added_HTS = added_HTS.to(sink_H.dtype).expand(len(sink_H), -1, -1)
+    return key_KSD, value_KSD, torch.cat((added_HTS, column_HT1), -1)
 
 
 @_attend_blocks.register_fake

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from ..spec.config import AttentionConfig, LayerConfig, NormPlacement, QkNormSpan, Residual, Storage
+from ..spec.moe import MoeConfig
 from .attention import DecodeMask, attend_decode, attend_prefill, attend_varlen, write
 from .embedding import Product
 from .linear import linear_decode, linear_prefill
-from .mlp import activation, gated
+from .moe import Mlp, Moe
+from .moe import mlp as dense
+from .moe import moe as mixture
 from .norms import Norm, norm
 from .rotary import rotate
 from .weights import Layer
@@ -75,6 +78,7 @@ def decode_layer(
             scale=config.attention.scale,
             softcap=config.attention.softcap,
             slope_H=weights.slope_H,
+            sink_H=weights.sink_H,
         )
 
     return _layer(x_RM, weights, table, attend, config, storage, product, reduce)
@@ -107,6 +111,7 @@ def prefill_layer(
             window=config.attention.window,
             softcap=config.attention.softcap,
             slope_H=weights.slope_H,
+            sink_H=weights.sink_H,
         )
 
     return _layer(x_TM, weights, table, attend, config, storage, linear_prefill, reduce)
@@ -135,6 +140,7 @@ def encode_layer(
             window=config.attention.window,
             softcap=config.attention.softcap,
             slope_H=weights.slope_H,
+            sink_H=weights.sink_H,
         )
 
     return _layer(x_TM, weights, table, attend, config, storage, linear_prefill, reduce)
@@ -157,10 +163,11 @@ def _layer(
         return product(attend(query, key, value).flatten(1), weights.output, storage)
 
     def mlp(normed_TM: Tensor) -> Tensor:
-        up = product(normed_TM, weights.up, storage)
-        dense = config.dense_mlp
-        inner_TF = gated(up, dense.activation) if dense.gated else activation(up, dense.activation)
-        return product(inner_TF, weights.down, storage)
+        if isinstance(config.mlp, MoeConfig):
+            assert isinstance(weights.mlp, Moe)
+            return mixture(normed_TM, weights.mlp, config.mlp, storage, product)
+        assert isinstance(weights.mlp, Mlp)
+        return dense(normed_TM, weights.mlp, config.mlp, storage, product)
 
     return _residual_blocks(x_TM, weights, config, attention, mlp, reduce)
 

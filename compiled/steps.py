@@ -16,7 +16,7 @@ hidden, W table width, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,6 +76,17 @@ class PrefillPositions(NamedTuple):
     read_S: Tensor
 
 
+class Parts(NamedTuple):
+    """A program before its loop over the layers, for loops of another kind (several calls share each layer)."""
+
+    first: Callable[..., tuple[Tensor | None, Any]]
+    """What embeds tokens, and finds what all layers have in common."""
+    layer: Callable[..., Tensor]
+    """Takes the layer's config, x, weights, cache, the place of its rotation, and what all layers have in common."""
+    last: Callable[..., Any]
+    """What stands after the layers."""
+
+
 class Prefilled(NamedTuple):
     hidden_TW: Tensor
     """For every token; normalized and ready for the projection where the model has a head."""
@@ -119,8 +130,28 @@ def decode_program(
     A step is three integers for each sequence: its new token, that token's position, and the sequence's first slot. R
     is always that of the first call; with `many` it varies, and the products are those for many rows.
     """
+    parts = decode_parts(config, storage, piece, compute=compute, many=many)
+
+    def decode(
+        model: Model, caches: Sequence[Cache], step_3R: Tensor, slot_S: Tensor, x_RM: Tensor | None = None
+    ) -> Tensor:
+        embedded_RM, positions = parts.first(model.embedding, model.rotations.different, step_3R, slot_S)
+        x_RM = _entering(embedded_RM, x_RM)
+        for layer, weights, cache, place in zip(
+            config.layers, model.layers, caches, model.rotations.of_layer, strict=True
+        ):
+            x_RM = parts.layer(layer, x_RM, weights, cache, place, positions, slot_S)
+        return x_RM if model.head is None else parts.last(x_RM, model.head)
+
+    return decode
+
+
+def decode_parts(
+    config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT, many: bool = False
+) -> Parts:
+    """Return the pieces of `decode_program`."""
     product = linear_prefill if many else linear_decode
-    windows = _windows(config)
+    windows = different_windows(config)
     rows = (0,) if many else ()
 
     def prologue(
@@ -149,34 +180,59 @@ def decode_program(
         return piece(decode, {**rows_of, "cache": (0,), "slot_S": (0,), "mask": (*rows, 1)})
 
     def epilogue(x_RM: Tensor, head: Head) -> Tensor:
-        return _logits(_for_projection(x_RM, head, config, storage, product), head, config, storage, product)
+        return logits_of(for_projection(x_RM, head, config, storage, product), head, config, storage, product)
 
     first = piece(prologue, {"step_3R": (1,) if many else (), "slot_S": (0,)})
     pieces = {layer: layer_of(layer) for layer in dict.fromkeys(config.layers)}
     last = piece(epilogue, {"x_RM": rows})
 
-    def decode(
-        model: Model, caches: Sequence[Cache], step_3R: Tensor, slot_S: Tensor, x_RM: Tensor | None = None
+    def through(
+        layer: LayerConfig,
+        x_RM: Tensor,
+        weights: Layer,
+        cache: Cache,
+        place: int | None,
+        positions: DecodePositions,
+        slot_S: Tensor,
     ) -> Tensor:
-        embedded_RM, positions = first(model.embedding, model.rotations.different, step_3R, slot_S)
-        x_RM = _entering(embedded_RM, x_RM)
-        for layer, weights, cache, place in zip(
-            config.layers, model.layers, caches, model.rotations.of_layer, strict=True
-        ):
-            table = None if place is None else positions.tables[place]
-            mask = positions.masks[windows.index(layer.attention.window)]
-            where = table, positions.write_R, positions.position_R, slot_S, mask
-            x_RM = pieces[layer](x_RM, weights, cache, *where)
-        return x_RM if model.head is None else last(x_RM, model.head)
+        table = None if place is None else positions.tables[place]
+        mask = positions.masks[windows.index(layer.attention.window)]
+        where = table, positions.write_R, positions.position_R, slot_S, mask
+        return pieces[layer](x_RM, weights, cache, *where)
 
-    return decode
+    return Parts(first, through, last)
 
 
 def prefill_program(
     config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT
 ) -> Callable[..., Prefilled]:
     """Return a function (model, caches, token_T, position_T, start_1, slot_S, x_TM=None) -> `Prefilled`."""
-    windows = _windows(config)
+    parts = prefill_parts(config, storage, piece, compute=compute)
+
+    def prefill(
+        model: Model,
+        caches: Sequence[Cache],
+        token_T: Tensor,
+        position_T: Tensor,
+        start_1: Tensor,
+        slot_S: Tensor,
+        x_TM: Tensor | None = None,
+    ) -> Prefilled:
+        given = token_T, position_T, start_1, slot_S
+        embedded_TM, positions = parts.first(model.embedding, model.rotations.different, *given)
+        x_TM = _entering(embedded_TM, x_TM)
+        for layer, weights, cache, place in zip(
+            config.layers, model.layers, caches, model.rotations.of_layer, strict=True
+        ):
+            x_TM = parts.layer(layer, x_TM, weights, cache, place, positions)
+        return Prefilled(x_TM, None) if model.head is None else parts.last(x_TM, model.head)
+
+    return prefill
+
+
+def prefill_parts(config: ModelConfig, storage: Storage, piece: Piece, *, compute: torch.dtype = DEFAULT) -> Parts:
+    """Return the pieces of `prefill_program`."""
+    windows = different_windows(config)
 
     def prologue(
         embedding: Embedding | None,
@@ -207,34 +263,26 @@ def prefill_program(
         return piece(prefill, {**tokens_of, "cache": (0,), "read_S": (0,), "mask_TS": (0, 1)})
 
     def epilogue(x_TM: Tensor, head: Head) -> Prefilled:
-        hidden_TW = _for_projection(x_TM, head, config, storage, linear_prefill)
-        return Prefilled(hidden_TW, _logits(hidden_TW[-1:], head, config, storage, linear_decode))
+        hidden_TW = for_projection(x_TM, head, config, storage, linear_prefill)
+        return Prefilled(hidden_TW, logits_of(hidden_TW[-1:], head, config, storage, linear_decode))
 
     first = piece(prologue, dict.fromkeys(("token_T", "position_T", "slot_S"), (0,)))
     pieces = {layer: layer_of(layer) for layer in dict.fromkeys(config.layers)}
     last = piece(epilogue, {"x_TM": (0,)})
 
-    def prefill(
-        model: Model,
-        caches: Sequence[Cache],
-        token_T: Tensor,
-        position_T: Tensor,
-        start_1: Tensor,
-        slot_S: Tensor,
-        x_TM: Tensor | None = None,
-    ) -> Prefilled:
-        given = token_T, position_T, start_1, slot_S
-        embedded_TM, positions = first(model.embedding, model.rotations.different, *given)
-        x_TM = _entering(embedded_TM, x_TM)
-        for layer, weights, cache, place in zip(
-            config.layers, model.layers, caches, model.rotations.of_layer, strict=True
-        ):
-            table = None if place is None else positions.tables[place]
-            mask_TS = positions.masks[windows.index(layer.attention.window)]
-            x_TM = pieces[layer](x_TM, weights, cache, table, positions.write_T, positions.read_S, mask_TS)
-        return Prefilled(x_TM, None) if model.head is None else last(x_TM, model.head)
+    def through(
+        layer: LayerConfig,
+        x_TM: Tensor,
+        weights: Layer,
+        cache: Cache,
+        place: int | None,
+        positions: PrefillPositions,
+    ) -> Tensor:
+        table = None if place is None else positions.tables[place]
+        mask_TS = positions.masks[windows.index(layer.attention.window)]
+        return pieces[layer](x_TM, weights, cache, table, positions.write_T, positions.read_S, mask_TS)
 
-    return prefill
+    return Parts(first, through, last)
 
 
 def encode_program(
@@ -264,7 +312,7 @@ def encode_program(
         return piece(encode, dict.fromkeys(("x_TM", "table", "cu_seqlens"), (0,)))
 
     def epilogue(x_TM: Tensor, head: Head) -> Tensor:
-        return _for_projection(x_TM, head, config, storage, linear_prefill)
+        return for_projection(x_TM, head, config, storage, linear_prefill)
 
     first = piece(prologue, dict.fromkeys(("token_T", "type_T", "position_T"), (0,)))
     pieces = {layer: layer_of(layer) for layer in dict.fromkeys(config.layers)}
@@ -287,7 +335,7 @@ def encode_program(
     return encode
 
 
-def _windows(config: ModelConfig) -> list[int | None]:
+def different_windows(config: ModelConfig) -> list[int | None]:
     """Return the different windows of the layers."""
     return list(dict.fromkeys(layer.attention.window for layer in config.layers))
 
@@ -299,14 +347,14 @@ def _entering(embedded: Tensor | None, given: Tensor | None) -> Tensor:
     return hidden
 
 
-def _for_projection(x_TM: Tensor, head: Head, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
+def for_projection(x_TM: Tensor, head: Head, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
     """Return what the head's projection multiplies, [T, W]."""
     if head.norm is not None and config.final_norm is not None:
         x_TM = norm(x_TM, head.norm.gain_M, head.norm.bias_M, config.final_norm)
     return x_TM if head.reduction is None else product(x_TM, head.reduction, storage)
 
 
-def _logits(hidden_RE: Tensor, head: Head, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
+def logits_of(hidden_RE: Tensor, head: Head, config: ModelConfig, storage: Storage, product: Product) -> Tensor:
     """Return logits in the accumulation dtype: in a narrow one neighboring tokens would tie."""
     wide_RE = hidden_RE.to(accumulation_dtype(hidden_RE.dtype))
     return scale_and_cap(product(wide_RE, head.projection, storage), config.logit_scale, config.logit_softcap)

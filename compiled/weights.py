@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig, QkNormSpan, Storage
-from ..spec.errors import ConfigError, WeightError
-from ..spec.moe import MoeConfig
+from ..spec.errors import WeightError
 from ..spec.weights import (
     EmbeddingWeights,
     HeadWeights,
     LayerWeights,
     LinearWeights,
+    MlpWeights,
+    MoeWeights,
     NormWeights,
     WeightSource,
     validate_embedding,
@@ -26,7 +27,9 @@ from ..spec.weights import (
 )
 from .compute import DEFAULT, accumulation_dtype
 from .embedding import Embedding
+from .experts import stack
 from .machine import return_freed_memory
+from .moe import Mlp, Moe
 from .norms import Norm
 from .packing import Matrix, own, pack, quantize
 
@@ -41,15 +44,14 @@ class Layer(NamedTuple):
     output: Matrix
     attention_output_norm: Norm | None
     mlp_norm: Norm | None
-    up: Matrix
-    """[F, M]; where gated [2 F, M], the gate's rows first."""
-    down: Matrix
+    mlp: Mlp | Moe
     mlp_output_norm: Norm | None
     slope_H: Tensor | None
     """ALiBi's, float64."""
     query_norm: Norm | None
     """[H, D] where each head is normalized by itself, else [H * D]."""
     key_norm: Norm | None
+    sink_H: Tensor | None
 
 
 class Rotation(NamedTuple):
@@ -93,9 +95,8 @@ class Model(NamedTuple):
 
 
 def prepare(source: WeightSource, storage: Storage, device: torch.device, compute: torch.dtype = DEFAULT) -> Model:
-    """Read every part once, check it, round and pack it. Raises `ConfigError` for what the graphs do not compute."""
+    """Read every part once, check it, round and pack it."""
     config = source.config
-    _check_computed(config)
     embedding = prepare_embedding(_checked_embedding(source), config, storage, device, compute)
     head = prepare_head(_checked_head(source), config, storage, device, compute, tied=embedding.table)
     layers: list[Layer] = []
@@ -140,7 +141,7 @@ def prepare_layer(
     def norm(part: NormWeights | None) -> Norm | None:
         return prepared_norm(part, config.norm, device, compute)
 
-    attention, mlp = weights.attention, weights.dense_mlp
+    attention, mlp = weights.attention, weights.mlp
     slope_H = attention.alibi_slope_H
     return Layer(
         attention_norm=norm(weights.attention_norm),
@@ -148,12 +149,34 @@ def prepare_layer(
         output=_matrix([attention.output], storage, device),
         attention_output_norm=norm(weights.attention_output_norm),
         mlp_norm=norm(weights.mlp_norm),
-        up=_matrix([mlp.up] if mlp.gate is None else [mlp.gate, mlp.up], storage, device),
-        down=_matrix([mlp.down], storage, device),
+        mlp=_mlp(mlp, storage, device) if isinstance(mlp, MlpWeights) else _moe(mlp, storage, device, compute),
         mlp_output_norm=norm(weights.mlp_output_norm),
         slope_H=None if slope_H is None else slope_H.detach().to(device, torch.float64, copy=True),
         query_norm=_head_norm(attention.query_norm, config.attention, device, compute),
         key_norm=_head_norm(attention.key_norm, config.attention, device, compute),
+        sink_H=None if attention.sink_H is None else _plain(attention.sink_H, device, compute),
+    )
+
+
+def _mlp(weights: MlpWeights, storage: Storage, device: torch.device) -> Mlp:
+    up = [weights.up] if weights.gate is None else [weights.gate, weights.up]
+    return Mlp(_matrix(up, storage, device), _matrix([weights.down], storage, device))
+
+
+def _moe(weights: MoeWeights, storage: Storage, device: torch.device, compute: torch.dtype) -> Moe:
+    def few(part: LinearWeights | None) -> Matrix | None:
+        return None if part is None else _matrix([part], Storage.FLOAT32, device)
+
+    experts = weights.experts
+    up = [experts.up] if experts.gate is None else [experts.gate, experts.up]
+    return Moe(
+        router=_matrix([weights.router], Storage.FLOAT32, device),
+        choice_bias_E=None if weights.choice_bias_E is None else _plain(weights.choice_bias_E, device, compute),
+        experts=Mlp(stack(up, storage).to(device), stack([experts.down], storage).to(device)),
+        shared=None if weights.shared is None else _mlp(weights.shared, storage, device),
+        shared_gate=few(weights.shared_gate),
+        residual=None if weights.residual is None else _mlp(weights.residual, storage, device),
+        coefficient=few(weights.coefficient),
     )
 
 
@@ -253,13 +276,3 @@ def _head_norm(
 
 def _plain(tensor: Tensor, device: torch.device, compute: torch.dtype) -> Tensor:
     return tensor.detach().to(device, accumulation_dtype(compute), copy=True).contiguous()
-
-
-def _check_computed(config: ModelConfig) -> None:
-    for index, layer in enumerate(config.layers):
-        if isinstance(layer.mlp, MoeConfig):
-            raise ConfigError(f"layer {index} is a mixture of experts; the compiled path computes dense MLPs")
-        if layer.attention.sinks:
-            raise ConfigError(f"layer {index} has attention sinks, which the compiled path does not compute")
-        if layer.dense_mlp.clamp is not None or layer.dense_mlp.up_offset:
-            raise ConfigError(f"layer {index} has a clamped MLP, which the compiled path does not compute")

@@ -23,6 +23,8 @@ from ..spec.weights import MlpWeights, WeightSource
 WIDE = 128
 """Hidden elements from which on a single eager run measures the error."""
 RUNS_WHERE_NARROW = 6
+LEANING_RUNS = 2
+"""Nudged runs at least, whatever bounds the rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +33,14 @@ class Baseline:
 
     truth: ReferencePath
     eager: tuple[ReferencePath, ...]
+    """Those that bound the error of a row; all but the first are nudged."""
+    further: tuple[ReferencePath, ...] = ()
+    """Nudged runs that say only how errors lean (`leaning`)."""
+
+    @property
+    def runs(self) -> tuple[ReferencePath, ...]:
+        """All eager runs; each but the first is nudged."""
+        return self.eager + self.further
 
     @classmethod
     def of(
@@ -42,13 +52,19 @@ class Baseline:
         device: torch.device | str = "cpu",
         runs: int | None = None,
     ) -> "Baseline":
-        """Build it from a model; `runs` eager samples (1 for a wide decoder, 6 for others) share their weights."""
+        """Build it from a model; `runs` eager samples (1 for a wide decoder, 6 for others) share their weights.
+
+        In float64 a run that is not nudged is the truth itself, so it never stands alone.
+        """
         if runs is None:
-            runs = 1 if source.config.hidden >= WIDE and source.config.extensible else RUNS_WHERE_NARROW
+            alone = source.config.hidden >= WIDE and source.config.extensible and compute is not torch.float64
+            runs = 1 if alone else RUNS_WHERE_NARROW
         truth, eager = (
             ReferencePath(source, storage=storage, compute=dtype, device=device) for dtype in (torch.float64, compute)
         )
-        return cls(truth, (eager, *(eager.with_components(nudging(run)) for run in range(1, runs))))
+        total = max(runs, 1 + LEANING_RUNS)
+        samples = (eager, *(eager.with_components(nudging(run)) for run in range(1, total)))
+        return cls(truth, samples[:runs], samples[runs:])
 
 
 def worst_of(samples: Sequence[Tensor], truth: Tensor) -> Tensor:
@@ -83,12 +99,13 @@ def nudging(seed: int) -> Components:
         return activation(x, kind) + (noise(x) * x / 2 if kind is not Activation.RELU else 0)
 
     def mlp(x_BTM: Tensor, weights: MlpWeights, config: MlpConfig, *, linear: Linear) -> Tensor:
-        inner_BTF = linear(x_BTM, weights.up)
+        up_BTF = linear(x_BTM, weights.up)
         if weights.gate is None:
-            inner_BTF = nudged_activation(inner_BTF, config.activation)
-        else:
-            inner_BTF = nudged_activation(linear(x_BTM, weights.gate), config.activation) * inner_BTF
-        return linear(inner_BTF, weights.down)
+            return linear(nudged_activation(up_BTF, config.activation), weights.down)
+        gate_BTF = linear(x_BTM, weights.gate)
+        if config.clamp is not None:
+            gate_BTF, up_BTF = gate_BTF.clamp(max=config.clamp), up_BTF.clamp(-config.clamp, config.clamp)
+        return linear(nudged_activation(gate_BTF, config.activation) * (up_BTF + config.up_offset), weights.down)
 
     return replace(
         DEFAULT,
@@ -96,4 +113,5 @@ def nudging(seed: int) -> Components:
         linear=on_nudged(DEFAULT.linear),
         attention=on_nudged(DEFAULT.attention),
         mlp=mlp,
+        moe=on_nudged(DEFAULT.moe),
     )

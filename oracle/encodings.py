@@ -12,7 +12,8 @@ from ..spec.config import ModelConfig
 from ..spec.decoder import Encoder
 from .baseline import Baseline, worst_of
 from .case import Picker
-from .paths import WHOLE_MODEL, PathComparison, PathMismatch
+from .leaning import leaning
+from .paths import WHOLE_MODEL, PathComparison, PathMismatch, check_leaning
 from .rows import judge_rows
 
 Texts = tuple[tuple[int, ...], ...]
@@ -38,7 +39,7 @@ def compare_encodings(
     tokens = [torch.tensor(text) for text in texts]
     kinds = None if types is None else [torch.tensor(each) for each in types]
     truths = baseline.truth.encode(tokens, kinds)
-    runs = [eager.encode(tokens, kinds) for eager in baseline.eager]
+    runs = [eager.encode(tokens, kinds) for eager in baseline.runs]
     device = candidate.device
     on_device = None if kinds is None else [each.to(device) for each in kinds]
     got = candidate.encode([each.to(device) for each in tokens], on_device)
@@ -48,7 +49,7 @@ def compare_encodings(
         return result
     for index, (truth_TW, got_TW) in enumerate(zip(truths, got, strict=True)):
         truth_TW, got_TW = truth_TW.cpu(), got_TW.cpu()
-        eager_TW = worst_of([run[index].cpu() for run in runs], truth_TW)
+        eager_TW = worst_of([run[index].cpu() for run in runs[: len(baseline.eager)]], truth_TW)
         if got_TW.shape != truth_TW.shape or got_TW.dtype != eager_TW.dtype:
             result.failures.append(
                 f"text {index}: hidden vectors are {list(got_TW.shape)} of {got_TW.dtype}, "
@@ -62,6 +63,20 @@ def compare_encodings(
             result.failures.append("\n  ".join([f"text {index}: {verdict.complaint}", *verdict.details]))
         else:
             result.largest_ratio = max(result.largest_ratio, verdict.ratio)
+            nudged_NTW = torch.stack([run[index].cpu().double() for run in runs[1:]]) - truth_TW
+            floor_T = torch.finfo(got_TW.dtype).eps * scale_T1[:, 0]
+            of_text = leaning(
+                baseline.truth,
+                tokens[index],
+                range(len(truth_TW)),
+                got_TW.double() - truth_TW,
+                nudged_NTW,
+                floor_T,
+                type_T=None if kinds is None else kinds[index],
+                encoded=True,
+            )
+            result.leaning = of_text if result.leaning is None else result.leaning + of_text
+    check_leaning(result, baseline.eager[0].compute)
     return result
 
 

@@ -157,8 +157,8 @@ class RandomSource:
             case "alibi_slope_H":
                 step_H = torch.arange(1, shape[0] + 1, dtype=torch.float64)
                 return torch.exp2(-8 * step_H / shape[0])
-            case "weight_NI":
-                return self._normal(part, name, shape) / math.sqrt(shape[1])
+            case "weight_NI" | "weight_ENI":
+                return self._normal(part, name, shape) / math.sqrt(shape[-1])
             case "gain_M":
                 return 1 + 0.1 * self._normal(part, name, shape)
         return self._normal(part, name, shape)

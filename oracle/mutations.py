@@ -68,7 +68,10 @@ def caught_after(mutant: Mutant, op: Op, cases: int, draw: Callable[[int], Case]
     evidence = []
     try:
         for number in range(cases):
-            verdict = op.guarantee.judge(op.trial(function, draw(number)))
+            try:
+                verdict = op.guarantee.judge(op.trial(function, draw(number)))
+            except Exception:  # the fault's own, where what it pins does not fit; it shows nothing of the guarantee
+                continue
             if verdict.failed:
                 return number + 1
             if verdict.evidence is not None:

@@ -18,6 +18,7 @@ from ..reference.path import ReferenceSequences
 from ..spec.decoder import Decoder, Sequences
 from .baseline import Baseline, worst_of
 from .budget import Budget
+from .leaning import Leaning, leaning
 from .rows import judge_rows
 from .scale import linear_scale
 from .schedule import GREEDY, Close, Extend, Open, Schedule, generation
@@ -57,6 +58,8 @@ class PathComparison:
     """Largest error / bound."""
     ties: list[Tie] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    leaning: Leaning | None = None
+    """How the errors of all rows lean; more of them resolve more."""
 
     @property
     def holds(self) -> bool:
@@ -69,7 +72,12 @@ class PathComparison:
             largest_ratio=max(self.largest_ratio, other.largest_ratio),
             ties=self.ties + other.ties,
             failures=self.failures + other.failures,
+            leaning=_sum(self.leaning, other.leaning),
         )
+
+
+def _sum(one: Leaning | None, other: Leaning | None) -> Leaning | None:
+    return one + other if one is not None and other is not None else one or other
 
 
 class PathMismatch(AssertionError):
@@ -94,7 +102,8 @@ class Comparison:
 
     def __init__(self, baseline: Baseline, candidate: Decoder) -> None:
         self.result = PathComparison()
-        self._truth, self._eager, self._candidate = baseline.truth, baseline.eager, candidate
+        self._truth, self._eager, self._candidate = baseline.truth, baseline.runs, candidate
+        self._bounding = len(baseline.eager)
         self._groups: dict[str, _Group] = {}
         self._step = 0
         self._kept: tuple[int, list[Tensor], list[Tensor]] | None = None
@@ -109,6 +118,7 @@ class Comparison:
         finally:
             for group in list(self._groups):
                 self.do(Close(group))
+        check_leaning(self.result, self._eager[0].compute)
         return self.result
 
     def do(self, step: Open | Extend | Close) -> None:
@@ -119,6 +129,7 @@ class Comparison:
                     eager=[eager.open(batch, reserve) for eager in self._eager],
                     candidate=self._candidate.open(batch, reserve),
                     last=[None] * batch,
+                    texts=[_Text() for _ in range(batch)],
                 )
             case Extend(name, new_tokens, every_position):
                 self._extend(self._groups[name], new_tokens, every_position)
@@ -126,8 +137,17 @@ class Comparison:
                 group = self._groups.pop(name)
                 for sequences in (group.truth, *group.eager, group.candidate):
                     sequences.close()
+                if self.result.holds:
+                    self._lean(group)
         self._check_kept()
         self._step += 1
+
+    def _lean(self, group: "_Group") -> None:
+        for text in group.texts:
+            if text.rows:
+                error_RV, nudged_NRV, floor_R = (torch.cat(each, -2) for each in zip(*text.errors, strict=True))
+                each = leaning(self._truth, torch.tensor(text.tokens), text.rows, error_RV, nudged_NRV, floor_R[:, 0])
+                self.result.leaning = _sum(self.result.leaning, each)
 
     def _check_kept(self) -> None:
         """Logits belong to the caller: those of the step before must be as they were, NaN included."""
@@ -163,13 +183,17 @@ class Comparison:
         self._kept = (self._step, got, [rows.clone() for rows in got])
         if group.candidate.lengths != group.truth.lengths:
             self._fail(f"lengths are {group.candidate.lengths}, the reference's {group.truth.lengths}")
+        for text, token_T in zip(group.texts, tokens, strict=True):
+            text.tokens.extend(token_T.tolist())
         for index, rows in enumerate(zip(got, true_hidden, eager_hidden, strict=True)):
-            self._judge(index, first[index], *rows)
+            self._judge(index, first[index], group.texts[index], *rows)
 
-    def _judge(self, sequence: int, first: int, got_RV: Tensor, hidden_RM: Tensor, eager_NRM: Tensor) -> None:
+    def _judge(
+        self, sequence: int, first: int, text: "_Text", got_RV: Tensor, hidden_RM: Tensor, eager_NRM: Tensor
+    ) -> None:
         truth_RV = self._truth.logits(hidden_RM).cpu()
-        runs = zip(self._eager, eager_NRM, strict=True)
-        eager_RV = worst_of([path.logits(eager_RM).cpu() for path, eager_RM in runs], truth_RV)
+        runs = [path.logits(eager_RM).cpu() for path, eager_RM in zip(self._eager, eager_NRM, strict=True)]
+        eager_RV = worst_of(runs[: self._bounding], truth_RV)
         got_RV = got_RV.cpu()
         where = f"step {self._step}, sequence {sequence}, positions from {first}"
         if got_RV.shape != truth_RV.shape or got_RV.dtype != eager_RV.dtype:
@@ -190,6 +214,11 @@ class Comparison:
             return
         self.result.largest_ratio = max(self.result.largest_ratio, verdict.ratio)
         self._decide(sequence, first, got_RV, eager_RV, truth_RV, scale_R1)
+        if first not in text.rows and bool(torch.isfinite(truth_RV).all()):  # a repeated row says nothing new
+            nudged_NRV = torch.stack(runs[1:]).double() - truth_RV
+            floor_R1 = torch.finfo(got_RV.dtype).eps * scale_R1
+            text.errors.append((got_RV.double() - truth_RV, nudged_NRV, floor_R1))
+            text.rows.extend(range(first, first + len(truth_RV)))
 
     def _decide(
         self, sequence: int, first: int, got_RV: Tensor, eager_RV: Tensor, truth_RV: Tensor, scale_R1: Tensor
@@ -225,6 +254,23 @@ class _Group:
     eager: list[ReferenceSequences]
     candidate: Sequences
     last: list[_Last | None]
+    texts: list["_Text"]
+
+
+@dataclass(slots=True)
+class _Text:
+    """The tokens of a sequence so far, and the errors of its rows: the candidate's, the nudged runs', the least."""
+
+    tokens: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    errors: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+
+def check_leaning(result: PathComparison, compute: torch.dtype) -> None:
+    """Add a failure where errors, small as they are, lean one way."""
+    fault = result.leaning.fault(compute) if result.leaning is not None else None
+    if fault is not None and result.holds:
+        result.failures.append(fault)
 
 
 def _known(last: _Last | None) -> _Last:

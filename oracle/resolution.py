@@ -2,13 +2,14 @@
 
     python -m twinfer.oracle.resolution [CASES] [OP ...]
 
-prints a line for each op with a budget and each dtype (default 40 cases, a few minutes). Cases whose truth is zero say
+prints a line for each op with a budget and each dtype (default 40 cases, a few minutes), and again at the sizes of a
+real model for those in `LARGE`. Cases whose truth is zero say
 nothing, and of bfloat16 those whose inputs are subnormal, which may be read as zero.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
 
@@ -26,6 +27,16 @@ PLACES = ("all", "one", "tenth")
 """All elements; the one of middle size; the smallest tenth."""
 
 
+LARGE = {
+    "linear": {"B": 1, "T": 2, "I": 4096, "N": 64},
+    "head_logits": {"B": 1, "T": 2, "M": 4096, "V": 64},
+    "rms_norm": {"B": 1, "T": 2, "M": 4096},
+    "layer_norm": {"B": 1, "T": 2, "M": 4096},
+    "attention": {"B": 1, "T": 4, "S": 64, "H": 4, "K": 2, "D": 128},
+}
+"""Sizes of a layer of a real model, where sums have many terms."""
+
+
 @dataclass(frozen=True)
 class Resolution:
     """The share of cases that alarm, in percent, by place and error."""
@@ -36,9 +47,12 @@ class Resolution:
     alarms: dict[tuple[str, float], float]
 
 
-def resolution(op: Op, dtype: torch.dtype, cases: int) -> Resolution | None:
-    """Judge the reference, made wrong by each error in each place; None where the op never draws the dtype."""
-    drawn = list(islice(_cases(op, dtype), cases))
+def resolution(op: Op, dtype: torch.dtype, cases: int, sizes: Mapping[str, int] | None = None) -> Resolution | None:
+    """Judge the reference, made wrong by each error in each place; None where the op never draws the dtype.
+
+    With `sizes`, every case has these.
+    """
+    drawn = list(islice(_cases(op, dtype, sizes), cases))
     if not drawn:
         return None
     alarms = {}
@@ -72,9 +86,10 @@ def off_by(function: Function, error: float, place: str) -> Callable[..., Any]:
     return lambda **inputs: map_leaves(change, function(**inputs))
 
 
-def _cases(op: Op, dtype: torch.dtype) -> Iterator[Case]:
+def _cases(op: Op, dtype: torch.dtype, sizes: Mapping[str, int] | None) -> Iterator[Case]:
     for seed in islice(count(), 4000):
         case = op.draw(RandomPicker(seed))
+        case = case if sizes is None else replace(case, sizes=sizes)
         if case.dtype is not dtype or (dtype is torch.bfloat16 and case.data is Data.DENORMAL):
             continue
         truth = op.trial(op.reference, case).truth
@@ -82,15 +97,20 @@ def _cases(op: Op, dtype: torch.dtype) -> Iterator[Case]:
             yield case
 
 
+def _print(found: Resolution, name: str) -> None:
+    shares = " ".join(f"{share:{len(f'{100 * key[1]:g}') + 8}.0f}" for key, share in found.alarms.items())
+    print(f"{name:20} {str(found.dtype).removeprefix('torch.'):9} {found.cases:5} {shares}", flush=True)
+
+
 def main(cases: int = 40, *names: str) -> int:
     header = " ".join(f"{place:>5} {100 * error:g} %" for place in PLACES for error in ERRORS)
     print(f"{'op':20} {'dtype':9} {'cases':>5} {header}")
     for name in names or OPS:
-        for dtype in DTYPES if isinstance(OPS[name].guarantee, Budget) else ():
-            found = resolution(OPS[name], dtype, cases)
-            if found is not None:
-                shares = " ".join(f"{share:{len(f'{100 * key[1]:g}') + 8}.0f}" for key, share in found.alarms.items())
-                print(f"{name:20} {str(dtype).removeprefix('torch.'):9} {found.cases:5} {shares}", flush=True)
+        for sizes in (None, *([LARGE[name]] if name in LARGE else [])):
+            for dtype in DTYPES if isinstance(OPS[name].guarantee, Budget) else ():
+                found = resolution(OPS[name], dtype, cases, sizes)
+                if found is not None:
+                    _print(found, name if sizes is None else f"{name}, large")
     return 0
 
 

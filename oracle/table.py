@@ -80,9 +80,65 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
                 ),
                 *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch", "combine")),
                 *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch_one_hot", "combine_one_hot")),
-                *("twinfer.reference.routing.route", "twinfer.reference.moe.route_tokens", "twinfer.reference.moe.moe"),
+                *("twinfer.reference.routing.route", "twinfer.reference.moe.moe"),
             ),
             "of no path yet: its tests hold it against plain loops and transformers' blocks",
+        ),
+        "twinfer.reference.layer.feed_forward": "chooses between an MLP and experts by the config's kind",
+        "twinfer.reference.moe.router_logits": "a linear map in float32, which has a record",
+        "twinfer.reference.routing.choice_weights": "the weights that route returns, for choices that are given",
+        **dict.fromkeys(
+            (f"twinfer.reference.layer.{name}" for name in ("normed", "added_to", "joined", "heads", "attend")),
+            "a step of the layer or of its attention, which have records",
+        ),
+        **dict.fromkeys(
+            (
+                *(
+                    f"twinfer.reference.parallel.collectives.{name}"
+                    for name in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send")
+                ),
+                *(f"twinfer.reference.parallel.vocabulary.{name}" for name in ("embed_over_ranks", "rows_of_piece")),
+                "twinfer.reference.parallel.vocabulary.logits_over_ranks",
+                *("twinfer.reference.parallel.tensor.layer", "twinfer.reference.parallel.norms.norm_over_ranks"),
+                *(f"twinfer.reference.parallel.ranks.{name}" for name in ("cut", "empty_caches")),
+                "twinfer.reference.parallel.generation.generate",
+                *("twinfer.reference.parallel.experts.moe", "twinfer.reference.parallel.expert_slices.serve_rows"),
+                *(
+                    f"twinfer.reference.parallel.exchange.{name}"
+                    for name in ("exchange_groups", "experts_of_peers", "swap", "hierarchical", "gather_blocks")
+                ),
+            ),
+            "of many ranks: its tests hold it against the same thing on one, bit for bit on integers",
+        ),
+        **dict.fromkeys(
+            (
+                *(f"twinfer.reference.parallel.schedule.{name}" for name in ("baseline", "dynamic_queue", "hybrid")),
+                *(f"twinfer.reference.parallel.timeline.{name}" for name in ("makespan", "picture")),
+                "twinfer.reference.parallel.pipeline.execute",
+            ),
+            "of schedules: its tests hold it against the closed formulas",
+        ),
+        **dict.fromkeys(
+            (
+                *(
+                    f"twinfer.reference.offload.hiding.{name}"
+                    for name in ("hiding_tokens", "compute_s", "fetch_s", "step_s", "partitioned_fetch_s")
+                ),
+                "twinfer.reference.offload.streaming.streamed_forward",
+                *(f"twinfer.reference.offload.partitioned.{name}" for name in ("partition", "all_gather")),
+                *(
+                    f"twinfer.reference.offload.kv_offload.{name}"
+                    for name in ("moves", "moved_layers", "offload", "fetch_back", "link_use")
+                ),
+                *(
+                    f"twinfer.reference.offload.expert_cache.{name}"
+                    for name in (
+                        *("fetches", "hit_rate", "optimal"),
+                        *("least_recently_used", "least_frequently_used"),
+                    )
+                ),
+            ),
+            "decides when something is fetched, which changes no value: its tests compare with what is never moved",
         ),
         "twinfer.reference.sampling.generator_for": "seeds a generator; its streams are tested with the reference",
     }

@@ -21,7 +21,7 @@ from .case import Case, RandomPicker
 from .check import described
 from .encodings import Texts, compare_encodings, draw_texts
 from .op import Fast, Op
-from .paths import FreeRun, PathComparison, compare_paths, free_run
+from .paths import FreeRun, PathComparison, check_leaning, compare_paths, free_run
 from .schedule import Schedule, draw_schedule
 from .table import OPS
 from .trial import Status
@@ -112,11 +112,13 @@ def verify(
         tell("comparing their greedy text")
         prompt = [RandomPicker(seed).integer(0, source.config.vocabulary - 1)]
         ran = free_run(baseline, candidate, prompt, min(8, source.config.context - 1))
+    model = reduce(add, comparisons, PathComparison())
+    check_leaning(model, compute)
     tell("comparing op by op")
     return VerifyResult(
         storage=storage,
         drawn=tuple(drawn),
-        model=reduce(add, comparisons, PathComparison()),
+        model=model,
         free_run=ran,
         ops=tuple(verify_ops(cases=cases, seed=seed)),
     )

@@ -44,17 +44,17 @@ def layer(
     x_BTM: Tensor, weights: LayerWeights, config: LayerConfig, cache: KVCache, components: Components
 ) -> tuple[Tensor, KVCache]:
     """Pass T tokens that follow the cache's S; returns [B, T, M] and the cache of S + T tokens."""
-    read_BTM = _normed(x_BTM, weights.attention_norm, config, components)
-    x_BTM = _added_to(x_BTM, read_BTM, config)
+    read_BTM = normed(x_BTM, weights.attention_norm, config, components)
+    x_BTM = added_to(x_BTM, read_BTM, config)
     attended_BTM, cache = self_attention(read_BTM, weights.attention, config.attention, cache, components)
     if config.residual is Residual.SEQUENTIAL:
-        x_BTM = _joined(x_BTM, attended_BTM, weights.attention_output_norm, config, components)
-        read_BTM = _normed(x_BTM, weights.mlp_norm, config, components)
-        x_BTM = _added_to(x_BTM, read_BTM, config)
+        x_BTM = joined(x_BTM, attended_BTM, weights.attention_output_norm, config, components)
+        read_BTM = normed(x_BTM, weights.mlp_norm, config, components)
+        x_BTM = added_to(x_BTM, read_BTM, config)
         fed_BTM = feed_forward(read_BTM, weights.mlp, config.mlp, components)
-        return _joined(x_BTM, fed_BTM, weights.mlp_output_norm, config, components), cache
+        return joined(x_BTM, fed_BTM, weights.mlp_output_norm, config, components), cache
     if config.residual is Residual.PARALLEL:
-        read_BTM = _normed(x_BTM, weights.mlp_norm, config, components)
+        read_BTM = normed(x_BTM, weights.mlp_norm, config, components)
     fed_BTM = feed_forward(read_BTM, weights.mlp, config.mlp, components)
     return x_BTM + config.residual_scale * attended_BTM + config.residual_scale * fed_BTM, cache
 
@@ -77,34 +77,46 @@ def feed_forward(
             raise ConfigError(f"the weights are {type(weights).__name__}, but the config is {type(config).__name__}")
 
 
-def _normed(x_BTM: Tensor, weights: NormWeights | None, config: LayerConfig, components: Components) -> Tensor:
+def normed(x_BTM: Tensor, weights: NormWeights | None, config: LayerConfig, components: Components) -> Tensor:
     """Through the norm, where there is one."""
     return x_BTM if weights is None else components.norm(x_BTM, weights, config.norm)
 
 
-def _added_to(x_BTM: Tensor, read_BTM: Tensor, config: LayerConfig) -> Tensor:
+def added_to(x_BTM: Tensor, read_BTM: Tensor, config: LayerConfig) -> Tensor:
     """What a sub-layer's output is added to: the stream, which may become what the sub-layer reads."""
     return read_BTM if config.norm_placement is NormPlacement.STREAM_NORM else x_BTM
 
 
-def _joined(
+def joined(
     x_BTM: Tensor, out_BTM: Tensor, weights: NormWeights | None, config: LayerConfig, components: Components
 ) -> Tensor:
     """The stream with a sub-layer's output added, either of them normalized as the placement says."""
     if config.norm_placement is NormPlacement.POST_NORM:
-        return _normed(x_BTM + config.residual_scale * out_BTM, weights, config, components)
-    return x_BTM + config.residual_scale * _normed(out_BTM, weights, config, components)
+        return normed(x_BTM + config.residual_scale * out_BTM, weights, config, components)
+    return x_BTM + config.residual_scale * normed(out_BTM, weights, config, components)
 
 
 def self_attention(
     x_BTM: Tensor, weights: AttentionWeights, config: AttentionConfig, cache: KVCache, components: Components
 ) -> tuple[Tensor, KVCache]:
     """From query, key and value projections to the output's; returns [B, T, M] and the cache of S + T tokens."""
-    query_BTHD = _heads(components.linear(x_BTM, weights.query), weights.query_norm, config, components)
-    key_BTKD = _heads(components.linear(x_BTM, weights.key), weights.key_norm, config, components)
-    value_BTKD = _heads(components.linear(x_BTM, weights.value), None, config, components)
+    query_BTHD = heads(components.linear(x_BTM, weights.query), weights.query_norm, config, components)
+    key_BTKD = heads(components.linear(x_BTM, weights.key), weights.key_norm, config, components)
+    value_BTKD = heads(components.linear(x_BTM, weights.value), None, config, components)
+    return attend(query_BTHD, key_BTKD, value_BTKD, weights, config, cache, components)
 
-    position_S = torch.arange(cache.length + x_BTM.shape[1], device=x_BTM.device)
+
+def attend(
+    query_BTHD: Tensor,
+    key_BTKD: Tensor,
+    value_BTKD: Tensor,
+    weights: AttentionWeights,
+    config: AttentionConfig,
+    cache: KVCache,
+    components: Components,
+) -> tuple[Tensor, KVCache]:
+    """From projected heads to the output projection; returns [B, T, M] and the cache of S + T tokens."""
+    position_S = torch.arange(cache.length + query_BTHD.shape[1], device=query_BTHD.device)
     position_T = position_S[cache.length :]
     if config.rotary is not None and weights.rotary_frequency_J is not None:
         turn = (position_T, weights.rotary_frequency_J, config.rotary.layout, config.rotary.attention_factor)
@@ -127,7 +139,7 @@ def self_attention(
     return components.linear(rearrange(out_BTHD, "b t h d -> b t (h d)"), weights.output), cache
 
 
-def _heads(x_BTN: Tensor, weights: NormWeights | None, config: AttentionConfig, components: Components) -> Tensor:
+def heads(x_BTN: Tensor, weights: NormWeights | None, config: AttentionConfig, components: Components) -> Tensor:
     """A projection [B, T, H * D] as heads [B, T, H, D], clipped, and normalized where there are weights for it."""
     if config.qkv_clip is not None:
         x_BTN = x_BTN.clamp(-config.qkv_clip, config.qkv_clip)

@@ -10,16 +10,17 @@ reads (nearly always that of all), V vocabulary.
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Concatenate, Literal, ParamSpec, TypeVar, overload
+from dataclasses import dataclass, replace
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from ..spec.ambient import pinned
 from ..spec.config import ModelConfig, Storage
-from ..spec.decoder import Sequences, check_encoding, check_open, checked_tokens
+from ..spec.decoder import Routes, Sequences, check_encoding, check_open, checked_tokens
 from ..spec.errors import RequestError
+from ..spec.moe import MoeConfig
 from ..spec.shapes import is_buffer, is_matrix
 from ..spec.weights import Part, WeightSource, assemble, tensors, validate_embedding, validate_head, validate_layer
 from .cache import KVCache
@@ -27,6 +28,7 @@ from .components import DEFAULT, Components
 from .decoder import DecoderWeights, empty_caches, forward
 from .embedding import head_logits, scale_and_cap
 from .quantize import stored
+from .routing import Routing
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -108,6 +110,7 @@ class ReferencePath:
         self.compute = compute
         self.components = components
         self.max_batch: int | None = None
+        self.routes: Routes = []
         self.weights = self._read(source)
 
     def with_components(self, components: Components) -> "ReferencePath":
@@ -146,13 +149,15 @@ class ReferencePath:
         """Extend, but stop before the head: the normalized hidden vectors of the new tokens, [T_i, W] each."""
         sequences = self._own(sequences)
         checked_tokens(self.config, sequences.lengths, new_tokens)
-        states, hidden = [], []
+        states, hidden, routes = [], [], []
         for state, token_T in zip(sequences.states, new_tokens, strict=True):
-            hidden_TW, caches = self._forward(token_T, state)
+            hidden_TW, caches, chosen = self._forward(token_T, state)
+            routes.append(chosen)
             last_hidden_W = hidden_TW[-1] if len(token_T) else state.last_hidden_W
             states.append(_Sequence(caches, last_hidden_W))
             hidden.append(hidden_TW)
         sequences.states[:] = states
+        self.routes = routes
         return hidden
 
     @_pinned
@@ -178,12 +183,23 @@ class ReferencePath:
             raise RequestError("the sequences were opened by another path; open them with this one")
         return sequences
 
-    def _forward(self, token_T: Tensor, state: _Sequence) -> tuple[Tensor, tuple[KVCache, ...]]:
+    def _forward(self, token_T: Tensor, state: _Sequence) -> tuple[Tensor, tuple[KVCache, ...], list[Tensor]]:
+        """Run one sequence; also returns its choices of experts, [T, k] for each layer that has some."""
         if len(token_T) == 0:
-            return torch.empty(0, self.config.table_width, dtype=self.compute, device=self.device), state.caches
-        token_BT = token_T.to(self.device)[None]
-        hidden_BTW, caches = forward(token_BT, state.caches, self.weights, self.config, self.compute, self.components)
-        return hidden_BTW[0], caches
+            hidden_TW = torch.empty(0, self.config.table_width, dtype=self.compute, device=self.device)
+            mixtures = [layer.mlp for layer in self.config.layers if isinstance(layer.mlp, MoeConfig)]
+            none = [torch.empty(0, each.router.top_k, dtype=torch.int64, device=self.device) for each in mixtures]
+            return hidden_TW, state.caches, none
+        chosen: list[Tensor] = []
+
+        def route(*inputs: Any) -> Routing:
+            routing = self.components.route(*inputs)
+            chosen.append(routing.expert_TK)
+            return routing
+
+        arithmetic = (self.config, self.compute, replace(self.components, route=route))
+        hidden_BTW, caches = forward(token_T.to(self.device)[None], state.caches, self.weights, *arithmetic)
+        return hidden_BTW[0], caches, chosen
 
     @_pinned
     def _read(self, source: WeightSource) -> DecoderWeights:

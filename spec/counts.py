@@ -86,6 +86,11 @@ def total(config: ModelConfig) -> Count:
     return sum(count(config).values(), Count())
 
 
+def count_of(shapes: Shapes) -> Count:
+    """Return the count of those of the tensors that are trained."""
+    return sum((_of_tensor(name, shape) for name, shape in trained(shapes).items()), Count())
+
+
 def cache_bytes_per_token(config: ModelConfig, element: int = FLOAT32_BYTES) -> int:
     """What one token of one sequence takes in the key/value cache of all layers, without regard to windows."""
     return sum(2 * layer.attention.kv_heads * layer.attention.head_size * element for layer in config.layers)

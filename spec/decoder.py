@@ -22,6 +22,8 @@ class Path(StrEnum):
 
     REFERENCE = "reference"
     COMPILED = "compiled"
+    OFFLOAD = "offload"
+    """The compiled programs, with weights that are streamed from a store."""
 
 
 class Sequences(Protocol):
@@ -81,6 +83,25 @@ class Decoder(Protocol):
 
         Raises `RequestError`, and changes nothing, where `checked_tokens` does.
         """
+        ...
+
+
+Routes = list[list[Tensor]]
+"""The chosen experts: for each sequence, for each layer that has experts, in the order of the layers, int64 [T_i, k]."""
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """A decoder that reports which experts it chose. Nothing but the attribute is asked of it.
+
+    Two sequences were given 3 tokens and 1, in a model whose one mixture chooses 2 of 4 experts a token:
+
+        path.routes == [[tensor([[1, 3], [0, 2], [3, 1]])], [tensor([[2, 0]])]]
+    """
+
+    @property
+    def routes(self) -> Routes:
+        """The choices of the last `extend`: each new token's, its best expert first; [0, k] for none."""
         ...
 
 

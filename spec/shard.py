@@ -89,6 +89,15 @@ def head_slices(config: ModelConfig, shard: Shard) -> Slices:
     return _slices(head_shapes(config), shard, _HEAD_ROWS, ())
 
 
+def vocabulary_piece(vocabulary: int, shard: Shard) -> range:
+    """Return the tokens whose rows of the token table and the head the rank holds.
+
+    >>> [len(vocabulary_piece(1001, Shard(rank=rank, ranks=4))) for rank in range(4)]
+    [251, 251, 251, 248]
+    """
+    return range(vocabulary)[_piece(vocabulary, shard)]
+
+
 def index_of(cuts: tuple[slice | None, ...]) -> tuple[slice, ...]:
     """Write the cuts as an index of a tensor.
 

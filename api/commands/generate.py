@@ -14,7 +14,16 @@ from ..generation import Generation, check_prompts, check_stops
 from ..loading import Model, load, open_checkpoint
 from ..memory import peak_memory_bytes
 from .console import print_json, waiting
-from .options import add_arithmetic, add_context, add_json, add_model, read_lines, token_ids, unicode_text
+from .options import (
+    add_arithmetic,
+    add_context,
+    add_json,
+    add_memory_budget,
+    add_model,
+    read_lines,
+    token_ids,
+    unicode_text,
+)
 
 NAME, HELP = "generate", "continue prompts, streaming the text"
 DESCRIPTION = "Continue one prompt or many, all at once as one batch."
@@ -52,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_arithmetic(parser)
     add_context(parser)
+    add_memory_budget(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most (default %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default %(default)s)"
@@ -95,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         check_stops(args.stop, checkpoint.tokenizer)
         opening_s = time.perf_counter() - start
         how = args.path, args.storage, args.compute, args.device
-        model = load(checkpoint, *how, batches=len(ids) > 1, report=report)
+        model = load(checkpoint, *how, batches=len(ids) > 1, memory_budget=args.memory_budget, report=report)
     model = replace(model, load_s=opening_s + model.load_s)
     generation = model.generate(
         ids, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed

@@ -44,7 +44,7 @@ HEADS = {Head.TIED: "tied head", Head.UNTIED: "head of its own", Head.NONE: "no 
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(args.model)
+    config = config_of(args.model)
     if args.json:
         print_json(_report(args.model, config))
         return 0
@@ -151,7 +151,8 @@ def _describe_mlp(config: MlpConfig) -> str:
     return f"{'gated ' if config.gated else ''}{config.activation} MLP of {config.width}"
 
 
-def _config(model: str) -> ModelConfig:
+def config_of(model: str) -> ModelConfig:
+    """Return the config of a model of the paper, by its name, or of any that `open_model` takes."""
     if model in PAPER_MODELS:
         return PAPER_MODELS[model].config
     from twinfer.checkpoint import open_model

@@ -1,6 +1,7 @@
 """Options that several commands share, and how their values are read."""
 
 import argparse
+import re
 import sys
 from pathlib import Path as FilePath
 
@@ -84,6 +85,26 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def byte_count(text: str) -> int:
+    """Read "256MB" (10 ** 6 bytes each), "1.5GiB" (2 ** 30 each) or a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes; write it like 256MB or 1.5GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def add_memory_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory-budget",
+        type=byte_count,
+        metavar="SIZE",
+        help="for a store: the memory to use besides the interpreter's own, such as 512MB",
+    )
 
 
 def token_ids(text: str) -> list[int]:

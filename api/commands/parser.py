@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 
 from twinfer.spec.errors import RequestError
 
-from . import bench, check, convert, demo, embed, generate, inspect, ops, verify
+from . import bench, check, convert, demo, embed, generate, inspect, offload, ops, plan, verify
 from .command import Command, add_commands
 
-COMMANDS: tuple[Command, ...] = (demo, generate, embed, verify, inspect, convert, check, ops, bench)
+COMMANDS: tuple[Command, ...] = (demo, generate, embed, verify, inspect, plan, convert, offload, check, ops, bench)
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ...spec.config import Storage
 from ...spec.errors import RequestError
@@ -9,6 +10,18 @@ from ..config_json import to_json
 from ..model import Checkpoint
 from . import folder as twinfer_folder
 from .encoding import Quantizers
+
+
+def about_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return as JSON what there is to know of a model besides config, weights and tokenizer."""
+    return {
+        "name": checkpoint.name,
+        "end_tokens": list(checkpoint.end_tokens),
+        "chat_template": checkpoint.chat_template,
+        "special_tokens": checkpoint.special_tokens,
+        "embedding": to_json(checkpoint.embedding),
+        "no_tokenizer": checkpoint.no_tokenizer,
+    }
 
 
 def convert(
@@ -31,20 +44,12 @@ def convert(
             f"{checkpoint.name} is kept in {checkpoint.storage} already; convert the model that it came from, or use "
             f"storage={checkpoint.storage}"
         )
-    about = {
-        "name": checkpoint.name,
-        "end_tokens": list(checkpoint.end_tokens),
-        "chat_template": checkpoint.chat_template,
-        "special_tokens": checkpoint.special_tokens,
-        "embedding": to_json(checkpoint.embedding),
-        "no_tokenizer": checkpoint.no_tokenizer,
-    }
     return twinfer_folder.write(
         checkpoint.source,
         folder,
         storage,
         quantizers=quantizers,
-        about=about,
+        about=about_model(checkpoint),
         tokenizer=checkpoint.tokenizer,
         report=report,
     )

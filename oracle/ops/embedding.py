@@ -311,7 +311,7 @@ def cap_cases(pick: Picker) -> Case:
         op="scale_and_cap",
         sizes={"B": pick.integer(1, 3), "V": pick.integer(1, 30)},
         options={"scale": pick.choice([1.0, 0.0625, 3.0]), "softcap": pick.choice([None, 1.0, 30.0])},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         seed=pick.integer(0, 2**31),
     )
 

@@ -15,7 +15,7 @@ from ...spec.config import INT4_GROUP, Storage
 from ...spec.decoder import Path
 from .. import fast_quantize as fast
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations
 from ..guarantees import Discrete
 from ..op import Function, Op
 from ..properties import repeats_itself
@@ -29,7 +29,7 @@ def group_cases(pick: Picker, op: str) -> Case:
     return Case(
         op=op,
         sizes={"N": pick.integer(1, 4), "I": pick.integer(1, 3 * INT4_GROUP)},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -257,7 +257,12 @@ def stored_inputs(case: Case) -> Inputs:
 
 
 def _terms_of_stored(exact: Inputs, truth: list[Tensor]) -> list[Tensor]:
-    return _terms({"quantized": quantize_groups(exact["weight_NI"])}, truth)
+    """Return the terms about the least weight, or about the middle: codes from -8 to 7, beside low + 8 * step."""
+    kept = quantize_groups(exact["weight_NI"])
+    inputs = kept.quantized_NI.shape[1]
+    step_NI, center_NI = (_spread(each, inputs).double() for each in (kept.scale_NG, kept.min_NG + 8 * kept.scale_NG))
+    about_the_middle = (kept.quantized_NI.double() - 8).abs() * step_NI + center_NI.abs()
+    return [torch.maximum(terms, about_the_middle) for terms in _terms({"quantized": kept}, truth)]
 
 
 def _about_the_middle(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:

@@ -89,6 +89,7 @@ _SUMMED_OTHERWISE = _with(
     mlp=_mlp_component(MLP.variants["wide"]),
     linear=_linear_shuffled,
 )
+_FLOAT32_ANGLES = _with(rotate=_rotate_component(ROTATE.conventions["angles=float32"]["reference"]))
 _WRONG_COMPONENTS = {
     "not_scaled": _with(attention=_as_component(ATTENTION.mutants["not_scaled"])),
     "mask_off_by_one": _with(attention=_as_component(ATTENTION.mutants["mask_off_by_one"])),
@@ -306,6 +307,7 @@ SELF_ATTENTION = Op(
     flops=lambda n: 2 * n.B * n.T * _projections(n) + 4 * n.B * n.H * n.T * (n.S + n.T) * n.D,
     bytes=lambda n: 4 * (_projections(n) + 2 * n.B * n.T * n.M + 2 * n.B * (n.S + n.T) * n.K * n.D),
     no_fast="compiled into a step of the whole model, its cache written in place: compare_paths judges it",
+    conventions={"angles=float32": {"reference": partial(self_attention, components=_FLOAT32_ANGLES)}},
 )
 
 LAYER = Op(
@@ -336,4 +338,5 @@ LAYER = Op(
     flops=lambda n: SELF_ATTENTION.flops(n) + 6 * n.B * n.T * n.M * n.F,
     bytes=lambda n: SELF_ATTENTION.bytes(n) + 4 * (3 * n.M * n.F + 4 * n.M),
     no_fast="compiled into a step of the whole model, its cache written in place: compare_paths judges it",
+    conventions={"angles=float32": {"reference": partial(layer, components=_FLOAT32_ANGLES)}},
 )

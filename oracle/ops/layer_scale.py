@@ -20,7 +20,7 @@ from ...spec.config import MlpConfig, NormConfig, RotaryLayout
 from ...spec.weights import LinearWeights, MlpWeights, NormWeights
 from ..budget import Sizes
 from ..case import Inputs
-from ..scale import Known, attention_known, exactly, linear_known, norm_known, sum_known
+from ..scale import Known, attention_known, exactly, linear_known, norm_known, shared, sum_known
 from .mlp import mlp_known
 from .positions import rotate_known
 
@@ -148,7 +148,7 @@ def _scale(reference: Callable[..., tuple[Tensor, KVCache]], exact: Inputs) -> l
     x_BTM = Sized.of_input(exact["x_BTM"])
     out_BTM, grown = reference(x_BTM, exact["weights"], exact["config"], old, _COMPONENTS)
     sizes = [_as_sized(out).sizes for out in (out_BTM, grown.key_BSKD, grown.value_BSKD)]
-    return [Sizes(each.wide, each.narrow / 2) for each in sizes]  # the reference rounds there too: docs/equal.md
+    return [Sizes(each.wide, shared(each.narrow)) for each in sizes]
 
 
 def scale_of_self_attention(exact: Inputs, _: list[Tensor]) -> list[Sizes]:

@@ -13,7 +13,7 @@ from ...reference.linear import linear
 from ...spec.decoder import Path
 from ...spec.weights import LinearWeights
 from .. import fast
-from ..budget import Budget
+from ..budget import Budget, Sizes
 from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Function, Op
 from ..properties import call, first_rows_alone, repeats_itself
@@ -63,8 +63,11 @@ def linear_inputs(case: Case) -> Inputs:
     }
 
 
-def _linear_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [linear_scale(exact["x"].abs(), exact["weights"])]
+def _linear_scale(exact: Inputs, truth: list[Tensor]) -> list[Tensor | Sizes]:
+    """Where a bias is added, torch's own products of 16 bits may be rounded before."""
+    weights: LinearWeights = exact["weights"]
+    wide = linear_scale(exact["x"].abs(), weights)
+    return [wide if weights.bias_N is None else Sizes(wide, (truth[0] - weights.bias_N).abs() / 2)]
 
 
 def _torch_linear(*, x: Tensor, weights: LinearWeights) -> Tensor:

@@ -15,10 +15,10 @@ from ...spec.decoder import Path
 from ...spec.weights import LinearWeights, MlpWeights
 from .. import fast
 from ..budget import Budget, Sizes
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import first_rows_alone, repeats_itself
-from ..scale import Known, activation_known, activation_scale, exactly, linear_known, product_known
+from ..scale import Known, activation_known, activation_scale, exactly, linear_known, product_known, shared
 from ..sizes import BATCH, HIDDEN, INPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import linear_weights
@@ -31,7 +31,7 @@ def activation_cases(pick: Picker) -> Case:
         op="activation",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "F": pick.integer(1, 20)},
         options={"kind": pick.choice([kind.value for kind in KINDS])},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -157,7 +157,7 @@ def mlp_known(x: Known, weights: MlpWeights, config: MlpConfig) -> Known:
 
 def _mlp_scale(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
     out = mlp_known(exactly(exact["x_BTM"]), exact["weights"], exact["config"])
-    return [Sizes(out.wide, out.narrow / 2)]  # the reference rounds there too: docs/equal.md
+    return [Sizes(out.wide, shared(out.narrow))]
 
 
 def _plain(x: Tensor, weights: LinearWeights) -> Tensor:

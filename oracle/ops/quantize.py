@@ -15,7 +15,7 @@ from ...spec.config import Storage
 from ...spec.decoder import Path
 from .. import fast_quantize as fast
 from ..budget import Budget
-from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations
 from ..guarantees import Bitwise, Discrete
 from ..op import Function, Op
 from ..properties import repeats_itself
@@ -31,7 +31,7 @@ def matrix_cases(pick: Picker, op: str) -> Case:
         op=op,
         sizes={"N": pick.integer(1, 6), "I": pick.integer(1, 20)},
         options={"storage": pick.choice(BIT_FOR_BIT)} if op == "stored" else {},
-        data=pick.choice(UNMASKED),
+        data=pick.choice(ADDED),
         dtype=pick.choice(DTYPES) if op != "stored" else torch.float32,
         seed=pick.integer(0, 2**31),
     )

@@ -68,6 +68,22 @@ def _penalty_forgotten(inputs: Inputs) -> Inputs:
     return {"sampling": Sampling()}
 
 
+def refuses_what_is_no_number(op: Op, function: Function, case: Case) -> None:
+    """A logit or a probability that is NaN is refused by an exception: a model gone wrong must not seem to talk.
+
+    The reference raises `NumericsError`; others may raise what they like.
+    """
+    inputs = op.inputs(case)
+    name = next(name for name in ("logits_V", "probability_V") if name in inputs)
+    place = case.seed % case.n.V
+    given = inputs[name].index_fill(0, torch.tensor([place]), torch.nan)
+    try:
+        token = function(**{**inputs, name: given})
+    except Exception:
+        return
+    raise AssertionError(f"{name}[{place}] is NaN, and token {token} is chosen all the same")
+
+
 NEXT_TOKEN = Op(
     name="next_token",
     larger=LARGER_VOCABULARY,
@@ -78,7 +94,7 @@ NEXT_TOKEN = Op(
     cases=cases_of("next_token", penalty=[1.0, 1.3, 2.0]),
     inputs=next_token_inputs,
     guarantee=Discrete(regret=_greedy_regret, scale=_greedy_scale),
-    properties=(repeats_itself,),
+    properties=(repeats_itself, refuses_what_is_no_number),
     variants={"by_hand": _greedy_by_hand},
     mutants={
         "ties_to_the_higher_id": _greedy_last_of_ties,
@@ -173,7 +189,7 @@ DRAW = Op(
     cases=cases_of("draw"),
     inputs=draw_inputs,
     guarantee=Statistical(probability=_normalized, samples=40),
-    properties=(repeats_itself,),
+    properties=(repeats_itself, refuses_what_is_no_number),
     variants={"multinomial": _multinomial, "gumbel": _gumbel},
     mutants={
         "always_the_mode": _always_the_mode,
@@ -242,6 +258,10 @@ def _sampled_in_order(*order: str) -> Function:
     return call
 
 
+def _always_the_likeliest(*, logits_V: Tensor, previous_T: Tensor, sampling: Sampling, generator: Any) -> int:
+    return int(shape_logits(logits_V, previous_T, sampling).argmax())
+
+
 SAMPLE = Op(
     name="sample",
     paper="-",
@@ -252,9 +272,10 @@ SAMPLE = Op(
     inputs=sample_inputs,
     larger=_more_samples,
     guarantee=Statistical(probability=_shaped_probability, samples=20),
-    properties=(repeats_itself,),
+    properties=(repeats_itself, refuses_what_is_no_number),
     variants={"multinomial": _sampled_in_order("penalty", "temperature", "top_k", "top_p", "min_p")},
     mutants={
+        "always_the_likeliest": _always_the_likeliest,
         "temperature_last": _sampled_in_order("penalty", "top_k", "top_p", "min_p", "temperature"),
         "top_p_before_top_k": _sampled_in_order("penalty", "temperature", "top_p", "top_k", "min_p"),
         "min_p_first": _sampled_in_order("penalty", "temperature", "min_p", "top_k", "top_p"),

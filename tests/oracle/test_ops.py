@@ -81,7 +81,7 @@ def moody(function: Function) -> Function:
 def test_every_public_function_of_the_reference_has_a_record_or_a_reason() -> None:
     """And nothing is listed that does not exist."""
     public = {}
-    for module in pkgutil.iter_modules(twinfer.reference.__path__, "twinfer.reference."):
+    for module in pkgutil.walk_packages(twinfer.reference.__path__, "twinfer.reference."):
         for name, function in vars(import_module(module.name)).items():
             if inspect.isfunction(function) and function.__module__ == module.name and not name.startswith("_"):
                 public[f"{module.name}.{name}"] = function

@@ -1,0 +1,46 @@
+"""`twinfer offload build`: write a model as a store."""
+
+import argparse
+from pathlib import Path
+
+from twinfer.spec.config import Storage
+from twinfer.spec.errors import one_line
+
+from ..loading import open_checkpoint
+from .console import print_json, waiting
+from .options import add_context, add_json, add_model, add_storage
+
+NAME, HELP = "build", "write a model as a store"
+DESCRIPTION = "Write a model's layers, prepared for this processor, as a store."
+EPILOG = """\
+examples:
+  twinfer offload build smollm2 smollm2-store --storage int8
+  twinfer generate smollm2-store --memory-budget 256MB --prompt "Once upon a time"
+
+One layer is in memory at a time. The store appears whole or not at all; a run that was killed leaves a hidden folder
+beside it, .STORE.partial, and the same command goes on from there.
+
+with --json, one object: {"model", "store", "storage", "bytes"}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("store", metavar="STORE", type=Path, help="the folder to make; it must not exist yet")
+    add_storage(parser)
+    add_context(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..stores import build_store
+
+    with waiting() as report:
+        checkpoint = open_checkpoint(args.model, report, context=args.context)
+        storage = Storage(args.storage) if args.storage else checkpoint.storage or Storage.FLOAT32
+        size = build_store(checkpoint, args.store, storage, report)
+    if args.json:
+        print_json({"model": args.model, "store": str(args.store), "storage": storage.value, "bytes": size})
+    else:
+        print(f"{args.store}: {one_line(checkpoint.name)} in {storage}, {size:,} bytes")
+    return 0

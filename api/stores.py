@@ -1,0 +1,55 @@
+"""Stores of prepared layers: made from any model, and opened like one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from twinfer.checkpoint import Checkpoint
+from twinfer.checkpoint.config_json import from_json, to_json
+from twinfer.checkpoint.fields import Fields
+from twinfer.checkpoint.model import described_checkpoint
+from twinfer.checkpoint.native.convert import about_model
+from twinfer.checkpoint.source import limited
+from twinfer.checkpoint.tokenizer import read_tokenizer
+from twinfer.offload.building import build
+from twinfer.offload.store import DESCRIPTION, open_store
+from twinfer.spec.config import Storage
+from twinfer.spec.errors import CheckpointError, RequestError
+
+from .store_source import StoreSource
+
+_TOKENIZER = "tokenizer.json"
+_REMEDY = "build the store again"
+
+
+def build_store(checkpoint: Checkpoint, folder: Path, storage: Storage, report: Callable[[str], None]) -> int:
+    """Write a model as a store; returns the bytes of its weights. Raises as `offload.building.build` does.
+
+    Weights that are kept in a storage already are built in that one.
+    """
+    if checkpoint.storage not in (None, storage):
+        raise RequestError(
+            f"{checkpoint.name} is kept in {checkpoint.storage} already; build from the model that it came from, or "
+            f"use storage={checkpoint.storage}"
+        )
+    tokenizer = checkpoint.tokenizer
+    model = {**about_model(checkpoint), "config": to_json(checkpoint.config), "tokenizer": tokenizer is not None}
+    files = {} if tokenizer is None else {_TOKENIZER: tokenizer.inner.to_str()}
+    identity = [checkpoint.name, files]
+    return build(checkpoint.source, folder, storage, model=model, files=files, identity=identity, report=report)
+
+
+def open_store_model(folder: Path, context: int | None = None) -> Checkpoint:
+    """Open a store as a model, its `source` a `StoreSource`; raises `TwinferError` where it is damaged or foreign."""
+    store = open_store(folder)
+    about = Fields(json.loads(json.dumps(store.model)), f"{folder / DESCRIPTION}: model.")
+    section = about.section("config")
+    config = from_json(section.values if section else None, f"{folder / DESCRIPTION}: config")
+    config = limited(config, context)
+    tokenizer = None
+    if about.flag("tokenizer"):
+        path = folder / _TOKENIZER
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks {_TOKENIZER}; {_REMEDY}")
+        tokenizer = read_tokenizer(path, _REMEDY)
+    return described_checkpoint(about, StoreSource(store, config), tokenizer, store.storage, str(folder))

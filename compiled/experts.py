@@ -1,0 +1,224 @@
+"""Products of the experts that tokens chose, for few tokens and for many.
+
+Why it is faster: a decode step reads the packed words of the chosen experts only, indexed by a tensor within the loop
+of the product, so that no expert is copied and nothing is read on the host. With many tokens the choices are sorted by
+expert, and each expert multiplies its rows in one matrix product on weights expanded for it alone. That is an operator
+of its own, since how many rows an expert has is known only when it runs: on a CPU it reads the counts, elsewhere it
+takes a form whose sizes do not depend on them.
+
+Three tokens with two choices each, of 4 experts (A = 6 choices):
+
+    expert of choice     2 0  2 1  0 2
+    sorted               choices 1 4 | 3 | 0 2 5 of experts 0, 1, 2; rows of each expert 2 1 3 0
+
+What it relies on: the blocks of one expert's outputs hold no rows of another (`stack`).
+
+Shapes: A choices (tokens times experts each), T tokens, K = top_k, E experts, N outputs, I inputs, B blocks of U
+outputs of one expert, J words in C places, G groups of W words.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..spec.config import Storage
+from ..spec.weights import StackedLinearWeights
+from .compute import accumulation_dtype, product_dtype
+from .linear import expanded, materialized, product
+from .packing import (
+    GROUP_WORDS,
+    PLACES,
+    RAISED,
+    ROWS,
+    Matrix,
+    lowering,
+    own,
+    pack,
+    place_values,
+    quantize,
+    raised_codes,
+)
+
+
+def stack(parts: Sequence[StackedLinearWeights], storage: Storage) -> Matrix:
+    """Return the parts of each expert below one another, packed: a `Matrix` whose tensors have E in front.
+
+    Rows are quantized alone. Where words are packed, rows of zeros fill up the last block of each expert.
+    """
+    weight_ENI = parts[0].weight_ENI if len(parts) == 1 else torch.cat([part.weight_ENI for part in parts], 1)
+    biases = [part.bias_EN for part in parts if part.bias_EN is not None]
+    bias_EN = torch.cat(biases, 1).detach().to(torch.float32, copy=True).contiguous() if biases else None
+    experts, outputs, inputs = weight_ENI.shape
+    if storage is not Storage.FLOAT32 and outputs % ROWS:
+        weight_ENI = functional.pad(weight_ENI, (0, 0, 0, -outputs % ROWS))
+    packed = pack(quantize(weight_ENI.detach().reshape(-1, inputs), storage))
+
+    def by_expert(part: Tensor | None) -> Tensor | None:
+        return None if part is None else own(part.view(experts, -1, *part.shape[1:]))
+
+    return Matrix(
+        word=own(packed.word.view(experts, -1, *packed.word.shape[1:])),
+        scale_N=by_expert(packed.scale_N),
+        scale_BGU=by_expert(packed.scale_BGU),
+        min_BGU=by_expert(packed.min_BGU),
+        bias_N=bias_EN,
+        outputs=outputs,
+    )
+
+
+def chosen_product(x_AI: Tensor, expert_A: Tensor, weights: Matrix, storage: Storage) -> Tensor:
+    """Return each row times the matrix of its own expert, [A, N] in x's dtype. A is small and fixed in a graph."""
+    wide_AI = x_AI.to(accumulation_dtype(x_AI.dtype))
+    if storage is Storage.FLOAT32:
+        out_AN = (weights.word[expert_A] * materialized(wide_AI)[:, None]).sum(-1)
+    else:
+        sum_ABU = (_grouped_sums if storage is Storage.INT4 else _planar_sums)(wide_AI, expert_A, weights, storage)
+        out_AN = sum_ABU.flatten(1)
+        if weights.scale_N is not None:
+            out_AN = out_AN * weights.scale_N[expert_A]
+        out_AN = out_AN[:, : weights.outputs]
+    if weights.bias_N is not None:
+        out_AN = out_AN + weights.bias_N[expert_A]
+    return out_AN.to(x_AI.dtype)
+
+
+def _planar_sums(x_AI: Tensor, expert_A: Tensor, weights: Matrix, storage: Storage) -> Tensor:
+    """Return the sums over all words, [A, B, U]; those of int8 are not yet scaled."""
+    places, words = PLACES[storage], weights.word.shape[2]
+    x_ACJ = materialized(functional.pad(x_AI, (0, places * words - x_AI.shape[1]))).view(len(x_AI), places, 1, words, 1)
+    word_ABJU = weights.word[expert_A]
+    total = place_values(word_ABJU, storage, 0, x_AI.dtype) * x_ACJ[:, 0]
+    for place in range(1, places):
+        total = total + place_values(word_ABJU, storage, place, x_AI.dtype) * x_ACJ[:, place]
+    return total.sum(2)
+
+
+def _grouped_sums(x_AI: Tensor, expert_A: Tensor, weights: Matrix, storage: Storage) -> Tensor:
+    """Return the sums over all words, [A, B, U], as `linear` does for int4."""
+    assert weights.scale_BGU is not None
+    assert weights.min_BGU is not None
+    places, words = PLACES[storage], weights.word.shape[2]
+    x_AI = materialized(functional.pad(x_AI, (0, places * words - x_AI.shape[1])))
+    x_AGCW = x_AI.view(len(x_AI), -1, places, GROUP_WORDS)
+    sum_AJ = materialized((x_AGCW.sum(2) * RAISED).flatten(1))[:, None, :, None]
+    lowered_CAJ = materialized(
+        (x_AGCW.permute(2, 0, 1, 3) * lowering(x_AI.device)[:, None, None, None]).flatten(2).contiguous()
+    )
+    word_ABJU = weights.word[expert_A]
+    step_ABJU, low_ABJU = (
+        each[expert_A][:, :, :, None].expand(-1, -1, -1, GROUP_WORDS, -1).flatten(2, 3)
+        for each in (weights.scale_BGU, weights.min_BGU)
+    )
+    total = raised_codes(word_ABJU, 0, x_AI.dtype) * lowered_CAJ[0][:, None, :, None]
+    for place in range(1, places):
+        total = total + raised_codes(word_ABJU, place, x_AI.dtype) * lowered_CAJ[place][:, None, :, None]
+    return (total * step_ABJU + sum_AJ * low_ABJU).sum(2) / RAISED
+
+
+class Sorted(NamedTuple):
+    """Choices by expert."""
+
+    choice_A: Tensor
+    """For each place the choice that stands there; choice a is of token a // K."""
+    place_A: Tensor
+    """For each choice its place."""
+    rows_E: Tensor
+    """How many choices each expert has, int64."""
+
+
+def sort_by_expert(expert_TK: Tensor, experts: int) -> Sorted:
+    """Sort the choices by expert; those of one expert stay in the order of their tokens.
+
+    >>> sort_by_expert(torch.tensor([[2, 0], [2, 1], [0, 2]]), 4)
+    Sorted(choice_A=tensor([1, 4, 3, 0, 2, 5]), place_A=tensor([3, 0, 4, 2, 1, 5]), rows_E=tensor([2, 1, 3, 0]))
+    """
+    expert_A = expert_TK.flatten()
+    choice_A = torch.sort(expert_A, stable=True).indices
+    place_A = torch.empty_like(choice_A).scatter_(0, choice_A, torch.arange(len(choice_A), device=choice_A.device))
+    rows_E = (expert_A[:, None] == torch.arange(experts, device=expert_A.device)).sum(0)
+    return Sorted(choice_A, place_A, rows_E)
+
+
+def grouped_product(x_AI: Tensor, rows_E: Tensor, weights: Matrix, storage: Storage) -> Tensor:
+    """Return rows sorted by expert, each times the matrix of its own, [A, N] in x's dtype."""
+    out_AN: Tensor = torch.ops.twinfer.grouped_product(x_AI, rows_E, *weights, storage.value)
+    return out_AN
+
+
+@torch.library.custom_op("twinfer::grouped_product", mutates_args=())
+def _grouped_product(
+    x_AI: Tensor,
+    rows_E: Tensor,
+    word: Tensor,
+    scale_N: Tensor | None,
+    scale_BGU: Tensor | None,
+    min_BGU: Tensor | None,
+    bias_N: Tensor | None,
+    outputs: int,
+    storage: str,
+) -> Tensor:
+    weights = Matrix(word, scale_N, scale_BGU, min_BGU, bias_N, outputs)
+    if x_AI.device.type != "cpu":
+        return _by_masks(x_AI, rows_E, weights, Storage(storage))
+    dtype = product_dtype(x_AI.dtype, x_AI.device)
+    out_AN = x_AI.new_empty(len(x_AI), outputs)
+    begin = 0
+    for expert, rows in enumerate(rows_E.tolist()):
+        if rows:
+            piece = slice(begin, begin + rows)
+            weight_NI, bias = _expert(weights, expert, Storage(storage), x_AI.shape[1], dtype)
+            out_AN[piece] = product(x_AI[piece].to(dtype), weight_NI, bias)
+            begin += rows
+    return out_AN
+
+
+@_grouped_product.register_fake
+def _(
+    x_AI: Tensor,
+    rows_E: Tensor,
+    word: Tensor,
+    scale_N: Tensor | None,
+    scale_BGU: Tensor | None,
+    min_BGU: Tensor | None,
+    bias_N: Tensor | None,
+    outputs: int,
+    storage: str,
+) -> Tensor:
+    return x_AI.new_empty(x_AI.shape[0], outputs)
+
+
+def _expert(
+    weights: Matrix, expert: int, storage: Storage, inputs: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return one expert's matrix [N, I], expanded, and its bias."""
+
+    def of(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part[expert]
+
+    one = weights._replace(
+        word=weights.word[expert],
+        scale_N=of(weights.scale_N),
+        scale_BGU=of(weights.scale_BGU),
+        min_BGU=of(weights.min_BGU),
+    )
+    bias_N = of(weights.bias_N)
+    return expanded(one, storage, inputs, dtype), None if bias_N is None else bias_N.to(dtype)
+
+
+def _by_masks(x_AI: Tensor, rows_E: Tensor, weights: Matrix, storage: Storage) -> Tensor:
+    """Return the same without reading a count: every expert multiplies all rows, and those of others are masked.
+
+    Slow with many experts, and legal within a CUDA graph.
+    """
+    dtype = product_dtype(x_AI.dtype, x_AI.device)
+    place_A = torch.arange(len(x_AI), device=x_AI.device)
+    expert_A = (place_A[:, None] >= rows_E.cumsum(0)).sum(1)
+    out_AN = x_AI.new_zeros(len(x_AI), weights.outputs)
+    for expert in range(len(rows_E)):
+        weight_NI, bias_N = _expert(weights, expert, storage, x_AI.shape[1], dtype)
+        of_expert_AN = product(x_AI.to(dtype), weight_NI, bias_N).to(x_AI.dtype)
+        out_AN = torch.where((expert_A == expert)[:, None], of_expert_AN, out_AN)
+    return out_AN

@@ -1,0 +1,97 @@
+"""A mixture of experts where a dense layer has one MLP: routing, the chosen experts' products, and their weighted sum.
+
+Why it is faster: see `routing` and `experts`. Routers and other maps of a token to a few numbers are float32 in every
+storage, and what they multiply is float32 or wider.
+
+Shapes: T tokens, M hidden, F intermediate, E experts, K = top_k, A = T * K choices, P tokens of the longest call.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec.config import MlpConfig, Storage
+from ..spec.moe import MoeConfig
+from .compute import accumulation_dtype
+from .embedding import Product
+from .experts import chosen_product, grouped_product, sort_by_expert
+from .linear import linear_decode
+from .mlp import inner
+from .packing import Matrix
+from .routing import Routing, route
+
+
+class Mlp(NamedTuple):
+    """The matrices of an MLP, or, with E in front of every tensor, of experts."""
+
+    up: Matrix
+    """[F, M]; where gated [2 F, M], the gate's rows first."""
+    down: Matrix
+
+
+class Moe(NamedTuple):
+    """A prepared mixture of experts."""
+
+    router: Matrix
+    """[E, M], float32."""
+    choice_bias_E: Tensor | None
+    experts: Mlp
+    shared: Mlp | None
+    shared_gate: Matrix | None
+    """[1, M], float32."""
+    residual: Mlp | None
+    coefficient: Matrix | None
+    """[2, M], float32."""
+    chosen_PK: Tensor | None = None
+    """Where each call puts the experts that its tokens chose, or None where nobody asks."""
+
+
+def mlp(x_TM: Tensor, weights: Mlp, config: MlpConfig, storage: Storage, product: Product) -> Tensor:
+    """Feed each token forward; returns [T, M] in x's dtype."""
+    return product(inner(product(x_TM, weights.up, storage), config), weights.down, storage)
+
+
+def moe(x_TM: Tensor, weights: Moe, config: MoeConfig, storage: Storage, product: Product) -> Tensor:
+    """Serve each token by its experts; returns [T, M] in x's dtype. Nothing is dropped."""
+    routing = route(_wide(x_TM, weights.router, product), config.router, weights.choice_bias_E)
+    if weights.chosen_PK is not None:
+        weights.chosen_PK[: x_TM.shape[0]].copy_(routing.expert_TK)
+    served = _few if product is linear_decode else _many
+    out_TM = served(x_TM, routing, weights.experts, config, storage).to(x_TM.dtype)
+    if config.shared is not None and weights.shared is not None:
+        shared_TM = mlp(x_TM, weights.shared, config.shared, storage, product)
+        if weights.shared_gate is not None:
+            shared_TM = torch.sigmoid(_wide(x_TM, weights.shared_gate, product)).to(x_TM.dtype) * shared_TM
+        out_TM = out_TM + shared_TM
+    if config.residual is not None and weights.residual is not None and weights.coefficient is not None:
+        mix_T2 = torch.softmax(_wide(x_TM, weights.coefficient, product), -1).to(x_TM.dtype)
+        residual_TM = mlp(x_TM, weights.residual, config.residual, storage, product)
+        out_TM = mix_T2[:, :1] * out_TM + mix_T2[:, 1:] * residual_TM
+    return out_TM
+
+
+def _few(x_TM: Tensor, routing: Routing, experts: Mlp, config: MoeConfig, storage: Storage) -> Tensor:
+    """Return the weighted sums [T, M] in the weights' dtype, by words that are read where they lie."""
+    expert_A = routing.expert_TK.flatten()
+    x_AM = x_TM[:, None].expand(-1, config.router.top_k, -1).flatten(0, 1).contiguous()
+    inner_AF = inner(chosen_product(x_AM, expert_A, experts.up, storage), config.expert)
+    out_AM = chosen_product(inner_AF, expert_A, experts.down, storage)
+    return _weighted(out_AM.view(x_TM.shape[0], -1, x_TM.shape[1]), routing.weight_TK)
+
+
+def _many(x_TM: Tensor, routing: Routing, experts: Mlp, config: MoeConfig, storage: Storage) -> Tensor:
+    """Return the same by one product for each expert that any token chose."""
+    order = sort_by_expert(routing.expert_TK, config.router.experts)
+    x_AM = x_TM[order.choice_A // config.router.top_k]
+    inner_AF = inner(grouped_product(x_AM, order.rows_E, experts.up, storage), config.expert)
+    out_AM = grouped_product(inner_AF, order.rows_E, experts.down, storage)
+    return _weighted(out_AM[order.place_A.view_as(routing.expert_TK)], routing.weight_TK)
+
+
+def _weighted(out_TKM: Tensor, weight_TK: Tensor) -> Tensor:
+    return (out_TKM.to(weight_TK.dtype) * weight_TK[:, :, None]).sum(1)
+
+
+def _wide(x_TM: Tensor, weights: Matrix, product: Product) -> Tensor:
+    return product(x_TM.to(accumulation_dtype(x_TM.dtype)), weights, Storage.FLOAT32)

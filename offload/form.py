@@ -1,0 +1,199 @@
+"""Prepared weights as a record of bytes with a description, and back.
+
+A record is a run of whole pages. Its tensors lie one after the other, each at a multiple of 64 bytes, as kernels want
+them. The description is plain JSON: the named tuples by their names and fields, and for each tensor where it lies:
+
+    {"kind": "Norm", "gain_M": {"name": "mlp_norm.gain_M", "dtype": "float32", "shape": [576], "offset": 128, ...}}
+
+So a record is read into any buffer of its size, and what it holds are tensors that lie in that buffer.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ..compiled.norms import Norm
+from ..compiled.packing import Matrix
+from ..compiled.weights import Layer, Rotations
+
+PAGE = 4096
+"""What records are aligned to, in the file and in memory: a multiple of what disks read directly."""
+
+ALIGNMENT = 64
+"""What tensors are aligned to within a record: a line of the caches, and the widest vector."""
+
+
+class Resident(NamedTuple):
+    """What stays in memory: the parts of a model that are small, or that every layer needs."""
+
+    projection: Matrix | None
+    """Of the embedding, where the table is not as wide as the hidden vector."""
+    position_PM: Tensor | None
+    type_YM: Tensor | None
+    embedding_norm: Norm | None
+    rotations: Rotations
+    head_norm: Norm | None
+    reduction: Matrix | None
+    table_checksum_B: Tensor
+    """For each block of the token table its CRC-32, int64: single blocks of it are looked up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor of a record."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the record's beginning."""
+    checksum: int
+    """CRC-32 of its bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A part of a model in a store's file."""
+
+    name: str
+    """Such as "layer 3" or "head rows 0 to 4095"."""
+    offset: int
+    """Bytes from the file's beginning, a multiple of `PAGE`."""
+    nbytes: int
+    """A multiple of `PAGE`."""
+    form: Any
+    """The description, as JSON has it."""
+
+    def tensors(self) -> list[Placed]:
+        """Return its tensors in the order in which they lie."""
+        return list(_placed(self.form))
+
+
+def pages(count: int) -> int:
+    """Return a number of bytes, rounded up to whole pages.
+
+    >>> pages(1), pages(4096), pages(4097)
+    (4096, 4096, 8192)
+    """
+    return -(-count // PAGE) * PAGE
+
+
+def written(part: Any, name: str, offset: int) -> tuple[Record, Iterator[bytes | memoryview]]:
+    """Return the record of a part at an offset of the file, and its bytes, piece by piece.
+
+    The tensors are of the CPU and contiguous, as prepared parts are.
+    """
+    pieces: list[bytes | memoryview] = []
+    end = 0
+
+    def place(tensor: Tensor, dotted: str) -> dict[str, Any]:
+        nonlocal end
+        raw = bytes_of(tensor)
+        begin = -(-end // ALIGNMENT) * ALIGNMENT
+        pieces.extend((bytes(begin - end), raw))
+        end = begin + len(raw)
+        return {
+            "name": dotted,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "offset": begin,
+            "crc32": zlib.crc32(raw),
+        }
+
+    form = _described(part, "", place)
+    pieces.append(bytes(pages(end) - end))
+    return Record(name, offset, pages(end), form), iter(pieces)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor of the CPU."""
+    assert tensor.is_contiguous()
+    flat = tensor.view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return memoryview(cast(Any, flat.numpy()))
+
+
+def in_buffer(record: Record, buffer: memoryview) -> Any:
+    """Return the part that a record describes, its tensors lying in this buffer, each with a storage of its own.
+
+    So no tensor has an offset that a kernel could drop.
+    """
+
+    def found(form: dict[str, Any]) -> Tensor:
+        placed = _placed_tensor(form)
+        if placed.nbytes == 0:
+            return torch.empty(placed.shape, dtype=placed.dtype)
+        raw = buffer[placed.offset : placed.offset + placed.nbytes]
+        return torch.frombuffer(cast(Any, raw), dtype=placed.dtype).view(placed.shape)
+
+    return _rebuilt(record.form, found)
+
+
+def faulty(record: Record, buffer: memoryview) -> str | None:
+    """Return the name of the first tensor whose bytes in a buffer are not those that were written; None if all are."""
+    for placed in record.tensors():
+        if zlib.crc32(buffer[placed.offset : placed.offset + placed.nbytes]) != placed.checksum:
+            return placed.name
+    return None
+
+
+def _described(value: Any, dotted: str, place: Callable[[Tensor, str], dict[str, Any]]) -> Any:
+    if isinstance(value, Tensor):
+        return place(value, dotted)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        prefix = f"{dotted}." if dotted else ""
+        fields = {name: _described(getattr(value, name), f"{prefix}{name}", place) for name in value._fields}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [_described(each, f"{dotted}.{index}", place) for index, each in enumerate(value)]
+    assert value is None or isinstance(value, int | float), f"{dotted} is {value!r}"
+    return value
+
+
+def _rebuilt(form: Any, found: Callable[[dict[str, Any]], Tensor]) -> Any:
+    if isinstance(form, list):
+        return tuple(_rebuilt(each, found) for each in form)
+    if not isinstance(form, dict):
+        return form
+    if "kind" not in form:
+        return found(form)
+    fields = {name: _rebuilt(each, found) for name, each in form.items() if name != "kind"}
+    return _KINDS[form["kind"]](**fields)
+
+
+def _placed(form: Any) -> Iterator[Placed]:
+    if isinstance(form, list):
+        for each in form:
+            yield from _placed(each)
+    elif isinstance(form, dict) and "kind" in form:
+        for name, each in form.items():
+            if name != "kind":
+                yield from _placed(each)
+    elif isinstance(form, dict):
+        yield _placed_tensor(form)
+
+
+def _placed_tensor(form: dict[str, Any]) -> Placed:
+    return Placed(form["name"], getattr(torch, form["dtype"]), tuple(form["shape"]), form["offset"], form["crc32"])
+
+
+def _kinds(hint: Any) -> dict[str, type]:
+    """Return the named tuples that a type is made of, by their names."""
+    inner = [kind for each in get_args(hint) for kind in _kinds(each).values()]
+    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        inner += [hint, *(kind for each in get_type_hints(hint).values() for kind in _kinds(each).values())]
+    return {kind.__name__: kind for kind in inner}
+
+
+_KINDS = _kinds(Layer) | _kinds(Resident) | _kinds(Matrix)
+"""The named tuples that records hold; a description names no others."""

@@ -1,0 +1,178 @@
+"""A store: a folder with a model's prepared layers in one file, ready to be streamed.
+
+    store.json      what the file holds, and what else there is to know of the model
+    weights.bin     records, one after the other, each of whole pages
+    tokenizer.json  where the model has a tokenizer (whoever builds the store puts it there)
+
+`schedule` is what a step goes through: the layers, then the head in blocks of rows. A token table that is not the head
+lies in blocks of its own, of which single rows are looked up. Layers are packed for one processor's vectors, by one
+version of torch and of this package; a store says which, and is refused where they are others.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compiled.packing import ROWS
+from ..spec.config import Storage
+from ..spec.errors import CheckpointError
+from .direct import DirectFile, aligned_buffer
+from .form import Record, faulty
+from .streamer import damaged
+
+DESCRIPTION = "store.json"
+WEIGHTS = "weights.bin"
+FORMAT = 1
+
+
+def layout() -> dict[str, Any]:
+    """Return what prepared layers depend on besides the model: they are read by nobody else's."""
+    return {
+        "format": FORMAT,
+        "rows of a block": ROWS,
+        "processor": platform.machine(),
+        "byte order": sys.byteorder,
+        "torch": torch.__version__.partition("+")[0],
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Store:
+    """A store that is open: its records are known, none is read yet."""
+
+    folder: Path
+    storage: Storage
+    model: dict[str, Any]
+    """What the builder said of the model; nothing here reads it."""
+    resident: Record
+    layers: tuple[Record, ...]
+    head: tuple[Record, ...]
+    """Blocks of rows of the output matrix, all of one size; the last is filled up with zeros."""
+    table: tuple[Record, ...]
+    """The token table's blocks; those of the head where it is tied."""
+
+    @property
+    def schedule(self) -> tuple[Record, ...]:
+        """The records of a step, in order."""
+        return self.layers + self.head
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All records, each once."""
+        return (self.resident, *self.layers, *self.head, *(() if self.table == self.head else self.table))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return sum(record.nbytes for record in self.records)
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+
+def is_store(path: Path) -> bool:
+    """Return whether a path is the folder of a store."""
+    return (path / DESCRIPTION).is_file()
+
+
+def described(
+    storage: Storage,
+    model: dict[str, Any],
+    resident: Record,
+    layers: Sequence[Record],
+    head: Sequence[Record],
+    table: Sequence[Record] | None,
+) -> str:
+    """Return the text of a store's description; `table` is None where it is the head."""
+    parts = {
+        "layout": layout(),
+        "storage": storage.value,
+        "model": model,
+        "resident": as_json(resident),
+        "layers": [as_json(each) for each in layers],
+        "head": [as_json(each) for each in head],
+        "table": None if table is None else [as_json(each) for each in table],
+    }
+    return json.dumps({"sha256": _digest(parts), **parts}, indent=1, allow_nan=False)
+
+
+def open_store(folder: Path) -> Store:
+    """Open a store, reading only what it says of itself.
+
+    Raises `CheckpointError` for a description that is damaged, a file of another size, and a store that was built for
+    another processor, torch or version.
+    """
+    path = folder / DESCRIPTION
+    try:
+        parts = json.loads(path.read_bytes())
+        found = parts.pop("sha256")
+        if found != _digest(parts):
+            raise ValueError("its digest is another")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; is {folder} a store?") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); build the store again") from None
+    _check_layout(folder, parts)
+    head = tuple(map(_record, parts["head"]))
+    store = Store(
+        folder=folder,
+        storage=Storage(parts["storage"]),
+        model=parts["model"],
+        resident=_record(parts["resident"]),
+        layers=tuple(map(_record, parts["layers"])),
+        head=head,
+        table=head if parts["table"] is None else tuple(map(_record, parts["table"])),
+    )
+    end = max(record.offset + record.nbytes for record in store.records)
+    try:
+        size = store.weights.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{store.weights} cannot be read: {error.strerror}; build the store again") from None
+    if size != end:
+        raise CheckpointError(f"{store.weights} has {size:,} bytes; it must have {end:,}: build the store again")
+    return store
+
+
+def check(store: Store, *, direct: bool = True) -> None:
+    """Read all records and compare checksums; raises `CheckpointError` naming the first tensor that is damaged."""
+    file = DirectFile(store.weights, direct=direct)
+    buffer = aligned_buffer(max(record.nbytes for record in store.records))
+    try:
+        for record in store.records:
+            file.read_into(buffer[: record.nbytes], record.offset, record.name)
+            if fault := faulty(record, buffer):
+                raise damaged(file, record, fault)
+    finally:
+        file.close()
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """Return a record as JSON has it."""
+    return {"name": record.name, "offset": record.offset, "nbytes": record.nbytes, "form": record.form}
+
+
+def _record(values: dict[str, Any]) -> Record:
+    return Record(**values)
+
+
+def _check_layout(folder: Path, parts: dict[str, Any]) -> None:
+    here, there = layout(), parts["layout"]
+    wrong = next((key for key in here if there.get(key) != here[key]), None)
+    if wrong is not None:
+        name, storage = parts["model"].get("name", "MODEL"), parts["storage"]
+        raise CheckpointError(
+            f"{folder} was built for {wrong} {there.get(wrong)!r}; here it is {here[wrong]!r}: remove it and run "
+            f"twinfer offload build {name} {folder} --storage {storage}"
+        )
+
+
+def _digest(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,225 @@
+"""Records read ahead of their use, in the order of a schedule that is gone through again and again.
+
+While one record is computed with, the next ones are read into the other buffers of a fixed ring, by a few threads that
+share each record in pieces: several requests at a time are what a disk needs to be read at its full speed. After the
+schedule's last record come the first ones again, so the disk does not rest between steps either. The memory is that of
+the ring, whatever the model's size.
+
+Each record's checksums are verified when it is first read; a read that failed is raised where its record is next.
+"""
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ..spec.errors import CheckpointError, MachineError, RequestError
+from .direct import DirectFile, aligned_buffer
+from .events import Event, Kind
+from .form import Record, faulty, in_buffer
+from .ring import Ring
+
+PIECE = 4 << 20
+"""Bytes of a read: long enough for a disk's full speed, short enough for the threads to share a record."""
+
+WORKERS = 3
+
+_EVENTS = 1 << 14
+"""Events kept; the oldest go."""
+
+
+class _Piece(NamedTuple):
+    ticket: int
+    record: int
+    begin: int
+    end: int
+
+
+class _Reading:
+    """What the threads share. It does not know the streamer, so that this can be forgotten and end them."""
+
+    def __init__(self, file: DirectFile, records: Sequence[Record], slots: int, piece: int) -> None:
+        self.file, self.records, self.piece = file, records, piece
+        self.ring = Ring(slots)
+        size = max(record.nbytes for record in records)
+        self.buffers = [aligned_buffer(size) for _ in range(slots)]
+        self.changed = threading.Condition()
+        self.pieces: deque[_Piece] = deque()
+        self.left: dict[int, int] = {}
+        """For each ticket that is being read, the pieces that are not there yet."""
+        self.failures: dict[int, Exception] = {}
+        self.verified: set[int] = set()
+        self.events: deque[Event] = deque(maxlen=_EVENTS)
+        self.dropping = False
+        """Whether pieces that are asked for are not read: a sweep was left."""
+        self.closed = False
+
+    def claim(self) -> None:
+        """Ask for the records that have free buffers. The lock is held."""
+        while (ticket := self.ring.claim()) is not None:
+            index = ticket % len(self.records)
+            nbytes = self.records[index].nbytes
+            begins = range(0, nbytes, self.piece)
+            self.left[ticket] = len(begins)
+            self.pieces += [_Piece(ticket, index, begin, min(begin + self.piece, nbytes)) for begin in begins]
+        self.changed.notify_all()
+
+    def work(self) -> None:
+        """Read pieces until closed: a thread's life."""
+        while True:
+            with self.changed:
+                while not self.pieces and not self.closed:
+                    self.changed.wait()
+                if self.closed:
+                    return
+                piece = self.pieces.popleft()
+            failure = None if self.dropping else self._read(piece)
+            with self.changed:
+                if failure is not None:
+                    self.failures.setdefault(piece.ticket, failure)
+                self.left[piece.ticket] -= 1
+                if self.left[piece.ticket] > 0:
+                    continue
+            if not self.dropping and piece.ticket not in self.failures and piece.record not in self.verified:
+                self._verify(piece)
+            with self.changed:
+                del self.left[piece.ticket]
+                self.ring.filled(piece.ticket)
+                self.changed.notify_all()
+
+    def _read(self, piece: _Piece) -> Exception | None:
+        record, slot = self.records[piece.record], self.ring.slot(piece.ticket)
+        begin_s = time.perf_counter()
+        try:
+            self.file.read_into(self.buffers[slot][piece.begin : piece.end], record.offset + piece.begin, record.name)
+        except Exception as error:
+            return error
+        self.events.append(Event(Kind.READ, piece.record, slot, begin_s, time.perf_counter()))
+        return None
+
+    def _verify(self, piece: _Piece) -> None:
+        record = self.records[piece.record]
+        fault = faulty(record, self.buffers[self.ring.slot(piece.ticket)])
+        if fault is None:
+            self.verified.add(piece.record)
+            return
+        self.failures[piece.ticket] = damaged(self.file, record, fault)
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+
+def damaged(file: DirectFile, record: Record, tensor: str) -> CheckpointError:
+    """Return the error of a tensor whose bytes are not those that were written."""
+    return CheckpointError(
+        f"{file.path}: {record.name}, {tensor} is damaged, its checksum is another; build the store again"
+    )
+
+
+class Streamer:
+    """Goes through the records of a file in order, again and again, with `slots` of them in memory.
+
+    Reading begins at once. One sweep at a time; `close` ends the threads.
+    """
+
+    def __init__(
+        self, file: DirectFile, records: Sequence[Record], slots: int, *, workers: int = WORKERS, piece: int = PIECE
+    ) -> None:
+        self._reading = reading = _Reading(file, records, slots, piece)
+        self._parts: dict[tuple[int, int], Any] = {}
+        self._process = os.getpid()
+        self.slots = slots
+        self._threads = [threading.Thread(target=reading.work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+        self._end = weakref.finalize(self, reading.close)
+        with reading.changed:
+            reading.claim()
+
+    @property
+    def events(self) -> list[Event]:
+        """The newest events, reads in the order in which they ended."""
+        return list(self._reading.events)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ring."""
+        return sum(map(len, self._reading.buffers))
+
+    def sweep(self) -> Iterator[Any]:
+        """Yield each record's part once, in order; a part is gone as soon as the next is asked for.
+
+        Raises `CheckpointError` where a record cannot be read or is damaged. A sweep that is not gone through to its
+        end is begun anew by the next one.
+        """
+        self.check_process()
+        reading, complete = self._reading, False
+        try:
+            for index in range(len(reading.records)):
+                ticket = self._wait(index)
+                slot = reading.ring.slot(ticket)
+                begin_s = time.perf_counter()
+                yield self._part(index, slot)
+                reading.events.append(Event(Kind.USE, index, slot, begin_s, time.perf_counter()))
+                with reading.changed:
+                    reading.ring.release(ticket)
+                    reading.claim()
+            complete = True
+        finally:
+            if not complete:
+                self._restart()
+
+    def check_process(self) -> None:
+        """Raise `MachineError` in a forked process, which lacks the threads."""
+        if os.getpid() != self._process:
+            raise MachineError(
+                "this process was forked after the store was opened, and a fork does not copy the threads that read; "
+                "open the store in the forked process, or start that by spawn"
+            )
+
+    def close(self) -> None:
+        """End the threads; closing twice does nothing."""
+        self._end()
+        if os.getpid() == self._process:
+            for thread in self._threads:
+                thread.join()
+
+    def _wait(self, index: int) -> int:
+        """Return the ticket of the next record once its bytes are there."""
+        reading, begin_s = self._reading, time.perf_counter()
+        with reading.changed:
+            while (ticket := reading.ring.take()) is None:
+                if reading.closed:
+                    raise RequestError("the store is closed; open it again")
+                reading.changed.wait()
+            failure = reading.failures.pop(ticket, None)
+        assert ticket % len(reading.records) == index
+        reading.events.append(Event(Kind.WAIT, index, reading.ring.slot(ticket), begin_s, time.perf_counter()))
+        if failure is not None:
+            raise failure
+        return ticket
+
+    def _part(self, index: int, slot: int) -> Any:
+        part = self._parts.get((index, slot))
+        if part is None:
+            part = self._parts[index, slot] = in_buffer(self._reading.records[index], self._reading.buffers[slot])
+        return part
+
+    def _restart(self) -> None:
+        """Wait for the reads under way, forget what was read, and begin with the first record."""
+        reading = self._reading
+        with reading.changed:
+            if reading.closed:
+                return
+            reading.dropping = True
+            while reading.left:
+                reading.changed.wait()
+            reading.dropping = False
+            reading.failures.clear()
+            reading.ring.reset()
+            reading.claim()

@@ -1,0 +1,199 @@
+"""How the ranks of a job divide a model: which of them work together, and on what.
+
+A job has data * pipeline * tensor ranks. The layers are dealt out to pipeline stages. Within a stage, `tensor` ranks
+share every layer's heads and MLP (a tensor group) and `data` such groups serve different sequences. The same ranks hold
+the experts of a mixture: `expert` ranks hold different experts (an expert group), and `expert_slices` of them hold
+different slices of the same experts (a slice group), so experts * slices divide the ranks of a stage; what is left over
+holds replicas. Ranks are numbered with the tensor degree running fastest, then data, then the stage.
+
+The paper's example (Fig. 4): 16 ranks, 8 experts, 4 * 4 ranks for what is not an expert, 2 slices for what is:
+
+    >>> parallel = ParallelConfig(data=4, tensor=4, expert=8, expert_slices=2)
+    >>> parallel.ranks, parallel.tensor_groups[1], parallel.expert_groups[1]
+    (16, (4, 5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15))
+    >>> parallel.slice_groups[:3]
+    ((0, 8), (1, 9), (2, 10))
+    >>> parallel.place(13)
+    Place(stage=0, data=3, tensor=1, expert=5, expert_slice=1)
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+
+from .config import INT4_GROUP, ModelConfig, Storage
+from .errors import RequestError
+from .moe import MoeConfig
+from .shapes import layer_shapes
+from .shard import Shard, Slices, check_ranks, layer_slices
+
+Groups = tuple[tuple[int, ...], ...]
+"""Ranks of a stage that work together, numbered within the stage."""
+
+
+class Exchange(StrEnum):
+    """How tokens reach the ranks that hold their experts, and come back."""
+
+    DIRECT = "direct"
+    """One all-to-all in each expert group."""
+    HIERARCHICAL = "hierarchical"
+    """One within each node, then one between nodes; a node is a tensor group (DeepSpeed-MoE, section 5.3)."""
+    COORDINATED = "coordinated"
+    """Between ranks of the same place in their tensor groups only: PCC (the paper's section V-B)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank stands along each degree, counted from 0."""
+
+    stage: int
+    data: int
+    tensor: int
+    expert: int
+    expert_slice: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """Degrees of parallelism. Raises `RequestError` for degrees that fit no job, with the nearest that does."""
+
+    data: int = 1
+    """Groups of ranks that serve different sequences."""
+    pipeline: int = 1
+    """Stages that hold different layers."""
+    tensor: int = 1
+    """Ranks that share each layer."""
+    expert: int = 1
+    """Ranks that hold different experts."""
+    expert_slices: int = 1
+    """Ranks that hold different slices of the same experts."""
+    exchange: Exchange = Exchange.DIRECT
+
+    def __post_init__(self) -> None:
+        for name in ("data", "pipeline", "tensor", "expert", "expert_slices"):
+            value = getattr(self, name)
+            if value < 1:
+                raise RequestError(f"ParallelConfig.{name} is {value}; it must be at least 1")
+        if self.stage_ranks % (self.expert * self.expert_slices):
+            slices = self.expert_slices if self.stage_ranks % self.expert_slices == 0 else 1
+            expert = nearest_divisor(self.stage_ranks // slices, self.expert)
+            raise RequestError(
+                f"expert * expert_slices is {self.expert} * {self.expert_slices}, but a stage has data * tensor = "
+                f"{self.stage_ranks} ranks, which do not divide by it; the nearest that works is {expert} * {slices}"
+            )
+        if self.exchange is not Exchange.DIRECT and self.expert % self.tensor:
+            raise RequestError(
+                f"ParallelConfig.exchange is {self.exchange}, whose expert groups are whole tensor groups; expert is "
+                f" {self.expert}, which does not divide by tensor = {self.tensor}: take exchange = direct"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the job has."""
+        return self.pipeline * self.stage_ranks
+
+    @property
+    def stage_ranks(self) -> int:
+        """How many ranks a stage has."""
+        return self.data * self.tensor
+
+    @property
+    def tensor_groups(self) -> Groups:
+        """Neighbors, `tensor` at a time."""
+        return tuple(tuple(range(first, first + self.tensor)) for first in range(0, self.stage_ranks, self.tensor))
+
+    @property
+    def expert_groups(self) -> Groups:
+        """Neighbors, `expert` at a time."""
+        return tuple(tuple(range(first, first + self.expert)) for first in range(0, self.stage_ranks, self.expert))
+
+    @property
+    def slice_groups(self) -> Groups:
+        """Ranks that stand at the same place of `expert_slices` neighboring expert groups."""
+        block = self.expert * self.expert_slices
+        return tuple(
+            tuple(range(first + expert, first + block, self.expert))
+            for first in range(0, self.stage_ranks, block)
+            for expert in range(self.expert)
+        )
+
+    def place(self, rank: int) -> Place:
+        """Return where a rank of the job stands."""
+        stage, in_stage = divmod(rank, self.stage_ranks)
+        data, tensor = divmod(in_stage, self.tensor)
+        group, expert = divmod(in_stage, self.expert)
+        return Place(stage, data, tensor, expert, group % self.expert_slices)
+
+
+def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
+    """Deal out layers to stages, neighbors together; the first stages get one more, since the last has the head too.
+
+    >>> stage_layers(7, 3)
+    (range(0, 3), range(3, 5), range(5, 7))
+    """
+    starts = [stage * (layers // stages) + min(stage, layers % stages) for stage in range(stages + 1)]
+    return tuple(range(start, end) for start, end in pairwise(starts))
+
+
+def check_parallel(config: ModelConfig, parallel: ParallelConfig, storage: Storage | None = None) -> None:
+    """Raise `RequestError`, naming the nearest degree that works, unless the model can be divided that way."""
+    if parallel.pipeline > len(config.layers):
+        raise RequestError(
+            f"ParallelConfig.pipeline is {parallel.pipeline}, but the model has {len(config.layers)} layers and every "
+            f"stage needs one; the nearest that works is {len(config.layers)}"
+        )
+    check_ranks(config, parallel.tensor, storage)
+    mixtures = {index: layer.mlp for index, layer in enumerate(config.layers) if isinstance(layer.mlp, MoeConfig)}
+    if not mixtures and parallel.expert * parallel.expert_slices > 1:
+        raise RequestError(
+            f"expert * expert_slices is {parallel.expert} * {parallel.expert_slices}, but the model has no experts; "
+            "the only degrees that work are 1 * 1"
+        )
+    for index, mlp in mixtures.items():
+        experts, width, slices = mlp.router.experts, mlp.expert.width, parallel.expert_slices
+        if experts % parallel.expert:
+            raise RequestError(
+                f"ParallelConfig.expert is {parallel.expert}, but layer {index} has {experts} experts, which do not "
+                f"divide by it; the nearest that works is {nearest_divisor(experts, parallel.expert)}"
+            )
+        if width % slices or (storage is Storage.INT4 and slices > 1 and width // slices % INT4_GROUP):
+            able = [
+                each
+                for each in range(1, width + 1)
+                if width % each == 0 and (storage is not Storage.INT4 or each == 1 or width // each % INT4_GROUP == 0)
+            ]
+            nearest = min(able, key=lambda each: abs(each - slices))
+            raise RequestError(
+                f"ParallelConfig.expert_slices is {slices}, but layer {index} has experts of width {width}, which "
+                f"cannot be cut so; the nearest that works is {nearest}"
+            )
+
+
+def rank_layer_slices(config: ModelConfig, index: int, parallel: ParallelConfig, rank: int) -> Slices:
+    """Return what a rank of a stage holds of a layer: experts by expert and slice, all else by the tensor degree."""
+    place, layer = parallel.place(rank), config.layers[index]
+    held = layer_slices(config, index, Shard(rank=place.tensor, ranks=parallel.tensor))
+    if not isinstance(layer.mlp, MoeConfig):
+        return held
+    held = {name: cuts for name, cuts in held.items() if not name.startswith("mlp.experts.")}
+    number = layer.mlp.router.experts // parallel.expert
+    width = layer.mlp.expert.width // parallel.expert_slices
+    experts = slice(place.expert * number, (place.expert + 1) * number)
+    piece = slice(place.expert_slice * width, (place.expert_slice + 1) * width)
+    for name, shape in layer_shapes(layer, config.hidden).items():
+        if name.startswith(("mlp.experts.up.", "mlp.experts.gate.")):
+            held[name] = (experts, piece, *(None,) * (len(shape) - 2))
+        elif name == "mlp.experts.down.weight_ENI":
+            held[name] = (experts, None, piece)
+        elif name.startswith("mlp.experts.down.") and place.expert_slice == 0:
+            held[name] = (experts, None)  # the bias is added once
+    return held
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """Return the divisor of a size that is nearest to a number, the smaller of two.
+
+    >>> nearest_divisor(12, 5), nearest_divisor(8, 100)
+    (4, 8)
+    """
+    return min((each for each in range(1, size + 1) if size % each == 0), key=lambda each: abs(each - wanted))

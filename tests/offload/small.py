@@ -1,0 +1,85 @@
+"""Small models in stores, and what must hold of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twinfer.compiled.path import CompiledPath
+from twinfer.offload.building import build
+from twinfer.offload.path import OffloadPath
+from twinfer.offload.store import Store, open_store
+from twinfer.oracle.models import RandomSource
+from twinfer.spec.config import (
+    Activation,
+    AttentionConfig,
+    Head,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    NormConfig,
+    NormKind,
+    Storage,
+)
+from twinfer.spec.decoder import Decoder
+
+BUDGET = 50 << 20
+
+
+def config(layers: int = 5, head: Head = Head.UNTIED) -> ModelConfig:
+    """Return a model of equal layers whose head is several blocks."""
+    norm = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
+    layer = LayerConfig(
+        norm=norm,
+        attention=AttentionConfig(heads=2, kv_heads=1, head_size=8, scale=0.5),
+        mlp=MlpConfig(width=32, activation=Activation.SILU, gated=True),
+    )
+    return ModelConfig(
+        family="random",
+        hidden=24,
+        vocabulary=1500,
+        context=64,
+        layers=(layer,) * layers,
+        final_norm=norm,
+        learned_positions=True,
+        head=head,
+    )
+
+
+def built(source: RandomSource, folder: Path, storage: Storage = Storage.FLOAT32) -> Store:
+    build(source, folder, storage, model={"name": "m"}, files={}, identity=1, report=lambda line: None)
+    return open_store(folder)
+
+
+def schedule(model: ModelConfig, batch: int, seed: int) -> list[list[Tensor]]:
+    """Return what a batch is extended by: prompts of several lengths, two steps, and a step of some."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [[(row * 3 + seed) % 9 + 1 for row in range(batch)], [1] * batch, [1] * batch, [0] * (batch - 1) + [2]]
+    return [[torch.randint(model.vocabulary, (n,), generator=generator) for n in each] for each in lengths]
+
+
+def logits(decoder: Decoder, steps: Sequence[Sequence[Tensor]], *, every: bool = False) -> list[Tensor]:
+    """Run the steps; returns all logits in order."""
+    sequences = decoder.open(len(steps[0]), 30)
+    found: list[Tensor] = []
+    for step in steps:
+        if every:
+            found += decoder.extend(sequences, step, every_position=True)
+        else:
+            found.append(decoder.extend(sequences, step))
+    sequences.close()
+    return found
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Return whether all are equal to the bit."""
+    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def resident(source: RandomSource, storage: Storage = Storage.FLOAT32) -> CompiledPath:
+    return CompiledPath(source, storage=storage, mode="eager")
+
+
+def offloaded(store: Store, model: ModelConfig, budget: int = BUDGET) -> OffloadPath:
+    return OffloadPath(store, model, budget=budget, mode="eager")

@@ -1,0 +1,217 @@
+"""Stores: whole or not at all, gone on with after a kill, and refused where a byte is wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from twinfer.offload import building
+from twinfer.offload import store as store_module
+from twinfer.offload.building import build
+from twinfer.offload.store import DESCRIPTION, WEIGHTS, check, open_store
+from twinfer.oracle.models import RandomSource
+from twinfer.spec.config import Head, Storage
+from twinfer.spec.errors import CheckpointError, RequestError
+
+from .small import built, config, logits, offloaded, schedule
+
+SOURCE = RandomSource(config(), 7)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("storage", list(Storage))
+@pytest.mark.parametrize("head", [Head.TIED, Head.UNTIED])
+def test_records_are_pages_that_do_not_overlap(storage: Storage, head: Head, tmp_path: Path) -> None:
+    """Each begins where the one before ends, tensors within are aligned to 64 bytes, and all checksums hold."""
+    store = built(RandomSource(config(head=head), 0), tmp_path / "s", storage)
+    records = sorted(store.records, key=lambda record: record.offset)
+    end = 0
+    for record in records:
+        assert record.offset == end
+        end += record.nbytes
+        assert record.nbytes % 4096 == 0
+        inner = 0
+        for tensor in record.tensors():
+            assert tensor.offset >= inner
+            assert tensor.offset % 64 == 0
+            inner = tensor.offset + tensor.nbytes
+        assert inner <= record.nbytes
+    assert end == store.weights.stat().st_size
+    assert (store.table is store.head) == (head is Head.TIED)
+    check(store)
+
+
+def test_any_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
+    """By the check, and by whoever runs it, before an answer: layer and tensor."""
+    store = built(SOURCE, tmp_path / "s", Storage.INT8)
+    pick = random.Random(0)
+    steps = schedule(config(), 2, 0)
+    for record in pick.sample(store.records, 8):
+        tensor = pick.choice([each for each in record.tensors() if each.nbytes])
+        place = record.offset + tensor.offset + pick.randrange(tensor.nbytes)
+        with store.weights.open("r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 1 << pick.randrange(8)]))
+        with pytest.raises(CheckpointError, match=f"{record.name}, {tensor.name} is damaged"):
+            check(store)
+        if record in (store.resident, *store.schedule):
+            with pytest.raises(CheckpointError, match=f"{record.name}, {tensor.name} is damaged"):
+                logits(offloaded(store, config()), steps)
+        with store.weights.open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([byte]))
+    check(store)
+
+
+def test_a_damaged_row_of_the_table_is_found_when_it_is_looked_up(tmp_path: Path) -> None:
+    """A table that is not the head is never streamed, so each of its blocks has a checksum."""
+    store = built(SOURCE, tmp_path / "s")
+    steps = schedule(config(), 1, 0)
+    word = store.table[0].tensors()[0]
+    token, rows = int(steps[0][0][0]), word.shape[0]
+    record = store.table[token // rows]
+    with store.weights.open("r+b") as file:
+        file.seek(record.offset + word.offset + token % rows * word.nbytes // rows)
+        file.write(b"\xff" * 4)
+    with pytest.raises(CheckpointError, match=r"table rows .* is damaged"):
+        logits(offloaded(store, config()), steps)
+
+
+def test_truncated_and_foreign_stores_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When they are opened, with what would be right; a foreign one with the command that builds it anew."""
+    store = built(SOURCE, tmp_path / "s")
+    os.truncate(store.weights, store.nbytes - 4096)
+    with pytest.raises(CheckpointError, match=f"must have {store.nbytes:,}"):
+        open_store(store.folder)
+    os.truncate(store.weights, store.nbytes)
+    for key, value in (("rows of a block", 4), ("torch", "1.0"), ("format", 0), ("processor", "abacus")):
+        other = {**store_module.layout(), key: value}
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "layout", lambda other=other: other)
+            with pytest.raises(CheckpointError, match=f"for {key}.*twinfer offload build m .*--storage float32"):
+                open_store(store.folder)
+    description = store.folder / DESCRIPTION
+    text = description.read_text()
+    for damaged in (text[:-20], text.replace('"nbytes": ', '"nbytes": 1', 1), "[]", "", "\xff"):
+        assert damaged != text
+        description.write_text(damaged)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            open_store(store.folder)
+    store.weights.unlink()
+    description.write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_store(store.folder)
+
+
+class Killed(BaseException):
+    """What a kill is within a process."""
+
+
+@pytest.mark.parametrize("moment", range(1, 12))
+def test_a_build_goes_on_where_it_was_killed(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was half written: the store is the same to the byte, and no record is prepared twice."""
+    whole = built(SOURCE, tmp_path / "whole")
+    synced = 0
+
+    def sync(descriptor: int) -> None:
+        nonlocal synced
+        synced += 1
+        if synced == moment:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building.os, "fsync", sync)
+        with pytest.raises(Killed):
+            built(SOURCE, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    journal = tmp_path / ".s.partial" / "journal"
+    lines = journal.read_text().split("\n")
+    with journal.open("a") as file:
+        file.write('["layers", {"name": "la')
+    lines_told: list[str] = []
+    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": 1, "report": lines_told.append}
+    build(SOURCE, tmp_path / "s", Storage.FLOAT32, **given)
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+    assert len(lines_told) == len(whole.records) - (len(lines) - 2)
+    assert not (tmp_path / ".s.partial").exists()
+
+
+def test_what_is_left_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its records would be of other weights."""
+
+    def sync(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "report": lambda line: None}
+    with monkeypatch.context() as patch:
+        patch.setattr(building.os, "fsync", sync)
+        with pytest.raises(RequestError, match=r"No space left on device; 0 of .* records are kept: run the same"):
+            build(RandomSource(config(), 8), tmp_path / "s", Storage.FLOAT32, identity=2, **given)
+    build(SOURCE, tmp_path / "s", Storage.FLOAT32, identity=1, **given)
+    built(SOURCE, tmp_path / "whole")
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def test_two_builds_of_one_store_do_not_mix(tmp_path: Path) -> None:
+    """The second is refused while the first holds the lock; and so is a store that is there."""
+    partial = tmp_path / ".s.partial"
+    partial.mkdir()
+    holder = (
+        "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), 2); print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(partial)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(RequestError, match="being built by another process"):
+            built(SOURCE, tmp_path / "s")
+        process.kill()
+    built(SOURCE, tmp_path / "s")
+    with pytest.raises(RequestError, match="is there already"):
+        built(SOURCE, tmp_path / "s")
+
+
+BUILDER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from tests.offload.small import built, config
+from twinfer.oracle.models import RandomSource
+print("begin", flush=True)
+built(RandomSource(config(layers=40), 7), Path(sys.argv[1]))
+"""
+
+
+def test_kills_at_drawn_moments_lose_nothing(tmp_path: Path) -> None:
+    """A process killed by the system at any moment: the next build gives the same bytes."""
+    source = RandomSource(config(layers=40), 7)
+    built(source, tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    pick = random.Random(1)
+    root = str(Path(__file__).parents[2])
+    for index in range(max(1, settings.default.max_examples // 40)):
+        folder = tmp_path / f"s{index}"
+        with subprocess.Popen([sys.executable, "-c", BUILDER, str(folder), root], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"begin\n"
+            time.sleep(pick.uniform(0, 0.4))
+            process.send_signal(signal.SIGKILL)
+        if not folder.exists():
+            built(source, folder)
+        assert contents(folder) == expected
+        assert json.loads((folder / DESCRIPTION).read_text())["layers"]
+        assert (folder / WEIGHTS).stat().st_size == len(expected[WEIGHTS])
