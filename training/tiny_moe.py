@@ -139,7 +139,10 @@ def _active_width(mlp: MlpConfig | MoeConfig) -> int:
 
 
 def drawn(config: ModelConfig, seed: int) -> Weights:
-    """Draw the first weights: normal, of variance 1 / I; gains are 1, and so is the variance of the token table."""
+    """Draw the first weights: normal, of variance 1 / I; gains are 1, and so is the variance of the token table.
+
+    The one bias, of the mix of experts and residual MLP, is 0 and stays so: it is not trained.
+    """
     generator = torch.Generator().manual_seed(seed)
     named = {"embedding": embedding_shapes(config), "head": head_shapes(config)}
     named |= {str(index): layer_shapes(layer, config.hidden) for index, layer in enumerate(config.layers)}
@@ -147,8 +150,10 @@ def drawn(config: ModelConfig, seed: int) -> Weights:
     for part, shapes in named.items():
         for name, shape in trained(shapes).items():
             spread = 1.0 if name == "token_VW" else shape[-1] ** -0.5
-            weight = torch.ones(shape) if len(shape) == 1 else spread * torch.randn(shape, generator=generator)
-            weights[f"{part}.{name}"] = weight
+            if len(shape) == 1:
+                weights[f"{part}.{name}"] = torch.full(shape, 0.0 if name.endswith("bias_N") else 1.0)
+            else:
+                weights[f"{part}.{name}"] = spread * torch.randn(shape, generator=generator)
     return weights
 
 
