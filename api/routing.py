@@ -86,7 +86,7 @@ def gaps(logit_TE: Tensor, routing: Routing, config: RouterConfig, choice_bias_E
         ranking_TE = ranking_TE + choice_bias_E
     size = config.experts // config.groups
     chosen_TE = torch.zeros_like(ranking_TE, dtype=torch.bool).scatter(1, routing.expert_TK, True)
-    open_TE = chosen_TE.unflatten(1, (config.groups, size)).any(-1).repeat_interleave(size, 1)
+    open_TE = chosen_TE.view(-1, config.groups, size).any(-1).repeat_interleave(size, 1)
     least_T = ranking_TE.masked_fill(~chosen_TE, torch.inf).amin(-1)
     best_T = ranking_TE.masked_fill(chosen_TE | ~open_TE, -torch.inf).amax(-1)
     return least_T - best_T

@@ -61,7 +61,8 @@ def _read_all(store: TensorStore, reading: Reading, count: int, shape: list[int]
         case Experts.FLAT:
             (name,) = reading.names
             if whole:
-                return store.read(name).unflatten(0, (count, -1))
+                stacked: Tensor = store.read(name).view(count, *kept)
+                return stacked
             first = (
                 slice(expert * kept[0] + cuts[0].start, expert * kept[0] + cuts[0].stop) for expert in range(count)
             )

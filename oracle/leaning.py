@@ -129,13 +129,13 @@ def _with_factors(layers: Sequence[LayerWeights], factor_LP: Tensor) -> Componen
     def layer(x_BTM: Tensor, weights: LayerWeights, config: Any, cache: Any, components: Components, /) -> Any:
         scale, attended, fed, epsilon = factor_LP[places[id(weights)]]
 
-        def attention(*inputs: Tensor, **options: Any) -> Tensor:
+        def attention(*inputs: Tensor, **options: Any) -> Any:
             return attended * DEFAULT.attention(*inputs, **{**options, "scale": scale * options["scale"]})
 
-        def mlp(*inputs: Any, **options: Any) -> Tensor:
+        def mlp(*inputs: Any, **options: Any) -> Any:
             return fed * DEFAULT.mlp(*inputs, **options)
 
-        def moe(*inputs: Any, **options: Any) -> Tensor:
+        def moe(*inputs: Any, **options: Any) -> Any:
             return fed * DEFAULT.moe(*inputs, **{**options, "mlp": DEFAULT.mlp})
 
         config = replace(config, norm=replace(config.norm, epsilon=epsilon * config.norm.epsilon))

@@ -99,7 +99,9 @@ def _swapped(linear: LinearWeights, config: AttentionConfig) -> LinearWeights:
     """The rows of the first two heads exchanged."""
 
     def rows(value: Tensor) -> Tensor:
-        first, second, rest = value.split([config.head_size, config.head_size, len(value) - 2 * config.head_size])
+        first, second, rest = torch.split(
+            value, [config.head_size, config.head_size, len(value) - 2 * config.head_size]
+        )
         return torch.cat([second, first, rest])
 
     return replace(

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     with waiting() as report:
         checkpoint = open_checkpoint(args.model, report)
         prompts = prompt_ids(checkpoint, args.prompt or args.prompt_ids)
-        check_prompts(checkpoint.config, prompts)
+        check_prompts(checkpoint.config, prompts, max_new_tokens=1)
         storage = Storage(args.storage) if args.storage else checkpoint.storage or Storage.FLOAT32
         layers = routes(checkpoint.source, prompts, limit, storage)
     if args.png is not None:
