@@ -14,6 +14,7 @@ from twinfer.reference.dispatch import DROPPED, capacity, slots
 from twinfer.reference.path import ReferencePath
 from twinfer.reference.routing import Routing, route
 from twinfer.spec.config import Storage
+from twinfer.spec.decoder import check_extensible, checked_tokens
 from twinfer.spec.errors import RequestError
 from twinfer.spec.moe import CapacityConfig, MoeConfig, RouterConfig, Score
 from twinfer.spec.weights import WeightSource
@@ -49,6 +50,9 @@ def routes(
     with_experts = [(index, mlp) for index, mlp in mixtures if isinstance(mlp, MoeConfig)]
     if not with_experts:
         raise RequestError(f"this {source.config.family} model has no experts, so it routes nothing")
+    tokens = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
+    check_extensible(source.config)
+    checked_tokens(source.config, [0] * len(tokens), tokens)
     seen: list[tuple[Routing, Tensor]] = []
 
     def recording(logit_TE: Tensor, config: RouterConfig, choice_bias_E: Tensor | None) -> Routing:
@@ -58,7 +62,7 @@ def routes(
 
     path = ReferencePath(source, storage=storage, components=replace(DEFAULT, route=recording))
     sequences = path.open(len(prompts), max(map(len, prompts)))
-    path.extend(sequences, [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts])
+    path.extend(sequences, tokens)
     count = len(with_experts)
     return [
         _of_layer(index, mlp.router, [seen[call] for call in range(place, len(seen), count)], capacity_config)

@@ -3,16 +3,14 @@
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
+from twinfer.bench.heat_map import check_heat_map, write_heat_map
 from twinfer.spec.config import Storage
-from twinfer.spec.errors import MachineError, RequestError
 from twinfer.spec.moe import CapacityConfig
 
 from ..chat import prompt_ids
-from ..generation import check_prompts
 from ..loading import open_checkpoint
 from ..routing import LayerRoutes, routes
 from .console import print_json, print_table, waiting
@@ -54,15 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     limit = None if args.capacity_factor is None else CapacityConfig(factor=args.capacity_factor)
     if args.png is not None:
-        _check_png(args.png)
+        check_heat_map(args.png)
     with waiting() as report:
         checkpoint = open_checkpoint(args.model, report)
         prompts = prompt_ids(checkpoint, args.prompt or args.prompt_ids)
-        check_prompts(checkpoint.config, prompts, max_new_tokens=1)
         storage = Storage(args.storage) if args.storage else checkpoint.storage or Storage.FLOAT32
         layers = routes(checkpoint.source, prompts, limit, storage)
     if args.png is not None:
-        _write_png(layers, args.png)
+        write_heat_map([(layer.layer, layer.tokens) for layer in layers], args.png)
     tokens = sum(map(len, prompts))
     if args.json:
         about = {"model": args.model, "storage": storage.value, "tokens": tokens}
@@ -81,28 +78,3 @@ def _table(layers: list[LayerRoutes]) -> Table:
         closest = "-" if layer.closest is None else f"{layer.closest:.2e} (token {layer.closest_token})"
         table.add_row(str(layer.layer), " ".join(map(str, layer.tokens)), f"{layer.imbalance:.2f}", dropped, closest)
     return table
-
-
-def _check_png(file: Path) -> None:
-    """Raise, before anything is computed, what would otherwise stop the chart at the end."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise MachineError('charts need matplotlib; install it with: pip install "twinfer[bench]"') from None
-    if not file.parent.is_dir():
-        raise RequestError(f"the folder for {file.name}, {file.parent}, is not there; make it first")
-
-
-def _write_png(layers: list[LayerRoutes], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    width = max(len(layer.tokens) for layer in layers)
-    rows = [[*layer.tokens, *[float("nan")] * (width - len(layer.tokens))] for layer in layers]
-    figure = Figure(figsize=(min(16, 3 + width / 4), min(16, 2 + len(layers) / 4)), layout="constrained")
-    axes: Any = figure.add_subplot()
-    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
-    axes.set_yticks(range(len(layers)), [str(layer.layer) for layer in layers])
-    figure.colorbar(image, label="tokens")
-    figure.savefig(file, format="png")
