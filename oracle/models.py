@@ -27,6 +27,7 @@ from ..spec.config import (
     RotaryConfig,
     RotaryLayout,
 )
+from ..spec.moe import ROUTERS, MoeConfig
 from ..spec.shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
 from ..spec.shard import Shard, embedding_slices, head_slices, layer_slices
 from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble, sliced
@@ -75,6 +76,34 @@ def draw_model_config(pick: Picker, *, context: int = 64) -> ModelConfig:
         head_bias=pick.choice([False, True]),
         logit_scale=pick.choice([1.0, 0.5]),
         logit_softcap=pick.choice([None, None, 4.0]),
+    )
+
+
+def draw_moe_config(pick: Picker, *, context: int = 64) -> ModelConfig:
+    """A decoder some of whose layers have experts in the place of their MLP, by any published recipe."""
+    config = draw_model_config(pick, context=context)
+    mixtures = pick.integer(0, len(config.layers) - 1)
+    layers = [
+        replace(layer, mlp=draw_moe(pick, layer.mlp)) if index == mixtures or pick.integer(0, 1) else layer
+        for index, layer in enumerate(config.layers)
+        if isinstance(layer.mlp, MlpConfig)
+    ]
+    return replace(config, layers=tuple(layers))
+
+
+def draw_moe(pick: Picker, mlp: MlpConfig) -> MoeConfig:
+    """Four to eight experts, up to three a token; no capacity, which would tie the sequences of a batch together."""
+    name, experts, groups = pick.choice(sorted(ROUTERS)), pick.choice([4, 6, 8]), pick.choice([1, 1, 2])
+    kept = pick.integer(1, groups)
+    top_k = pick.integer(1, min(3, experts // groups * kept))
+    router = replace(ROUTERS[name], experts=experts, top_k=top_k, groups=groups, kept_groups=kept)
+    beside = pick.choice(["nothing", "shared", "gated", "residual"])
+    return MoeConfig(
+        router=router,
+        expert=mlp,
+        shared=mlp if beside in ("shared", "gated") else None,
+        shared_gate=beside == "gated",
+        residual=mlp if beside == "residual" else None,
     )
 
 

@@ -3,7 +3,7 @@
 Teacher-forced: the truth (the reference in float64), the eager reference (in the candidate's compute dtype) and the
 candidate are fed the same tokens, and judged after each step. A row is one position of one sequence; its scale is that
 of the head's contraction, max(|head| @ |last hidden|). Greedy choices must be equal unless the float64 gap is
-within the sum of both budgets: such a tie is admissible, and printed.
+within the sum of both budgets: such a tie is admissible, and printed. Choices of experts are forced (`routes`).
 
 Shapes: B sequences, T_i new tokens of sequence i, R rows judged in a step, N eager runs, M hidden, V vocabulary.
 """
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from ..reference.path import ReferenceSequences
-from ..spec.decoder import Decoder, Sequences
+from ..spec.decoder import Decoder, Routed, Routes, Sequences
 from .baseline import Baseline, worst_of
 from .budget import Budget
 from .leaning import Leaning, leaning
+from .routes import Forced, RouteTie
 from .rows import judge_rows
 from .scale import linear_scale
 from .schedule import GREEDY, Close, Extend, Open, Schedule, generation
+from .steering import Steering
 from .trial import Verdict, same_bits
 
 WHOLE_MODEL = Budget(rows="R")
@@ -57,6 +59,12 @@ class PathComparison:
     largest_ratio: float = 0.0
     """Largest error / bound."""
     ties: list[Tie] = field(default_factory=list)
+    choices: int = 0
+    """Choices of experts that were compared: one a token and layer, of a path that reports them."""
+    route_ties: list[RouteTie] = field(default_factory=list)
+    """Choices that differ from the truth's and are admissible; and near-ties behind which rows were left out."""
+    left_out: int = 0
+    """Rows not judged: they stand behind a near-tie of a router, and the path does not say what it chose."""
     failures: list[str] = field(default_factory=list)
     leaning: Leaning | None = None
     """How the errors of all rows lean; more of them resolve more."""
@@ -71,6 +79,9 @@ class PathComparison:
             decisions=self.decisions + other.decisions,
             largest_ratio=max(self.largest_ratio, other.largest_ratio),
             ties=self.ties + other.ties,
+            choices=self.choices + other.choices,
+            route_ties=self.route_ties + other.route_ties,
+            left_out=self.left_out + other.left_out,
             failures=self.failures + other.failures,
             leaning=_sum(self.leaning, other.leaning),
         )
@@ -102,7 +113,8 @@ class Comparison:
 
     def __init__(self, baseline: Baseline, candidate: Decoder) -> None:
         self.result = PathComparison()
-        self._truth, self._eager, self._candidate = baseline.truth, baseline.runs, candidate
+        self._steering = Steering(baseline.truth, baseline.runs)
+        self._truth, self._eager, self._candidate = self._steering.truth, self._steering.eager, candidate
         self._bounding = len(baseline.eager)
         self._groups: dict[str, _Group] = {}
         self._step = 0
@@ -146,7 +158,8 @@ class Comparison:
         for text in group.texts:
             if text.rows:
                 error_RV, nudged_NRV, floor_R = (torch.cat(each, -2) for each in zip(*text.errors, strict=True))
-                each = leaning(self._truth, torch.tensor(text.tokens), text.rows, error_RV, nudged_NRV, floor_R[:, 0])
+                of_rows = (text.rows, error_RV, nudged_NRV, floor_R[:, 0])
+                each = leaning(self._truth, torch.tensor(text.tokens), *of_rows, route=text.route())
                 self.result.leaning = _sum(self.result.leaning, each)
 
     def _check_kept(self) -> None:
@@ -163,19 +176,19 @@ class Comparison:
     def _extend(self, group: "_Group", new_tokens: Sequence[tuple[int, ...]], every_position: bool) -> None:
         before = group.truth.lengths
         tokens = [_tensor(new, last) for new, last in zip(new_tokens, group.last, strict=True)]
+        got = self._candidates(group, tokens, every_position)
+        reported = self._reported([len(token_T) for token_T in tokens])
+        self._steering.begin(reported)
         true_hidden = self._truth.extend_hidden(group.truth, tokens)
+        self._steering.follow()
         runs = [path.extend_hidden(held, tokens) for path, held in zip(self._eager, group.eager, strict=True)]
         eager_hidden = [torch.stack(samples) for samples in zip(*runs, strict=True)]
         for index, (hidden_TM, eager_NTM) in enumerate(zip(true_hidden, eager_hidden, strict=True)):
             if len(hidden_TM):
                 choice = int(self._truth.logits(hidden_TM[-1]).argmax())
                 group.last[index] = _Last(hidden_TM[-1:], eager_NTM[:, -1:], choice)
-        fed = [token_T.to(self._candidate.device) for token_T in tokens]
-        if every_position:
-            got = list(self._candidate.extend(group.candidate, fed, every_position=True))
-            first = before
-        else:
-            got = list(self._candidate.extend(group.candidate, fed)[:, None])
+        first = before
+        if not every_position:
             true_hidden = [_known(last).hidden_1M for last in group.last]
             eager_hidden = [_known(last).eager_E1M for last in group.last]
             first = tuple(length - 1 for length in group.truth.lengths)
@@ -185,8 +198,39 @@ class Comparison:
             self._fail(f"lengths are {group.candidate.lengths}, the reference's {group.truth.lengths}")
         for text, token_T in zip(group.texts, tokens, strict=True):
             text.tokens.extend(token_T.tolist())
+        self._choose(group, before, [len(token_T) for token_T in tokens], reported is not None)
         for index, rows in enumerate(zip(got, true_hidden, eager_hidden, strict=True)):
             self._judge(index, first[index], group.texts[index], *rows)
+
+    def _candidates(self, group: "_Group", tokens: list[Tensor], every_position: bool) -> list[Tensor]:
+        fed = [token_T.clone().to(self._candidate.device) for token_T in tokens]
+        if every_position:
+            return list(self._candidate.extend(group.candidate, fed, every_position=True))
+        return list(self._candidate.extend(group.candidate, fed)[:, None])
+
+    def _reported(self, lengths: list[int]) -> Routes | None:
+        """The experts that the candidate says it chose; None where it says nothing, or nothing of use."""
+        if not self._steering.layers or not isinstance(self._candidate, Routed):
+            return None
+        routes = self._candidate.routes
+        misfit = self._steering.misfit(routes, lengths)
+        if misfit is not None:
+            self._fail(f"step {self._step}: {misfit}")
+        return routes if misfit is None else None
+
+    def _choose(self, group: "_Group", first: tuple[int, ...], lengths: list[int], reports: bool) -> None:
+        calls = self._steering.judged(self._step, first, lengths, reports)
+        self.result.choices += sum(lengths) * len(self._steering.layers) if reports else 0
+        self.result.route_ties += [tie for tie in calls.ties if tie.admissible]
+        wrong = min((t for t in calls.ties if not t.admissible), key=lambda t: (t.layer, t.position), default=None)
+        if wrong is not None:
+            self._fail(f"a choice of experts that no tie explains: {wrong}")
+        for sequence, tie in calls.cut.items():
+            if group.texts[sequence].cut is None:
+                group.texts[sequence].cut = tie.position
+                self.result.route_ties.append(tie)
+        for sequence, choices in calls.choices.items():
+            group.texts[sequence].choices.append(choices)
 
     def _judge(
         self, sequence: int, first: int, text: "_Text", got_RV: Tensor, hidden_RM: Tensor, eager_NRM: Tensor
@@ -202,6 +246,9 @@ class Comparison:
                 f"the reference's {list(truth_RV.shape)} of {eager_RV.dtype}"
             )
             return
+        judged = len(truth_RV) if text.cut is None else min(max(text.cut - first, 0), len(truth_RV))
+        self.result.left_out += len(truth_RV) - judged
+        truth_RV, got_RV, eager_RV, hidden_RM = (x[:judged] for x in (truth_RV, got_RV, eager_RV, hidden_RM))
         if truth_RV.numel() == 0:
             return
         reach_RV = self._truth.config.logit_scale * linear_scale(hidden_RM.abs(), self._head)
@@ -215,7 +262,7 @@ class Comparison:
         self.result.largest_ratio = max(self.result.largest_ratio, verdict.ratio)
         self._decide(sequence, first, got_RV, eager_RV, truth_RV, scale_R1)
         if first not in text.rows and bool(torch.isfinite(truth_RV).all()):  # a repeated row says nothing new
-            nudged_NRV = torch.stack(runs[1:]).double() - truth_RV
+            nudged_NRV = torch.stack(runs[1:])[:, :judged].double() - truth_RV
             floor_R1 = torch.finfo(got_RV.dtype).eps * scale_R1
             text.errors.append((got_RV.double() - truth_RV, nudged_NRV, floor_R1))
             text.rows.extend(range(first, first + len(truth_RV)))
@@ -264,6 +311,14 @@ class _Text:
     tokens: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     errors: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    choices: list[list[Tensor]] = field(default_factory=list)
+    """For each step and layer with experts, what the truth was forced to."""
+    cut: int | None = None
+    """The position from which rows are left out."""
+
+    def route(self) -> Forced:
+        """The same choices for all tokens at once."""
+        return Forced([torch.cat(steps) for steps in zip(*self.choices, strict=True)])
 
 
 def check_leaning(result: PathComparison, compute: torch.dtype) -> None:
@@ -294,8 +349,8 @@ class FreeRun:
 
     truth: tuple[int, ...]
     candidate: tuple[int, ...]
-    tie: Tie | None
-    """Where they part, if it is an admissible tie: after it, nothing can be compared."""
+    tie: Tie | RouteTie | None
+    """What parts them, if it is an admissible tie, of tokens or of experts: after it, nothing can be compared."""
 
     @property
     def equal_for(self) -> int:
@@ -320,7 +375,10 @@ def free_run(baseline: Baseline, candidate: Decoder, prompt: Sequence[int], new_
         return parted
     forced = compare_paths(baseline, candidate, generation((tuple(prompt),), parted.equal_for + 1))
     at = len(prompt) - 1 + parted.equal_for
-    return replace(parted, tie=next((tie for tie in forced.ties if tie.position == at), None))
+    if not forced.holds:
+        return parted
+    experts = (tie for tie in forced.route_ties if tie.position <= at)
+    return replace(parted, tie=next((tie for tie in forced.ties if tie.position == at), next(experts, None)))
 
 
 def _greedy(path: Decoder, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:

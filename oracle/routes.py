@@ -6,7 +6,8 @@ every expert n that was chosen and every c that was not, of the groups that may 
 
     score(c) - score(n)  <=  allowed(c) + allowed(n)                   scores in float64, choice bias included
 
-The error of a row's router logits is at most a = 2 * (the largest error of an eager run's) + 2 eps(float32) * scale, and
+The error of a row's router logits is at most a = 2 * (the largest error of an eager run's) + 2 eps(float32) * (its
+largest logit), and
 allowed(e) is by how far score(e) moves at most when every logit of the row moves by a: a itself for logits; for a
 sigmoid, and for a softmax, where expert e goes up and all others go down, the ends are known. Two roundings of the
 score to float32 are added. A group's score is the sum of its best two, so that is allowed twice the most of its experts.
@@ -19,7 +20,7 @@ Shapes: T tokens, E experts, K chosen, G groups, N eager runs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def judge_choice(chosen: Sequence[int], score_E: Tensor, allowed_E: Tensor, conf
     judged = min(of_groups, key=lambda each: each.excess)
     if config.score is not Score.SPARSEMIXER:
         return judged
-    pairs = zip(chosen, chosen[1:], strict=False)  # its weights depend on who is chosen first
+    pairs = pairwise(chosen)  # its weights depend on who is chosen first
     return _worst([judged, *(_pair(second, first, score_E, allowed_E) for first, second in pairs)])
 
 
@@ -152,7 +153,7 @@ def nearest_call(score_E: Tensor, allowed_E: Tensor, config: RouterConfig, best:
             if other not in kept
         ]
     if config.score is Score.SPARSEMIXER:
-        calls += [_pair(first, second, score_E, allowed_E) for first, second in zip(best, best[1:], strict=False)]
+        calls += [_pair(first, second, score_E, allowed_E) for first, second in pairwise(best)]
     return min(calls, key=lambda each: each.excess, default=Judged(float("inf"), 0.0))
 
 

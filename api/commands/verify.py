@@ -1,7 +1,7 @@
 """`twinfer verify`: is the compiled path right on this machine?"""
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -81,7 +81,7 @@ def report_of(result: "VerifyResult") -> dict[str, Any]:
         "holds": result.holds,
         "paths": {
             "schedules": [repr(drawn) for drawn in result.drawn],
-            **asdict(result.model),
+            **{name: value for name, value in asdict(replace(result.model, leaning=None)).items() if name != "leaning"},
             "holds": result.model.holds,
         },
         "greedy": greedy
@@ -104,7 +104,9 @@ def _tell(model: str, result: "VerifyResult") -> None:
         f"{_verdict(paths.holds)}  whole model, {through}: {paths.rows} rows, "
         f"largest error / bound {paths.largest_ratio:.2f}; {len(paths.ties)} admissible ties"
     )
-    for line in [*map(str, paths.ties), *paths.failures]:
+    if paths.choices or paths.left_out:
+        print(f"  {paths.choices} choices of experts; {paths.left_out} rows behind near-ties were left out")
+    for line in [*map(str, paths.ties), *map(str, paths.route_ties), *paths.failures]:
         print(f"  {line}")
     if greedy is not None:
         print(f"{_verdict(greedy.holds)}  greedy text: equal for {greedy.equal_for} of {len(greedy.truth)} tokens")
