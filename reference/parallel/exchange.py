@@ -90,13 +90,13 @@ def hierarchical(values: Sequence[Pieces], ranks: Sequence[int], ledger: Ledger,
         for j in column:
             home = j - place
             split = [
-                piece.split([len(values[home + g][n * node + place]) for n in range(nodes)])
+                torch.split(piece, [len(values[home + g][n * node + place]) for n in range(nodes)])
                 for g, piece in enumerate(to_place[j])
             ]
             packed.append([torch.cat([split[g][n] for g in range(node)]) for n in range(nodes)])
         for i, from_nodes in zip(column, all_to_all(packed, [ranks[j] for j in column], ledger), strict=True):
             for n, piece in enumerate(from_nodes):
-                got[i] += piece.split([len(values[n * node + g][i]) for g in range(node)])
+                got[i] += torch.split(piece, [len(values[n * node + g][i]) for g in range(node)])
     return got
 
 
@@ -108,7 +108,7 @@ def gather_blocks(block_RE: Sequence[dict[int, Tensor]], stage: Stage, lengths_R
     for group in stage.parallel.tensor_groups:
         for rank in group:
             numbers = [number for other in group for number in sorted(block_RE[other])]
-            parts = gathered[rank].split([lengths_RE[rank][number] for number in numbers])
+            parts = torch.split(gathered[rank], [lengths_RE[rank][number] for number in numbers])
             ordered = dict(zip(numbers, parts, strict=True))
             pieces_R.append([ordered[number] for number in sorted(ordered)])
     return pieces_R

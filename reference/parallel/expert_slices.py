@@ -44,6 +44,6 @@ def serve_rows(
         out_RNM.append(out_NM)
     summed_RNM = stage.within(groups, all_reduce, out_RNM)
     return [
-        summed_NM.split(counts_SPE.sum((1, 2)).tolist())[place_in_group[rank]]
+        torch.split(summed_NM, counts_SPE.sum((1, 2)).tolist())[place_in_group[rank]]
         for rank, (summed_NM, counts_SPE) in enumerate(zip(summed_RNM, counts_RSPE, strict=True))
     ]

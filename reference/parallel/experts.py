@@ -85,11 +85,13 @@ def _serve(
     count_R, arrived_R = swap(told_R, stage), swap(sent_R, stage)
     served_RNM = serve_rows(arrived_R, count_R, [weights.experts for weights in weights_R], config, stage, components)
     pairs = zip(served_RNM, arrived_R, strict=True)
-    returned_R = swap([list(served.split([len(piece) for piece in arrived])) for served, arrived in pairs], stage)
+    returned_R = swap(
+        [list(torch.split(served, [len(piece) for piece in arrived])) for served, arrived in pairs], stage
+    )
     named_R: list[dict[int, Tensor]] = []
     for returned, held_P, length_E in zip(returned_R, held_R, length_RE, strict=True):
         numbers = [expert for held in held_P for expert in held]
-        parts = torch.cat(returned).split([length_E[expert] for expert in numbers])
+        parts = torch.split(torch.cat(returned), [length_E[expert] for expert in numbers])
         named_R.append(dict(zip(numbers, parts, strict=True)))
     if parallel.exchange is Exchange.COORDINATED:
         return gather_blocks(named_R, stage, length_RE)

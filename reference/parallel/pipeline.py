@@ -50,9 +50,10 @@ def execute(
             _require_earlier(event, [left_in_slot.get(each) for each in awaited])
             value = enter(event.micro_batch, event.token, [results[each] for each in awaited])
         else:
-            slot, value = arrived.pop((event.stage, event.micro_batch, event.token), (event.slot, None))
-            _require_earlier(event, [slot])
-        value = work(event.stage, event.micro_batch, event.token, value)  # type: ignore[arg-type]
+            key = event.stage, event.micro_batch, event.token
+            _require_earlier(event, [arrived[key][0] if key in arrived else None])
+            _, value = arrived.pop(key)
+        value = work(event.stage, event.micro_batch, event.token, value)
         if event.stage + 1 < schedule.stages:
             arrived[event.stage + 1, event.micro_batch, event.token] = event.slot, value
         else:
