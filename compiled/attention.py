@@ -337,7 +337,7 @@ def _attend_block(
 def _with_sinks(
     key_KSD: Tensor, value_KSD: Tensor, added_HTS: Tensor | None, sink_H: Tensor, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one more key and value of zeros, and what is added to the scores: a zero key's score is its head's sink."""
+    """Return one more key and value of zeros, and the scores' additions: what a zero key adds up to is the sink."""
     key_KSD, value_KSD = (functional.pad(each, (0, 0, 0, 1)) for each in (key_KSD, value_KSD))
     column_HT1 = sink_H[:, None, None].expand(-1, tokens, 1)
     if added_HTS is None:

@@ -34,6 +34,7 @@ from .layers import Cache
 from .linear import PASS_ROWS, passes
 from .machine import check_compiler, checked_device
 from .programs import Pieces, Program
+from .routes import Routes
 from .sequences import StaticSequences, runs
 from .steps import Piece, decode_program, eager, encode_program, prefill_program
 from .turn import Turn
@@ -68,7 +69,8 @@ class CompiledPath:
     compute dtype or mode, and what the source raises; all before the weights are read, the last excepted. Unless
     `captured` is false, decode steps that are compiled are captured and replayed (`graph`). `kernels` are options of
     Inductor other than this path's own (`artifacts.KERNELS`), for a benchmark of what each is worth; no such program is
-    kept on disk. `report` gets a line of text about whatever takes long.
+    kept on disk. `report` gets a line of text about whatever takes long. With `routes`, `extend` notes the experts that
+    each token chose (`Routes.expert_TK`).
 
     Several threads may use one path, each with sequences of its own: their calls wait for each other. In a forked
     process it runs with one thread; compiled for several before the fork, it raises `MachineError` there.
@@ -85,6 +87,7 @@ class CompiledPath:
         captured: bool = True,
         kernels: Mapping[str, Any] = KERNELS,
         report: Callable[[str], None] | None = None,
+        routes: bool = False,
     ) -> None:
         if storage not in list(Storage):
             raise RequestError(f"storage is {storage!r}; it must be one of {', '.join(Storage)}")
@@ -94,7 +97,7 @@ class CompiledPath:
         _check_mode(mode, on)
         with pinned(on):
             model = prepare(source, Storage(storage), on, compute)
-        self._begin(model, source.config, Mode(mode), captured, kernels, report)
+        self._begin(model, source.config, Mode(mode), captured, kernels, report, routes)
 
     @classmethod
     def from_model(
@@ -106,13 +109,14 @@ class CompiledPath:
         captured: bool = True,
         kernels: Mapping[str, Any] = KERNELS,
         report: Callable[[str], None] | None = None,
+        routes: bool = False,
     ) -> "CompiledPath":
         """Return a path of a model that is prepared already, and whole. Paths may share one."""
         if model.embedding is None or model.head is None:
             raise RequestError("the model lacks its embedding or its head; a path needs the whole model")
         _check_mode(mode, model.device)
         path = cls.__new__(cls)
-        path._begin(model, config, Mode(mode), captured, kernels, report)
+        path._begin(model, config, Mode(mode), captured, kernels, report, routes)
         return path
 
     def _begin(
@@ -123,8 +127,10 @@ class CompiledPath:
         captured: bool,
         kernels: Mapping[str, Any],
         report: Callable[[str], None] | None,
+        routes: bool,
     ) -> None:
-        self.model = model
+        self.routes = Routes(model, config, noted=routes)
+        model = self.model = self.routes.model
         self._config, self._mode, self._kernels = config, mode, kernels
         self._storage, self._device, self._compute = model.storage, model.device, model.compute
         self._turn = Turn(model.device, compiled=mode is not Mode.EAGER)
@@ -201,6 +207,7 @@ class CompiledPath:
         lengths = sequences.lengths
         tokens = protocol.checked_tokens(self._config, lengths, new_tokens)
         with self._turn:
+            self.routes.begin(len(tokens))
             gained = [len(each) for each in tokens]
             sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
             single = [index for index, more in enumerate(gained) if more == 1]
@@ -241,8 +248,8 @@ class CompiledPath:
         type_T = torch.zeros_like(token_T) if types is None else joined(types)
         position_T = joined([self._slots_to(length) for length in lengths])
         cu_seqlens = torch.tensor([0, *accumulate(lengths * 2 if lone else lengths)])
-        program = self.program(Program.ENCODE)
-        hidden_TW = program(self.model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens)
+        given = token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
+        hidden_TW = self.program(Program.ENCODE)(self.routes.unnoted, *given)
         return list(hidden_TW[: sum(lengths)].split(lengths))
 
     def _names(self) -> list[Program]:
@@ -273,7 +280,7 @@ class CompiledPath:
                 self._report(f"compiling {name} ({reason})")
             told = True
 
-        described = f"{name} {self._storage} {self._compute} {self._config}"
+        described = f"{name} {self._storage} {self._compute} {self._config}{' routes' if self.routes.noted else ''}"
         return Pieces(described, on_compile, keep_guards=self._mode is Mode.GUARDED, kernels=self._kernels)
 
     def _decode(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
@@ -297,9 +304,11 @@ class CompiledPath:
         program, longest = self.program(name), max(positions) + 1
         if self._graphs is not None:
             slot_S = self._slots_to(self._graphs.slots(longest, capacity))
-            return self._graphs.step(program, sequences.caches, step, slot_S)
-        slot_S, step_3R = self._slots_to(max(2, longest)), torch.tensor(step, device=self._device)
-        logits_RV: Tensor = program(self.model, sequences.caches, step_3R, slot_S)
+            logits_RV = self._graphs.step(program, sequences.caches, step, slot_S)
+        else:
+            slot_S, step_3R = self._slots_to(max(2, longest)), torch.tensor(step, device=self._device)
+            logits_RV = program(self.model, sequences.caches, step_3R, slot_S)
+        self.routes.note_step(rows)
         return logits_RV
 
     def _slots_to(self, count: int) -> Tensor:
@@ -314,14 +323,14 @@ class CompiledPath:
         """Several tokens for one sequence, in even pieces; the last logits [V] and, if asked for, all [T, V]."""
         begin = sequences.lengths[row]
         start_1 = torch.tensor([row * sequences.capacity], device=self._device)
-        program = self.program(Program.PREFILL)
+        program, logits_1V = self.program(Program.PREFILL), sequences.last_BV[:0]
         every: list[Tensor] = []
-        logits_1V = sequences.last_BV[:0]
         for piece_T in token_T.tensor_split(-(-len(token_T) // _PREFILL_TOKENS)):
             end = begin + len(piece_T)
             slot_S = self._slots_to(end)
             position_T = slot_S[begin:]
             hidden_TW, logits_1V = program(self.model, sequences.caches, piece_T, position_T, start_1, slot_S)
+            self.routes.note_tokens(row, len(piece_T))
             if every_position:
                 assert self.model.head is not None
                 logits_TV = head_prefill(hidden_TW.to(logits_1V.dtype), self.model.head.projection, self._storage)
@@ -371,14 +380,13 @@ class CompiledPath:
         position_T = torch.arange(tokens, device=self._device) % self._config.context
         if name is Program.ENCODE:
             type_T, cu_seqlens = torch.zeros_like(token_T), torch.arange(0, tokens + 1, 20)
-            return self.model, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
+            return self.routes.unnoted, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
         different = dict.fromkeys(self._config.layers)  # layers of one config may share a cache, which saves memory
         part = replace(self._config, layers=tuple(different))
         sequences = StaticSequences(part, rows, capacity, self._device, self._compute)
         cache_of = dict(zip(different, sequences.caches, strict=True))
         caches = tuple(cache_of[layer] for layer in self._config.layers)
-        start_R = torch.arange(rows, device=self._device) * capacity
-        slot_S = torch.arange(slots, device=self._device)
+        start_R, slot_S = torch.arange(rows, device=self._device) * capacity, torch.arange(slots, device=self._device)
         if name is Program.PREFILL:
             return self.model, caches, token_T, position_T, start_R, slot_S
         return self.model, caches, torch.stack([0 * start_R, 0 * start_R, start_R]), slot_S

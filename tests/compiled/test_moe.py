@@ -1,0 +1,154 @@
+"""Mixtures of experts on the compiled path: choices exactly as the reference makes them, then numbers by budget."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from twinfer.compiled import path as path_module
+from twinfer.compiled.dispatch import combine, dispatch, one_hot_form, slots_of, table_form
+from twinfer.compiled.experts import chosen_product, grouped_product, sort_by_expert, stack
+from twinfer.compiled.path import CompiledPath
+from twinfer.compiled.routing import route
+from twinfer.oracle.case import Picker, RandomPicker
+from twinfer.oracle.models import RandomSource
+from twinfer.oracle.strategies import drawn
+from twinfer.reference import dispatch as plain
+from twinfer.reference.path import ReferencePath
+from twinfer.reference.routing import Routing
+from twinfer.reference.routing import route as plain_route
+from twinfer.spec.config import Storage
+from twinfer.spec.errors import RequestError
+from twinfer.spec.moe import DropOrder, MoeConfig, RouterConfig
+from twinfer.spec.weights import StackedLinearWeights
+
+from .moe_models import draw_moe_config, draw_router
+
+CONTEXT = 40
+configs = drawn(lambda pick: draw_moe_config(pick, context=CONTEXT))
+seeds = st.integers(0, 2**20)
+storages = st.sampled_from(Storage)
+
+
+def drawn_logits(pick: Picker, router: RouterConfig, tokens: int) -> tuple[Tensor, Tensor | None]:
+    """Logits and a choice bias of four values each, so that much is tied."""
+    logit_TE = torch.tensor(
+        [[pick.choice([0.0, -2.0, 0.5, 3.0]) for _ in range(router.experts)] for _ in range(tokens)]
+    )
+    bias_E = torch.tensor([pick.choice([0.0, 1.0, -1.0]) for _ in range(router.experts)])
+    return logit_TE, bias_E if router.choice_bias else None
+
+
+routings = drawn(lambda pick: (router := draw_router(pick), *drawn_logits(pick, router, pick.integer(1, 7))))
+
+
+@given(case=routings)
+def test_ties_and_all_else_are_chosen_as_the_reference_chooses(case: tuple[Any, ...]) -> None:
+    """The same experts in the same order, and weights within 4 units in the last place."""
+    router, logit_TE, bias_E = case
+    found, wanted = route(logit_TE, router, bias_E), plain_route(logit_TE, router, bias_E)
+    assert found.expert_TK.tolist() == wanted.expert_TK.tolist()
+    ulp = torch.finfo(torch.float32).eps * wanted.weight_TK.abs()
+    assert ((found.weight_TK - wanted.weight_TK).abs() <= 4 * ulp).all()
+
+
+@given(case=routings)
+def test_a_nan_chooses_experts_that_exist(case: tuple[Any, ...]) -> None:
+    """No index leaves the weights, whichever logit is NaN."""
+    router, logit_TE, bias_E = case
+    logit_TE[0, -1] = torch.nan
+    expert_TK = route(logit_TE, router, bias_E).expert_TK
+    assert int(expert_TK.min()) >= 0
+    assert int(expert_TK.max()) < router.experts
+
+
+def stacked(pick: Picker) -> tuple[StackedLinearWeights, Tensor, int]:
+    """Integer weights, so that every product is exact in any order, of experts with or without a bias."""
+    experts, outputs, inputs = pick.integer(1, 5), pick.choice([16, 5, 8, 33]), pick.choice([64, 3, 70])
+    generator = torch.Generator().manual_seed(pick.integer(0, 2**20))
+    weight_ENI = torch.randint(-7, 8, (experts, outputs, inputs), generator=generator).float()
+    weight_ENI[..., 0], weight_ENI[..., -1] = 127, -127  # an int8 scale of 1
+    bias_EN = torch.randint(-9, 9, (experts, outputs), generator=generator).float() if pick.integer(0, 1) else None
+    x_TI = torch.randint(-4, 5, (pick.integer(1, 9), inputs), generator=generator).float()
+    return StackedLinearWeights(weight_ENI=weight_ENI, bias_EN=bias_EN), x_TI, pick.integer(0, 2**20)
+
+
+exact = st.sampled_from([Storage.FLOAT32, Storage.BFLOAT16, Storage.INT8])
+
+
+@given(case=drawn(stacked), storage=exact)
+def test_each_row_is_multiplied_by_its_own_expert(case: tuple[Any, ...], storage: Storage) -> None:
+    """Exactly, in both forms, experts without a row and with all rows among them."""
+    weights, x_TI, seed = case
+    experts = len(weights.weight_ENI)
+    expert_T = torch.randint(experts, (len(x_TI),), generator=torch.Generator().manual_seed(seed))
+    wanted = torch.einsum("tni,ti->tn", weights.weight_ENI[expert_T], x_TI)
+    if weights.bias_EN is not None:
+        wanted = wanted + weights.bias_EN[expert_T]
+    matrix = stack([weights], storage)
+    assert torch.equal(chosen_product(x_TI, expert_T, matrix, storage), wanted)
+    order = sort_by_expert(expert_T[:, None], experts)
+    grouped = grouped_product(x_TI[order.choice_A], order.rows_E, matrix, storage)
+    assert torch.equal(grouped[order.place_A], wanted)
+
+
+@given(
+    seed=seeds,
+    tokens=st.integers(1, 9),
+    experts=st.integers(1, 6),
+    top_k=st.integers(1, 3),
+    places=st.integers(1, 6),
+    order=st.sampled_from(DropOrder),
+)
+def test_slots_and_rows_are_those_of_the_reference(
+    seed: int, tokens: int, experts: int, top_k: int, places: int, order: DropOrder
+) -> None:
+    """Slots and their tokens exactly; both forms then add up the same integers, and so exactly the same."""
+    generator = torch.Generator().manual_seed(seed)
+    top_k = min(top_k, experts)
+    expert_TK = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+    routing = Routing(expert_TK, torch.randint(1, 5, (tokens, top_k), generator=generator).float())
+    x_TM = torch.randint(-9, 9, (tokens, 4), generator=generator).float()
+    slot_TK = plain.slots(routing, experts, places, order)
+    mine = slots_of(routing, experts, places, order)
+    assert mine.tolist() == slot_TK.tolist()
+    given_ECM = plain.dispatch(x_TM, slot_TK, experts, places)
+    assert torch.equal(dispatch(x_TM, mine, experts, places), given_ECM)
+    out_ECM = given_ECM * torch.arange(1, experts + 1)[:, None, None]
+    wanted = plain.combine(out_ECM, slot_TK, routing.weight_TK)
+    assert torch.equal(combine(out_ECM, mine, routing.weight_TK), wanted)
+    for form in (table_form, one_hot_form):
+        found = form(x_TM, routing, experts, places, lambda x: x * torch.arange(1, experts + 1)[:, None, None], order)
+        assert torch.equal(found, wanted)
+
+
+@given(config=configs, seed=seeds, storage=storages, piece=st.sampled_from([3, 2, 512]))
+def test_mixtures_answer_as_the_reference_does(config: Any, seed: int, storage: Storage, piece: int) -> None:
+    """Ragged prompts in pieces, then decode steps of 1, 3 and 6 sequences: logits within 1e-4 of the largest."""
+    source = RandomSource(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(path_module, "_PREFILL_TOKENS", piece)
+        path = CompiledPath(source, storage=storage, mode="eager", routes=True)
+        truth = ReferencePath(source, storage=storage, compute=torch.float64)
+        for batch in (1, 3, 6):
+            mine, theirs = path.open(batch, 12), truth.open(batch, 12)
+            for lengths in ([1 + index % 5 for index in range(batch)], [1] * batch, [1] * batch):
+                tokens = [torch.randint(config.vocabulary, (length,), generator=generator) for length in lengths]
+                found, wanted = path.extend(mine, tokens), truth.extend(theirs, tokens)
+                assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp_min(1e-2)
+                noted = path.routes.expert_TK
+                mixtures = [each.mlp for each in config.layers if isinstance(each.mlp, MoeConfig)]
+                assert [[len(of_layer) for of_layer in each] for each in noted] == [
+                    [length] * len(mixtures) for length in lengths
+                ]
+
+
+def test_more_sequences_than_places_are_refused() -> None:
+    config = draw_moe_config(RandomPicker(1))
+    path = CompiledPath(RandomSource(config), mode="eager", routes=True)
+    with pytest.raises(RequestError, match="513 sequences; with routes a path extends at most 512"):
+        path.extend(path.open(513, 1), [torch.zeros(1, dtype=torch.int64)] * 513)
