@@ -130,13 +130,16 @@ def _with_factors(layers: Sequence[LayerWeights], factor_LP: Tensor) -> Componen
         scale, attended, fed, epsilon = factor_LP[places[id(weights)]]
 
         def attention(*inputs: Tensor, **options: Any) -> Tensor:
-            return attended * DEFAULT.attention(*inputs, **{**options, "scale": scale * options["scale"]})
+            out: Tensor = attended * DEFAULT.attention(*inputs, **{**options, "scale": scale * options["scale"]})
+            return out
 
         def mlp(*inputs: Any, **options: Any) -> Tensor:
-            return fed * DEFAULT.mlp(*inputs, **options)
+            out: Tensor = fed * DEFAULT.mlp(*inputs, **options)
+            return out
 
         def moe(*inputs: Any, **options: Any) -> Tensor:
-            return fed * DEFAULT.moe(*inputs, **{**options, "mlp": DEFAULT.mlp})
+            out: Tensor = fed * DEFAULT.moe(*inputs, **{**options, "mlp": DEFAULT.mlp})
+            return out
 
         config = replace(config, norm=replace(config.norm, epsilon=epsilon * config.norm.epsilon))
         numbered = replace(components, attention=attention, mlp=mlp, moe=moe)
