@@ -27,7 +27,7 @@ EXACT = 1e-9
 
 
 def source_of(top_k: int = 2, *, tied: bool = False) -> WeightSource:
-    """Two layers, the second with six experts; of `tied` ones experts 0 and 1 score the same for every token."""
+    """Two layers, the second with six experts; of `tied` ones 0 and 1, 2 and 3, 4 and 5 score the same."""
     config = replace(draw_model_config(RandomPicker(0)), vocabulary=12)
     mlp = config.layers[0].mlp
     assert isinstance(mlp, MlpConfig)
@@ -39,7 +39,7 @@ def source_of(top_k: int = 2, *, tied: bool = False) -> WeightSource:
         if not tied or not isinstance(weights.mlp, MoeWeights):
             return weights
         weight_NI = weights.mlp.router.weight_NI.clone()
-        weight_NI[1] = weight_NI[0]
+        weight_NI[1::2] = weight_NI[::2]
         return replace(weights, mlp=replace(weights.mlp, router=replace(weights.mlp.router, weight_NI=weight_NI)))
 
     return Changed(RandomSource(config, 4), layer=layer)
@@ -81,15 +81,17 @@ def compared(source: WeightSource, candidate: Any, compute: torch.dtype = torch.
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
 def test_a_flip_within_the_bound_raises_no_alarm_and_is_told(compute: torch.dtype) -> None:
-    """Experts 0 and 1 tie for every token: a path that takes the higher index is forced, not failed."""
+    """The best two tie for every token: a path that takes the higher index is forced, not failed."""
     source = source_of(top_k=1, tied=True)
-    path = ReferencePath(source, compute=compute, components=choosing({0: 1}))
+    path = ReferencePath(source, compute=compute, components=choosing({0: 1, 2: 3, 4: 5}))
     seen = compared(source, path, compute)
     assert seen.holds, seen.failures
     assert seen.left_out == 0
-    flipped = [tie for tie in seen.route_ties if tie.chosen == (1,) and tie.best == (0,)]
-    assert flipped
-    assert "experts [1] instead of [0]; their scores are 0 apart" in str(flipped[0])
+    assert len(seen.route_ties) == seen.choices, "every token flips"
+    for tie in seen.route_ties:
+        (best,), (chosen,) = tie.best, tie.chosen or ()
+        assert f"experts [{best + 1}] instead of [{best}]; their scores are 0 apart" in str(tie)
+        assert chosen == best + 1
     assert seen.choices == 6 + 3 + 4
 
 
@@ -106,7 +108,7 @@ def test_a_flip_beyond_the_bound_is_the_fault(compute: torch.dtype) -> None:
 def test_rows_behind_a_near_tie_of_a_silent_path_are_left_out() -> None:
     """And only those: a silent path without ties is judged in every row."""
     tied, plain = source_of(top_k=1, tied=True), source_of()
-    for source, components in ((tied, choosing({0: 1})), (plain, DEFAULT)):
+    for source, components in ((tied, choosing({0: 1, 2: 3, 4: 5})), (plain, DEFAULT)):
         seen = compared(source, Silent(ReferencePath(source, components=components)))
         assert seen.holds, seen.failures
         assert (seen.left_out > 0) == (source is tied)
