@@ -129,14 +129,17 @@ def _with_factors(layers: Sequence[LayerWeights], factor_LP: Tensor) -> Componen
     def layer(x_BTM: Tensor, weights: LayerWeights, config: Any, cache: Any, components: Components, /) -> Any:
         scale, attended, fed, epsilon = factor_LP[places[id(weights)]]
 
-        def attention(*inputs: Tensor, **options: Any) -> Any:
-            return attended * DEFAULT.attention(*inputs, **{**options, "scale": scale * options["scale"]})
+        def attention(*inputs: Tensor, **options: Any) -> Tensor:
+            out: Tensor = attended * DEFAULT.attention(*inputs, **{**options, "scale": scale * options["scale"]})
+            return out
 
-        def mlp(*inputs: Any, **options: Any) -> Any:
-            return fed * DEFAULT.mlp(*inputs, **options)
+        def mlp(*inputs: Any, **options: Any) -> Tensor:
+            out: Tensor = fed * DEFAULT.mlp(*inputs, **options)
+            return out
 
-        def moe(*inputs: Any, **options: Any) -> Any:
-            return fed * DEFAULT.moe(*inputs, **{**options, "mlp": DEFAULT.mlp})
+        def moe(*inputs: Any, **options: Any) -> Tensor:
+            out: Tensor = fed * DEFAULT.moe(*inputs, **{**options, "mlp": DEFAULT.mlp})
+            return out
 
         config = replace(config, norm=replace(config.norm, epsilon=epsilon * config.norm.epsilon))
         numbered = replace(components, attention=attention, mlp=mlp, moe=moe)

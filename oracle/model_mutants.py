@@ -99,10 +99,8 @@ def _swapped(linear: LinearWeights, config: AttentionConfig) -> LinearWeights:
     """The rows of the first two heads exchanged."""
 
     def rows(value: Tensor) -> Tensor:
-        first, second, rest = torch.split(
-            value, [config.head_size, config.head_size, len(value) - 2 * config.head_size]
-        )
-        return torch.cat([second, first, rest])
+        size = config.head_size
+        return torch.cat([value[size : 2 * size], value[:size], value[2 * size :]])
 
     return replace(
         linear, weight_NI=rows(linear.weight_NI), bias_N=None if linear.bias_N is None else rows(linear.bias_N)

@@ -10,7 +10,7 @@ The error of a row's router logits is at most a = 2 * (the largest error of an e
 largest logit), and
 allowed(e) is by how far score(e) moves at most when every logit of the row moves by a: a itself for logits; for a
 sigmoid, and for a softmax, where expert e goes up and all others go down, the ends are known. Two roundings of the
-score to float32 are added. A group's score is the sum of its best two, so that is allowed twice the most of its experts.
+score to float32 are added. A group's score is the sum of its best two, so it is allowed twice the most of its experts.
 
 Of a path that reports nothing truth and baseline follow the truth's own choice, and from the first token of a sequence
 at which another choice would be admissible, its rows are left out: every later token attends to that one.

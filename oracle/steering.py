@@ -67,7 +67,7 @@ class Steering:
         return None
 
     def judged(self, step: int, first: Sequence[int], lengths: Sequence[int], reports: bool) -> Calls:
-        """Judge the calls of a step, after all paths were extended; `first` are the positions of the first new tokens."""
+        """Judge the calls of a step, after all paths were extended; the first new tokens are at positions `first`."""
         calls = Calls([], {}, {})
         places = [(sequence, layer) for sequence, length in enumerate(lengths) if length for layer in self.layers]
         for number, (sequence, layer) in enumerate(places):

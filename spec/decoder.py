@@ -87,7 +87,7 @@ class Decoder(Protocol):
 
 
 Routes = list[list[Tensor]]
-"""The chosen experts: for each sequence, for each layer that has experts, in the order of the layers, int64 [T_i, k]."""
+"""The chosen experts: for each sequence, for each layer that has experts in the order of layers, int64 [T_i, k]."""
 
 
 @runtime_checkable

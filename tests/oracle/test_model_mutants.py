@@ -1,6 +1,7 @@
 """Whole models: one small fault in one layer is caught in every compute dtype, and right paths never alarm."""
 
 import random
+from collections.abc import Sequence
 from functools import cache, reduce
 from operator import add
 
@@ -20,7 +21,8 @@ from twinfer.spec.weights import WeightSource
 
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODELS = 12
-SEEDS: dict[str, tuple[int, ...]] = {}
+SEEDS = {"attention scale 3 % off": (3,), "norm epsilon 1e-3": (8,), "query bias dropped": (8,)}
+"""Models that show a fault which few do."""
 NAMES = (
     "attention scale 3 % off",
     "window one wider",
@@ -59,23 +61,22 @@ def compared(seed: int, compute: torch.dtype, given: WeightSource) -> PathCompar
 @pytest.mark.parametrize("name", NAMES)
 def test_no_fault_of_a_whole_model_is_missed(name: str) -> None:
     """Within 12 drawn models, in bfloat16, which hides most."""
-    assert_caught(name, torch.bfloat16)
+    assert_caught(name, torch.bfloat16, SEEDS.get(name, range(MODELS)))
 
 
 @pytest.mark.parametrize("compute", [each for each in COMPUTE if each is not torch.bfloat16], ids=str)
 def test_nor_is_one_in_another_compute_dtype(compute: torch.dtype) -> None:
     """The smallest: the others move more."""
-    assert_caught("attention scale 3 % off", compute)
+    assert_caught("attention scale 3 % off", compute, seeds=(0,))
 
 
-def assert_caught(name: str, compute: torch.dtype) -> None:
-    for seed in SEEDS.get(name, range(MODELS)):
+def assert_caught(name: str, compute: torch.dtype, seeds: Sequence[int]) -> None:
+    for seed in seeds:
         source = model(seed)[0]
         mutant = dict(model_mutants(source, seed)).get(name)
         if mutant is not None and not compared(seed, compute, mutant).holds:
-            print("CAUGHT", name, compute, seed)
             return
-    pytest.fail(f"{name}: passed {MODELS} models")
+    pytest.fail(f"{name}: passed {len(seeds)} models")
 
 
 @pytest.mark.parametrize("compute", COMPUTE, ids=str)
@@ -88,17 +89,17 @@ def test_a_right_path_does_not_lean(compute: torch.dtype) -> None:
 
 
 def test_an_offset_is_found_where_no_row_shows_it() -> None:
-    """In bfloat16: every row is within its bound, and the message names layer, number, and by how much it is off."""
-    source = model(1)[0]
-    index = random.Random(0).randrange(len(source.config.layers))
-    wrong = dict(model_mutants(source, 0))["attention scale 3 % off"]
+    """In bfloat16: every row is within its bound, and the message says which number of which layer is off."""
+    source = model(3)[0]
+    index = random.Random(3).randrange(len(source.config.layers))
+    wrong = dict(model_mutants(source, 3))["attention scale 3 % off"]
     exact = Baseline.of(source, compute=torch.bfloat16)
     path = CompiledPath(wrong, compute=torch.bfloat16, mode="eager")
     texts = tuple(tuple((3 * t + s) % source.config.vocabulary for t in range(50)) for s in range(6))
     seen = compare_paths(exact, path, generation(texts, 4))
     assert seen.largest_ratio < 1
     (failure,) = seen.failures
-    print(failure, index)
+    assert f"as if layer {index}'s attention scale were off by +" in failure
 
 
 def test_leanings_of_many_schedules_add_up() -> None:
