@@ -25,6 +25,7 @@ from twinfer.spec.weights import tensors
 
 from .drawn import draw_layers, draw_parallel
 from .test_experts import JOBS, even, mixture
+from .test_path import FULL, full_config
 
 seeds = st.integers(0, 2**31)
 
@@ -50,6 +51,11 @@ def test_traffic_of_dense_models(seed: int, tokens: int) -> None:
     pick = RandomPicker(seed)
     config = draw_layers(pick, pick.integer(1, 3))
     assert_plan_is_ledger(config, draw_parallel(pick, config), tokens)
+
+
+def test_traffic_of_norms_over_all_heads() -> None:
+    """Two all-reduces each of queries and keys for a layer norm; a vocabulary and heads that do not divide."""
+    assert_plan_is_ledger(full_config(), FULL, tokens=3)
 
 
 @pytest.mark.parametrize("exchange", Exchange)
