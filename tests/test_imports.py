@@ -93,7 +93,7 @@ FILES = [
 
 
 def test_every_package_is_read() -> None:
-    """A folder of Python files at the root is a package with a line in the table, or holds tests or training scripts."""
+    """A folder of Python files at the root is a package with a line in the table, or holds tests or scripts."""
     packages = {path.parent.name for path in ROOT.glob("[a-z]*/*.py")} - {"tests", "build", "docs", "training"}
     assert packages <= ALLOWED.keys()
     assert {"spec", "reference", "compiled", "checkpoint", "oracle", "api"} <= {param.values[0] for param in FILES}
