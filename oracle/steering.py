@@ -82,9 +82,9 @@ class Steering:
 
     def _tokens(self, number: int, reports: bool) -> Iterator[tuple[RouteTie, bool]]:
         """Yield each token that is not as the truth has it, and whether the candidate said how it decided."""
-        logit_TE, config, bias_E, chosen_TK = (
-            each.cpu() if isinstance(each, Tensor) else each for each in self._forced[0].calls[number]
-        )
+        logit_TE, config, bias_E, chosen_TK = self._forced[0].calls[number]
+        logit_TE, chosen_TK = logit_TE.cpu(), chosen_TK.cpu()
+        bias_E = None if bias_E is None else bias_E.cpu()
         eager_NTE = torch.stack([forced.calls[number][0].cpu() for forced in self._forced[1:]])
         error_T = logit_errors(logit_TE, eager_NTE, logit_TE.abs().amax(-1))
         score_TE = ranking(logit_TE, config, bias_E)
