@@ -22,7 +22,7 @@ from twinfer.reference.routing import Routing
 from twinfer.reference.routing import route as plain_route
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import RequestError
-from twinfer.spec.moe import DropOrder, MoeConfig, RouterConfig
+from twinfer.spec.moe import DropOrder, MoeConfig, RouterConfig, Score
 from twinfer.spec.weights import StackedLinearWeights
 
 from .moe_models import draw_moe_config, draw_router
@@ -53,6 +53,13 @@ def test_ties_and_all_else_are_chosen_as_the_reference_chooses(case: tuple[Any, 
     assert found.expert_TK.tolist() == wanted.expert_TK.tolist()
     ulp = torch.finfo(torch.float32).eps * wanted.weight_TK.abs()
     assert ((found.weight_TK - wanted.weight_TK).abs() <= 4 * ulp).all()
+
+
+def test_a_group_counts_by_its_best_two() -> None:
+    """Of logits 4 -4 | 3 3 the second group has the larger sum, and the first the larger best."""
+    router = RouterConfig(experts=4, top_k=1, score=Score.SIGMOID, groups=2, kept_groups=1)
+    logit_TE = torch.tensor([[4.0, -4.0, 3.0, 3.0]])
+    assert route(logit_TE, router).expert_TK.tolist() == plain_route(logit_TE, router).expert_TK.tolist() == [[2]]
 
 
 @given(case=routings)
