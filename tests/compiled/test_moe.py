@@ -140,7 +140,7 @@ def test_mixtures_answer_as_the_reference_does(config: Any, seed: int, storage: 
                 tokens = [torch.randint(config.vocabulary, (length,), generator=generator) for length in lengths]
                 found, wanted = path.extend(mine, tokens), truth.extend(theirs, tokens)
                 assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp_min(1e-2)
-                noted = path.routes.expert_TK
+                noted = path.routes
                 mixtures = [each.mlp for each in config.layers if isinstance(each.mlp, MoeConfig)]
                 assert [[len(of_layer) for of_layer in each] for each in noted] == [
                     [length] * len(mixtures) for length in lengths
