@@ -70,7 +70,7 @@ class CompiledPath:
     `captured` is false, decode steps that are compiled are captured and replayed (`graph`). `kernels` are options of
     Inductor other than this path's own (`artifacts.KERNELS`), for a benchmark of what each is worth; no such program is
     kept on disk. `report` gets a line of text about whatever takes long. With `routes`, `extend` notes the experts that
-    each token chose (`Routes.expert_TK`).
+    each token chose, as `routes` (`spec.decoder.Routed`); without, it has no such attribute.
 
     Several threads may use one path, each with sequences of its own: their calls wait for each other. In a forked
     process it runs with one thread; compiled for several before the fork, it raises `MachineError` there.
@@ -129,8 +129,10 @@ class CompiledPath:
         report: Callable[[str], None] | None,
         routes: bool,
     ) -> None:
-        self.routes = Routes(model, config, noted=routes)
-        model = self.model = self.routes.model
+        self._notes = Routes(model, config, noted=routes)
+        if routes:
+            self.routes = self._notes.begin(0)
+        model = self.model = self._notes.model
         self._config, self._mode, self._kernels = config, mode, kernels
         self._storage, self._device, self._compute = model.storage, model.device, model.compute
         self._turn = Turn(model.device, compiled=mode is not Mode.EAGER)
@@ -207,7 +209,8 @@ class CompiledPath:
         lengths = sequences.lengths
         tokens = protocol.checked_tokens(self._config, lengths, new_tokens)
         with self._turn:
-            self.routes.begin(len(tokens))
+            if self._notes.noted:
+                self.routes = self._notes.begin(len(tokens))
             gained = [len(each) for each in tokens]
             sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
             single = [index for index, more in enumerate(gained) if more == 1]
@@ -249,7 +252,7 @@ class CompiledPath:
         position_T = joined([self._slots_to(length) for length in lengths])
         cu_seqlens = torch.tensor([0, *accumulate(lengths * 2 if lone else lengths)])
         given = token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
-        hidden_TW = self.program(Program.ENCODE)(self.routes.unnoted, *given)
+        hidden_TW = self.program(Program.ENCODE)(self._notes.unnoted, *given)
         return list(hidden_TW[: sum(lengths)].split(lengths))
 
     def _names(self) -> list[Program]:
@@ -280,7 +283,7 @@ class CompiledPath:
                 self._report(f"compiling {name} ({reason})")
             told = True
 
-        described = f"{name} {self._storage} {self._compute} {self._config}{' routes' if self.routes.noted else ''}"
+        described = f"{name} {self._storage} {self._compute} {self._config}{' routes' if self._notes.noted else ''}"
         return Pieces(described, on_compile, keep_guards=self._mode is Mode.GUARDED, kernels=self._kernels)
 
     def _decode(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> Tensor:
@@ -308,7 +311,7 @@ class CompiledPath:
         else:
             slot_S, step_3R = self._slots_to(max(2, longest)), torch.tensor(step, device=self._device)
             logits_RV = program(self.model, sequences.caches, step_3R, slot_S)
-        self.routes.note_step(rows)
+        self._notes.note_step(rows)
         return logits_RV
 
     def _slots_to(self, count: int) -> Tensor:
@@ -330,7 +333,7 @@ class CompiledPath:
             slot_S = self._slots_to(end)
             position_T = slot_S[begin:]
             hidden_TW, logits_1V = program(self.model, sequences.caches, piece_T, position_T, start_1, slot_S)
-            self.routes.note_tokens(row, len(piece_T))
+            self._notes.note_tokens(row, len(piece_T))
             if every_position:
                 assert self.model.head is not None
                 logits_TV = head_prefill(hidden_TW.to(logits_1V.dtype), self.model.head.projection, self._storage)
@@ -380,7 +383,7 @@ class CompiledPath:
         position_T = torch.arange(tokens, device=self._device) % self._config.context
         if name is Program.ENCODE:
             type_T, cu_seqlens = torch.zeros_like(token_T), torch.arange(0, tokens + 1, 20)
-            return self.routes.unnoted, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
+            return self._notes.unnoted, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
         different = dict.fromkeys(self._config.layers)  # layers of one config may share a cache, which saves memory
         part = replace(self._config, layers=tuple(different))
         sequences = StaticSequences(part, rows, capacity, self._device, self._compute)

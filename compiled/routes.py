@@ -30,7 +30,7 @@ class Routes:
         self.model = model
         """The same weights, with a place for each mixture's choices where they are noted."""
         self._chosen: list[Tensor] = []
-        self._noted: list[list[list[Tensor]]] = []
+        self._noted: list[list[Tensor]] = []
         if not noted:
             return
         layers = []
@@ -42,26 +42,27 @@ class Routes:
             layers.append(weights)
         self.model = model._replace(layers=tuple(layers))
 
-    def begin(self, sequences: int) -> None:
-        """Forget what was noted. Raises `RequestError` for more sequences than one call has places for."""
-        if self.noted and sequences > _LONGEST:
+    def begin(self, sequences: int) -> list[list[Tensor]]:
+        """Return where the choices of a call are going to stand: for each sequence, for each mixture, int64 [T, K].
+
+        Raises `RequestError` for more sequences than one call has places for.
+        """
+        if sequences > _LONGEST:
             raise RequestError(f"{sequences} sequences; with routes a path extends at most {_LONGEST} at once")
-        self._noted = [[[] for _ in self._chosen] for _ in range(sequences)]
+        self._noted = [[chosen_PK[:0].clone() for chosen_PK in self._chosen] for _ in range(sequences)]
+        return self._noted
 
     def note_step(self, rows: Sequence[int]) -> None:
         """Note a decode step of these sequences; one that only fills up a pass repeats the last and is noted once."""
-        for place, row in enumerate(dict.fromkeys(rows)):
-            self._note(row, slice(place, place + 1))
+        if self.noted:
+            for place, row in enumerate(dict.fromkeys(rows)):
+                self._note(row, slice(place, place + 1))
 
     def note_tokens(self, row: int, count: int) -> None:
         """Note so many tokens of one sequence."""
-        self._note(row, slice(count))
+        if self.noted:
+            self._note(row, slice(count))
 
     def _note(self, row: int, places: slice) -> None:
-        for pieces, chosen_PK in zip(self._noted[row], self._chosen, strict=True):
-            pieces.append(chosen_PK[places].clone())
-
-    @property
-    def expert_TK(self) -> list[list[Tensor]]:
-        """For each sequence, for each layer with a mixture, the experts of its new tokens: int64 [T, K], best first."""
-        return [[torch.cat(pieces) for pieces in sequence] for sequence in self._noted]
+        now = (chosen_PK[places] for chosen_PK in self._chosen)
+        self._noted[row][:] = [torch.cat(pair) for pair in zip(self._noted[row], now, strict=True)]
