@@ -149,30 +149,16 @@ def test_mixtures_answer_as_the_reference_does(
         patch.setattr(path_module, "_PREFILL_TOKENS", piece)
         path = CompiledPath(source, storage=storage, mode="eager", routes=True)
         truth = ReferencePath(source, storage=storage, compute=torch.float64)
-<<<<<<< HEAD
         mine, theirs = path.open(batch, 12), truth.open(batch, 12)
         for lengths in ([1 + index % 5 for index in range(batch)], [1] * batch):
             tokens = [torch.randint(config.vocabulary, (length,), generator=generator) for length in lengths]
             found, wanted = path.extend(mine, tokens), truth.extend(theirs, tokens)
             assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp_min(1e-2)
-            noted = path.routes.expert_TK
+            noted = path.routes
             mixtures = [each.mlp for each in config.layers if isinstance(each.mlp, MoeConfig)]
             assert [[len(of_layer) for of_layer in each] for each in noted] == [
                 [length] * len(mixtures) for length in lengths
             ]
-=======
-        for batch in (1, 3, 6):
-            mine, theirs = path.open(batch, 12), truth.open(batch, 12)
-            for lengths in ([1 + index % 5 for index in range(batch)], [1] * batch, [1] * batch):
-                tokens = [torch.randint(config.vocabulary, (length,), generator=generator) for length in lengths]
-                found, wanted = path.extend(mine, tokens), truth.extend(theirs, tokens)
-                assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp_min(1e-2)
-                noted = path.routes
-                mixtures = [each.mlp for each in config.layers if isinstance(each.mlp, MoeConfig)]
-                assert [[len(of_layer) for of_layer in each] for each in noted] == [
-                    [length] * len(mixtures) for length in lengths
-                ]
->>>>>>> wip-fam
 
 
 def test_more_sequences_than_places_are_refused() -> None:
