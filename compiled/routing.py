@@ -83,7 +83,7 @@ def _within_kept_groups(ranking_TE: Tensor, config: RouterConfig) -> Tensor:
     """Return the ranking with -inf for every expert of a group that the token may not choose from."""
     if config.kept_groups == config.groups:
         return ranking_TE
-    ranking_TGE = ranking_TE.unflatten(-1, (config.groups, -1))
+    ranking_TGE = ranking_TE.view(len(ranking_TE), config.groups, -1)
     best_TG2 = ranking_TGE.gather(-1, largest(ranking_TGE, min(2, ranking_TGE.shape[-1])))
     kept_TK = largest(best_TG2.sum(-1), config.kept_groups)
     group_G = torch.arange(config.groups, device=ranking_TE.device)
