@@ -1,7 +1,8 @@
 """Config.json files in the form in which models were published: understood, and of as many parameters as the model has.
 
 The files in `published/` carry what config classes do not know: fields of the code that trained the model, and of the
-libraries that passed it on. Phi-3's 96 divisors alone are stand-ins. How many parameters a model has is published
+libraries that passed it on. Phi-3's 96 divisors are stand-ins. The configs of families with experts were written from
+the published sizes, not copied, so such fields may be missing there. How many parameters a model has is published
 beside it, so a size that is read wrongly shows.
 """
 
