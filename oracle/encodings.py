@@ -63,14 +63,14 @@ def compare_encodings(
             result.failures.append("\n  ".join([f"text {index}: {verdict.complaint}", *verdict.details]))
         else:
             result.largest_ratio = max(result.largest_ratio, verdict.ratio)
-            nudged_NTW = torch.stack([run[index].cpu().double() for run in runs[1:]]) - truth_TW
+            eager_NTW = torch.stack([run[index].cpu().double() for run in runs]) - truth_TW
             floor_T = torch.finfo(got_TW.dtype).eps * scale_T1[:, 0]
             of_text = leaning(
                 baseline.truth,
                 tokens[index],
                 range(len(truth_TW)),
                 got_TW.double() - truth_TW,
-                nudged_NTW,
+                eager_NTW,
                 floor_T,
                 type_T=None if kinds is None else kinds[index],
                 encoded=True,

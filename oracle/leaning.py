@@ -5,11 +5,13 @@ sees it. But roundings point anywhere, while a wrong number moves all rows along
 outputs by the logarithm of that number. So the errors e of all rows together are projected on it:
 
     lean = sum_r w_r <e_r, d_r>        w_r = 1 / (mean square of the nudged eager errors of row r)
-    |lean| <= K * sqrt(v)              v = the sum over sequences of the mean square lean of the nudged eager runs
+    |lean| <= 2 |lean of the plain eager run| + K * sqrt(v)
+    v = the sum over sequences of the mean square lean of the nudged eager runs
 
-Roundings of different sequences are independent, so their squares add; v is at least sum w <d, d>, the variance of
-errors that are independent in every element. A nudge is about three roundings, so K of them are three times as many
-deviations of a right path. What explains the errors best is the number times 1 + offset:
+A nudge falls anew in every sequence, so the squares add; v is at least sum w <d, d>, the variance of errors that are
+independent in every element. A nudge is about three roundings, so K of them are three times as many deviations of a
+right path. But a rounding of what recurs, such as a token's embedding, is the same each time: it leans too, and the
+plain eager run shares it. What explains the errors best is the number times 1 + offset:
 
     offset = lean / sum_r w_r <d_r, d_r>
 
@@ -17,7 +19,7 @@ An offset within a rounding of the number itself, eps(compute) / 2, is none. One
 reference projects an error on the directions of all numbers at once, and passes on random signs z estimate the divisor:
 the mean of (sum sqrt(w) <z, d>)^2 is sum w <d, d>.
 
-Shapes: T tokens of a sequence, R of its rows that were judged, V elements of a row, N nudged runs, P numbers.
+Shapes: T tokens of a sequence, R of its rows that were judged, V elements of a row, N eager runs, P numbers.
 """
 
 from collections.abc import Sequence
@@ -45,12 +47,19 @@ class Leaning:
     """How the errors of some sequences lean, for each number of each layer. Those of more sequences add up."""
 
     lean_P: Tensor
+    eager_P: Tensor
+    """The plain eager run's."""
     variance_P: Tensor
     square_P: Tensor
     """sum w <d, d>."""
 
     def __add__(self, other: "Leaning") -> "Leaning":
-        return Leaning(self.lean_P + other.lean_P, self.variance_P + other.variance_P, self.square_P + other.square_P)
+        return Leaning(
+            self.lean_P + other.lean_P,
+            self.eager_P + other.eager_P,
+            self.variance_P + other.variance_P,
+            self.square_P + other.square_P,
+        )
 
     @property
     def offset_P(self) -> Tensor:
@@ -59,7 +68,7 @@ class Leaning:
     @property
     def ratio_P(self) -> Tensor:
         """Lean / allowed."""
-        allowed_P = K * torch.maximum(self.variance_P, self.square_P).sqrt()
+        allowed_P = 2 * self.eager_P.abs() + K * torch.maximum(self.variance_P, self.square_P).sqrt()
         return self.lean_P.abs() / allowed_P.clamp_min(torch.finfo(torch.float64).tiny)
 
     def fault(self, compute: torch.dtype) -> str | None:
@@ -81,22 +90,22 @@ def leaning(
     token_T: Tensor,
     row_R: Sequence[int],
     error_RV: Tensor,
-    nudged_NRV: Tensor,
+    eager_NRV: Tensor,
     floor_R: Tensor,
     *,
     type_T: Tensor | None = None,
     encoded: bool = False,
     route: Route = DEFAULT.route,
 ) -> Leaning:
-    """Project a sequence's errors, and those of its nudged eager runs, on the directions of all numbers.
+    """Project a sequence's errors, and those of its eager runs, all but the first of them nudged, on all directions.
 
     `row_R` are the positions of the rows; no row counts as more exact than `floor_R`. Rows are logits, or hidden
     vectors where they were `encoded`. `route` gives the choices of experts that the truth was forced to.
     """
-    square_R = nudged_NRV.square().mean((0, -1)) + floor_R.square() + torch.finfo(torch.float64).tiny
+    square_R = eager_NRV[1:].square().mean((0, -1)) + floor_R.square() + torch.finfo(torch.float64).tiny
     generator = torch.Generator().manual_seed(len(token_T))
     sign_ZRV = 2.0 * torch.randint(0, 2, (PROBES, *error_RV.shape), generator=generator) - 1
-    weighed = torch.cat([error_RV[None] / square_R[:, None], nudged_NRV / square_R[:, None]])
+    weighed = torch.cat([error_RV[None] / square_R[:, None], eager_NRV / square_R[:, None]])
     weighed = torch.cat([weighed, sign_ZRV / square_R.sqrt()[:, None]]).to(truth.device)
     with torch.enable_grad():
         factor_LP = torch.ones(
@@ -114,10 +123,11 @@ def leaning(
         leans = [
             torch.autograd.grad(out_RV, factor_LP, each_RV, retain_graph=True)[0].flatten().cpu() for each_RV in weighed
         ]
-    runs = len(nudged_NRV)
+    runs = len(eager_NRV)
     return Leaning(
         lean_P=leans[0],
-        variance_P=torch.stack(leans[1 : 1 + runs]).square().mean(0),
+        eager_P=leans[1],
+        variance_P=torch.stack(leans[2 : 1 + runs]).square().mean(0),
         square_P=torch.stack(leans[1 + runs :]).square().mean(0),
     )
 

@@ -157,8 +157,8 @@ class Comparison:
     def _lean(self, group: "_Group") -> None:
         for text in group.texts:
             if text.rows:
-                error_RV, nudged_NRV, floor_R = (torch.cat(each, -2) for each in zip(*text.errors, strict=True))
-                of_rows = (text.rows, error_RV, nudged_NRV, floor_R[:, 0])
+                error_RV, eager_errors_NRV, floor_R = (torch.cat(each, -2) for each in zip(*text.errors, strict=True))
+                of_rows = (text.rows, error_RV, eager_errors_NRV, floor_R[:, 0])
                 each = leaning(self._truth, torch.tensor(text.tokens), *of_rows, route=text.route())
                 self.result.leaning = _sum(self.result.leaning, each)
 
@@ -262,9 +262,9 @@ class Comparison:
         self.result.largest_ratio = max(self.result.largest_ratio, verdict.ratio)
         self._decide(sequence, first, got_RV, eager_RV, truth_RV, scale_R1)
         if first not in text.rows and bool(torch.isfinite(truth_RV).all()):  # a repeated row says nothing new
-            nudged_NRV = torch.stack(runs[1:])[:, :judged].double() - truth_RV
+            eager_errors_NRV = torch.stack(runs)[:, :judged].double() - truth_RV
             floor_R1 = torch.finfo(got_RV.dtype).eps * scale_R1
-            text.errors.append((got_RV.double() - truth_RV, nudged_NRV, floor_R1))
+            text.errors.append((got_RV.double() - truth_RV, eager_errors_NRV, floor_R1))
             text.rows.extend(range(first, first + len(truth_RV)))
 
     def _decide(
@@ -306,7 +306,7 @@ class _Group:
 
 @dataclass(slots=True)
 class _Text:
-    """The tokens of a sequence so far, and the errors of its rows: the candidate's, the nudged runs', the least."""
+    """The tokens of a sequence so far, and the errors of its rows: the candidate's, the eager runs', the least."""
 
     tokens: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)

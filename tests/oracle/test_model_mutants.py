@@ -105,7 +105,7 @@ def test_an_offset_is_found_where_no_row_shows_it() -> None:
 def test_leanings_of_many_schedules_add_up() -> None:
     """Errors too small to show in one schedule show in all of them together."""
     zero = torch.zeros(4, dtype=torch.float64)
-    one = Leaning(zero + torch.tensor([0.0, 0.0, 0.02, 0.0]) * 3600, zero + 3600, zero + 3600)
+    one = Leaning(zero + torch.tensor([0.0, 0.0, 0.02, 0.0]) * 3600, zero, zero + 3600, zero + 3600)
     assert one.fault(torch.bfloat16) is None
     together = reduce(add, [one] * 9)
     assert "layer 0's MLP output were off by +2.00%" in str(together.fault(torch.bfloat16))
@@ -116,5 +116,13 @@ def test_an_offset_within_a_rounding_of_the_number_is_none() -> None:
     """Half of eps: 0.39 % in bfloat16."""
     square = torch.tensor([1e9, 1.0, 1.0, 1.0], dtype=torch.float64)
     for offset, wrong in ((0.0038, False), (0.0041, True)):
-        seen = Leaning(square * torch.tensor([offset, 0, 0, 0]), square, square)
+        seen = Leaning(square * torch.tensor([offset, 0, 0, 0]), 0 * square, square, square)
         assert (seen.fault(torch.bfloat16) is not None) == wrong
+
+
+def test_what_the_eager_run_leans_too_is_no_fault() -> None:
+    """Roundings of what recurs add up; a right path shares them with the plain eager run."""
+    one = torch.ones(4, dtype=torch.float64)
+    leaning = Leaning(9 * one, 4 * one, one, one)
+    assert leaning.fault(torch.bfloat16) is None
+    assert Leaning(11 * one, 4 * one, one, one).fault(torch.bfloat16) is not None
