@@ -41,7 +41,9 @@ def embed(
 ) -> Tensor:
     """Return hidden vectors [T, M] of tokens at their positions, rounded once, to compute.
 
-    Without types, all tokens are of the first, as a decoder's are.
+    Without types, all tokens are of the first, as a decoder's are. Rows lie side by side, as layers return them: the
+    second layer runs through the piece that was compiled for the first, without guards on strides, and unpacked rows
+    are a view of longer ones where the words' places do not divide the width.
     """
     x_TM = lookup(token_T, weights.table, storage, config.table_width, accumulation_dtype(compute))
     if weights.projection is not None:
@@ -54,4 +56,4 @@ def embed(
         x_TM = x_TM + weights.type_YM[0 if type_T is None else type_T]
     if weights.norm is not None and config.embedding_norm is not None:
         x_TM = norm(x_TM, weights.norm.gain_M, weights.norm.bias_M, config.embedding_norm)
-    return x_TM.to(compute)
+    return x_TM.to(compute).contiguous()

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twinfer.compiled import attention
+from twinfer.compiled import attention, steps
 from twinfer.compiled import path as path_module
 from twinfer.compiled.path import CompiledPath
 from twinfer.compiled.sequences import StaticSequences
@@ -358,3 +358,34 @@ def test_reserve_is_taken_when_opened() -> None:
         path.extend(sequences, [tokens(config, 0, length), tokens(config, 1, length)])
         addresses.append([each.data_ptr() for cache in sequences.caches for each in cache])
     assert all(one == two for one, two in pairwise(addresses))
+
+
+@pytest.mark.parametrize("hidden", [48, 7])
+@pytest.mark.parametrize("storage", Storage)
+@given(config=configs, seed=seeds)
+@settings(max_examples=3)
+def test_every_layer_is_given_rows_that_lie_alike(
+    hidden: int, storage: Storage, config: ModelConfig, seed: int
+) -> None:
+    """One piece is compiled for all layers of one config and called without guards, so strides may not differ.
+
+    Here nothing stands between the table and the first layer, which would lay out the rows anew.
+    """
+    bare: dict[str, Any] = {"embedding_scale": 1.0, "embedding_norm": None, "embedding_size": None}
+    config = replace(config, hidden=hidden, learned_positions=False, token_types=0, **bare)
+    path = eager(config, seed, storage)
+    entered = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("decode_layer", "prefill_layer"):
+            original = getattr(steps, name)
+
+            def noted(x: Tensor, *given: Any, original: Any = original, **options: Any) -> Tensor:
+                entered.append(x.is_contiguous())
+                out: Tensor = original(x, *given, **options)
+                return out
+
+            patch.setattr(steps, name, noted)
+        sequences = path.open(2, 6)
+        path.extend(sequences, [tokens(config, seed, 3), tokens(config, seed, 1)])
+        path.extend(sequences, [tokens(config, seed, 1)] * 2)
+    assert all(entered)
