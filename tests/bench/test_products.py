@@ -38,7 +38,9 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_shapes_are_those_of_the_matrices_that_are_prepared(gated: bool) -> None:
     config = llama(gated=gated)
     model = prepare(RandomSource(config), Storage.FLOAT32, CPU)
-    prepared = Counter(tuple(part.word.shape) for layer in model.layers for part in layer if isinstance(part, Matrix))
+    prepared = Counter(
+        tuple(part.word.shape) for layer in model.layers for part in (*layer, *layer.mlp) if isinstance(part, Matrix)
+    )
     assert layer_shapes(config) == prepared
     assert step_shapes(config) - layer_shapes(config) == Counter({tuple(model.head.projection.word.shape): 1})
 

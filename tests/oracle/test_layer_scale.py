@@ -36,12 +36,12 @@ def test_a_factor_dropped_from_the_reference_changes_the_bound(
     """No second spelling of the layer remembers the factor."""
     case = drawn(placement=placement.value, residual=Residual.SEQUENTIAL.value, residual_scale=0.25)
     before = sizes(case)
-    joined = layer_file._joined
+    joined = layer_file.joined
 
     def unscaled(x: Tensor, out: Tensor, weights: Any, config: Any, components: Any) -> Tensor:
         return joined(x, out, weights, replace(config, residual_scale=1.0), components)
 
-    monkeypatch.setattr(layer_file, "_joined", unscaled)
+    monkeypatch.setattr(layer_file, "joined", unscaled)
     after = sizes(case)
     assert not torch.equal(before.wide, after.wide)
     assert not torch.equal(torch.as_tensor(before.narrow), torch.as_tensor(after.narrow))
