@@ -22,11 +22,11 @@ from twinfer.spec.weights import WeightSource
 
 @dataclass(frozen=True, slots=True)
 class LayerRoutes:
-    """What one layer's router did with all tokens."""
+    """The choices of one layer's router for all tokens."""
 
     layer: int
     tokens: list[int]
-    """Of each expert; they add up to T * K."""
+    """Tokens of each expert; they add up to T * K."""
     imbalance: float
     """Tokens of the expert with the most over the mean: 1 where all serve as many, E / K where all choose the same."""
     dropped: float | None

@@ -1,4 +1,4 @@
-"""What families with experts share: names of tensors, and fields that say nothing about inference."""
+"""Names of tensors that families with experts share, and fields that say nothing about inference."""
 
 from .table import GATE_UP, STACKED_EXPERTS, Stored, experts, linear
 

@@ -23,7 +23,7 @@ QKV = ("attention.query", "attention.key", "attention.value")
 
 
 GATE_UP = ("mlp.experts.gate", "mlp.experts.up")
-"""What a merged projection of experts fills, in the order in which most files stack the two."""
+"""The parts of a merged projection of experts, in the order in which most files stack the two."""
 
 
 class Heads(Enum):
@@ -66,9 +66,9 @@ class Stored:
     heads: Heads = Heads.TOGETHER
     reorder: Reorder | None = None
     experts: Experts | None = None
-    """Of the maps of experts. Each expert's are transposed, or hold several weights, alone."""
+    """How the file keeps the experts of a layer; the other fields speak of one expert. None for what is no expert's."""
     interleaved: bool = False
-    """Of several weights of an expert, the rows are kept in turns."""
+    """Whether the rows of an expert's several weights are interleaved: first of each, second of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ STACKED_EXPERTS = (
     *experts("mlp.experts.gate_up_proj", *GATE_UP, form=Experts.STACKED, endings=("", "_bias")),
     *experts("mlp.experts.down_proj", "mlp.experts.down", form=Experts.STACKED, endings=("", "_bias")),
 )
-"""As the modules of transformers hold experts, whatever their files do."""
+"""The form in which modules of transformers hold experts, whatever form their files have."""
 
 
 def norm(name: str, fills: str, heads: Heads = Heads.TOGETHER) -> tuple[Stored, Stored]:

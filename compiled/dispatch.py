@@ -24,7 +24,7 @@ DROPPED = -1
 """The slot of a choice that was dropped, and the token of a slot that is empty."""
 
 Experts = Callable[[Tensor], Tensor]
-"""What the experts make of their slots' tokens, [E, C, M]."""
+"""The outputs of the experts for the tokens in their slots, [E, C, M]."""
 
 
 def slots_of(routing: Routing, experts: int, places: int, order: DropOrder = DropOrder.FIRST_COME) -> Tensor:

@@ -44,7 +44,7 @@ class Moe(NamedTuple):
     coefficient: Matrix | None
     """[2, M], float32."""
     chosen_PK: Tensor | None = None
-    """Where each call puts the experts that its tokens chose, or None where nobody asks."""
+    """The buffer for the experts that a call's tokens choose; None where routes are not reported."""
 
 
 def mlp(x_TM: Tensor, weights: Mlp, config: MlpConfig, storage: Storage, product: Product) -> Tensor:

@@ -68,12 +68,11 @@ class CompiledPath:
     Raises `MachineError` where there is no C++ compiler or no such device, `RequestError` for an unknown storage,
     compute dtype or mode, and what the source raises; all before the weights are read, the last excepted. Unless
     `captured` is false, decode steps that are compiled are captured and replayed (`graph`). `kernels` are options of
-    Inductor other than this path's own (`artifacts.KERNELS`), for a benchmark of what each is worth; no such program is
-    kept on disk. `report` gets a line of text about whatever takes long. With `routes`, `extend` notes the experts that
-    each token chose, as `routes` (`spec.decoder.Routed`); without, it has no such attribute.
+    Inductor other than `artifacts.KERNELS`, for a benchmark; no such program is kept on disk. `report` gets a line of
+    text about whatever takes long. With `routes`, and only then, the path is `spec.decoder.Routed`.
 
-    Several threads may use one path, each with sequences of its own: their calls wait for each other. In a forked
-    process it runs with one thread; compiled for several before the fork, it raises `MachineError` there.
+    Several threads may use one path, each with sequences of its own: their calls wait for each other. A forked process
+    has one thread: a path compiled for several before the fork raises `MachineError` there.
     """
 
     def __init__(
@@ -174,9 +173,9 @@ class CompiledPath:
         first does.
         """
         begin = time.perf_counter()
+        later = {Program.ENCODE} if self._config.extensible else set()
+        later |= set() if batches else {Program.DECODE_ROWS, Program.DECODE_MANY}
         with self._turn:
-            later = {Program.ENCODE} if self._config.extensible else set()
-            later |= set() if batches else {Program.DECODE_ROWS, Program.DECODE_MANY}
             for name in (each for each in self._programs if each not in later):
                 self.program(name)
         return time.perf_counter() - begin

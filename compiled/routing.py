@@ -23,7 +23,7 @@ _TINY = 1e-20
 
 
 class Routing(NamedTuple):
-    """What each token chose, its best expert first."""
+    """The choices of each token, its best expert first."""
 
     expert_TK: Tensor
     """int64."""

@@ -80,11 +80,11 @@ class Parts(NamedTuple):
     """A program before its loop over the layers, for loops of another kind (several calls share each layer)."""
 
     first: Callable[..., tuple[Tensor | None, Any]]
-    """What embeds tokens, and finds what all layers have in common."""
+    """The piece that embeds tokens, and finds what all layers have in common."""
     layer: Callable[..., Tensor]
     """Takes the layer's config, x, weights, cache, the place of its rotation, and what all layers have in common."""
     last: Callable[..., Any]
-    """What stands after the layers."""
+    """The piece after the layers."""
 
 
 class Prefilled(NamedTuple):

@@ -20,12 +20,13 @@ from ..reference.mlp import activation
 from ..reference.path import ReferencePath
 from ..spec.config import Activation, MlpConfig, Storage
 from ..spec.weights import MlpWeights, WeightSource
+from .leaning import is_judged
 
 WIDE = 128
 """Hidden elements from which on a single eager run measures the error."""
 RUNS_WHERE_NARROW = 6
 LEANING_RUNS = 2
-"""Nudged runs at least, whatever bounds the rows."""
+"""Nudged runs at least, where it is judged how errors lean."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +65,7 @@ class Baseline:
         truth, eager = (
             ReferencePath(source, storage=storage, compute=dtype, device=device) for dtype in (torch.float64, compute)
         )
-        total = max(runs, 1 + LEANING_RUNS)
+        total = max(runs, 1 + LEANING_RUNS) if is_judged(compute) else runs
         samples = (eager, *(eager.with_components(nudging(run)) for run in range(1, total)))
         return cls(truth, samples[:runs], samples[runs:])
 

@@ -19,6 +19,9 @@ An offset within a rounding of the number itself, eps(compute) / 2, is none. One
 reference projects an error on the directions of all numbers at once, and passes on random signs z estimate the divisor:
 the mean of (sum sqrt(w) <z, d>)^2 is sum w <d, d>.
 
+Only 16-bit arithmetic is judged so. In float32 and float64 the bound of a row resolves such a number already, and the
+truth is no more exact than what it judges: there, roundings of a few rows lean by chance.
+
 Shapes: T tokens of a sequence, R of its rows that were judged, V elements of a row, N eager runs, P numbers.
 """
 
@@ -40,6 +43,11 @@ PROBES = 2
 """Random directions a sequence, from which the divisor of the offset is estimated."""
 NUMBERS = ("attention scale", "attention output", "MLP output", "norm epsilon")
 """The numbers of a layer that are looked at; an output is multiplied by one that ought to be 1."""
+
+
+def is_judged(compute: torch.dtype) -> bool:
+    """Whether errors of this arithmetic are looked at for how they lean."""
+    return torch.finfo(compute).bits == 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from ..reference.path import ReferenceSequences
 from ..spec.decoder import Decoder, Routed, Routes, Sequences
 from .baseline import Baseline, worst_of
 from .budget import Budget
-from .leaning import Leaning, leaning
+from .leaning import Leaning, is_judged, leaning
 from .routes import Forced, RouteTie
 from .rows import judge_rows
 from .scale import linear_scale
@@ -149,7 +149,7 @@ class Comparison:
                 group = self._groups.pop(name)
                 for sequences in (group.truth, *group.eager, group.candidate):
                     sequences.close()
-                if self.result.holds:
+                if self.result.holds and is_judged(self._eager[0].compute):
                     self._lean(group)
         self._check_kept()
         self._step += 1

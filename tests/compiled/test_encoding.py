@@ -141,7 +141,7 @@ def test_memory_grows_with_the_texts_not_with_their_square(causal: bool) -> None
 
     for cu_seqlens, longest in ((torch.tensor([0, tokens]), tokens), (torch.arange(0, tokens + 1, 3), 3)):
         with Watching():
-            attention._attend_varlen._init_fn(*map(torch.zeros, shapes), cu_seqlens, causal, None, 1.0, 2.0, None)
+            attention._attend_varlen._init_fn(*map(torch.zeros, shapes), cu_seqlens, causal, None, 1.0, 2.0, None, None)
         assert largest <= max(tokens * heads * size, heads * attention._BLOCK * longest)
         largest = 0
 

@@ -79,9 +79,9 @@ def assert_caught(name: str, compute: torch.dtype, seeds: Sequence[int]) -> None
     pytest.fail(f"{name}: passed {len(seeds)} models")
 
 
-@pytest.mark.parametrize("compute", COMPUTE, ids=str)
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16], ids=str)
 def test_a_right_path_does_not_lean(compute: torch.dtype) -> None:
-    """No number explains the errors of four texts, in any compute dtype; yet they are projected."""
+    """No number explains the errors of four texts, in either 16-bit dtype; yet they are projected."""
     right = compared(1, compute, model(1)[0])
     assert right.holds, right.failures
     assert right.leaning is not None
