@@ -105,8 +105,6 @@ DBRX = Family(
         head=(*norm("norm_f", "norm"), *output("lm_head")),
     ),
     ignored={
-        "emb_pdrop": "training",
-        "resid_pdrop": "training",
         "output_router_logits": "what the library returns",
         "router_aux_loss_coef": "training",
     },

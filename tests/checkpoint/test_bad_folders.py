@@ -80,7 +80,7 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 def test_unknown_names_list_what_is_known(tmp_path: Path) -> None:
     message = refusal(tmp_path / "nowhere")
-    assert "built-in name (smollm2, minilm)" in message
+    assert "built-in name (smollm2, minilm, tiny-moe)" in message
     assert ".gguf" in message
     assert "config.json" in message
 

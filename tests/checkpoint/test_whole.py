@@ -58,11 +58,14 @@ TABLES = {family.model_type: family.table for family in FAMILIES} | {
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
 def test_tables_fill_every_weight_once(table: Table) -> None:
+    """Routers and experts may have two names: files keep them in one form, live modules in another."""
     for entries in (table.embedding, table.layer, table.head):
         names = [entry.name for entry in entries]
         fills = [target for entry in entries for target in entry.fills]
         assert len(names) == len(set(names))
-        assert len(fills) == len(set(fills))
+        for fill in set(fills):
+            most = 2 if fill.startswith(("mlp.router.", "mlp.experts.")) else 1
+            assert fills.count(fill) <= most, fill
     assert "{layer}" in table.layers
     assert all(entry.why for entry in table.ignorable)
     assert not any("{layer}" in entry.name for entry in (*table.embedding, *table.layer, *table.head))
