@@ -56,11 +56,12 @@ ROTARY_BASE = 10_000.0
 END = 0
 """The byte that ends a text."""
 
-STEPS = 1200
+CYCLES, STEPS = 2, 1200
+"""The learning rate falls to almost nothing within each cycle of so many steps, and starts anew (Loshchilov 2016)."""
 BATCH = 2048
 """Bytes a step."""
 SHORT, LONG_FROM = 256, 0.8
-"""Sequences hold 256 bytes, and `CONTEXT` in the last fifth of the steps."""
+"""Sequences hold 256 bytes, and `CONTEXT` in the last fifth of a cycle."""
 MATRIX_RATE, OTHER_RATE, DECAY = 0.02, 0.005, 0.1
 BALANCE = 0.01
 """Weight of the load-balancing loss (Fedus et al. 2021, eq. 4), which is 1 where every expert serves equally many."""
@@ -296,7 +297,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 
 def train(config: ModelConfig, text: Tensor, *, seed: int, steps: int, stop: int, folder: Path | None) -> list[float]:
-    """Train to step `stop` of `steps`; returns the loss of each step, in bits a byte. Checkpoints go to the folder."""
+    """Train for `stop` steps in cycles of `steps`; returns their losses, bits a byte. The folder gets checkpoints."""
     weights = {name: weight.requires_grad_() for name, weight in drawn(config, seed).items()}
     by_muon = [name for name, weight in weights.items() if weight.dim() > 1 and not _is_small(name)]
     muon = Muon([weights[name] for name in by_muon])
@@ -314,13 +315,14 @@ def train(config: ModelConfig, text: Tensor, *, seed: int, steps: int, stop: int
         order.set_state(saved["order"])
     start = time.perf_counter()
     for step in range(len(losses), stop):
-        length = SHORT if step < LONG_FROM * steps else CONTEXT
+        place = step % steps
+        length = SHORT if place < LONG_FROM * steps else CONTEXT
         at_S = torch.randint(0, len(text) - length - 1, (BATCH // length,), generator=order)
         byte_ST = torch.stack([text[at : at + length + 1] for at in at_S.tolist()])
         logit_STV, balance = logits(byte_ST[:, :-1], weights, config, torch.bfloat16)
         loss = F.cross_entropy(logit_STV.flatten(0, 1), byte_ST[:, 1:].flatten())
         (loss + BALANCE * balance).backward()
-        pace = min(1.0, (step + 1) / 50) * max(0.02, min(1.0, (1 - step / steps) / 0.7))
+        pace = min(1.0, (place + 1) / 50) * max(0.02, min(1.0, (1 - place / steps) / 0.7))
         for group in adam.param_groups:
             group["lr"] = OTHER_RATE * pace
         adam.step()
@@ -355,12 +357,12 @@ def bits_per_byte(weights: Weights, config: ModelConfig, text: Tensor) -> float:
     return nats / count / math.log(2)
 
 
-def train_and_judge(folder: Path, *, seed: int, steps: int, dense: bool) -> None:
+def train_and_judge(folder: Path, *, seed: int, dense: bool) -> None:
     """Train in the folder, and note there how well the trained weights do on the held-out books."""
     folder.mkdir(parents=True, exist_ok=True)
     text, held_out = parts(books())
     config = dense_config() if dense else mixture_config()
-    losses = train(config, text, seed=seed, steps=steps, stop=steps, folder=folder)
+    losses = train(config, text, seed=seed, steps=STEPS, stop=CYCLES * STEPS, folder=folder)
     weights: Weights = torch.load(folder / "checkpoint.pt")["weights"]
     result = {
         "dense": dense,
@@ -382,11 +384,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train tiny-moe, or the dense model that it is measured against.")
     parser.add_argument("folder", type=Path, help="where checkpoint.pt and result.json go")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--dense", action="store_true", help="the dense model of the same active size")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train_and_judge(args.folder, seed=args.seed, steps=args.steps, dense=args.dense)
+    train_and_judge(args.folder, seed=args.seed, dense=args.dense)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from twinfer.spec.weights import tensors
 ROOT = Path(__file__).parent.parent.parent
 RUTH = (Path(__file__).parent / "ruth.txt").read_bytes()
 WINDOW = 512
-BITS_PER_BYTE = 1.5718
+BITS_PER_BYTE = 1.5331
 """Of tiny-moe on `ruth.txt`, rounded to four digits."""
-IMBALANCE = [1.1, 1.09, 1.2]
+IMBALANCE = [1.12, 1.14, 1.29]
 """Tokens of the busiest expert over the mean, in each layer that has experts, rounded to two digits."""
 
 
@@ -108,18 +108,18 @@ def test_token_ids_are_bytes(content: bytes) -> None:
 def test_training_again_from_a_seed_gives_equal_losses(
     script: ModuleType, dense: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it was interrupted, and went on from its checkpoint; another seed gives others."""
+    """Also where it was interrupted, and went on from its checkpoint into the next cycle; another seed gives others."""
     for name, size in {"BATCH": 512, "HIDDEN": 16, "WIDTH": 16, "EXPERT_WIDTH": 16, "RESIDUAL_WIDTH": 16}.items():
         monkeypatch.setattr(script, name, size)
     config = script.dense_config() if dense else script.mixture_config()
     text = script.as_bytes(RUTH.decode())
 
     def losses(seed: int, stop: int, folder: Path | None) -> list[float]:
-        return script.train(config, text, seed=seed, steps=3, stop=stop, folder=folder)
+        return script.train(config, text, seed=seed, steps=2, stop=stop, folder=folder)
 
-    whole = losses(0, 2, None)
+    whole = losses(0, 3, None)
     assert losses(0, 1, tmp_path) == whole[:1]
-    assert losses(0, 2, tmp_path) == whole
+    assert losses(0, 3, tmp_path) == whole
     assert losses(1, 1, None) != whole[:1]
 
 
