@@ -20,7 +20,8 @@ def source(file: GgufFile, metadata: dict[str, Any], most_tokens: int | None = N
     fields = Fields(values, f"{file.where}: {prefix}", most_tokens=most_tokens)
     read = understood(name, architecture, fields, file)
     used = () if architecture.rotary is None else gguf_rotary.TENSORS
-    names = table(architecture, file.shapes)
+    layers = len(read.config.layers)
+    names = table(architecture, file.shapes, range(layers, fields.integer("block_count")))
     return FileSource(
         read.config, names, _Without(file, used), read.buffers(), most_tokens=most_tokens, notes=fields.notes
     )
