@@ -58,6 +58,7 @@ class Architecture:
     """How the gains of query and key norms are kept; where every head has its own, some models have no such norms."""
     qk_norm_optional: bool = False
     """Whether some models have none elsewhere too."""
+    qk_norm_rotated: bool = False
     learned_positions: bool = False
     """Beside ALiBi only where the file has a table of them."""
     token_types: bool = False
@@ -241,6 +242,11 @@ ARCHITECTURES = {
         qk_norm_optional=True,
         further_layers=True,
         experts=Mixture(recipe="deepseek-v3", width=EXPERT_WIDTH, shared="always", leading_dense=True),
+    ),
+    "hunyuan-moe": Architecture(
+        qk_norm=Heads.SHARED,
+        qk_norm_rotated=True,
+        experts=Mixture(recipe="qwen3-moe", width=EXPERT_WIDTH, shared="always"),
     ),
 }
 """By the name that `general.architecture` has for them."""

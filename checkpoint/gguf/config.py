@@ -116,6 +116,7 @@ class _Reading:
             qkv_clip=numbers.get("attention.clamp_kqv"),
             qk_norm=self.norm("blk.0.attn_q_norm") if normed else None,
             qk_norm_span=QkNormSpan.ALL_HEADS if kept is Heads.TOGETHER else QkNormSpan.HEAD,
+            qk_norm_rotated=self.architecture.qk_norm_rotated,
             sinks=self.architecture.sinks,
         )
 

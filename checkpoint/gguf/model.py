@@ -3,6 +3,7 @@
 from typing import Any
 
 from ...spec.errors import CheckpointError
+from ..family import refuse_latent_attention
 from ..fields import Fields
 from ..source import FileSource
 from . import rotary as gguf_rotary
@@ -31,6 +32,7 @@ def _architecture(file: GgufFile, metadata: dict[str, Any]) -> str:
     general = Fields(metadata, f"{file.where}: ")
     architecture = general.text("general.architecture")
     if architecture not in ARCHITECTURES:
+        refuse_latent_attention(general, f"{architecture}.attention.")
         raise CheckpointError(
             f"{file.where} is of architecture {architecture!r}; the GGUF architectures known here are: "
             + ", ".join(ARCHITECTURES)

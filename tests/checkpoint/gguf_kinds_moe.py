@@ -123,6 +123,19 @@ def glm_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_expert_weights_norm(config.norm_topk_prob)
 
 
+def hunyuan_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    qwen_keys(writer, config)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_expert_shared_feed_forward_length(config.intermediate_size)
+    writer.add_expert_shared_count(1)
+    if (alpha := config.rope_parameters.get("alpha")) is not None:
+        power = config.head_dim / (config.head_dim - 2)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"] * alpha**power)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1)
+        writer.add_rope_scaling_orig_ctx_len(config.max_position_embeddings)
+
+
 def dbrx_sizes(sizes: dict[str, int]) -> dict[str, Any]:
     plain = llama_sizes(sizes)
     ffn = {"ffn_hidden_size": sizes["width"], "hidden_size": plain["hidden_size"], "moe_num_experts": 4, "moe_top_k": 2}
@@ -150,6 +163,8 @@ PHIMOE_ROPE = {
     "short_factor": [1.0] * 4,
     "attention_factor": 1.25,
 }
+HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 4.0, "factor": 1.0, "alpha": 16.0}
+"""With heads of 4 elements a base of 4 * 16^2, which float32 holds."""
 OSS_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 150.0,
@@ -324,5 +339,21 @@ MOE_KINDS = [
             "use_qk_norm": True,
         },
         wrong=({"mlp_norm": "ffn_norm"}, otherwise("glm4moe", shared_gate=True), {"qk_norm": None}),
+    ),
+    Kind(
+        architecture="hunyuan-moe",
+        model=hf.HunYuanMoEV1ForCausalLM,
+        config=hf.HunYuanMoEV1Config,
+        options={
+            **RMS,
+            **TIED,
+            "head_dim": st.just(4),
+            "num_experts": st.sampled_from([2, 4]),
+            "moe_topk": st.sampled_from([1, 2]),
+            "rope_parameters": st.sampled_from([HUNYUAN_ROPE, {"rope_type": "default", "rope_theta": 100.0}]),
+        },
+        keys=hunyuan_keys,
+        chosen={"num_experts": 6, "moe_topk": 3, "head_dim": 8},
+        wrong=({"qk_norm_rotated": False}, otherwise("hunyuan-moe", recipe="qwen2-moe")),
     ),
 ]
