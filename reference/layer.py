@@ -162,7 +162,8 @@ def each_head_normed(
     x_BTHD: Tensor, weights: NormWeights | None, config: AttentionConfig, components: Components
 ) -> Tensor:
     """Normalize the D elements of every head by themselves, with gains of its own."""
-    assert config.qk_norm is not None and weights is not None
+    assert config.qk_norm is not None
+    assert weights is not None
     gain_HD = rearrange(weights.gain_M, "(h d) -> h d", d=config.head_size)
     bias_HD = None if weights.bias_M is None else rearrange(weights.bias_M, "(h d) -> h d", d=config.head_size)
     return components.norm(x_BTHD, NormWeights(gain_M=gain_HD, bias_M=bias_HD), config.qk_norm)

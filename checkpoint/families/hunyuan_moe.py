@@ -22,8 +22,8 @@ _REQUIRED = {
     "use_qk_norm": True,
     "use_rotary_pos_emb": True,
     "norm_type": "rms",
-    **dict.fromkeys("mlp_bias use_cla use_mla moe_layer_num_skipped group_limited_greedy".split(), False),
-    **dict.fromkeys("moe_drop_tokens add_classification_head".split(), False),
+    **dict.fromkeys(["mlp_bias", "use_cla", "use_mla", "moe_layer_num_skipped", "group_limited_greedy"], False),
+    **dict.fromkeys(["moe_drop_tokens", "add_classification_head"], False),
 }
 """Fields of the code that trained the models, each with the one value that is computed."""
 

@@ -7,9 +7,9 @@ have that 1 added.
 
 An activation is that of the published models, which is not always the one that other readers compute with: Falcon,
 GPT-NeoX, MPT and BERT were trained with the exact GELU. So is a window: StarCoder 2's models were trained to see 4096
-tokens, of which converters write nothing. Phi-3.5-MoE's models have layer norms and route by SparseMixer, of which files and
+tokens, of which converters write nothing. Phi-3.5-MoE has layer norms and routes by SparseMixer, of which files and
 other readers know nothing (they divide by the root mean square, and take a softmax). gpt-oss's YaRN blends between
-pairs that are not whole numbers, and cuts what its experts read at 7.
+pairs that are no whole numbers, and what its experts' gate and up give is cut at 7.
 """
 
 from dataclasses import dataclass, replace
@@ -232,9 +232,7 @@ ARCHITECTURES = {
         activation=Activation.GELU_SIGMOID,
         sinks=True,
         whole_yarn=False,
-        experts=Mixture(
-            recipe="gpt-oss", width=EXPERT_WIDTH, expert={"bias": True, "clamp": 7.0, "up_offset": 1.0}
-        ),
+        experts=Mixture(recipe="gpt-oss", width=EXPERT_WIDTH, expert={"bias": True, "clamp": 7.0, "up_offset": 1.0}),
     ),
     "glm4moe": Architecture(
         mlp_norm="post_attention_norm",

@@ -190,9 +190,7 @@ def layer_count(architecture: Architecture, fields: Fields) -> int:
     return layers - fields.integer("nextn_predict_layers", 0, least=0, most=layers - 1)
 
 
-def _layer(
-    shared: LayerConfig, window: int | None, turn: Rotation | None, mlp: MlpConfig | MoeConfig
-) -> LayerConfig:
+def _layer(shared: LayerConfig, window: int | None, turn: Rotation | None, mlp: MlpConfig | MoeConfig) -> LayerConfig:
     turning = None if turn is None else turn.config
     return replace(shared, attention=replace(shared.attention, window=window, rotary=turning), mlp=mlp)
 

@@ -24,7 +24,7 @@ from .gguf_kind import Kind
 from .gguf_kinds_moe import MOE_KINDS, one_map_a_tensor
 from .test_gguf_architectures import Written, named_parameters
 
-KINDS = gguf.GGMLQuantizationType
+KINDS, GATING = gguf.GGMLQuantizationType, gguf.ExpertGatingFuncType
 QWEN3 = next(kind for kind in MOE_KINDS if kind.architecture == "qwen3moe")
 GLM = next(kind for kind in MOE_KINDS if kind.architecture == "glm4moe")
 FOLDERS = [kind for kind in MOE_KINDS if kind.model not in (hf.GraniteMoeSharedForCausalLM, hf.DbrxForCausalLM)]
@@ -217,8 +217,16 @@ def test_experts_that_do_not_fit_are_named(change: Callable[[Held], Any], says: 
         (QWEN3, lambda writer: writer.add_expert_used_count(7), "top_k is 7; .*which are 6"),
         (QWEN3, lambda writer: writer.add_expert_count(0), "qwen3moe.expert_count is 0"),
         (QWEN3, lambda writer: writer.add_expert_group_count(4), "groups is 4; it must be a divisor of experts"),
-        (QWEN3, lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID), "expert_gating_func is 2; it must be 1, the softmax"),
-        (GLM, lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX), "expert_gating_func is 1; it must be 2, the sigmoid"),
+        (
+            QWEN3,
+            lambda w: w.add_expert_gating_func(GATING.SIGMOID),
+            "expert_gating_func is 2; it must be 1, the softmax",
+        ),
+        (
+            GLM,
+            lambda w: w.add_expert_gating_func(GATING.SOFTMAX),
+            "expert_gating_func is 1; it must be 2, the sigmoid",
+        ),
         (QWEN3, lambda writer: writer.add_expert_group_scale(0.5), "expert_group_scale is 0.5; this version does not"),
         (QWEN3, lambda w: w.add_expert_shared_count(1), "expert_shared_count is 1; this version does not know"),
         (QWEN3, lambda w: w.add_leading_dense_block_count(1), "leading_dense_block_count is 1; this version does not"),

@@ -171,7 +171,8 @@ def _mix_swapped(weights: LayerWeights) -> LayerWeights:
     mlp = weights.mlp
     if not isinstance(mlp, MoeWeights):
         return weights
-    assert mlp.coefficient is not None and mlp.coefficient.bias_N is not None
+    assert mlp.coefficient is not None
+    assert mlp.coefficient.bias_N is not None
     swapped = replace(
         mlp.coefficient, weight_NI=mlp.coefficient.weight_NI.flip(0), bias_N=mlp.coefficient.bias_N.flip(0)
     )

@@ -40,8 +40,9 @@ def test_only_sizes_are_reduced(name: str) -> None:
 
 def test_text_is_generated_from_token_ids() -> None:
     """By name, as from any other model; the same weights each time."""
-    texts = [load("1.3b-moe-128/256", path="reference", context=8).generate([[3, 1]], max_new_tokens=2) for _ in range(2)]
-    assert texts[0].outputs() == texts[1].outputs()
+    loaded = [load("1.3b-moe-128/256", path="reference", context=8) for _ in range(2)]
+    one, other = (model.generate([[3, 1]], max_new_tokens=2).outputs() for model in loaded)
+    assert one == other
 
 
 @pytest.mark.parametrize("divisor", ["0", "3", "", "-2", "2.0", "x"])
