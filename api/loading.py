@@ -15,7 +15,7 @@ from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.decoder import Decoder, Path
 from twinfer.spec.errors import MachineError, RequestError
 from twinfer.spec.naming import dtype_name
-from twinfer.spec.paper_models import PAPER_MODELS
+from twinfer.spec.paper_models import PAPER_MODELS, reduced
 from twinfer.spec.weights import WeightSource
 
 from .chat import DATE, encode, prompt_ids
@@ -190,9 +190,25 @@ def open_checkpoint(model: str, report: Report | None = None, *, context: int | 
         return open_store_model(FilePath(model), context)
     if model in PAPER_MODELS:
         raise RequestError(
-            f"{model} is known by its config alone: there are no weights of it; see `twinfer inspect {model}`"
+            f"{model} is known by its config only: there are no weights of it; see `twinfer inspect {model}`, or give "
+            f"{model}/64, the same with random weights and the hidden size divided by 64"
         )
+    if (config := reduced(model)) is not None:
+        return _random_checkpoint(model, config, context)
     return open_model(model, context=context, report=report)
+
+
+def _random_checkpoint(model: str, config: ModelConfig, context: int | None) -> "Checkpoint":
+    """Return a model of the paper, its sizes reduced and its weights drawn."""
+    from twinfer.checkpoint import Checkpoint
+    from twinfer.checkpoint.source import limited
+    from twinfer.oracle.models import RandomSource
+
+    source = RandomSource(limited(config, context))
+    about: dict[str, Any] = {"tokenizer": None, "end_tokens": (), "chat_template": None, "special_tokens": {}}
+    return Checkpoint(
+        name=model, source=source, config=source.config, no_tokenizer="its weights are random numbers", **about
+    )
 
 
 def from_transformers(module: Any, *, context: int | None = None) -> WeightSource:

@@ -19,13 +19,25 @@ from .table import Experts
 
 def read_experts(store: TensorStore, reading: Reading, slices: Slices | None) -> dict[str, Tensor]:
     """Read the weights that the tensors fill, or what a rank holds of them; views, where the store gives views."""
-    weights: dict[str, Tensor] = {}
-    for place, name in enumerate(reading.fills):
-        if slices is not None and name not in slices:
-            continue
-        rows, *columns = (None,) * 2 if slices is None else slices[name][1:]
-        weights[name] = _read_one(store, reading, place, rows, columns[0] if columns else None)
-    return weights
+    held = {
+        name: (None, None) if slices is None else slices[name][1:]
+        for name in reading.fills
+        if slices is None or name in slices
+    }
+    if not held:
+        return {}
+    if reading.stored.interleaved:  # what is read of one holds as much of the others
+        ranges = next(iter(held.values()))
+        assert all(each == ranges for each in held.values()), "interleaved weights are cut by the same rows"
+        both = _read_one(store, reading, 0, *_rows_and_columns(ranges))
+        return {name: both[:, place :: len(reading.fills)] for place, name in enumerate(reading.fills)}
+    places = {name: place for place, name in enumerate(reading.fills)}
+    return {name: _read_one(store, reading, places[name], *_rows_and_columns(ranges)) for name, ranges in held.items()}
+
+
+def _rows_and_columns(ranges: tuple[slice | None, ...]) -> tuple[slice | None, slice | None]:
+    """Return both, of a bias None for the columns."""
+    return ranges[0], ranges[1] if len(ranges) > 1 else None
 
 
 def _read_one(store: TensorStore, reading: Reading, place: int, rows: slice | None, columns: slice | None) -> Tensor:
@@ -47,8 +59,7 @@ def _read_one(store: TensorStore, reading: Reading, place: int, rows: slice | No
         left, right, _ = (columns or slice(None)).indices(shape[1])
         cuts.append(slice(left, right))
     tensor = _read_all(store, reading, count, shape, tuple(cuts[::-1] if stored.transposed else cuts))
-    tensor = tensor.transpose(1, 2) if stored.transposed else tensor
-    return tensor[:, place::turns] if stored.interleaved else tensor
+    return tensor.transpose(1, 2) if stored.transposed else tensor
 
 
 def _read_all(store: TensorStore, reading: Reading, count: int, shape: list[int], cuts: tuple[slice, ...]) -> Tensor:

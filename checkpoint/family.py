@@ -187,11 +187,26 @@ def find(families: tuple[Family, ...], config: Fields) -> Family:
                     f"{' and '.join(family.architectures)} are known here"
                 )
             return family
+    refuse_latent_attention(config)
     if not model_type and not classes:
         raise CheckpointError(f"{config.where}model_type is missing; the families known here are: {known}")
     raise CheckpointError(
         f"{config.where}model_type is {model_type!r} (architectures {classes}); the families known here are: {known}"
     )
+
+
+LATENT_RANKS = ("kv_lora_rank", "q_lora_rank")
+
+
+def refuse_latent_attention(config: Fields, prefix: str = "") -> None:
+    """Raise `CheckpointError` for a model whose keys and values go through a narrower map: DeepSeek-V2 and V3."""
+    ranks = [f"{prefix}{rank} is {config.values[prefix + rank]}" for rank in LATENT_RANKS if config.has(prefix + rank)]
+    if ranks:
+        raise CheckpointError(
+            f"{config.where}{' and '.join(ranks)}: its attention is multi-head latent attention (MLA), which this "
+            "version does not compute; it must be a model without these fields, whose layers have query, key and "
+            "value projections of their own, such as GLM-4.5, Qwen 3 or DeepSeek's distilled models"
+        )
 
 
 def alias(config: Fields, *names: str) -> str:

@@ -193,6 +193,10 @@ def _check(
         )
     for name, shape in claimed.items():
         found = tuple(store.shapes[names[name]])
+        if found != shape and len(shape) == 3 and found[1:] == shape[1:]:
+            raise WeightError(
+                f"{store.where}: {names[name]} holds {found[0]} experts; by its config it must hold {shape[0]}"
+            )
         if found != shape:
             raise WeightError(
                 f"{store.where}: {names[name]} has shape {list(found)}; by its config it must be {list(shape)}"

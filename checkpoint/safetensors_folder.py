@@ -17,6 +17,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 
+EXPERT_PICKLES = "layer_*_expert_*_mp_rank_*_model_states.pt"
+"""What DeepSpeed calls the files of single experts."""
+
 
 class SafetensorsFolder:
     """A `TensorStore` over a folder. Raises `CheckpointError` for files that are missing, damaged or unsafe."""
@@ -63,6 +66,13 @@ def _files(folder: Path) -> dict[Path, set[str]]:
         return {folder / SINGLE: set()}
     if (folder / INDEX).is_file():
         return _shards(folder)
+    if found := sorted(folder.glob(EXPERT_PICKLES)):
+        raise CheckpointError(
+            f"{folder} holds {found[0].name} and {len(found) - 1} more pickles of single experts, as DeepSpeed saves "
+            "them; pickles can run any code when read and are refused; where you trust them, load each with "
+            "torch.load(path, weights_only=True), join their tensors with those of the rest of the model under the "
+            f"names that they have, and write them with safetensors.torch.save_file to {SINGLE}"
+        )
     for pattern in PICKLES:
         if found := sorted(folder.glob(pattern)):
             raise CheckpointError(

@@ -207,21 +207,30 @@ def _normed(x_TM: Tensor, weights: Norm | None, config: LayerConfig) -> Tensor:
 
 
 def _heads(qkv_TN: Tensor, weights: Layer, table: Table, config: LayerConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [T, H, D], key and value [T, K, D] from the merged product: clipped, normed, rotated."""
+    """Query [T, H, D], key and value [T, K, D] from the merged product: clipped, normed and rotated."""
     attention = config.attention
     if attention.qkv_clip is not None:
         qkv_TN = qkv_TN.clamp(-attention.qkv_clip, attention.qkv_clip)
     qkv_TGD = qkv_TN.view(qkv_TN.shape[0], -1, attention.head_size)
     first_value = attention.heads + attention.kv_heads
     query_key_TGD, value_TKD = qkv_TGD[:, :first_value], qkv_TGD[:, first_value:]
-    if weights.query_norm is not None and weights.key_norm is not None:
-        query_THD = _head_normed(query_key_TGD[:, : attention.heads], weights.query_norm, attention)
-        key_TKD = _head_normed(query_key_TGD[:, attention.heads :], weights.key_norm, attention)
-        query_key_TGD = torch.cat((query_THD, key_TKD), 1)
+    if not attention.qk_norm_rotated:
+        query_key_TGD = _query_key_normed(query_key_TGD, weights, attention)
     if table is not None:
         assert attention.rotary is not None
         query_key_TGD = rotate(query_key_TGD, *table, attention.rotary.layout)
+    if attention.qk_norm_rotated:
+        query_key_TGD = _query_key_normed(query_key_TGD, weights, attention)
     return query_key_TGD[:, : attention.heads], query_key_TGD[:, attention.heads :], value_TKD
+
+
+def _query_key_normed(query_key_TGD: Tensor, weights: Layer, attention: AttentionConfig) -> Tensor:
+    """Return the heads of queries and keys, normed where there are weights for it."""
+    if weights.query_norm is None or weights.key_norm is None:
+        return query_key_TGD
+    query_THD = _head_normed(query_key_TGD[:, : attention.heads], weights.query_norm, attention)
+    key_TKD = _head_normed(query_key_TGD[:, attention.heads :], weights.key_norm, attention)
+    return torch.cat((query_THD, key_TKD), 1)
 
 
 def _head_normed(x_THD: Tensor, weights: Norm, config: AttentionConfig) -> Tensor:

@@ -121,6 +121,9 @@ def attend(
     if config.rotary is not None and weights.rotary_frequency_J is not None:
         turn = (position_T, weights.rotary_frequency_J, config.rotary.layout, config.rotary.attention_factor)
         query_BTHD, key_BTKD = components.rotate(query_BTHD, *turn), components.rotate(key_BTKD, *turn)
+    if config.qk_norm is not None and config.qk_norm_rotated:
+        query_BTHD = each_head_normed(query_BTHD, weights.query_norm, config, components)
+        key_BTKD = each_head_normed(key_BTKD, weights.key_norm, config, components)
     shaping: dict[str, Any] = {} if config.softcap is None else {"softcap": config.softcap}
     if weights.sink_H is not None:
         shaping["sink_H"] = weights.sink_H
@@ -140,15 +143,27 @@ def attend(
 
 
 def heads(x_BTN: Tensor, weights: NormWeights | None, config: AttentionConfig, components: Components) -> Tensor:
-    """A projection [B, T, H * D] as heads [B, T, H, D], clipped, and normalized where there are weights for it."""
+    """A projection [B, T, H * D] as heads [B, T, H, D], clipped, and normalized where there are weights for it.
+
+    Where the norm follows the rotation, it is left to `attend`.
+    """
     if config.qkv_clip is not None:
         x_BTN = x_BTN.clamp(-config.qkv_clip, config.qkv_clip)
     x_BTHD = rearrange(x_BTN, "b t (h d) -> b t h d", d=config.head_size)
-    if config.qk_norm is None or weights is None:
+    if config.qk_norm is None or weights is None or config.qk_norm_rotated:
         return x_BTHD
     if config.qk_norm_span is QkNormSpan.ALL_HEADS:
         normed_BTN = components.norm(x_BTN, weights, config.qk_norm)
         return rearrange(normed_BTN, "b t (h d) -> b t h d", d=config.head_size)
+    return each_head_normed(x_BTHD, weights, config, components)
+
+
+def each_head_normed(
+    x_BTHD: Tensor, weights: NormWeights | None, config: AttentionConfig, components: Components
+) -> Tensor:
+    """Normalize the D elements of every head by themselves, with gains of its own."""
+    assert config.qk_norm is not None
+    assert weights is not None
     gain_HD = rearrange(weights.gain_M, "(h d) -> h d", d=config.head_size)
     bias_HD = None if weights.bias_M is None else rearrange(weights.bias_M, "(h d) -> h d", d=config.head_size)
     return components.norm(x_BTHD, NormWeights(gain_M=gain_HD, bias_M=bias_HD), config.qk_norm)

@@ -165,8 +165,10 @@ class AttentionConfig:
     qkv_clip: float | None = None
     """Queries, keys and values are cut to -qkv_clip .. qkv_clip as soon as they are projected: MPT, OLMo."""
     qk_norm: NormConfig | None = None
-    """Queries and keys are normalized, before they rotate."""
+    """Queries and keys are normalized."""
     qk_norm_span: QkNormSpan = QkNormSpan.HEAD
+    qk_norm_rotated: bool = False
+    """Whether that is done after they rotate, to what rotated: Hunyuan. Gains then meet other elements."""
     sinks: bool = False
     """Each head has one more score, its `AttentionWeights.sink_H`, in the softmax's denominator only: gpt-oss."""
 
@@ -177,6 +179,12 @@ class AttentionConfig:
         for field in ("softcap", "qkv_clip"):
             value = getattr(self, field)
             require(value is None or value > 0, f"AttentionConfig.{field}", value, "a positive number, or None")
+        require(
+            not self.qk_norm_rotated or self.qk_norm_span is QkNormSpan.HEAD,
+            "AttentionConfig.qk_norm_rotated",
+            self.qk_norm_rotated,
+            "false where the norm is over all heads",
+        )
         require_positive(self, "heads", "kv_heads", "head_size")
         require(
             self.heads % self.kv_heads == 0,

@@ -41,6 +41,31 @@ def paper_model(name: str) -> PaperModel:
     return PAPER_MODELS[name]
 
 
+def reduced(name: str) -> ModelConfig | None:
+    """Return a model of the paper with its hidden size divided: "24b-moe-128/64"; None for any other name.
+
+    Layers, experts and vocabulary stay as many; heads are divided as far as they divide, or one is left. So does all
+    that is the model's own form, at a size that fits: 24b-moe-128/64 has 264 million parameters of 1,047 billion.
+
+    >>> config = reduced("24b-moe-128/64")
+    >>> config.hidden, len(config.layers), config.layers[1].mlp.router.experts, config.layers[1].mlp.expert.width
+    (128, 30, 128, 512)
+
+    Raises `RequestError` for a divisor that does not divide the hidden size.
+    """
+    whole, slash, divisor = name.partition("/")
+    if whole not in PAPER_MODELS or not slash:
+        return None
+    config = PAPER_MODELS[whole].config
+    if not divisor.isdecimal() or int(divisor) == 0 or config.hidden % int(divisor):
+        raise RequestError(f"{name!r} divides the sizes by {divisor!r}; it must be a divisor of {config.hidden}")
+    hidden, by = config.hidden // int(divisor), int(divisor)
+    heads = config.layers[0].attention.heads
+    heads = heads // by if heads % by == 0 else 1
+    sizes = [layer.mlp.router.experts if isinstance(layer.mlp, MoeConfig) else 1 for layer in config.layers]
+    return _model(hidden, tuple(_layer(hidden, heads, experts=experts) for experts in sizes))
+
+
 def _dense(billions: float, *, hidden: int, layers: int, heads: int) -> PaperModel:
     dense = _layer(hidden, heads, experts=1)
     return PaperModel(config=_model(hidden, (dense,) * layers), printed_billions=billions)

@@ -9,7 +9,7 @@ from rich.table import Table
 from twinfer.spec.config import Head, LayerConfig, MlpConfig, ModelConfig, NormPlacement, Residual, Storage
 from twinfer.spec.counts import Count, cache_bytes_per_token, count, total
 from twinfer.spec.moe import MoeConfig
-from twinfer.spec.paper_models import PAPER_MODELS
+from twinfer.spec.paper_models import PAPER_MODELS, reduced
 
 from .console import print_json, print_table, waiting
 from .options import MODEL_HELP, add_json
@@ -19,6 +19,9 @@ DESCRIPTION = "Show a model's config, and its parameters and bytes by component.
 EPILOG = f"""\
 the paper's models, known by config alone:
   {"  ".join(PAPER_MODELS)}
+With the hidden size divided (24b-moe-128/64) other commands run them too, with random weights:
+  twinfer generate 24b-moe-128/64 --prompt-ids 504,3575,282
+  twinfer verify 24b-moe-128/512
 
 with --json, one object: {{"model", "config", "layers": [{{"indices", "config"}}],
   "components": {{name: {{"parameters", "bytes": {{storage: bytes}}}}}}, "total": {{"parameters", "bytes"}},
@@ -152,9 +155,11 @@ def _describe_mlp(config: MlpConfig) -> str:
 
 
 def config_of(model: str) -> ModelConfig:
-    """Return the config of a model of the paper, by its name, or of any that `open_model` takes."""
+    """Return the config of a model of the paper, whole or reduced, by its name, or of any that `open_model` takes."""
     if model in PAPER_MODELS:
         return PAPER_MODELS[model].config
+    if (config := reduced(model)) is not None:
+        return config
     from twinfer.checkpoint import open_model
 
     with waiting() as report:

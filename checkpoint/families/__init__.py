@@ -20,6 +20,7 @@ from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
 from .granite import GRANITE, GRANITE_MOE
+from .hunyuan_moe import HUNYUAN_MOE
 from .internlm2 import INTERNLM2
 from .llama import LLAMA, MISTRAL
 from .megatron_gpt import MEGATRON_GPT
@@ -86,4 +87,5 @@ FAMILIES: tuple[Family, ...] = (
     DBRX,
     GPT_OSS,
     GLM4_MOE,
+    HUNYUAN_MOE,
 )

@@ -1,14 +1,17 @@
-"""GLM 4.5: first layers dense, then experts by sigmoid, chosen with a bias and by groups, beside a shared MLP."""
+"""GLM 4.5: first layers dense, then experts by sigmoid, chosen with a bias and by groups, beside a shared MLP.
+
+Published files hold one layer more, which guesses tokens further ahead and is of no use for plain generation.
+"""
 
 from dataclasses import replace
 
 from ...spec.config import MlpConfig
 from ...spec.moe import MoeConfig, RouterConfig, Score
 from ..family import Family, ParsedConfig, rms_norm
-from ..fields import Fields
-from ..llama_like import GATED_MLP, INPUT_NORMS, SPLIT_QKV, read, table
+from ..fields import MOST_LAYERS, Fields
+from ..llama_like import GATED_MLP, INPUT_NORMS, SPLIT_QKV, layer_count, read, table
 from ..moe_fields import ROUTER_AND_EXPERTS, ROUTER_TRAINING
-from ..table import Heads, linear, norm, tensor
+from ..table import Heads, Ignorable, linear, norm, tensor
 
 
 def _read(config: Fields) -> ParsedConfig:
@@ -25,7 +28,8 @@ def _read(config: Fields) -> ParsedConfig:
     first = config.integer("first_k_dense_replace", 1, least=0)
     width, shared = config.integer("moe_intermediate_size", 1408), config.integer("n_shared_experts", 1)
     own_norm = rms_norm(config, default=1e-5)
-    config.ignore(("num_nextn_predict_layers", "num_mtp_layers"))
+    config.ignore(("num_mtp_layers",))
+    layers, further = layer_count(config), config.integer("num_nextn_predict_layers", 0, least=0, most=MOST_LAYERS)
 
     def feed(index: int, plain: MlpConfig) -> MlpConfig | MoeConfig:
         if index < first:
@@ -33,7 +37,7 @@ def _read(config: Fields) -> ParsedConfig:
         expert = replace(plain, width=width)
         return MoeConfig(router=chooses, expert=expert, shared=replace(plain, width=width * shared))
 
-    return read(
+    parsed = read(
         config,
         norm=own_norm,
         part=0.5,
@@ -43,24 +47,30 @@ def _read(config: Fields) -> ParsedConfig:
         },
         feed=feed,
     )
+    beyond = (
+        Ignorable(name=f"layers.{layers + each}.*", why="guesses tokens further ahead") for each in range(further)
+    )
+    return replace(parsed, table=replace(_TABLE, ignorable=(*_TABLE.ignorable, *beyond)))
 
+
+_TABLE = table(
+    *INPUT_NORMS,
+    *SPLIT_QKV,
+    *norm("self_attn.q_norm", "attention.query_norm", Heads.SHARED),
+    *norm("self_attn.k_norm", "attention.key_norm", Heads.SHARED),
+    *linear("self_attn.o_proj", "attention.output"),
+    *GATED_MLP,
+    *ROUTER_AND_EXPERTS,
+    tensor("mlp.gate.e_score_correction_bias", "mlp.choice_bias_E"),
+    *linear("mlp.shared_experts.gate_proj", "mlp.shared.gate"),
+    *linear("mlp.shared_experts.up_proj", "mlp.shared.up"),
+    *linear("mlp.shared_experts.down_proj", "mlp.shared.down"),
+)
 
 GLM4_MOE = Family(
     model_type="glm4_moe",
     architectures=("Glm4MoeForCausalLM", "Glm4MoeModel"),
     read=_read,
-    table=table(
-        *INPUT_NORMS,
-        *SPLIT_QKV,
-        *norm("self_attn.q_norm", "attention.query_norm", Heads.SHARED),
-        *norm("self_attn.k_norm", "attention.key_norm", Heads.SHARED),
-        *linear("self_attn.o_proj", "attention.output"),
-        *GATED_MLP,
-        *ROUTER_AND_EXPERTS,
-        tensor("mlp.gate.e_score_correction_bias", "mlp.choice_bias_E"),
-        *linear("mlp.shared_experts.gate_proj", "mlp.shared.gate"),
-        *linear("mlp.shared_experts.up_proj", "mlp.shared.up"),
-        *linear("mlp.shared_experts.down_proj", "mlp.shared.down"),
-    ),
+    table=_TABLE,
     ignored=ROUTER_TRAINING,
 )

@@ -12,14 +12,15 @@ from ..table import STACKED_EXPERTS, experts, linear
 
 def _name_factor(config: Fields) -> None:
     """Give the attention factor, which these files write once for short and once for long texts, its usual name."""
-    scaling = config.values.get("rope_scaling")
-    if not isinstance(scaling, dict) or not {"short_mscale", "long_mscale"} & scaling.keys():
-        return
-    short, long = scaling.get("short_mscale"), scaling.get("long_mscale")
-    if short != long:
-        raise config.wrong("rope_scaling", "with long_mscale equal to short_mscale, since one model has one factor")
-    rest = {name: value for name, value in scaling.items() if name not in ("short_mscale", "long_mscale")}
-    config.values = {**config.values, "rope_scaling": {**rest, "attention_factor": short}}
+    for section in ("rope_scaling", "rope_parameters"):
+        scaling = config.values.get(section)
+        if not isinstance(scaling, dict) or not {"short_mscale", "long_mscale"} & scaling.keys():
+            continue
+        short, long = scaling.get("short_mscale"), scaling.get("long_mscale")
+        if short != long:
+            raise config.wrong(section, "with long_mscale equal to short_mscale, since one model has one factor")
+        rest = {name: value for name, value in scaling.items() if name not in ("short_mscale", "long_mscale")}
+        config.values = {**config.values, section: {**rest, "attention_factor": short}}
 
 
 def _read(config: Fields) -> ParsedConfig:

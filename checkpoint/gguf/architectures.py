@@ -7,13 +7,16 @@ have that 1 added.
 
 An activation is that of the published models, which is not always the one that other readers compute with: Falcon,
 GPT-NeoX, MPT and BERT were trained with the exact GELU. So is a window: StarCoder 2's models were trained to see 4096
-tokens, of which converters write nothing.
+tokens, of which converters write nothing. Phi-3.5-MoE has layer norms and routes by SparseMixer, of which files and
+other readers know nothing (they divide by the root mean square, and take a softmax). gpt-oss's YaRN blends between
+pairs that are no whole numbers, and what its experts' gate and up give is cut at 7.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...spec.config import Activation, NormKind, NormPlacement, Residual, RotaryLayout
 from ..table import Heads
+from .experts import EXPERT_WIDTH, Mixture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,9 @@ class Architecture:
     """Whether the gate's rows stand before those of `ffn_up`."""
     qk_norm: Heads | None = None
     """How the gains of query and key norms are kept; where every head has its own, some models have no such norms."""
+    qk_norm_optional: bool = False
+    """Whether some models have none elsewhere too."""
+    qk_norm_rotated: bool = False
     learned_positions: bool = False
     """Beside ALiBi only where the file has a table of them."""
     token_types: bool = False
@@ -70,6 +76,16 @@ class Architecture:
     """Whether embeddings are multiplied by the root of their length."""
     logit_divisor: bool = False
     """Whether `logit_scale` divides."""
+    experts: Mixture | None = None
+    mlp_norm: str = "ffn_norm"
+    """The norm of what the MLP reads, where it stands before the MLP."""
+    rms_epsilon: bool = False
+    """Whether the epsilon of layer norms stands under the key of RMS norms."""
+    sinks: bool = False
+    whole_yarn: bool = True
+    """Whether the two pairs between which YaRN blends are rounded outwards to whole numbers; no key says so."""
+    further_layers: bool = False
+    """Whether `nextn_predict_layers` of the layers, the last ones, are of no use for plain generation."""
     scaled_by_width: int | None = None
     """With so many layers, scores are divided by the root of hidden elements per head, not of the head's size: so do
     the largest models of some series, and no key says so."""
@@ -79,19 +95,20 @@ _LAYER_NORM_GPT = Architecture(
     norm=NormKind.LAYER, rotary=None, activation=Activation.GELU_TANH, gated=False, learned_positions=True
 )
 _LLAMA = Architecture(permuted=True)
+_GRANITE = Architecture(
+    permuted=True,
+    rotation_switch=True,
+    required=("logit_scale",),
+    optional=("attention.scale", "embedding_scale", "residual_scale"),
+    logit_divisor=True,
+)
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 ARCHITECTURES = {
-    "llama": _LLAMA,
+    "llama": replace(_LLAMA, experts=Mixture(recipe="mixtral", optional=True)),
     "internlm2": _LLAMA,
     "smollm3": Architecture(permuted=True, unrotated=4),
-    "granite": Architecture(
-        permuted=True,
-        rotation_switch=True,
-        required=("logit_scale",),
-        optional=("attention.scale", "embedding_scale", "residual_scale"),
-        logit_divisor=True,
-    ),
+    "granite": _GRANITE,
     "qwen2": Architecture(),
     "qwen3": Architecture(qk_norm=Heads.SHARED),
     "olmo2": Architecture(
@@ -188,6 +205,46 @@ ARCHITECTURES = {
         token_types=True,
         embedding_norm=True,
         encoder=True,
+    ),
+    "qwen2moe": Architecture(
+        experts=Mixture(recipe="qwen2-moe", width=EXPERT_WIDTH, divided=True, shared="always", shared_gate=True)
+    ),
+    "qwen3moe": Architecture(
+        qk_norm=Heads.SHARED, experts=Mixture(recipe="qwen3-moe", width=EXPERT_WIDTH, divided=True)
+    ),
+    "olmoe": Architecture(qk_norm=Heads.TOGETHER, experts=Mixture(recipe="olmoe")),
+    "granitemoe": replace(_GRANITE, experts=Mixture(recipe="mixtral", shared="said")),
+    "phimoe": Architecture(
+        norm=NormKind.LAYER,
+        rms_epsilon=True,
+        windows=Windows(period=None, absent=None),
+        experts=Mixture(recipe="phimoe"),
+    ),
+    "dbrx": Architecture(
+        norm=NormKind.LAYER,
+        mlp_norm="attn_output_norm",
+        optional=("attention.clamp_kqv",),
+        experts=Mixture(recipe="qwen3-moe"),
+    ),
+    "gpt-oss": Architecture(
+        mlp_norm="post_attention_norm",
+        windows=Windows(period=2, absent=None),
+        activation=Activation.GELU_SIGMOID,
+        sinks=True,
+        whole_yarn=False,
+        experts=Mixture(recipe="gpt-oss", width=EXPERT_WIDTH, expert={"bias": True, "clamp": 7.0, "up_offset": 1.0}),
+    ),
+    "glm4moe": Architecture(
+        mlp_norm="post_attention_norm",
+        qk_norm=Heads.SHARED,
+        qk_norm_optional=True,
+        further_layers=True,
+        experts=Mixture(recipe="deepseek-v3", width=EXPERT_WIDTH, shared="always", leading_dense=True),
+    ),
+    "hunyuan-moe": Architecture(
+        qk_norm=Heads.SHARED,
+        qk_norm_rotated=True,
+        experts=Mixture(recipe="qwen3-moe", width=EXPERT_WIDTH, shared="always"),
     ),
 }
 """By the name that `general.architecture` has for them."""

@@ -22,11 +22,13 @@ from ...spec.config import (
     QkNormSpan,
     Residual,
 )
+from ...spec.moe import MoeConfig
 from .. import alibi
 from ..family import ParsedConfig, head_size
 from ..fields import MOST_LAYERS, Fields
 from ..rotary_fields import Rotation
 from ..table import Heads
+from . import experts
 from . import rotary as gguf_rotary
 from .architectures import Architecture, Windows
 from .file import GgufFile
@@ -49,10 +51,9 @@ IGNORED = (
 
 def understood(name: str, architecture: Architecture, fields: Fields, file: GgufFile) -> ParsedConfig:
     """Read every key. Raises `ConfigError` or `WeightError` for what is not fully parsed."""
-    fields.only("expert_count", 0)
-    fields.only("expert_used_count", 0)
     reading = _Reading(architecture, fields, file.shapes)
-    context, layers = fields.integer("context_length"), fields.integer("block_count", most=MOST_LAYERS)
+    context, layers = fields.integer("context_length"), layer_count(architecture, fields)
+    feeds = experts.feeds(architecture.experts, fields, layers)
     slopes, numbers = reading.slopes(), reading.numbers()
     attention = reading.attention(numbers, layers, with_alibi=slopes is not None)
     everywhere, local = gguf_rotary.rotations(architecture, fields, file, attention.head_size, context)
@@ -68,7 +69,7 @@ def understood(name: str, architecture: Architecture, fields: Fields, file: Gguf
         residual=reading.residual(),
         residual_scale=numbers.get("residual_scale", 1.0),
     )
-    each = tuple(_layer(layer, window, turn) for window, turn in zip(windows, turns, strict=True))
+    each = tuple(_layer(layer, *own) for own in zip(windows, turns, feeds(layer.dense_mlp), strict=True))
     model = reading.model(name, numbers, context, each)
     fields.ignore(IGNORED)
     fields.finish()
@@ -89,7 +90,8 @@ class _Reading:
 
     def norm(self, tensor: str) -> NormConfig:
         kind = self.architecture.norm
-        return NormConfig(kind=kind, epsilon=self.fields.number(EPSILONS[kind]), bias=self._has(f"{tensor}.bias"))
+        epsilon = self.fields.number(EPSILONS[NormKind.RMS if self.architecture.rms_epsilon else kind])
+        return NormConfig(kind=kind, epsilon=epsilon, bias=self._has(f"{tensor}.bias"))
 
     def attention(self, numbers: Mapping[str, float], layers: int, *, with_alibi: bool) -> AttentionConfig:
         hidden, heads = self.fields.integer("embedding_length"), self._heads()
@@ -99,7 +101,8 @@ class _Reading:
         self.fields.only("attention.causal", not self.architecture.encoder)
         width = hidden // heads if layers == self.architecture.scaled_by_width else size
         kept = self.architecture.qk_norm
-        normed = kept is not None and (kept is not Heads.STACKED or self._has("blk.0.attn_q_norm.weight"))
+        optional = kept is Heads.STACKED or self.architecture.qk_norm_optional
+        normed = kept is not None and (not optional or self._has("blk.0.attn_q_norm.weight"))
         return AttentionConfig(
             heads=heads,
             kv_heads=self.fields.integer("attention.head_count_kv", heads),
@@ -113,6 +116,8 @@ class _Reading:
             qkv_clip=numbers.get("attention.clamp_kqv"),
             qk_norm=self.norm("blk.0.attn_q_norm") if normed else None,
             qk_norm_span=QkNormSpan.ALL_HEADS if kept is Heads.TOGETHER else QkNormSpan.HEAD,
+            qk_norm_rotated=self.architecture.qk_norm_rotated,
+            sinks=self.architecture.sinks,
         )
 
     def mlp(self) -> MlpConfig:
@@ -177,9 +182,17 @@ class _Reading:
         return tensor in self.shapes
 
 
-def _layer(shared: LayerConfig, window: int | None, turn: Rotation | None) -> LayerConfig:
+def layer_count(architecture: Architecture, fields: Fields) -> int:
+    """The layers that a token goes through."""
+    layers = fields.integer("block_count", most=MOST_LAYERS)
+    if not architecture.further_layers:
+        return layers
+    return layers - fields.integer("nextn_predict_layers", 0, least=0, most=layers - 1)
+
+
+def _layer(shared: LayerConfig, window: int | None, turn: Rotation | None, mlp: MlpConfig | MoeConfig) -> LayerConfig:
     turning = None if turn is None else turn.config
-    return replace(shared, attention=replace(shared.attention, window=window, rotary=turning))
+    return replace(shared, attention=replace(shared.attention, window=window, rotary=turning), mlp=mlp)
 
 
 def _windows(windows: Windows | None, fields: Fields, layers: int) -> list[int | None]:

@@ -27,6 +27,9 @@ _ROWS = 2048
 TOKEN_TYPES = "token_types.weight"
 """A table, of which converters drop the first axis where it has a single row."""
 
+SHARED_GATE = "ffn_gate_inp_shexp.weight"
+"""The end of a linear map's name whose only row converters write without its axis."""
+
 REMEDY = "fetch the file again"
 
 
@@ -113,6 +116,7 @@ class GgufFile:
         shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in self._header.tensors}
         if len(shapes.get(TOKEN_TYPES, ())) == 1:
             shapes[TOKEN_TYPES] = (1, *shapes[TOKEN_TYPES])
+        shapes |= {name: (1, *shape[-1:]) for name, shape in shapes.items() if name.endswith(SHARED_GATE)}
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def take_metadata(self) -> dict[str, Any]:
@@ -139,19 +143,21 @@ class GgufFile:
         tensor, shape = self._tensors[name], self.shapes[name]
         if len(tensor.shape) < 2:
             return self.read(name)[cuts]
-        rows, columns = (range(size)[cut] for size, cut in zip(shape, cuts, strict=True))
+        *rows, columns = (range(size)[cut] for size, cut in zip(shape, cuts, strict=True))
         block, _ = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
         first, end = columns.start // block, -(-columns.stop // block)
-        per_block = tensor.data.shape[1] * block // shape[1]
-        data = tensor.data[rows.start : rows.stop, first * per_block : end * per_block]
-        out = self._dequantized(tensor, (len(rows), (end - first) * block), data)
-        return out[:, columns.start - first * block : columns.stop - first * block]
+        per_block = tensor.data.shape[-1] * block // shape[-1]
+        taken = (*(slice(each.start, each.stop) for each in rows), slice(first * per_block, end * per_block))
+        out = self._dequantized(tensor, (*map(len, rows), (end - first) * block), tensor.data[taken])
+        return out[..., columns.start - first * block : columns.stop - first * block]
 
     def _dequantized(self, tensor: Any, shape: tuple[int, ...], data: Any) -> Tensor:
         """Read some rows at a time: the library's arithmetic takes several times the memory of its result."""
         out = np.empty(shape, np.float32)
-        for first in range(0, shape[0], _ROWS):
-            out[first : first + _ROWS] = dequantize(data[first : first + _ROWS], tensor.tensor_type)
+        for matrix in np.ndindex(shape[:-2]):
+            for first in range(0, shape[-2], _ROWS):
+                rows = (*matrix, slice(first, first + _ROWS))
+                out[rows] = dequantize(data[rows], tensor.tensor_type)
         self._header.forget_pages()
         return torch.from_numpy(out)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ...spec.errors import CheckpointError
+from ..family import refuse_latent_attention
 from ..fields import Fields
 from ..source import FileSource
 from . import rotary as gguf_rotary
@@ -20,7 +21,8 @@ def source(file: GgufFile, metadata: dict[str, Any], most_tokens: int | None = N
     fields = Fields(values, f"{file.where}: {prefix}", most_tokens=most_tokens)
     read = understood(name, architecture, fields, file)
     used = () if architecture.rotary is None else gguf_rotary.TENSORS
-    names = table(architecture, file.shapes)
+    layers = len(read.config.layers)
+    names = table(architecture, file.shapes, range(layers, fields.integer("block_count")))
     return FileSource(
         read.config, names, _Without(file, used), read.buffers(), most_tokens=most_tokens, notes=fields.notes
     )
@@ -30,6 +32,7 @@ def _architecture(file: GgufFile, metadata: dict[str, Any]) -> str:
     general = Fields(metadata, f"{file.where}: ")
     architecture = general.text("general.architecture")
     if architecture not in ARCHITECTURES:
+        refuse_latent_attention(general, f"{architecture}.attention.")
         raise CheckpointError(
             f"{file.where} is of architecture {architecture!r}; the GGUF architectures known here are: "
             + ", ".join(ARCHITECTURES)

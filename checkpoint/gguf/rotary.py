@@ -36,7 +36,7 @@ def rotations(
         fields.only("rope.dimension_count", head_size)  # half of a head's pairs cannot be put back into their places
     size = fields.integer("rope.dimension_count", head_size)
     base = fields.number("rope.freq_base", 10000.0)
-    frequency_J, attention_factor = _scaled(fields, file, base, size, context)
+    frequency_J, attention_factor = _scaled(fields, file, base, size, context, whole=architecture.whole_yarn)
     turning = RotaryConfig(layout=architecture.rotary, size=size, attention_factor=attention_factor)
     everywhere, windows = Rotation(config=turning, frequency_J=frequency_J), architecture.windows
     if windows is None:
@@ -52,7 +52,9 @@ def rotations(
     return everywhere, Rotation(config=plain, frequency_J=rotary.frequencies(local, size))
 
 
-def _scaled(fields: Fields, file: GgufFile, base: float, size: int, context: int) -> tuple[Tensor, float]:
+def _scaled(
+    fields: Fields, file: GgufFile, base: float, size: int, context: int, *, whole: bool
+) -> tuple[Tensor, float]:
     """The scaled frequencies, and by how much what rotates is lengthened."""
     frequency_J, attention_factor = rotary.frequencies(base, size), 1.0
     kinds = {kind: kind for kind in ("none", "linear", "yarn", "longrope")}
@@ -62,7 +64,7 @@ def _scaled(fields: Fields, file: GgufFile, base: float, size: int, context: int
     if kind == "linear":
         frequency_J = rotary.scaled_linearly(frequency_J, factor)
     if kind == "yarn":
-        frequency_J, attention_factor = _yarn(fields, frequency_J, base, size, factor, original)
+        frequency_J, attention_factor = _yarn(fields, frequency_J, base, size, factor, original, whole)
     if DIVISORS in file.shapes:
         frequency_J = frequency_J / _divisors(file, DIVISORS, size)
     if LONG in file.shapes or SHORT in file.shapes:
@@ -79,7 +81,7 @@ def _scaled(fields: Fields, file: GgufFile, base: float, size: int, context: int
 
 
 def _yarn(
-    fields: Fields, frequency_J: Tensor, base: float, size: int, factor: float, original: int
+    fields: Fields, frequency_J: Tensor, base: float, size: int, factor: float, original: int, whole: bool
 ) -> tuple[Tensor, float]:
     fields.only("rope.scaling.yarn_ext_factor", 1.0)
     if base <= 1:
@@ -92,7 +94,7 @@ def _yarn(
         fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
         slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
         original_context=original,
-        whole=True,
+        whole=whole,
     )
     attention_factor = rotary.yarn_attention_factor(factor)
     given = fields.number("rope.scaling.yarn_attn_factor", attention_factor)

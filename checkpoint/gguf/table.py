@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from ...spec.config import NormPlacement
 from ..permutation import key_rows, query_rows
-from ..table import QKV, Heads, Stored, Table, linear, norm, output, tensor
+from ..table import GATE_UP, QKV, Experts, Heads, Ignorable, Stored, Table, experts, linear, norm, output, tensor
 from .architectures import Architecture
 
 NORMS = {
@@ -29,13 +29,33 @@ TWO_NORMS = {"attn_norm_2": "attention_norm", "attn_norm": "mlp_norm"}
 
 FUSED = linear("attn_qkv", *QKV)
 
+EXPERTS = (
+    *linear("ffn_gate_inp", "mlp.router"),
+    tensor("exp_probs_b.bias", "mlp.choice_bias_E"),
+    *experts("ffn_gate_exps", GATE_UP[0], form=Experts.STACKED),
+    *experts("ffn_up_exps", GATE_UP[1], form=Experts.STACKED),
+    *experts("ffn_down_exps", "mlp.experts.down", form=Experts.STACKED),
+    *experts("ffn_gate_up_exps", *GATE_UP, form=Experts.STACKED),
+    *experts("ffn_gate.{expert}", GATE_UP[0]),
+    *experts("ffn_up.{expert}", GATE_UP[1]),
+    *experts("ffn_down.{expert}", "mlp.experts.down"),
+    *linear("ffn_gate_shexp", "mlp.shared.gate"),
+    *linear("ffn_up_shexp", "mlp.shared.up"),
+    *linear("ffn_down_shexp", "mlp.shared.down"),
+    *linear("ffn_gate_inp_shexp", "mlp.shared_gate"),
+)
+"""Experts stacked, as converters write them since 2024, with gate and up apart or together; one by one before."""
+
 
 def layer_norms(architecture: Architecture, names: Collection[str]) -> dict[str, str]:
-    return TWO_NORMS if "blk.0.attn_norm_2.weight" in names else NORMS[architecture.placement]
+    if "blk.0.attn_norm_2.weight" in names:
+        return TWO_NORMS
+    placed = NORMS[architecture.placement]
+    return {architecture.mlp_norm if name == "ffn_norm" else name: fills for name, fills in placed.items()}
 
 
-def table(architecture: Architecture, names: Collection[str]) -> Table:
-    """The table for a file that holds tensors of these names."""
+def table(architecture: Architecture, names: Collection[str], further: Collection[int] = ()) -> Table:
+    """The table for a file that holds tensors of these names, with the numbers of layers that are of no use."""
     return Table(
         layers="blk.{layer}.",
         embedding=(
@@ -53,7 +73,10 @@ def table(architecture: Architecture, names: Collection[str]) -> Table:
             *linear("ffn_up", *(("mlp.gate", "mlp.up") if architecture.gate_in_up else ("mlp.up",))),
             *(() if architecture.gate_in_up else linear("ffn_gate", "mlp.gate")),
             *linear("ffn_down", "mlp.down"),
+            *(() if architecture.experts is None else EXPERTS),
+            tensor("attn_sinks.weight", "attention.sink_H"),
         ),
+        ignorable=tuple(Ignorable(name=f"blk.{layer}.*", why="guesses tokens further ahead") for layer in further),
         head=(*norm("output_norm", "norm"), *output("output")),
     )
 

@@ -140,7 +140,8 @@ def _slopes_negated(inputs: Inputs) -> Inputs:
 
 def _other_span(inputs: Inputs) -> Inputs:
     config: AttentionConfig = inputs["config"]
-    return {"config": replace(config, qk_norm_span=next(s for s in QkNormSpan if s is not config.qk_norm_span))}
+    other = next(span for span in QkNormSpan if span is not config.qk_norm_span)
+    return {"config": replace(config, qk_norm_span=other, qk_norm_rotated=False)}
 
 
 def _normed_after_rotating(

@@ -63,6 +63,7 @@ def layer_cases(pick: Picker, op: str) -> Case:
             "kind": pick.choice([kind.value for kind in Activation]),
             "gated": pick.choice([True, False]),
             "bias": pick.choice([False, True]),
+            "qk_norm_rotated": pick.choice([False, True]),
         },
         data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
@@ -111,6 +112,7 @@ def _attention_config(case: Case, norm: NormConfig) -> AttentionConfig:
         qkv_clip=options["qkv_clip"],
         qk_norm=head_norm if options["qk_norm"] else None,
         qk_norm_span=QkNormSpan(options["qk_norm"] or "head"),
+        qk_norm_rotated=options["qk_norm"] == "head" and options["qk_norm_rotated"],
     )
 
 

@@ -101,6 +101,14 @@ def test_an_empty_folder_and_a_file_of_another_kind(tmp_path: Path) -> None:
         (b"[1, 2]", "config.json holds a JSON list; it must hold an object"),
         (b"{}", "model_type is missing; the families known here are: llama, mistral, gpt2"),
         (b'{"model_type": "mamba"}', "model_type is 'mamba' (architectures []); the families known here are: llama"),
+        (
+            b'{"model_type": "deepseek_v3", "kv_lora_rank": 512, "q_lora_rank": 1536}',
+            "kv_lora_rank is 512 and q_lora_rank is 1536: its attention is multi-head latent attention (MLA)",
+        ),
+        (
+            b'{"model_type": "deepseek_v2", "kv_lora_rank": 512, "q_lora_rank": null}',
+            "config.json: kv_lora_rank is 512: its attention is multi-head latent attention (MLA)",
+        ),
         (b'{"architectures": ["MambaModel"]}', "(architectures ['MambaModel']); the families known here are: llama"),
         (
             b'{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}',

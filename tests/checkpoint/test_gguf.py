@@ -301,7 +301,12 @@ def yarn(
             'general.type is ["model"]; it must be a string',
         ),
         ({"change": lambda w: w.add_string("split.count", "3")}, ConfigError, 'split.count is "3"; it must be a whole'),
-        ({"change": lambda w: w.add_expert_count(8)}, ConfigError, "llama.expert_count is 8; it must be 0"),
+        ({"change": lambda w: w.add_expert_count(8)}, ConfigError, "llama.expert_used_count is missing"),
+        (
+            {"architecture": "deepseek2", "change": lambda w: w.add_kv_lora_rank(512)},
+            CheckpointError,
+            "deepseek2.attention.kv_lora_rank is 512: its attention is multi-head latent attention (MLA)",
+        ),
         ({"change": lambda w: w.add_logit_scale(2.0)}, ConfigError, "llama.logit_scale is 2.0; this version does not"),
         (
             {"change": lambda w: w.add_string("llama.rope.scaling.type", "ntk")},

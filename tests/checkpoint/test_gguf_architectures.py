@@ -37,8 +37,9 @@ from .gguf_converter import Config, Rows, kept, offset
 from .gguf_kind import ROPES, Kind
 from .gguf_kinds_gpt import GPT_KINDS
 from .gguf_kinds_llama import LLAMA_KINDS
+from .gguf_kinds_moe import MOE_KINDS, one_map_a_tensor
 
-KINDS = [*LLAMA_KINDS, *GPT_KINDS]
+KINDS = [*LLAMA_KINDS, *GPT_KINDS, *MOE_KINDS]
 IDS = [f"{kind.architecture}-{kind.model.__name__}-{index}" for index, kind in enumerate(KINDS)]
 
 
@@ -58,9 +59,11 @@ class Written:
             extra = {"add_pooling_layer": False} if kind.model is hf.BertModel else {}
             self.model = kind.model(config, **extra).eval()
         self.model.set_attn_implementation("eager")
+        if hasattr(self.model, "set_experts_implementation"):
+            self.model.set_experts_implementation("eager")  # the grouped products know no float64
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in self.model.parameters():
+            for _, parameter in numbers_of(self.model):
                 drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
                 exact = parameter.ndim == 1 and kind.rows is offset  # 1 more is a float32 as well
                 parameter.copy_((drawn * 2**10).round() / 2**10 if exact else drawn)
@@ -84,7 +87,7 @@ class Written:
         (architecture,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.kind.architecture)
         names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
         found: dict[str, Rows] = {}
-        for name, values in named_parameters(self.model).items():
+        for name, values in one_map_a_tensor(named_parameters(self.model), config).items():
             bare = name.removeprefix("transformer.") if config.model_type == "bloom" else name
             known = names.get_name(bare, try_suffixes=(".weight", ".bias"))
             assert known is not None, name
@@ -110,11 +113,17 @@ class Written:
         return float(((self.ours() - self.theirs).abs().amax(-1) / self.theirs.abs().amax(-1)).max())
 
 
+def numbers_of(model: hf.PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """The parameters, and buffers that files hold as well."""
+    held = [pair for pair in model.named_buffers() if pair[0].endswith("e_score_correction_bias")]
+    return [*model.named_parameters(), *held]
+
+
 def named_parameters(model: hf.PreTrainedModel) -> dict[str, Rows]:
     """Once each, norms of single heads stacked, as float32, which is how they were drawn."""
     found: dict[str, Rows] = {}
     stacks: dict[str, list[Rows]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in numbers_of(model):
         values = parameter.detach().float().numpy()
         before, norms, _ = name.partition(".norms.")
         if norms:

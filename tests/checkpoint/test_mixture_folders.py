@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from twinfer.checkpoint import open_model
 from twinfer.converting import convert
@@ -105,6 +105,23 @@ def test_choices_that_cannot_be_made_are_refused(
 ) -> None:
     _write(published, tmp_path, fields)
     with pytest.raises(ConfigError, match=says):
+        open_model(str(tmp_path))
+
+
+def test_glm_s_layer_that_guesses_further_ahead_is_left_out(tmp_path: Path) -> None:
+    """Files hold it behind the others, under the next number; one that the config does not speak of is refused."""
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "head_dim": 4}
+    few = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
+    config = Glm4MoeConfig(**sizes, **few, num_attention_heads=2, num_key_value_heads=1)
+    Glm4MoeForCausalLM(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {"model.layers.2.eh_proj.weight": torch.zeros(8, 16), "model.layers.2.enorm.weight": torch.zeros(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"num_nextn_predict_layers": 1}))
+    assert len(open_model(str(tmp_path)).config.layers) == 2
+    (tmp_path / "config.json").write_text(json.dumps(values | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(WeightError, match=r"holds model\.layers\.2\.eh_proj\.weight"):
         open_model(str(tmp_path))
 
 

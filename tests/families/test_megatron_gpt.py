@@ -45,7 +45,14 @@ def merged(stacked: Tensor, heads: int, version: float) -> Tensor:
     return torch.stack(rows)
 
 
-USUAL = {"version": 3.0, "stack": "encoder", "attention": "self_attention", "repeats_head": False, "activation": {}}
+USUAL = {
+    "version": 3.0,
+    "stack": "encoder",
+    "attention": "self_attention",
+    "repeats_head": False,
+    "activation": {},
+    "experts": {},
+}
 
 
 class GPT2LMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[misc]
@@ -72,10 +79,17 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[misc]
                 stacked = theirs[f"{there}attn.c_attn.{part}"].movedim(-1, 0)
                 own[f"{here}{attention}.query_key_value.{part}"] = merged(stacked, config.n_head, form["version"])
                 for gpt2, name in MODULES.items():
+                    if f"{there}{gpt2}.{part}" not in theirs:
+                        continue
                     kept = f"{attention}.{name}" if name == "dense" else name
                     own[f"{here}{kept}.{part}"] = theirs[f"{there}{gpt2}.{part}"].movedim(-1, 0)
                 for gpt2, name in NORMS.items():
                     own[f"{here}{name}.{part}"] = theirs[f"{there}{gpt2}.{part}"]
+            own |= {
+                f"{here}{name.removeprefix(there)}": each
+                for name, each in theirs.items()
+                if name.startswith(f"{there}mlp.") and not name.startswith((f"{there}mlp.c_fc", f"{there}mlp.c_proj"))
+            }
         save_file({name: each.contiguous() for name, each in own.items()}, Path(folder) / "model.safetensors")
         arguments = {
             "model_type": "megatron_gpt",
@@ -95,6 +109,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[misc]
             "apply_residual_connection_post_layernorm": False,
             "attention_dropout": 0.1,
             "fp16": True,
+            **form["experts"],
         }
         (Path(folder) / "config.json").write_text(json.dumps(arguments))
 

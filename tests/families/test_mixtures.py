@@ -27,6 +27,8 @@ OLMOE = SIZES | {"num_experts": 6, "num_experts_per_tok": 3}
 LOCAL = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
 GLM = SIZES | {"moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 3, "head_dim": 8}
 OSS = LOCAL | {"head_dim": 4, "sliding_window": 4, "num_hidden_layers": 3}
+HUNYUAN = SIZES | {"num_experts": 5, "moe_topk": 3, "head_dim": 8}
+ALPHA = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 1.0, "alpha": 9.0}
 DBRX_INNER = {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16}
 DBRX = {"d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 20}
 
@@ -90,6 +92,10 @@ CONFIGS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             GLM | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "use_qk_norm": True},
         ],
     ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1",
+        [HUNYUAN | {"attention_bias": True, "rope_parameters": ALPHA}, HUNYUAN | {"tie_word_embeddings": True}],
+    ),
 }
 
 WRONG: dict[str, dict[str, dict[str, Any]]] = {
@@ -108,6 +114,10 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "dbrx": {"not renormalized": router_with(renormalize=False), "not cut": attention_with(qkv_clip=None)},
     "gpt_oss": {"sinks of the wrong sign": SINKS_NEGATED, "gate and up swapped": GATE_AND_UP_SWAPPED},
     "glm4_moe": {"no groups": router_with(groups=1, kept_groups=1), "not scaled": router_with(scale=1.0)},
+    "hunyuan_v1_moe": {
+        "normed before they rotate": attention_with(qk_norm_rotated=False),
+        "not renormalized": router_with(renormalize=False),
+    },
 }
 
 

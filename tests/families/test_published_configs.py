@@ -55,6 +55,7 @@ PARAMETERS: dict[str, int | str] = {
     "gpt2-xl": 1_557_611_200,
     "granite-3.0-1b-a400m": "1.3B",
     "granite-3.0-2b": 2_533_531_648,
+    "hunyuan-a13b": "80B",
     "internlm2-7b": 7_737_708_544,
     "llama-3.2-1b-unsloth": 1_235_814_400,
     "llama-3.1-8b": 8_030_261_248,
