@@ -17,6 +17,7 @@ from .ops import norms as norm_ops
 from .ops import pooling as pooling_ops
 from .ops import positions as position_ops
 from .ops import quantize as quantize_ops
+from .ops import route as route_ops
 from .ops import sampling as sampling_ops
 from .ops import sbi_gemm as sbi_ops
 from .ops import shaped_attention as shaped_attention_ops
@@ -32,6 +33,7 @@ _ALL = (
     norm_ops.NORM,
     mlp_ops.ACTIVATION,
     mlp_ops.MLP,
+    route_ops.ROUTE,
     position_ops.ROTATE,
     position_ops.ALIBI,
     attention_ops.VISIBLE,
@@ -80,7 +82,7 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
                 ),
                 *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch", "combine")),
                 *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch_one_hot", "combine_one_hot")),
-                *("twinfer.reference.routing.route", "twinfer.reference.moe.moe"),
+                "twinfer.reference.moe.moe",
             ),
             "of no path yet: its tests hold it against plain loops and transformers' blocks",
         ),
