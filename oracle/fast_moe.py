@@ -5,7 +5,9 @@ Shapes: as in the reference's files.
 
 from torch import Tensor
 
-from ..compiled import routing
+from ..compiled import dispatch, experts, routing
+from ..reference.dispatch import capacity
+from ..spec.moe import CapacityConfig
 from .case import Inputs
 from .op import Fast, Function
 
@@ -16,3 +18,23 @@ def _route(function: Function, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 ROUTE = (Fast(routing.route, _route),)
+
+
+def _dispatch(function: Function, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By the tables; how many choices an expert got is counted as where they are sorted by expert."""
+    count, expert_TK = inputs["experts"], inputs["expert_TK"]
+    how = {} if inputs["factor"] is None else {name: inputs[name] for name in ("factor", "minimum")}
+    places = capacity(len(expert_TK), count, expert_TK.shape[1], CapacityConfig(**how) if how else None)
+    slot_TK = dispatch.slots_of(routing.Routing(expert_TK, inputs["weight_TK"]), count, places, inputs["order"])
+    x_ECM: Tensor = function(inputs["x_TM"], slot_TK, count, places)
+    rows_E = experts.sort_by_expert(expert_TK, count).rows_E
+    return slot_TK, dispatch.tokens_of_slots(slot_TK, count, places), rows_E, x_ECM
+
+
+def _combine(function: Function, inputs: Inputs) -> Tensor:
+    out_TM: Tensor = function(inputs["out_ECM"], inputs["slot_TK"], inputs["weight_TK"])
+    return out_TM
+
+
+DISPATCH = (Fast(dispatch.dispatch, _dispatch),)
+COMBINE = (Fast(dispatch.combine, _combine),)
