@@ -3,10 +3,16 @@
 Shapes: as in the reference's files.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from ..compiled import dispatch, experts, routing
+from ..compiled import dispatch, experts, linear, moe, routing
+from ..compiled.embedding import Product
+from ..compiled.weights import prepared_moe
 from ..reference.dispatch import capacity
+from ..spec.config import Storage
 from ..spec.moe import CapacityConfig
 from .case import Inputs
 from .op import Fast, Function
@@ -36,5 +42,28 @@ def _combine(function: Function, inputs: Inputs) -> Tensor:
     return out_TM
 
 
+def _moe_with(product: Product) -> Callable[[Function, Inputs], Tensor]:
+    def adapt(function: Function, inputs: Inputs) -> Tensor:
+        x_BTM: Tensor = inputs["x_BTM"]
+        storage = Storage.BFLOAT16 if x_BTM.dtype is torch.bfloat16 else Storage.FLOAT32  # exact of such weights
+        packed = prepared_moe(inputs["weights"], storage, x_BTM.device, x_BTM.dtype)
+        out_TM: Tensor = function(x_BTM.flatten(0, 1).contiguous(), packed, inputs["config"], storage, product)
+        return out_TM.view(x_BTM.shape)
+
+    return adapt
+
+
+def _drops_nothing(inputs: Inputs) -> bool:
+    return inputs["config"].capacity is None
+
+
+def _drops_nothing_of_few(inputs: Inputs) -> bool:
+    return _drops_nothing(inputs) and inputs["x_BTM"].flatten(0, 1).shape[0] <= linear.PASS_ROWS
+
+
+MOE = (
+    Fast(moe.moe, _moe_with(linear.linear_decode), applies=_drops_nothing_of_few),
+    Fast(moe.moe, _moe_with(linear.linear_prefill), applies=_drops_nothing),
+)
 DISPATCH = (Fast(dispatch.dispatch, _dispatch),)
 COMBINE = (Fast(dispatch.combine, _combine),)

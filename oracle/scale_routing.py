@@ -65,8 +65,9 @@ def weights_known(logit_TE: Known, expert_TK: Tensor, config: RouterConfig) -> K
     """The weights of chosen experts, from logits on whose way something was rounded."""
     value_TK = choice_weights(logit_TE.value, expert_TK, config)
     through = _relative_change(logit_TE.value, expert_TK, config)
-    own = weight_sizes(logit_TE.value, expert_TK, config).wide
-    return Known(value_TK, root(own, value_TK * through(logit_TE.wide)), value_TK * through(logit_TE.narrow))
+    sizes = weight_sizes(logit_TE.value, expert_TK, config)
+    own_TK = sizes.wide + sizes.jump / torch.finfo(torch.float32).eps
+    return Known(value_TK, root(own_TK, value_TK * through(logit_TE.wide)), value_TK * through(logit_TE.narrow))
 
 
 def _relative_change(logit_TE: Tensor, expert_TK: Tensor, config: RouterConfig) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,7 @@ from .ops import layer as layer_ops
 from .ops import linear as linear_ops
 from .ops import logits as logit_ops
 from .ops import mlp as mlp_ops
+from .ops import moe as moe_ops
 from .ops import norms as norm_ops
 from .ops import pooling as pooling_ops
 from .ops import positions as position_ops
@@ -38,6 +39,7 @@ _ALL = (
     route_ops.ROUTE,
     dispatch_ops.DISPATCH,
     combine_ops.COMBINE,
+    moe_ops.MOE,
     position_ops.ROTATE,
     position_ops.ALIBI,
     attention_ops.VISIBLE,
@@ -89,7 +91,6 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
             (f"twinfer.reference.dispatch.{name}" for name in ("dispatch_one_hot", "combine_one_hot")),
             "a variant of dispatch and combine, which have records",
         ),
-        "twinfer.reference.moe.moe": "of no path yet: its tests hold it against plain loops and transformers' blocks",
         "twinfer.reference.layer.feed_forward": "chooses between an MLP and experts by the config's kind",
         "twinfer.reference.moe.router_logits": "a linear map in float32, which has a record",
         "twinfer.reference.routing.choice_weights": "the weights that route returns, for choices that are given",
