@@ -72,29 +72,49 @@ class Chosen:
         differs_T = (expert_TK != expected_TK).any(-1) & (expert_TK != true_TK).any(-1)
         if not differs_T.any():
             return None
-        score_TE = ranking(logit_TE, config, bias_E)
-        bias_size_E = 0.0 if bias_E is None else bias_E.abs()
-        allowed_TE = (
-            2 * _EPS * (score_sizes(logit_TE, config.score) + bias_size_E + score_TE.abs() * (bias_E is not None))
-        )
-        allowed_TE = allowed_TE + torch.finfo(torch.float32).smallest_normal
+        spaces = _score_spaces(logit_TE, config, bias_E)
         for token in differs_T.nonzero()[:, 0].tolist():
             chosen, best = expert_TK[token].tolist(), true_TK[token].tolist()
             where = f"token {token}: experts {chosen} instead of {best}"
-            score_E, allowed_E = score_TE[token], allowed_TE[token]
-            judged = judge_choice(chosen, score_E, allowed_E, config)
-            if not judged.gap <= judged.allowed:
-                return f"{where}; their scores are {judged.gap:.3g} apart, and {judged.allowed:.3g} is allowed"
-            if self.best_first:
-                for first, second in pairwise(chosen):
-                    gap = float(score_E[second] - score_E[first])
-                    if not gap <= float(allowed_E[first] + allowed_E[second]):
-                        return f"{where}: expert {second} comes after {first}, and its score is larger by {gap:.3g}"
+            of_token = [(score_TE[token], allowed_TE[token]) for score_TE, allowed_TE in spaces]
+            wrong = [_wrongly_ranked(chosen, *each, config, ordered=self.best_first) for each in of_token]
+            if all(wrong):
+                return f"{where}; {wrong[0]}"
             key_E = logit_TE[token] if bias_E is None else torch.complex(logit_TE[token], bias_E)
             tied = _against_the_rule(chosen, key_E, config, ordered=self.best_first)
             if self.lower_index and tied is not None:
                 return f"{where}: of equal experts {tied[0]} and {tied[1]} the higher index goes first"
         return None
+
+
+def _score_spaces(logit_TE: Tensor, config: RouterConfig, bias_E: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Return the scores by which experts may be ranked, each with what rounding may change, logits being given.
+
+    A softmax over the chosen ranks by logits, or, as public code does, by a softmax over all, in which more is equal.
+    """
+    least = torch.finfo(torch.float32).smallest_normal
+    score_TE = ranking(logit_TE, config, bias_E)
+    size_TE = score_sizes(logit_TE, config.score)
+    if bias_E is not None:
+        size_TE = size_TE + bias_E.abs() + score_TE.abs()
+    spaces = [(score_TE, 2 * _EPS * size_TE + least)]
+    if config.score is Score.SOFTMAX_OF_CHOSEN and config.kept_groups == config.groups:
+        spaces.append((torch.softmax(logit_TE, -1), 2 * _EPS * score_sizes(logit_TE, Score.SOFTMAX) + least))
+    return spaces
+
+
+def _wrongly_ranked(
+    chosen: list[int], score_E: Tensor, allowed_E: Tensor, config: RouterConfig, *, ordered: bool
+) -> str | None:
+    """Return what is wrong with the choice by these scores."""
+    judged = judge_choice(chosen, score_E, allowed_E, config)
+    if not judged.gap <= judged.allowed:
+        return f"their scores are {judged.gap:.3g} apart, and {judged.allowed:.3g} is allowed"
+    for first, second in pairwise(chosen) if ordered else ():
+        gap = float(score_E[second] - score_E[first])
+        if not gap <= float(allowed_E[first] + allowed_E[second]):
+            return f"expert {second} comes after {first}, and its score is larger by {gap:.3g}"
+    return None
 
 
 def misnamed(expert_TK: Tensor, config: RouterConfig) -> str | None:
@@ -151,6 +171,8 @@ class Steered:
         (logit_TE, config, bias_E, chosen_TK), eager_TE = steering.calls[0], steering.calls[1][0]
         scale_T = self.logit_scale(trial.sized_inputs).amax(-1)
         error_T = logit_errors(logit_TE, eager_TE[None], scale_T)
+        if config.score is Score.SOFTMAX_OF_CHOSEN:
+            error_T = error_T + 4 * _EPS  # who ranks by a softmax over all rounds that
         if trial.arithmetic is Arithmetic.NARROW:
             error_T = error_T + 2 * torch.finfo(trial.case.dtype).eps * scale_T
         if steered.misfit() is None and reported and not torch.equal(reported[-1], chosen_TK):
