@@ -27,6 +27,8 @@ from .scale_routing import score_sizes, weight_sizes
 from .trial import Arithmetic, Trial, Verdict, failure
 
 _EPS = torch.finfo(torch.float32).eps
+_COUNTS_FOR_NOTHING = 1e-30
+"""A weight so small that it does not matter whose it is: the best expert's is 1 / E at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +234,7 @@ def nearly_tied(
 ) -> Tensor:
     """Return, for each token, whether exchanging one expert or one group would be right as well, boolean [T].
 
-    Where logits are exact, equal ones have a rule and are no near-tie.
+    Where logits are exact, equal ones have a rule and are no near-tie; nor are experts that do not count.
     """
     error_T = error_T.where(~exact_T, 0.0)
     score_TE = ranking(logit_TE, config, bias_E)
@@ -247,6 +249,8 @@ def nearly_tied(
     left_TE = kept_TG.repeat_interleave(group_TGE.shape[-1], 1) & ~best_TE
     near_TKE = _close(score_TE.gather(1, best_TK), score_TE, allowed_TE.gather(1, best_TK), allowed_TE)
     ruled_TKE = (key_TE.gather(1, best_TK)[:, :, None] == key_TE[:, None, :]) & exact_T[:, None, None]
+    if config.score is Score.SOFTMAX and bias_E is None:
+        ruled_TKE = ruled_TKE | (score_TE.gather(1, best_TK) < _COUNTS_FOR_NOTHING)[:, :, None]
     near_T = (near_TKE & left_TE[:, None, :] & ~ruled_TKE).any(-1).any(-1)
     if config.kept_groups < config.groups:
         allowed_TG = count * allowed_TE.view_as(group_TGE).amax(-1)

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, M hidden, F intermediate.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,17 @@ from ..budget import Budget, Sizes
 from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import first_rows_alone, repeats_itself
-from ..scale import Known, activation_known, activation_scale, exactly, linear_known, product_known, root, shared
+from ..scale import (
+    Known,
+    activation_known,
+    activation_scale,
+    clipped_known,
+    exactly,
+    linear_known,
+    product_known,
+    root,
+    shared,
+)
 from ..sizes import BATCH, HIDDEN, INPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import linear_weights
@@ -151,9 +162,9 @@ def mlp_known(x: Known, weights: MlpWeights, config: MlpConfig) -> Known:
         inner = activation_known(inner, config.activation)
     else:
         gate = linear_known(x, weights.gate).stored
-        if config.clamp is not None:  # what was rounded before reaches no further than before
-            gate = replace(gate, value=gate.value.clamp(max=config.clamp))
-            inner = replace(inner, value=inner.value.clamp(-config.clamp, config.clamp))
+        if config.clamp is not None:
+            gate = clipped_known(gate, -math.inf, config.clamp)
+            inner = clipped_known(inner, -config.clamp, config.clamp)
         if config.up_offset:
             up = inner.value + config.up_offset
             inner = Known(up, root(up, inner.wide), inner.narrow).stored

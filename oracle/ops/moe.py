@@ -22,7 +22,7 @@ from .moe_scale import moe_scale, router_scale
 from .moe_variants import all_experts, gathered_in_slots, reporting
 from .route import recipes
 
-_WIDTHS = (31, 32, 33, 63, 64, 65, 127, 128, 129, 256)
+_WIDTHS = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 256)
 
 
 MOE = Op(

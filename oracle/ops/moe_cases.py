@@ -15,23 +15,25 @@ from ...reference.moe import moe
 from ...spec.config import Activation, MlpConfig
 from ...spec.moe import CapacityConfig, DropOrder, MoeConfig
 from ...spec.weights import ExpertWeights, LinearWeights, MlpWeights, MoeWeights, StackedLinearWeights
-from ..case import DTYPES, UNMASKED, Case, Inputs, Picker, activations, parameters
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Function, Op
 from .route import choice_bias, routed_options, router_config
 
 
 def moe_cases(pick: Picker) -> Case:
-    options = routed_options(pick)
+    """Denormal logits are all nearly tied, so there every expert is chosen."""
+    data, options = pick.choice(UNMASKED), routed_options(pick)
+    options = {**options, "groups": 1} if data is Data.DENORMAL else options
     groups = options["groups"]
     return Case(
         op="moe",
         sizes={
             "B": pick.integer(1, 2),
-            "T": pick.integer(1, 3),
-            "M": pick.integer(1, 8),
-            "F": pick.integer(1, 8),
+            "T": pick.integer(1, 4),
+            "M": pick.integer(6, 32),
+            "F": pick.integer(2, 24),
             "E": groups * pick.integer(1, 6 // groups),
-            "K": pick.integer(1, 6),
+            "K": 6 if data is Data.DENORMAL else pick.integer(1, 6),
         },
         options={
             **options,
@@ -45,7 +47,7 @@ def moe_cases(pick: Picker) -> Case:
             "order": pick.choice([order.value for order in DropOrder]),
             "alike": pick.choice([False, False, True]),
         },
-        data=pick.choice(UNMASKED),
+        data=data,
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )

@@ -74,12 +74,17 @@ def route_inputs(case: Case) -> Inputs:
 
 
 def recipes() -> Mapping[str, Convention]:
-    """For each recipe the option under which every case has it: for routers that read no config."""
+    """For each recipe the option under which every case has it: for routers that read no config.
+
+    Groups and a scale are DeepSeek-V3's; under another recipe there are none.
+    """
 
     def under(name: str) -> Callable[[Op], Mapping[str, Any]]:
+        plain = {} if ROUTERS[name].choice_bias else {"scale": 1.0, "groups": 1, "kept": 1}
+
         def change(op: Op) -> Mapping[str, Any]:
             inputs = op.inputs
-            return {"inputs": lambda case: inputs(replace(case, options={**case.options, "recipe": name}))}
+            return {"inputs": lambda case: inputs(replace(case, options={**case.options, "recipe": name, **plain}))}
 
         return change
 
