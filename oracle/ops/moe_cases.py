@@ -66,10 +66,11 @@ def moe_config(case: Case) -> MoeConfig:
     )
     plain = replace(mlp, clamp=None, up_offset=0.0)
     factor, beside = options["factor"], options["beside"]
+    order = DropOrder.FIRST_COME if options["alike"] else DropOrder(options["order"])  # alike tokens weigh the same
     return MoeConfig(
         router=router_config(case),
         expert=mlp,
-        capacity=None if factor is None else CapacityConfig(factor=factor, drop_order=DropOrder(options["order"])),
+        capacity=None if factor is None else CapacityConfig(factor=factor, drop_order=order),
         shared=plain if beside in ("shared", "gated") else None,
         shared_gate=beside == "gated",
         residual=plain if beside == "residual" else None,

@@ -3,6 +3,8 @@
 Shapes: T tokens, M hidden, E experts, K chosen, N choices of one expert.
 """
 
+from dataclasses import replace
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -13,7 +15,7 @@ from ...spec.moe import DropOrder, MoeConfig
 from ...spec.weights import LinearWeights, MoeWeights
 from ..budget import Sizes
 from ..case import Inputs
-from ..scale import Known, exactly, linear_known, linear_scale, product_known, root, shared, sum_known
+from ..scale import Known, carried, exactly, linear_known, linear_scale, product_known, root, shared, sum_known
 from ..scale_routing import sigmoid_known, softmax_known, weights_known
 from .mlp import mlp_known
 
@@ -22,21 +24,27 @@ _EPS = torch.finfo(torch.float32).eps
 
 def moe_known(x_TM: Known, weights: MoeWeights, config: MoeConfig, expert_TK: Tensor, served_TK: Tensor) -> Known:
     """The weighted sum of what the served choices' experts return, and what stands beside it."""
-    logit_TE = linear_known(x_TM, weights.router)
+    logit_TE = _float32_known(x_TM, weights.router)
     weight_TK = weights_known(logit_TE, expert_TK, config.router)
     out_TM = _experts(x_TM, weights, config, expert_TK, served_TK, weight_TK)
     if config.shared is not None and weights.shared is not None:
         beside_TM = mlp_known(x_TM, weights.shared, config.shared).stored
         if weights.shared_gate is not None:
-            gate_T1 = sigmoid_known(linear_known(x_TM, weights.shared_gate)).stored
+            gate_T1 = sigmoid_known(_float32_known(x_TM, weights.shared_gate)).stored
             beside_TM = product_known(gate_T1, beside_TM).stored
         out_TM = sum_known(out_TM.stored, beside_TM)
     if config.residual is not None and weights.residual is not None and weights.coefficient is not None:
-        mix_T2 = softmax_known(linear_known(x_TM, weights.coefficient)).stored
+        mix_T2 = softmax_known(_float32_known(x_TM, weights.coefficient)).stored
         one, other = (mix_T2.mapped(lambda part, at=at: part[:, at : at + 1]) for at in (0, 1))  # type: ignore[misc]
         beside_TM = mlp_known(x_TM, weights.residual, config.residual).stored
         out_TM = sum_known(product_known(one, out_TM.stored).stored, product_known(other, beside_TM).stored)
     return out_TM
+
+
+def _float32_known(x_TM: Known, weights: LinearWeights) -> Known:
+    """A map to a few numbers, which is float32 in every dtype: nothing is stored before its bias is added."""
+    known = linear_known(x_TM, weights)
+    return replace(known, narrow=carried(x_TM.narrow, weights.weight_NI))
 
 
 def _experts(
@@ -63,7 +71,7 @@ def moe_scale(exact: Inputs, expert_TK: Tensor, error_T: Tensor) -> list[Sizes]:
     served_TK = torch.ones_like(expert_TK, dtype=torch.bool)
     undecided = False
     if config.capacity is not None:
-        weight_TK = weights_known(linear_known(x_TM, weights.router), expert_TK, config.router)
+        weight_TK = weights_known(_float32_known(x_TM, weights.router), expert_TK, config.router)
         routing = Routing(expert_TK, weight_TK.value)
         places = capacity(len(expert_TK), config.router.experts, expert_TK.shape[1], config.capacity)
         served_TK = slots(routing, config.router.experts, places, config.capacity.drop_order) != DROPPED
