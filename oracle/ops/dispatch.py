@@ -137,7 +137,7 @@ def _kept_otherwise(exact: Inputs, got: list[Tensor]) -> Tensor:
     if not inside or not torch.equal(chosen_E, wanted.chosen_E):
         return torch.tensor(torch.inf)
     own = torch.equal(torch.where(served_TK, slot_TK // max(places, 1), expert_TK), expert_TK)
-    once = len(slot_TK[served_TK].unique()) == int(served_TK.sum())
+    once = len(set(slot_TK[served_TK].tolist())) == int(served_TK.sum())
     copied = torch.equal(reference.dispatch(exact["x_TM"], slot_TK, experts, places), x_ECM.double())
     tables = torch.equal(tokens_of_slots(slot_TK, experts, places), token_S)
 

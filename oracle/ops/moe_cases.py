@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, M hidden, F intermediate, E experts, K = top_k.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ...spec.moe import CapacityConfig, DropOrder, MoeConfig
 from ...spec.weights import ExpertWeights, LinearWeights, MlpWeights, MoeWeights, StackedLinearWeights
 from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Function, Op
+from .moe_scale import moe_scale, router_scale
 from .route import choice_bias, routed_options, router_config
 
 
@@ -196,24 +198,23 @@ def fused_conventions() -> Mapping[str, Callable[[Op], Mapping[str, Any]]]:
 
     def under(order: GateUp) -> Callable[[Op], Mapping[str, Any]]:
         def change(op: Op) -> Mapping[str, Any]:
+            before = [option.removeprefix("gate_up=") for option in op.chosen if option.startswith("gate_up=")]
+
             def inputs(case: Case) -> Inputs:
                 given = op.inputs(replace(case, options={**case.options, "gated": True}))
+                given = with_plain_experts(given, GateUp(before[-1])) if before else given
                 weights = given["weights"]
                 return {**given, "weights": replace(weights, experts=fused(weights.experts, order))}
 
-            return {"inputs": inputs, "reference": of_fused(moe, order), "guarantee": replace_order(op, order)}
+            guarantee: Any = op.guarantee
+            on_fused = replace(
+                guarantee,
+                routed=lambda forced: of_fused(partial(moe, route=forced), order),
+                scale=lambda exact, *rest: moe_scale(with_plain_experts(exact, order), *rest),
+                logit_scale=lambda exact: router_scale(with_plain_experts(exact, order)),
+            )
+            return {"inputs": inputs, "reference": of_fused(moe, order), "guarantee": on_fused}
 
         return change
 
     return {f"gate_up={order}": under(order) for order in GateUp}
-
-
-def replace_order(op: Op, order: GateUp) -> Any:
-    """The op's guarantee, which takes the experts apart before it looks at them."""
-    guarantee: Any = op.guarantee
-    return replace(
-        guarantee,
-        routed=lambda forced: of_fused(guarantee.routed(forced), order),
-        scale=lambda exact, *rest: guarantee.scale(with_plain_experts(exact, order), *rest),
-        logit_scale=lambda exact: guarantee.logit_scale(with_plain_experts(exact, order)),
-    )

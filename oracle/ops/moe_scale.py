@@ -52,7 +52,7 @@ def _experts(
 ) -> Known:
     """The sum rounds by the absolute values of its terms, each of which brings its own errors."""
     value, size, wide, narrow = (torch.zeros_like(x_TM.value) for _ in range(4))
-    for expert in expert_TK[served_TK].unique().tolist():
+    for expert in sorted(set(expert_TK[served_TK].tolist())):
         token_N, choice_N = ((expert_TK == expert) & served_TK).nonzero(as_tuple=True)
         given_NM = x_TM.mapped(lambda part, rows=token_N: part[rows])  # type: ignore[misc]
         weight_N1 = weight_TK.mapped(lambda part, at=(token_N, choice_N): part[at][:, None])  # type: ignore[misc]
@@ -86,7 +86,7 @@ def moe_scale(exact: Inputs, expert_TK: Tensor, error_T: Tensor) -> list[Sizes]:
 def _undecided(routing: Routing, served_TK: Tensor, off_TK: Tensor) -> bool:
     """Whether a choice that an expert dropped has a weight within rounding of one that it kept."""
     expert_TK, weight_TK = routing
-    for expert in expert_TK[~served_TK].unique().tolist():
+    for expert in set(expert_TK[~served_TK].tolist()):
         dropped, kept = ((expert_TK == expert) & which for which in (~served_TK, served_TK))
         least, most = (weight_TK - off_TK)[kept], (weight_TK + off_TK)[dropped]
         if len(least) and float(least.min()) <= float(most.max()):
