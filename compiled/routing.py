@@ -34,7 +34,7 @@ class Routing(NamedTuple):
 def route(logit_TE: Tensor, config: RouterConfig, choice_bias_E: Tensor | None = None) -> Routing:
     """Choose k experts for each token, and weigh them.
 
-    A token with a logit that is NaN chooses experts that exist, and its weights are NaN where its scores are.
+    A token with a logit that is NaN chooses experts that exist, and its weights are all NaN, whatever it chose.
     """
     logit_TE = logit_TE.to(accumulation_dtype(logit_TE.dtype))
     score_TE = _scores(logit_TE, config.score)
@@ -47,6 +47,7 @@ def route(logit_TE: Tensor, config: RouterConfig, choice_bias_E: Tensor | None =
         weight_TK = _among_near(logit_TE, expert_TK, config.nearness)
     if config.renormalize:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + _TINY)
+    weight_TK = torch.where(logit_TE.isnan().any(-1, keepdim=True), torch.nan, weight_TK)
     return Routing(expert_TK, weight_TK if config.scale == 1.0 else weight_TK * config.scale)
 
 

@@ -149,7 +149,7 @@ def prepare_layer(
         output=_matrix([attention.output], storage, device),
         attention_output_norm=norm(weights.attention_output_norm),
         mlp_norm=norm(weights.mlp_norm),
-        mlp=_mlp(mlp, storage, device) if isinstance(mlp, MlpWeights) else _moe(mlp, storage, device, compute),
+        mlp=_mlp(mlp, storage, device) if isinstance(mlp, MlpWeights) else prepared_moe(mlp, storage, device, compute),
         mlp_output_norm=norm(weights.mlp_output_norm),
         slope_H=None if slope_H is None else slope_H.detach().to(device, torch.float64, copy=True),
         query_norm=_head_norm(attention.query_norm, config.attention, device, compute),
@@ -163,7 +163,9 @@ def _mlp(weights: MlpWeights, storage: Storage, device: torch.device) -> Mlp:
     return Mlp(_matrix(up, storage, device), _matrix([weights.down], storage, device))
 
 
-def _moe(weights: MoeWeights, storage: Storage, device: torch.device, compute: torch.dtype) -> Moe:
+def prepared_moe(weights: MoeWeights, storage: Storage, device: torch.device, compute: torch.dtype) -> Moe:
+    """Return a mixture as the graphs take it: what maps a token to a few numbers is float32 in every storage."""
+
     def few(part: LinearWeights | None) -> Matrix | None:
         return None if part is None else _matrix([part], Storage.FLOAT32, device)
 

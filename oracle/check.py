@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..spec.errors import RequestError
-from . import guarantees
+from . import choices, guarantees
 from .assertion import Mismatch, assert_matches_reference, assert_obeys, import_of, reproduction
 from .budget import Budget
 from .case import Case, RandomPicker
@@ -41,6 +41,8 @@ class CheckResult:
     """Of these, cases on which the reference itself overflows."""
     largest_ratio: float
     """Largest error / bound among the cases that passed: how near it came."""
+    left_out: int = 0
+    """Rows that could not be judged, since a decision before them is nearly a tie."""
     report: str | None = None
     """Where it fails: what is wrong with the smallest failing case, in words and figures."""
     smallest: str | None = None
@@ -112,6 +114,7 @@ class _Tally:
         self.evidence: list[Tensor] = []
         self.cases = self.rejected = 0
         self.largest_ratio = 0.0
+        self.left_out = 0
 
     def failure(self, case: Case, *, laws: bool) -> Exception | None:
         """Judge the implementation on the case, and by the op's properties if asked to; what it fails with, if so."""
@@ -125,6 +128,7 @@ class _Tally:
             return failed
         self.rejected += verdict.status is Status.REJECTED
         self.largest_ratio = max(self.largest_ratio, verdict.ratio)
+        self.left_out += verdict.left_out
         if verdict.evidence is not None:
             self.evidence.append(verdict.evidence)
         return None
@@ -146,6 +150,7 @@ class _Tally:
             cases=self.cases,
             rejected=self.rejected,
             largest_ratio=self.largest_ratio,
+            left_out=self.left_out,
             report=report,
             smallest=None if smallest is None else repr(smallest),
             snippet=last.snippet if isinstance(last, Mismatch) else snippet,
@@ -229,4 +234,8 @@ def described(op: Op) -> str:
             return "DISCRETE"
         case guarantees.Statistical() as tested:
             return f"STATISTICAL over {tested.samples} draws a case, pooled over all"
+        case choices.Chosen():
+            return "DISCRETE experts, BUDGET for their weights"
+        case choices.Steered():
+            return "BUDGET by elements, on experts chosen DISCRETE"
     raise TypeError(f"op {op.name} has the unknown guarantee {type(op.guarantee).__name__}")

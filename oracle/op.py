@@ -38,6 +38,8 @@ class Fast:
         return self.adapt(self.function, inputs)
 
 
+Convention = Mapping[str, Any] | Callable[["Op"], Mapping[str, Any]]
+"""Fields of an op that are others, or how they follow from the op's under the options before it."""
 Property = Callable[["Op", Function, Case], None]
 """What an implementation must obey by itself: raises AssertionError where it does not. The docstring states it."""
 
@@ -71,7 +73,7 @@ class Op:
     """Why there is no fast twin."""
     larger: Callable[[Case, Picker], Case] | None = None
     """The case with some sizes around the borders where implementations change: tiles, vectors, passes."""
-    conventions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    conventions: Mapping[str, "Convention"] = field(default_factory=dict)
     """Where public code rightly differs: by option, such as "ties=any", the fields that are then others."""
     chosen: tuple[str, ...] = ()
     """The options under which this record stands."""
@@ -93,7 +95,8 @@ class Op:
             if option not in self.conventions:
                 known = ", ".join(self.conventions) or "none"
                 raise RequestError(f"the option is {option!r}; those of {self.name} are: {known}")
-            op = replace(op, **self.conventions[option], chosen=(*op.chosen, option))
+            change = self.conventions[option]
+            op = replace(op, **(change(op) if callable(change) else change), chosen=(*op.chosen, option))
         return op
 
     def trial(self, candidate: Function, case: Case, arithmetic: Arithmetic = Arithmetic.WIDE) -> Trial:

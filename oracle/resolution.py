@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .budget import Budget
 from .case import DTYPES, Case, Data, RandomPicker
+from .choices import Chosen, Steered
 from .op import Function, Op
 from .table import OPS
 from .trial import Status, map_leaves
@@ -107,7 +108,7 @@ def main(cases: int = 40, *names: str) -> int:
     print(f"{'op':20} {'dtype':9} {'cases':>5} {header}")
     for name in names or OPS:
         for sizes in (None, *([LARGE[name]] if name in LARGE else [])):
-            for dtype in DTYPES if isinstance(OPS[name].guarantee, Budget) else ():
+            for dtype in DTYPES if isinstance(OPS[name].guarantee, Budget | Chosen | Steered) else ():
                 found = resolution(OPS[name], dtype, cases, sizes)
                 if found is not None:
                     _print(found, name if sizes is None else f"{name}, large")

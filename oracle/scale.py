@@ -134,6 +134,13 @@ def activation_known(x: Known, kind: Activation) -> Known:
     return Known(activation(x.value, kind), wide, activation_scale(x.narrow))
 
 
+def clipped_known(x: Known, least: float, most: float) -> Known:
+    """Clipping rounds nothing, and what is cut off by more than its rounding has none left."""
+    value = x.value.clamp(least, most)
+    certain = (x.value - value).abs() > 2.0**-7 * x.narrow + 2.0**-20 * x.wide
+    return Known(value, x.wide.masked_fill(certain, 0.0), x.narrow.masked_fill(certain, 0.0))
+
+
 def product_known(a: Known, b: Known) -> Known:
     def through(size_a: Tensor, size_b: Tensor) -> Tensor:
         return root(size_a * b.value, a.value * size_b)

@@ -7,16 +7,20 @@ from ..spec.errors import RequestError
 from .op import Op
 from .ops import attention as attention_ops
 from .ops import cache as cache_ops
+from .ops import combine as combine_ops
+from .ops import dispatch as dispatch_ops
 from .ops import embedding as embedding_ops
 from .ops import int4 as int4_ops
 from .ops import layer as layer_ops
 from .ops import linear as linear_ops
 from .ops import logits as logit_ops
 from .ops import mlp as mlp_ops
+from .ops import moe as moe_ops
 from .ops import norms as norm_ops
 from .ops import pooling as pooling_ops
 from .ops import positions as position_ops
 from .ops import quantize as quantize_ops
+from .ops import route as route_ops
 from .ops import sampling as sampling_ops
 from .ops import sbi_gemm as sbi_ops
 from .ops import shaped_attention as shaped_attention_ops
@@ -32,6 +36,10 @@ _ALL = (
     norm_ops.NORM,
     mlp_ops.ACTIVATION,
     mlp_ops.MLP,
+    route_ops.ROUTE,
+    dispatch_ops.DISPATCH,
+    combine_ops.COMBINE,
+    moe_ops.MOE,
     position_ops.ROTATE,
     position_ops.ALIBI,
     attention_ops.VISIBLE,
@@ -74,15 +82,14 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
         "twinfer.reference.sampling.shape_logits": "applies the processors, which have records, in a fixed order",
         **dict.fromkeys(
             (
-                *(
-                    f"twinfer.reference.dispatch.{name}"
-                    for name in ("capacity", "slots", "tokens_of_slots", "slot_mask")
-                ),
-                *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch", "combine")),
-                *(f"twinfer.reference.dispatch.{name}" for name in ("dispatch_one_hot", "combine_one_hot")),
-                *("twinfer.reference.routing.route", "twinfer.reference.moe.moe"),
+                f"twinfer.reference.dispatch.{name}"
+                for name in ("capacity", "slots", "tokens_of_slots", "dispatch", "slot_mask")
             ),
-            "of no path yet: its tests hold it against plain loops and transformers' blocks",
+            "a step of dispatch, whose record joins them",
+        ),
+        **dict.fromkeys(
+            (f"twinfer.reference.dispatch.{name}" for name in ("dispatch_one_hot", "combine_one_hot")),
+            "a variant of dispatch and combine, which have records",
         ),
         "twinfer.reference.layer.feed_forward": "chooses between an MLP and experts by the config's kind",
         "twinfer.reference.moe.router_logits": "a linear map in float32, which has a record",

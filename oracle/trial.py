@@ -45,6 +45,8 @@ class Verdict:
     """What is wrong, in one line. Empty unless failed."""
     details: tuple[str, ...] = ()
     """Figures, one a line."""
+    left_out: int = 0
+    """Rows that could not be judged: a decision before them is nearly a tie, and the candidate does not report it."""
     evidence: Tensor | None = None
     """What many cases together may show and this one does not; see `Statistical.pooled`."""
 
@@ -309,7 +311,8 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     if names is not None:
         return kind(**{name: map_leaves(function, getattr(value, name)) for name in names})
     if issubclass(kind, tuple | list):
-        return kind(map_leaves(function, item) for item in value)
+        items = [map_leaves(function, item) for item in value]
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)  # a named tuple takes one by one
     if issubclass(kind, dict):
         return {key: map_leaves(function, item) for key, item in value.items()}
     return function(value)

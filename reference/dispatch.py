@@ -83,15 +83,18 @@ def tokens_of_slots(slot_TK: Tensor, experts: int, places: int) -> Tensor:
 def dispatch(x_TM: Tensor, slot_TK: Tensor, experts: int, places: int) -> Tensor:
     """Copy each token into its slots by the table; returns [E, C, M], zeros where a slot is empty."""
     token_S = tokens_of_slots(slot_TK, experts, places)
-    x_SM = x_TM[token_S.clamp_min(0)] * (token_S != DROPPED)[:, None].to(x_TM.dtype)
+    x_SM = torch.where((token_S != DROPPED)[:, None], x_TM[token_S.clamp_min(0)], 0)
     return rearrange(x_SM, "(e c) m -> e c m", e=experts)
 
 
 def combine(out_ECM: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """Add up what the experts made of each token, times its weights; returns [T, M] in the weights' dtype."""
+    """Add up what the experts made of each token, times its weights; returns [T, M] in the weights' dtype.
+
+    What was dropped adds nothing, not even where a slot that it does not have holds a NaN.
+    """
     out_SM = rearrange(out_ECM, "e c m -> (e c) m").to(weight_TK.dtype)
-    served_TK = (slot_TK != DROPPED).to(weight_TK.dtype)
-    return einsum(weight_TK * served_TK, out_SM[slot_TK.clamp_min(0)], "t k, t k m -> t m")
+    out_TKM = torch.where((slot_TK != DROPPED)[..., None], out_SM[slot_TK.clamp_min(0)], 0)
+    return einsum(weight_TK, out_TKM, "t k, t k m -> t m")
 
 
 def slot_mask(slot_TK: Tensor, experts: int, places: int) -> Tensor:

@@ -79,7 +79,7 @@ def _experts(x_TM: Tensor, routing: Routing, weights: MoeWeights, config: MoeCon
         places = capacity(len(x_TM), config.router.experts, config.router.top_k, config.capacity)
         served_TK = slots(routing, config.router.experts, places, config.capacity.drop_order) != DROPPED
     out_TM = torch.zeros_like(x_TM, dtype=weight_TK.dtype)
-    for expert in range(config.router.experts):
+    for expert in sorted(set(expert_TK[served_TK].tolist())):
         token_N, choice_N = ((expert_TK == expert) & served_TK).nonzero(as_tuple=True)
         served_NM = feed(x_TM[token_N], weights.experts[expert], config.expert)
         out_TM[token_N] += weight_TK[token_N, choice_N, None] * served_NM.to(weight_TK.dtype)  # a token comes once

@@ -22,10 +22,11 @@ then:
 exit status: 0 if the guarantee held in every case, 1 if not; then the smallest failing case is shown, with Python that
 reproduces it when pasted
 
-with --json, one object: {"op", "implementation", "holds", "cases", "rejected", "largest_ratio", "report", "smallest",
-  "snippet"}
+with --json, one object: {"op", "implementation", "holds", "cases", "rejected", "largest_ratio", "left_out", "report",
+  "smallest", "snippet"}
   cases          drawn and judged; rejected: those on which the reference itself overflows
   largest_ratio  largest error / bound among the cases that passed
+  left_out       rows behind a near-tie of a router, which moe does not judge unless the experts are returned too
   report         what is wrong with the smallest failing case; null where all hold, like smallest and snippet
 """
 
@@ -50,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="another convention that public code follows: ties=any, angles=float32 (may be given more than once)",
+        help="another convention that public code follows: ties=any, angles=float32, recipe=mixtral, "
+        "gate_up=interleaved (may be given more than once; a wrong name lists those of the op)",
     )
     add_json(parser)
 
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{result.op}: {result.implementation} holds in {result.cases} cases ({result.rejected} rejected: the "
             f"reference overflows); largest error / bound {result.largest_ratio:.2f}"
+            + (f"; {result.left_out} rows left out, behind near-ties" if result.left_out else "")
         )
     else:
         print(f"{result.implementation} fails after {result.cases} cases\n{result.report}")

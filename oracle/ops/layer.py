@@ -89,7 +89,7 @@ _SUMMED_OTHERWISE = _with(
     mlp=_mlp_component(MLP.variants["wide"]),
     linear=_linear_shuffled,
 )
-_FLOAT32_ANGLES = _with(rotate=_rotate_component(ROTATE.conventions["angles=float32"]["reference"]))
+_FLOAT32_ANGLES = _with(rotate=_rotate_component(ROTATE.under("angles=float32").reference))
 _WRONG_COMPONENTS = {
     "not_scaled": _with(attention=_as_component(ATTENTION.mutants["not_scaled"])),
     "mask_off_by_one": _with(attention=_as_component(ATTENTION.mutants["mask_off_by_one"])),

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, M hidden, F intermediate.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,17 @@ from ..budget import Budget, Sizes
 from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import first_rows_alone, repeats_itself
-from ..scale import Known, activation_known, activation_scale, exactly, linear_known, product_known, shared
+from ..scale import (
+    Known,
+    activation_known,
+    activation_scale,
+    clipped_known,
+    exactly,
+    linear_known,
+    product_known,
+    root,
+    shared,
+)
 from ..sizes import BATCH, HIDDEN, INPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import linear_weights
@@ -46,7 +57,7 @@ def _activation_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
     return [activation_scale(exact["x"].abs())]
 
 
-def _torch_activation(*, x: Tensor, kind: Activation) -> Tensor:
+def torch_activation(*, x: Tensor, kind: Activation) -> Tensor:
     wide = x.float()
     match kind:
         case Activation.GELU:
@@ -105,7 +116,7 @@ ACTIVATION = Op(
     inputs=activation_inputs,
     guarantee=Budget(rows="B T", scale=_activation_scale),
     properties=(repeats_itself, first_rows_alone("x"), odd_part_is_half),
-    variants={"torch": _torch_activation},
+    variants={"torch": torch_activation},
     mutants={
         "gelu_tanh_for_erf_and_back": changed(activation, _other_kind),
         "sigmoid_for_tanh": _sigmoid_gelu,
@@ -151,6 +162,12 @@ def mlp_known(x: Known, weights: MlpWeights, config: MlpConfig) -> Known:
         inner = activation_known(inner, config.activation)
     else:
         gate = linear_known(x, weights.gate).stored
+        if config.clamp is not None:
+            gate = clipped_known(gate, -math.inf, config.clamp)
+            inner = clipped_known(inner, -config.clamp, config.clamp)
+        if config.up_offset:
+            up = inner.value + config.up_offset
+            inner = Known(up, root(up, inner.wide), inner.narrow).stored
         inner = product_known(activation_known(gate, config.activation).stored, inner)
     return linear_known(inner.stored, weights.down)
 
@@ -168,9 +185,9 @@ def _wide_mlp(*, x_BTM: Tensor, weights: MlpWeights, config: MlpConfig) -> Tenso
     """Everything in float32, nothing rounded on the way."""
     inner = _plain(x_BTM.float(), weights.up)
     if weights.gate is None:
-        inner = _torch_activation(x=inner, kind=config.activation)
+        inner = torch_activation(x=inner, kind=config.activation)
     else:
-        inner = inner * _torch_activation(x=_plain(x_BTM.float(), weights.gate), kind=config.activation)
+        inner = inner * torch_activation(x=_plain(x_BTM.float(), weights.gate), kind=config.activation)
     return _plain(inner, weights.down).to(x_BTM.dtype)
 
 

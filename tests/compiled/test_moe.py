@@ -63,13 +63,15 @@ def test_a_group_counts_by_its_best_two() -> None:
 
 
 @given(case=routings)
-def test_a_nan_chooses_experts_that_exist(case: tuple[Any, ...]) -> None:
-    """No index leaves the weights, whichever logit is NaN."""
+def test_a_nan_chooses_experts_that_exist_and_shows(case: tuple[Any, ...]) -> None:
+    """No index leaves the weights, whichever logit is NaN, and what its token is given is NaN; no other token's is."""
     router, logit_TE, bias_E = case
-    logit_TE[0, -1] = torch.nan
-    expert_TK = route(logit_TE, router, bias_E).expert_TK
+    logit_TE[0, len(logit_TE) % router.experts] = torch.nan
+    expert_TK, weight_TK = route(logit_TE, router, bias_E)
     assert int(expert_TK.min()) >= 0
     assert int(expert_TK.max()) < router.experts
+    assert weight_TK[0].isnan().all()
+    assert not weight_TK[1:].isnan().any()
 
 
 def stacked(pick: Picker) -> tuple[StackedLinearWeights, Tensor, int]:

@@ -189,7 +189,7 @@ def test_fast_twins_keep_the_guarantee_compiled(op: Op, twin: Fast) -> None:
 @ops
 def test_laws_are_broken_by_some_fault(op: Op) -> None:
     """A law that no implementation could break says nothing."""
-    impostors = [*op.mutants.values(), moody(op.reference)]
+    impostors = [moody(op.reference), *op.mutants.values()]
     for law in op.properties:
         assert any(breaks(law, op, wrong, op.draw(RandomPicker(seed))) for wrong in impostors for seed in range(25)), (
             f"no fault of {op.name} breaks {law.__name__}"
