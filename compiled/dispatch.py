@@ -1,7 +1,9 @@
 """Dispatch and combine with a capacity, by tables or by one-hot einsums: the two forms that the paper contrasts.
 
 Why tables are faster: they copy T * k rows, where the einsums multiply each token with each slot, T * E * C * M times,
-nearly always by zero. Places are given out by one running sum over one-hot choices [A, E], which both forms share.
+nearly always by zero. Places, which both forms share, are given out by comparing each attempt with each where they are
+few, and by a stable sort where they are many: a running sum over one-hot choices [A, E] took 119 instead of 30
+microseconds for 128 attempts, and 20 instead of 0.7 milliseconds for 8192.
 What it relies on: the capacity C follows from the number of tokens, so that a graph is made for one number.
 
 With four tokens, two experts, top-1 and a capacity of 2:
@@ -18,10 +20,14 @@ import torch
 from torch import Tensor
 
 from ..spec.moe import DropOrder
+from .linear import materialized
 from .routing import Routing
 
 DROPPED = -1
 """The slot of a choice that was dropped, and the token of a slot that is empty."""
+
+_FEW_ATTEMPTS = 256
+"""Attempts up to which comparing each with each takes no longer than sorting them."""
 
 Experts = Callable[[Tensor], Tensor]
 """The outputs of the experts for the tokens in their slots, [E, C, M]."""
@@ -48,8 +54,13 @@ def slots_of(routing: Routing, experts: int, places: int, order: DropOrder = Dro
 
 def _places(expert_A: Tensor, experts: int) -> Tensor:
     """Return how many earlier attempts chose the same expert."""
-    chosen_AE = expert_A[:, None] == torch.arange(experts, device=expert_A.device)
-    return chosen_AE.to(torch.int32).cumsum(0).gather(1, expert_A[:, None])[:, 0] - 1
+    place_A = torch.arange(len(expert_A), device=expert_A.device)
+    if len(expert_A) <= _FEW_ATTEMPTS:
+        expert_A, number_A = expert_A.to(torch.int32), place_A.to(torch.int32)
+        return ((expert_A[:, None] == expert_A) & (number_A[:, None] > number_A)).sum(1)
+    sorted_A, attempt_A = torch.sort(expert_A, stable=True)
+    first_E = torch.searchsorted(sorted_A, torch.arange(experts, device=expert_A.device))
+    return torch.empty_like(place_A).scatter_(0, attempt_A, place_A - first_E[sorted_A])
 
 
 def tokens_of_slots(slot_TK: Tensor, experts: int, places: int) -> Tensor:
@@ -70,6 +81,7 @@ def dispatch(x_TM: Tensor, slot_TK: Tensor, experts: int, places: int) -> Tensor
 
 def combine(out_ECM: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Add up what the experts made of each token, times its weights; returns [T, M] in the weights' dtype."""
+    slot_TK, weight_TK = (materialized(each.contiguous()) for each in (slot_TK, weight_TK))  # once, not once a vector
     out_TKM = out_ECM.flatten(0, 1)[slot_TK.clamp_min(0)].to(weight_TK.dtype)
     return torch.where((slot_TK != DROPPED)[..., None], out_TKM * weight_TK[..., None], 0).sum(1)
 

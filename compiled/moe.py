@@ -16,7 +16,7 @@ from ..spec.moe import MoeConfig
 from .compute import accumulation_dtype
 from .embedding import Product
 from .experts import chosen_product, grouped_product, sort_by_expert
-from .linear import linear_decode
+from .linear import linear_decode, materialized
 from .mlp import inner
 from .packing import Matrix
 from .routing import Routing, route
@@ -90,6 +90,7 @@ def _many(x_TM: Tensor, routing: Routing, experts: Mlp, config: MoeConfig, stora
 
 
 def _weighted(out_TKM: Tensor, weight_TK: Tensor) -> Tensor:
+    weight_TK = materialized(weight_TK.contiguous())  # divided once, not once a vector
     return (out_TKM.to(weight_TK.dtype) * weight_TK[:, :, None]).sum(1)
 
 

@@ -11,7 +11,6 @@ Shapes: B sequences, R of them that gain one token, T tokens, S key positions, V
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from enum import StrEnum
 from itertools import accumulate
 from typing import Any, Literal, overload
@@ -28,6 +27,7 @@ from ..spec.weights import WeightSource
 from .artifacts import KERNELS
 from .cache_folder import use_private_cache
 from .compute import COMPUTE_DTYPES, DEFAULT
+from .examples import example
 from .graph import DecodeGraphs, device_of_graphs
 from .head import head_prefill, scale_and_cap
 from .layers import Cache
@@ -344,7 +344,8 @@ class CompiledPath:
         """Return a program, compiled; `steps` says what it takes."""
         program = self._programs[name]
         if name in self._uncompiled:
-            arguments = self._example(name)
+            model = self._notes.unnoted if name is Program.ENCODE else self.model
+            arguments = example(name, model, self._config)
             program(*arguments)
             self._uncompiled.discard(name)
             if self._graphs is not None and name in _DECODE:
@@ -370,28 +371,6 @@ class CompiledPath:
         if not torch.equal(plain_RV.view(torch.int32), replayed_RV.view(torch.int32)):
             self._report("decoding without graphs: a replay differs from the plain call; is this torch supported?")
             self._graphs = None
-
-    def _example(self, name: Program) -> tuple[Any, ...]:
-        """Return arguments of a program, with sequences of their own; dynamic dims differ in size from each other.
-
-        Loops over sizes that are small here would be compiled as serial ones.
-        """
-        rows = {Program.DECODE_ROWS: PASS_ROWS, Program.DECODE_MANY: PASS_ROWS + 2}.get(name, 1)
-        tokens, slots, capacity = 160, 224, 352
-        token_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
-        position_T = torch.arange(tokens, device=self._device) % self._config.context
-        if name is Program.ENCODE:
-            type_T, cu_seqlens = torch.zeros_like(token_T), torch.arange(0, tokens + 1, 20)
-            return self._notes.unnoted, token_T, type_T if self._config.token_types else None, position_T, cu_seqlens
-        different = dict.fromkeys(self._config.layers)  # layers of one config may share a cache, which saves memory
-        part = replace(self._config, layers=tuple(different))
-        sequences = StaticSequences(part, rows, capacity, self._device, self._compute)
-        cache_of = dict(zip(different, sequences.caches, strict=True))
-        caches = tuple(cache_of[layer] for layer in self._config.layers)
-        start_R, slot_S = torch.arange(rows, device=self._device) * capacity, torch.arange(slots, device=self._device)
-        if name is Program.PREFILL:
-            return self.model, caches, token_T, position_T, start_R, slot_S
-        return self.model, caches, torch.stack([0 * start_R, 0 * start_R, start_R]), slot_S
 
 
 def _check_mode(mode: Mode | str, device: torch.device) -> None:

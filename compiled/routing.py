@@ -57,7 +57,8 @@ def largest(value_TE: Tensor, count: int) -> Tensor:
     >>> largest(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 3).tolist()
     [[1, 2, 3]]
     """
-    index_E = torch.arange(value_TE.shape[-1], device=value_TE.device)
+    # 32 bits, of which a vector holds as many as of the values
+    index_E = torch.arange(value_TE.shape[-1], dtype=torch.int32, device=value_TE.device)
     left_TE = torch.ones_like(value_TE, dtype=torch.bool)
     found = []
     for _ in range(count):
@@ -67,7 +68,7 @@ def largest(value_TE: Tensor, count: int) -> Tensor:
         first_T1 = torch.where(has_peak_TE, index_E, len(index_E) - 1).amin(-1, keepdim=True)
         left_TE = left_TE & (index_E != first_T1)
         found.append(first_T1)
-    return torch.cat(found, -1)
+    return torch.cat(found, -1).to(torch.int64)
 
 
 def _scores(logit_TE: Tensor, kind: Score) -> Tensor:

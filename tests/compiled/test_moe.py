@@ -4,31 +4,41 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from twinfer.compiled import dispatch as dispatch_module
 from twinfer.compiled import path as path_module
 from twinfer.compiled.dispatch import combine, dispatch, one_hot_form, slots_of, table_form
+from twinfer.compiled.embedding import Product
 from twinfer.compiled.experts import chosen_product, grouped_product, sort_by_expert, stack
+from twinfer.compiled.linear import linear_decode, linear_prefill
+from twinfer.compiled.moe import Mlp, Moe, moe
+from twinfer.compiled.packing import Matrix, pack, quantize
 from twinfer.compiled.path import CompiledPath
 from twinfer.compiled.routing import route
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import Picker, RandomPicker
 from twinfer.oracle.models import RandomSource
+from twinfer.oracle.paths import assert_paths_agree
+from twinfer.oracle.schedule import Extend, draw_schedule
 from twinfer.oracle.strategies import drawn
 from twinfer.reference import dispatch as plain
-from twinfer.reference.path import ReferencePath
 from twinfer.reference.routing import Routing
 from twinfer.reference.routing import route as plain_route
-from twinfer.spec.config import Storage
+from twinfer.spec.config import Activation, MlpConfig, Storage
 from twinfer.spec.errors import RequestError
 from twinfer.spec.moe import DropOrder, MoeConfig, RouterConfig, Score
 from twinfer.spec.weights import StackedLinearWeights
 
+from .graph_machine import same_bits
 from .moe_models import draw_moe_config, draw_router
 
 CONTEXT = 40
-configs = drawn(lambda pick: draw_moe_config(pick, context=CONTEXT))
+HIDDEN = 6
+EXACT = [Storage.FLOAT32, Storage.BFLOAT16, Storage.INT8]
+"""Storages that hold integers up to 127 as they are."""
 seeds = st.integers(0, 2**20)
 storages = st.sampled_from(Storage)
 
@@ -85,10 +95,7 @@ def stacked(pick: Picker) -> tuple[StackedLinearWeights, Tensor, int]:
     return StackedLinearWeights(weight_ENI=weight_ENI, bias_EN=bias_EN), x_TI, pick.integer(0, 2**20)
 
 
-exact = st.sampled_from([Storage.FLOAT32, Storage.BFLOAT16, Storage.INT8])
-
-
-@given(case=drawn(stacked), storage=exact)
+@given(case=drawn(stacked), storage=st.sampled_from(EXACT))
 def test_each_row_is_multiplied_by_its_own_expert(case: tuple[Any, ...], storage: Storage) -> None:
     """Exactly, in both forms, experts without a row and with all rows among them."""
     weights, x_TI, seed = case
@@ -111,18 +118,21 @@ def test_each_row_is_multiplied_by_its_own_expert(case: tuple[Any, ...], storage
     top_k=st.integers(1, 3),
     places=st.integers(1, 6),
     order=st.sampled_from(DropOrder),
+    few=st.sampled_from([0, 256]),
 )
 def test_slots_and_rows_are_those_of_the_reference(
-    seed: int, tokens: int, experts: int, top_k: int, places: int, order: DropOrder
+    seed: int, tokens: int, experts: int, top_k: int, places: int, order: DropOrder, few: int
 ) -> None:
-    """Slots and their tokens exactly; both forms then add up the same integers, and so exactly the same."""
+    """Slots and their tokens exactly, by comparing or sorting; then sums of integers, and so exactly the same."""
     generator = torch.Generator().manual_seed(seed)
     top_k = min(top_k, experts)
     expert_TK = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
     routing = Routing(expert_TK, torch.randint(1, 5, (tokens, top_k), generator=generator).float())
     x_TM = torch.randint(-9, 9, (tokens, 4), generator=generator).float()
     slot_TK = plain.slots(routing, experts, places, order)
-    mine = slots_of(routing, experts, places, order)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch_module, "_FEW_ATTEMPTS", few)
+        mine = slots_of(routing, experts, places, order)
     assert mine.tolist() == slot_TK.tolist()
     given_ECM = plain.dispatch(x_TM, slot_TK, experts, places)
     assert torch.equal(dispatch(x_TM, mine, experts, places), given_ECM)
@@ -134,33 +144,77 @@ def test_slots_and_rows_are_those_of_the_reference(
         assert torch.equal(found, wanted)
 
 
-@given(
-    config=configs,
-    seed=seeds,
-    storage=storages,
-    piece=st.sampled_from([3, 2, 512]),
-    batch=st.sampled_from([1, 3, 6]),
+schedules = drawn(
+    lambda pick: (config := draw_moe_config(pick, context=CONTEXT), draw_schedule(pick, config), pick.integer(0, 2**20))
 )
-def test_mixtures_answer_as_the_reference_does(
-    config: Any, seed: int, storage: Storage, piece: int, batch: int
-) -> None:
-    """Ragged prompts in pieces, then a decode step: logits within 1e-4 of the largest, and a choice for every token."""
+
+
+@given(case=schedules, storage=storages, piece=st.sampled_from([3, 2, 512]))
+@settings(max_examples=12)
+def test_mixtures_answer_as_the_reference_does(case: tuple[Any, ...], storage: Storage, piece: int) -> None:
+    """Through any schedule, prompts in pieces: every choice is the truth's or admissible, and logits are in budget."""
+    config, schedule, seed = case
     source = RandomSource(config, seed)
-    generator = torch.Generator().manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path_module, "_PREFILL_TOKENS", piece)
         path = CompiledPath(source, storage=storage, mode="eager", routes=True)
-        truth = ReferencePath(source, storage=storage, compute=torch.float64)
-        mine, theirs = path.open(batch, 12), truth.open(batch, 12)
-        for lengths in ([1 + index % 5 for index in range(batch)], [1] * batch):
-            tokens = [torch.randint(config.vocabulary, (length,), generator=generator) for length in lengths]
-            found, wanted = path.extend(mine, tokens), truth.extend(theirs, tokens)
-            assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp_min(1e-2)
-            noted = path.routes
-            mixtures = [each.mlp for each in config.layers if isinstance(each.mlp, MoeConfig)]
-            assert [[len(of_layer) for of_layer in each] for each in noted] == [
-                [length] * len(mixtures) for length in lengths
-            ]
+        found = assert_paths_agree(Baseline.of(source, storage=storage), path, schedule)
+    tokens = sum(len(new) for step in schedule if isinstance(step, Extend) for new in step.new_tokens)
+    assert found.choices == tokens * sum(isinstance(each.mlp, MoeConfig) for each in config.layers)
+
+
+def exact_mixture(pick: Picker, storage: Storage) -> tuple[MoeConfig, Moe]:
+    """A mixture of integers without any rounding before the weights, in every storage but int4."""
+    router = draw_router(pick)
+    expert = MlpConfig(width=pick.choice([8, 5, 16]), activation=Activation.RELU, gated=False, bias=False)
+    generator = torch.Generator().manual_seed(pick.integer(0, 2**20))
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).float()
+
+    def stacked_part(outputs: int, inputs: int) -> Matrix:
+        weight_ENI = integers(router.experts, outputs, inputs)
+        weight_ENI[..., 0] = 127  # an int8 scale of 1
+        return stack([StackedLinearWeights(weight_ENI=weight_ENI)], storage)
+
+    bias_E = integers(router.experts) if router.choice_bias else None
+    experts = Mlp(stacked_part(expert.width, HIDDEN), stacked_part(HIDDEN, expert.width))
+    projection = pack(quantize(integers(router.experts, HIDDEN), Storage.FLOAT32))
+    return MoeConfig(router=router, expert=expert), Moe(projection, bias_E, experts, None, None, None, None)
+
+
+@given(storage=st.sampled_from(EXACT), tokens=st.integers(2, 7), seed=seeds)
+def test_a_token_is_served_as_if_it_were_alone(storage: Storage, tokens: int, seed: int) -> None:
+    """The same choices and the same bits, whatever stands beside it, however many, in both forms."""
+    config, weights = exact_mixture(RandomPicker(seed), storage)
+    generator = torch.Generator().manual_seed(seed)
+    x_TM = torch.randint(-2, 3, (tokens, HIDDEN), generator=generator).float()
+
+    def served(x_TM: Tensor, product: Product) -> tuple[list[list[int]], Tensor]:
+        chosen_PK = torch.zeros(tokens, config.router.top_k, dtype=torch.int64)
+        out_TM = moe(x_TM, weights._replace(chosen_PK=chosen_PK), config, storage, product)
+        return chosen_PK[: len(x_TM)].tolist(), out_TM
+
+    alone = [served(x_M[None], linear_decode) for x_M in x_TM]
+    order_T = torch.randperm(tokens, generator=generator)
+    for product in (linear_decode, linear_prefill):
+        chosen, out_TM = served(x_TM[order_T], product)
+        for place, token in enumerate(order_T.tolist()):
+            assert chosen[place] == alone[token][0][0]
+            assert same_bits(out_TM[place], alone[token][1][0])
+
+
+@given(storage=storages, seed=seeds, rows=st.integers(2, 4))
+def test_what_is_beside_a_row_of_a_step_changes_no_bit_of_it(storage: Storage, seed: int, rows: int) -> None:
+    """Of weights and activations that round at every step."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = StackedLinearWeights(weight_ENI=torch.randn(5, 9, 70, generator=generator))
+    matrix, x_TI = stack([weights], storage), torch.randn(rows, 70, generator=generator)
+    expert_T = torch.randint(5, (rows,), generator=generator)
+    another_TI, another_T = torch.randn(rows, 70, generator=generator), torch.randint(5, (rows,), generator=generator)
+    another_TI[0], another_T[0] = x_TI[0], expert_T[0]
+    one, other = (chosen_product(*given, matrix, storage) for given in ((x_TI, expert_T), (another_TI, another_T)))
+    assert same_bits(one[0], other[0])
 
 
 def test_more_sequences_than_places_are_refused() -> None:

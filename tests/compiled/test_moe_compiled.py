@@ -1,0 +1,105 @@
+"""A mixture truly compiled: within the reference's budget, recorded steps to the bit, and nothing compiles twice."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from twinfer.compiled.path import CompiledPath
+from twinfer.oracle.baseline import Baseline
+from twinfer.oracle.models import RandomSource
+from twinfer.oracle.paths import assert_paths_agree
+from twinfer.oracle.schedule import GREEDY, Close, Extend, Open
+from twinfer.spec.config import (
+    Activation,
+    AttentionConfig,
+    Head,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    NormConfig,
+    NormKind,
+    Storage,
+)
+from twinfer.spec.moe import MoeConfig, RouterConfig
+
+from .graph_machine import same_bits
+
+STORAGES = [Storage.FLOAT32, Storage.INT4]
+
+
+def mixture() -> ModelConfig:
+    """Two layers alike, so one piece a program: five experts top-2 beside a gated shared MLP."""
+    mlp = MlpConfig(width=12, activation=Activation.SILU, gated=True)
+    moe = MoeConfig(router=RouterConfig(experts=5, top_k=2, renormalize=True), expert=mlp, shared=mlp, shared_gate=True)
+    norm = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
+    attention = AttentionConfig(heads=2, kv_heads=1, head_size=8, scale=8**-0.5)
+    layer = LayerConfig(norm=norm, attention=attention, mlp=moe)
+    return ModelConfig(
+        family="mixture",
+        hidden=20,
+        vocabulary=40,
+        context=64,
+        layers=(layer, layer),
+        final_norm=norm,
+        learned_positions=True,
+        head=Head.TIED,
+    )
+
+
+@cache
+def compiled(storage: Storage) -> CompiledPath:
+    path = CompiledPath(RandomSource(mixture(), seed=5), storage=storage, routes=True)
+    path.compile()
+    return path
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_prompts_and_steps_are_in_budget_and_compile_nothing(storage: Storage) -> None:
+    """One, three and six sequences, pieces of any length: every choice of an expert is compared, every row judged."""
+    path = compiled(storage)
+    step = ((GREEDY,),)
+    schedule = (
+        Open("a", 1, 40),
+        Extend("a", (tuple(range(9)),), every_position=True),
+        *(Extend("a", step),) * 3,
+        Open("b", 6, 4),
+        Extend("b", ((1, 2), (3,), (4, 5, 6, 7, 8), (), (9,), (10,))),
+        *(Extend("b", step * 6), Extend("b", step * 3 + ((),) * 3)) * 2,
+        Extend("a", ((11,) * 20,)),
+        Close("b"),
+        Extend("a", step),
+    )
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = assert_paths_agree(Baseline.of(RandomSource(mixture(), seed=5), storage=storage), path, schedule)
+    tokens = sum(len(each) for step in schedule if isinstance(step, Extend) for each in step.new_tokens)
+    assert found.choices == 2 * tokens
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_recorded_steps_are_the_plain_ones_to_the_bit(storage: Storage) -> None:
+    """Whichever experts are chosen; and they are chosen anew in each step, or there would be nothing to compare."""
+    path = compiled(storage)
+    plain = CompiledPath.from_model(path.model, path.config, captured=False, routes=True)
+    graphs = path._graphs
+    assert graphs is not None
+    token_T = torch.arange(7)
+
+    def steps(path: CompiledPath) -> tuple[list[Tensor], list[list[int]]]:
+        answers, chosen = [], []
+        for batch in (1, 4, 6):
+            sequences = path.open(batch, 16)
+            logits_BV = path.extend(sequences, [token_T[index % 3 :] for index in range(batch)])
+            for _ in range(6):
+                logits_BV = path.extend(sequences, list(logits_BV.argmax(-1)[:, None]))
+                answers.append(logits_BV)
+                chosen.append([int(each) for of_sequence in path.routes for one in of_sequence for each in one[0]])
+        return answers, chosen
+
+    before = len(graphs._graphs)
+    (recorded, chosen), (wanted, expected) = steps(path), steps(plain)
+    assert len(graphs._graphs) > before
+    assert all(same_bits(*pair) for pair in zip(recorded, wanted, strict=True))
+    assert chosen == expected
+    assert len({tuple(each) for each in chosen}) > 6
