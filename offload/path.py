@@ -10,6 +10,7 @@ Shapes: B sequences, R of them that gain one token, T tokens, V vocabulary.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, overload
@@ -33,9 +34,11 @@ from .calls import Call, StreamedProgram, streamed_program
 from .direct import DirectFile, aligned_buffer
 from .events import Event
 from .form import Resident, faulty, in_buffer
+from .kv_stream import Span, away_layers
 from .plan import PREFILL_TOKENS, Plan, call_bytes, most_batch, plan
+from .sequences import TieredSequences
 from .store import Store
-from .streamer import Streamer, damaged
+from .streamer import KEPT, Streamer, damaged
 from .table import DiskTable
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +53,7 @@ class _Pending:
     tokens: list[int]
     rows: list[int]
     """The sequences; of a decode step, those of its rows, the rows that fill it up excepted."""
+    spans: list[Span]
     last: bool
     """Whether it is the last piece of its prompt, or a decode step."""
     nbytes: int
@@ -98,6 +102,7 @@ class OffloadPath:
         checksum_B = self.resident.table_checksum_B
         self._table = DiskTable(self._file, store.table, store.storage, checksum_B)
         self._streamer: Streamer | None = None
+        self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
         """That of the sequences opened last."""
         self._programs: dict[Program, StreamedProgram] = {}
@@ -121,8 +126,12 @@ class OffloadPath:
 
     @property
     def events(self) -> list[Event]:
-        """What the streamer did of late."""
-        return [] if self._streamer is None else self._streamer.events
+        """What was read, written and computed with of late."""
+        return (
+            []
+            if self._streamer is None
+            else sorted([*self._streamer.events, *self._kv_events], key=lambda each: each.end_s)
+        )
 
     def close(self) -> None:
         """Give back threads, buffers and the file; sequences cannot be extended any more."""
@@ -149,14 +158,17 @@ class OffloadPath:
         given = self._store, self._config
         return most_batch(*given, budget=self._budget, reserve=reserve, compute=self._compute, expands=expands)
 
-    def open(self, batch: int, reserve: int) -> StaticSequences:
+    def open(self, batch: int, reserve: int) -> TieredSequences:
         """Start `batch` empty sequences with room for `reserve` tokens each, if the budget has that room."""
         protocol.check_open(self._config, self.max_batch, batch, reserve)
         self.plan = self._plan(batch, reserve)
         with self._turn:
             if self._streamer is None:
                 self._streamer = Streamer(self._file, self._store.schedule, self.plan.slots)
-            sequences = StaticSequences(self._config, batch, reserve, CPU, self._compute)
+            away, folder = self._away(self.plan), self._store.folder
+            sequences = TieredSequences(
+                self._config, batch, reserve, self._compute, away, folder, self._kv_events.append
+            )
         sequences.owner = self
         return sequences
 
@@ -174,14 +186,15 @@ class OffloadPath:
         self, sequences: protocol.Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
     ) -> Tensor | list[Tensor]:
         """Append tokens and return the logits that follow, as the protocol says."""
-        if not isinstance(sequences, StaticSequences) or sequences.owner is not self:
+        if not isinstance(sequences, TieredSequences) or sequences.owner is not self:
             raise RequestError("the sequences were opened by another path; open them with this one")
         sequences.check_open()
         lengths = sequences.lengths
         tokens = protocol.checked_tokens(self._config, lengths, new_tokens)
         with self._turn:
             gained = [len(each) for each in tokens]
-            sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
+            longest = max(length + more for length, more in zip(lengths, gained, strict=True))
+            sequences.make_room(longest, lambda capacity: self._grown(len(lengths), capacity))
             single = [row for row, more in enumerate(gained) if more == 1]
             pending = self._decode_calls(sequences, single, [tokens[row][0] for row in single])
             for row, more in enumerate(gained):
@@ -197,6 +210,14 @@ class OffloadPath:
             if not every_position:
                 return last_BV.clone()
             return [torch.cat(each) if each else last_BV[:0].clone() for each in every]
+
+    def _away(self, plan: Plan) -> list[int]:
+        return away_layers(len(self._config.layers), plan.away_layers)
+
+    def _grown(self, batch: int, capacity: int) -> list[int]:
+        """Return the layers that have to be away once each sequence has room for so many tokens."""
+        self.plan = self._plan(batch, capacity)
+        return self._away(self.plan)
 
     def _plan(self, batch: int, reserve: int) -> Plan:
         streamer = getattr(self, "_streamer", None)
@@ -274,7 +295,7 @@ class OffloadPath:
         self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
         call.score(in_buffer(record, buffer))
 
-    def _decode_calls(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> list[_Pending]:
+    def _decode_calls(self, sequences: TieredSequences, rows: list[int], tokens: list[int]) -> list[_Pending]:
         """Return the passes of a decode step, in which rows run out as in the compiled path."""
         pending = []
         for given in passes(len(rows), self._store.storage) if rows else []:
@@ -286,10 +307,12 @@ class OffloadPath:
             slot_S = torch.arange(max(2, max(positions) + 1))
             inputs = torch.tensor([ids, positions, starts]), slot_S
             call = Call(self._program(name), inputs, shared=(slot_S,), last_only=False)
-            pending.append(_Pending(call, ids, of_pass, True, call_bytes(self._config, len(given), len(slot_S))))
+            spans = [Span(row, sequences.lengths[row], sequences.lengths[row] + 1) for row in dict.fromkeys(of_pass)]
+            nbytes = call_bytes(self._config, len(given), len(slot_S))
+            pending.append(_Pending(call, ids, of_pass, spans, True, nbytes))
         return pending
 
-    def _prefill_calls(self, sequences: StaticSequences, row: int, tokens: list[int]) -> list[_Pending]:
+    def _prefill_calls(self, sequences: TieredSequences, row: int, tokens: list[int]) -> list[_Pending]:
         """Return the pieces of a prompt, which go through each layer one after the other."""
         program, pending = self._program(Program.PREFILL), []
         end, stop = sequences.lengths[row], sequences.lengths[row] + len(tokens)
@@ -299,7 +322,7 @@ class OffloadPath:
             slot_S = torch.arange(end)
             call = Call(program, (piece_T, slot_S[begin:], start_1, slot_S), last_only=True)
             nbytes = call_bytes(self._config, len(piece_T), end)
-            pending.append(_Pending(call, piece_T.tolist(), [row], end == stop, nbytes))
+            pending.append(_Pending(call, piece_T.tolist(), [row], [Span(row, begin, end)], end == stop, nbytes))
         return pending
 
     def _sweeps(self, pending: list[_Pending]) -> Iterator[list[_Pending]]:
@@ -314,7 +337,7 @@ class OffloadPath:
         if together:
             yield together
 
-    def _sweep(self, sequences: StaticSequences, pending: list[_Pending], every_position: bool) -> None:
+    def _sweep(self, sequences: TieredSequences, pending: list[_Pending], every_position: bool) -> None:
         """Take the calls through all layers and the head, in one pass over the store."""
         assert self._streamer is not None
         self._streamer.check_process()
@@ -322,15 +345,21 @@ class OffloadPath:
         for each in pending:
             table, numbers = self._table.rows(each.tokens)
             each.call.enter(table, self.resident, numbers)
-        for index, part in enumerate(self._streamer.sweep()):
-            for each in pending:
+        spans = [span for each in pending for span in each.spans]
+        with sequences.sweep(spans):
+            for index, part in enumerate(self._streamer.sweep()):
                 if index < len(layers):
-                    each.call.layer(layers[index], part, sequences.caches[index], of_layer[index])
-                    if index == len(layers) - 1:
+                    with sequences.layer(index) as cache:
+                        for each in pending:
+                            each.call.layer(layers[index], part, cache, of_layer[index])
+                if index == len(layers) - 1:
+                    for each in pending:
                         each.call.leave(self.resident)
-                elif each.last or every_position:
-                    every = (self._config, self._store.storage) if every_position else None
-                    each.call.score(part, every=every)
+                if index >= len(layers):
+                    for each in pending:
+                        if each.last or every_position:
+                            every = (self._config, self._store.storage) if every_position else None
+                            each.call.score(part, every=every)
 
     def _take(self, done: _Pending, last_BV: Tensor, every: list[list[Tensor]] | None) -> None:
         """Put a call's logits where they belong."""

@@ -27,7 +27,7 @@ PIECE = 4 << 20
 
 WORKERS = 3
 
-_EVENTS = 1 << 14
+KEPT = 1 << 14
 """Events kept; the oldest go."""
 
 
@@ -52,7 +52,7 @@ class _Reading:
         """For each ticket that is being read, the pieces that are not there yet."""
         self.failures: dict[int, Exception] = {}
         self.verified: set[int] = set()
-        self.events: deque[Event] = deque(maxlen=_EVENTS)
+        self.events: deque[Event] = deque(maxlen=KEPT)
         self.dropping = False
         """Whether pieces that are asked for are not read: a sweep was left."""
         self.closed = False
