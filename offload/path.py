@@ -9,11 +9,12 @@ storages everywhere.
 Shapes: B sequences, R of them that gain one token, T tokens, V vocabulary.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -93,6 +94,7 @@ class OffloadPath:
             check_compiler(CPU)
         self._store, self._config, self._budget, self._compute = store, config, budget, compute
         self._mode, self._report = Mode(mode), report or (lambda line: None)
+        self._streamer: Streamer | None = None
         self._plan(batch=1, reserve=min(2, config.context))
         self._turn = Turn(CPU, compiled=self._mode is not Mode.EAGER)
         self._file = DirectFile(store.weights, direct=direct)
@@ -101,7 +103,6 @@ class OffloadPath:
         self.resident = self._read_resident()
         checksum_B = self.resident.table_checksum_B
         self._table = DiskTable(self._file, store.table, store.storage, checksum_B)
-        self._streamer: Streamer | None = None
         self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
         """That of the sequences opened last."""
@@ -163,8 +164,7 @@ class OffloadPath:
         protocol.check_open(self._config, self.max_batch, batch, reserve)
         self.plan = self._plan(batch, reserve)
         with self._turn:
-            if self._streamer is None:
-                self._streamer = Streamer(self._file, self._store.schedule, self.plan.slots)
+            self._make_ring(self.plan.slots)
             away, folder = self._away(self.plan), self._store.folder
             sequences = TieredSequences(
                 self._config, batch, reserve, self._compute, away, folder, self._kv_events.append
@@ -217,20 +217,25 @@ class OffloadPath:
     def _grown(self, batch: int, capacity: int) -> list[int]:
         """Return the layers that have to be away once each sequence has room for so many tokens."""
         self.plan = self._plan(batch, capacity)
+        self._make_ring(self.plan.slots)
         return self._away(self.plan)
 
     def _plan(self, batch: int, reserve: int) -> Plan:
-        streamer = getattr(self, "_streamer", None)
-        return plan(
-            self._store,
-            self._config,
-            budget=self._budget,
-            batch=batch,
-            reserve=reserve,
-            compute=self._compute,
-            expands=self._mode is Mode.EAGER,
-            slots=None if streamer is None else streamer.slots,
-        )
+        """Plan with the ring that is there, or where that leaves too little with a smaller one."""
+        given: dict[str, Any] = {"budget": self._budget, "batch": batch, "reserve": reserve, "compute": self._compute}
+        given["expands"] = self._mode is Mode.EAGER
+        if self._streamer is not None:
+            with contextlib.suppress(RequestError):
+                return plan(self._store, self._config, **given, slots=self._streamer.slots)
+        return plan(self._store, self._config, **given)
+
+    def _make_ring(self, slots: int) -> None:
+        """Have a streamer with so many buffers."""
+        if self._streamer is not None and self._streamer.slots != slots:
+            self._streamer.close()
+            self._streamer = None
+        if self._streamer is None:
+            self._streamer = Streamer(self._file, self._store.schedule, slots)
 
     def _read_resident(self) -> Resident:
         record = self._store.resident
