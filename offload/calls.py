@@ -10,7 +10,8 @@ Shapes: R sequences that gain one token, T prompt tokens of one sequence, S key 
 vocabulary, N rows of a block of the head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from ..compiled.steps import (
 from ..compiled.weights import Head, Layer
 from ..spec.config import LayerConfig, ModelConfig, Storage
 from .form import Resident
+from .kv_stream import Span
 
 
 class StreamedProgram(NamedTuple):
@@ -165,3 +167,29 @@ class Call:
     def every_logits(self, vocabulary: int) -> Tensor:
         """Return the logits of all positions, [T, V]."""
         return torch.cat(self._every, 1)[:, :vocabulary]
+
+
+@dataclass(slots=True)
+class Pending:
+    """A call and where its logits belong."""
+
+    call: Call
+    tokens: list[int]
+    rows: list[int]
+    """The sequence of each row; those of a decode step that fill it up are the last one's again."""
+    spans: list[Span]
+    last: bool
+    """Whether it is the last piece of its prompt, or a decode step."""
+    nbytes: int
+
+
+def in_sweeps(pending: Sequence[Pending], flight_bytes: int) -> Iterator[list[Pending]]:
+    """Yield calls that go through the layers together: as many as there is room for, at least one."""
+    together: list[Pending] = []
+    for each in pending:
+        if together and sum(one.nbytes for one in together) + each.nbytes > flight_bytes:
+            yield together
+            together = []
+        together.append(each)
+    if together:
+        yield together

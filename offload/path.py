@@ -13,7 +13,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -31,7 +31,7 @@ from ..spec import decoder as protocol
 from ..spec.ambient import CPU
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import CheckpointError, RequestError
-from .calls import Call, StreamedProgram, streamed_program
+from .calls import Call, Pending, StreamedProgram, in_sweeps, streamed_program
 from .direct import DirectFile, aligned_buffer
 from .events import Event
 from .form import Resident, faulty, in_buffer
@@ -44,20 +44,6 @@ from .table import DiskTable
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """A store's norms and biases are float32, so it does not serve float64."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A call and where its logits belong."""
-
-    call: Call
-    tokens: list[int]
-    rows: list[int]
-    """The sequences; of a decode step, those of its rows, the rows that fill it up excepted."""
-    spans: list[Span]
-    last: bool
-    """Whether it is the last piece of its prompt, or a decode step."""
-    nbytes: int
 
 
 class OffloadPath:
@@ -103,6 +89,7 @@ class OffloadPath:
         self.resident = self._read_resident()
         checksum_B = self.resident.table_checksum_B
         self._table = DiskTable(self._file, store.table, store.storage, checksum_B)
+        self._still = False
         self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
         """That of the sequences opened last."""
@@ -116,6 +103,10 @@ class OffloadPath:
     @property
     def config(self) -> ModelConfig:
         return self._config
+
+    @property
+    def store(self) -> Store:
+        return self._store
 
     @property
     def device(self) -> torch.device:
@@ -153,11 +144,10 @@ class OffloadPath:
                 self._program(name)
         return time.perf_counter() - begin_s
 
-    def most_batch(self, reserve: int) -> int:
-        """Return how many sequences of so many tokens the budget has room for."""
-        expands = self._mode is Mode.EAGER
-        given = self._store, self._config
-        return most_batch(*given, budget=self._budget, reserve=reserve, compute=self._compute, expands=expands)
+    def most_batch(self, reserve: int, *, away: bool = True) -> int:
+        """Return how many sequences of so many tokens the budget has room for; `away`: with caches in a file."""
+        given: dict[str, Any] = {"budget": self._budget, "reserve": reserve, "compute": self._compute, "away": away}
+        return most_batch(self._store, self._config, **given, expands=self._mode is Mode.EAGER)
 
     def open(self, batch: int, reserve: int) -> TieredSequences:
         """Start `batch` empty sequences with room for `reserve` tokens each, if the budget has that room."""
@@ -171,6 +161,15 @@ class OffloadPath:
             )
         sequences.owner = self
         return sequences
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Compute with one layer of each kind in place of all, which stays: for seeing what computing takes."""
+        self._still = True
+        try:
+            yield
+        finally:
+            self._still = False
 
     @overload
     def extend(
@@ -200,9 +199,10 @@ class OffloadPath:
             for row, more in enumerate(gained):
                 if more > 1:
                     pending += self._prefill_calls(sequences, row, tokens[row])
+            assert self.plan is not None
             last_BV = sequences.last_BV.clone()
             every: list[list[Tensor]] = [[] for _ in tokens]
-            for together in self._sweeps(pending):
+            for together in in_sweeps(pending, self.plan.flight_bytes):
                 self._sweep(sequences, together, every_position)
                 for each in together:
                     self._take(each, last_BV, every if every_position else None)
@@ -300,7 +300,7 @@ class OffloadPath:
         self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
         call.score(in_buffer(record, buffer))
 
-    def _decode_calls(self, sequences: TieredSequences, rows: list[int], tokens: list[int]) -> list[_Pending]:
+    def _decode_calls(self, sequences: TieredSequences, rows: list[int], tokens: list[int]) -> list[Pending]:
         """Return the passes of a decode step, in which rows run out as in the compiled path."""
         pending = []
         for given in passes(len(rows), self._store.storage) if rows else []:
@@ -314,10 +314,10 @@ class OffloadPath:
             call = Call(self._program(name), inputs, shared=(slot_S,), last_only=False)
             spans = [Span(row, sequences.lengths[row], sequences.lengths[row] + 1) for row in dict.fromkeys(of_pass)]
             nbytes = call_bytes(self._config, len(given), len(slot_S))
-            pending.append(_Pending(call, ids, of_pass, spans, True, nbytes))
+            pending.append(Pending(call, ids, of_pass, spans, True, nbytes))
         return pending
 
-    def _prefill_calls(self, sequences: TieredSequences, row: int, tokens: list[int]) -> list[_Pending]:
+    def _prefill_calls(self, sequences: TieredSequences, row: int, tokens: list[int]) -> list[Pending]:
         """Return the pieces of a prompt, which go through each layer one after the other."""
         program, pending = self._program(Program.PREFILL), []
         end, stop = sequences.lengths[row], sequences.lengths[row] + len(tokens)
@@ -327,22 +327,10 @@ class OffloadPath:
             slot_S = torch.arange(end)
             call = Call(program, (piece_T, slot_S[begin:], start_1, slot_S), last_only=True)
             nbytes = call_bytes(self._config, len(piece_T), end)
-            pending.append(_Pending(call, piece_T.tolist(), [row], [Span(row, begin, end)], end == stop, nbytes))
+            pending.append(Pending(call, piece_T.tolist(), [row], [Span(row, begin, end)], end == stop, nbytes))
         return pending
 
-    def _sweeps(self, pending: list[_Pending]) -> Iterator[list[_Pending]]:
-        """Yield calls that go through the layers together: as many as the plan has room for, at least one."""
-        assert self.plan is not None
-        together: list[_Pending] = []
-        for each in pending:
-            if together and sum(one.nbytes for one in together) + each.nbytes > self.plan.flight_bytes:
-                yield together
-                together = []
-            together.append(each)
-        if together:
-            yield together
-
-    def _sweep(self, sequences: TieredSequences, pending: list[_Pending], every_position: bool) -> None:
+    def _sweep(self, sequences: TieredSequences, pending: list[Pending], every_position: bool) -> None:
         """Take the calls through all layers and the head, in one pass over the store."""
         assert self._streamer is not None
         self._streamer.check_process()
@@ -352,7 +340,7 @@ class OffloadPath:
             each.call.enter(table, self.resident, numbers)
         spans = [span for each in pending for span in each.spans]
         with sequences.sweep(spans):
-            for index, part in enumerate(self._streamer.sweep()):
+            for index, part in enumerate(self._parts()):
                 if index < len(layers):
                     with sequences.layer(index) as cache:
                         for each in pending:
@@ -366,7 +354,13 @@ class OffloadPath:
                             every = (self._config, self._store.storage) if every_position else None
                             each.call.score(part, every=every)
 
-    def _take(self, done: _Pending, last_BV: Tensor, every: list[list[Tensor]] | None) -> None:
+    def _parts(self) -> Iterator[Any]:
+        assert self._streamer is not None
+        if self._still:
+            return self._streamer.still_sweep([*self._config.layers, *(0 for _ in self._store.head)])
+        return self._streamer.sweep()
+
+    def _take(self, done: Pending, last_BV: Tensor, every: list[list[Tensor]] | None) -> None:
         """Put a call's logits where they belong."""
         vocabulary = self._config.vocabulary
         if done.last:

@@ -54,6 +54,8 @@ class Plan:
     """What one layer makes on its way, at most."""
     flight_bytes: int
     """Hidden vectors and masks of calls that go through the layers together; a call that exceeds it goes alone."""
+    prompt_bytes: int
+    """Those of one sequence's prompt, or a piece of it."""
 
     @property
     def total_bytes(self) -> int:
@@ -184,6 +186,7 @@ def _least(
         logits_bytes=4 * batch * config.vocabulary * accumulation_dtype(compute).itemsize,
         work_bytes=_work_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve, expands),
         flight_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),
+        prompt_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),
     )
 
 

@@ -114,7 +114,8 @@ def test_reading_goes_on_behind_the_computation(store: Store, monkeypatch: pytes
     writes = [each for each in events if each.kind is Kind.KV_WRITE][-6:]
     for index in range(6):
         assert reads[index].record == uses[index].record == writes[index].record == index
-        assert reads[index].end_s <= uses[index].end_s <= writes[index].end_s
+        assert reads[index].end_s <= uses[index].end_s
+        assert uses[index].begin_s <= writes[index].begin_s
     for index in range(2, 6):
         assert writes[index - 2].end_s <= reads[index].begin_s  # the buffer is free
     assert sum(reads[index].end_s <= uses[index - 1].end_s for index in range(2, 6)) >= 3  # but for a slow disk all
