@@ -73,11 +73,14 @@ def measure(store: Store) -> Speeds:
         file.close()
 
 
-def compute(path: OffloadPath, batch: int, reserve: int) -> Computed:
-    """Measure a step and a prompt of a path that is compiled, with layers that stay where they are."""
+def compute(path: OffloadPath, batch: int, reserve: int, prompt: int | None = None) -> Computed:
+    """Measure a step and a prompt of a path that is compiled, with layers that stay where they are.
+
+    The prompt is as long as `reserve` unless its length is given.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(path.config.vocabulary, (batch, reserve), generator=generator)
-    prompt_tokens = min(reserve, PREFILL_TOKENS)
+    prompt_tokens = min(prompt or reserve, PREFILL_TOKENS)
     with path.still():
         sequences = path.open(1, reserve)
         prompt_s, _ = _still_s(path, lambda: path.extend(sequences, [tokens_BT[0, :prompt_tokens]]))
