@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..compiled.compute import accumulation_dtype
-from ..compiled.embedding import Embedding, embed
+from ..compiled.embedding import Embedding, Product, embed
 from ..compiled.head import head_prefill, scale_and_cap
-from ..compiled.layers import Cache
+from ..compiled.layers import Attend, Cache, layer_with
 from ..compiled.linear import linear_decode, linear_prefill
 from ..compiled.packing import Matrix
 from ..compiled.programs import Program
@@ -52,6 +52,8 @@ class StreamedProgram(NamedTuple):
     """Returns what the head multiplies."""
     score: Callable[[Tensor, Matrix], Tensor]
     """Returns the logits of a block of the head's rows."""
+    product: Product
+    """That of its layers."""
 
 
 def streamed_program(
@@ -98,7 +100,7 @@ def streamed_program(
     else:
         enter = others(enter_decode, {"table": (0,), "step_3R": (1,) if many else (), "slot_S": (0,)})
     return StreamedProgram(
-        enter, parts.layer, others(leave, {"x_TM": rows}), others(score, {"hidden_RW": (0,) if many else ()})
+        enter, parts.layer, others(leave, {"x_TM": rows}), others(score, {"hidden_RW": (0,) if many else ()}), product
     )
 
 
@@ -142,6 +144,15 @@ class Call:
     def layer(self, config: LayerConfig, weights: Layer, cache: Cache, place: int | None) -> None:
         """Go through a layer; `place` is that of its rotation."""
         self._x = self._program.layer(config, self._x, weights, cache, place, self._positions, *self._shared)
+
+    def layer_with(
+        self, config: LayerConfig, weights: Layer, attend: Attend, place: int | None, storage: Storage
+    ) -> None:
+        """Go through a layer, uncompiled, whose keys and values are not in memory."""
+        assert self._x is not None
+        table = None if place is None else self._positions.tables[place]
+        product = self._program.product
+        self._x = layer_with(self._x, weights, table, attend, config=config, storage=storage, product=product)
 
     def leave(self, resident: Resident) -> None:
         """Go through what stands between the layers and the head."""

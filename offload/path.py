@@ -14,12 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..compiled.compute import DEFAULT
+from ..compiled.layers import Cache
 from ..compiled.linear import PASS_ROWS, passes
 from ..compiled.machine import check_compiler
 from ..compiled.path import Mode
@@ -37,7 +39,7 @@ from .events import Event
 from .form import Resident, faulty, in_buffer
 from .kv_stream import Span, away_layers
 from .plan import PREFILL_TOKENS, Plan, call_bytes, most_batch, plan
-from .sequences import TieredSequences
+from .sequences import Away, TieredSequences
 from .store import Store
 from .streamer import KEPT, Streamer, damaged
 from .table import DiskTable
@@ -211,11 +213,11 @@ class OffloadPath:
                 return last_BV.clone()
             return [torch.cat(each) if each else last_BV[:0].clone() for each in every]
 
-    def _away(self, plan: Plan) -> list[int]:
-        return away_layers(len(self._config.layers), plan.away_layers)
+    def _away(self, plan: Plan) -> Away:
+        return Away(away_layers(len(self._config.layers), plan.away_layers), plan.block_tokens)
 
-    def _grown(self, batch: int, capacity: int) -> list[int]:
-        """Return the layers that have to be away once each sequence has room for so many tokens."""
+    def _grown(self, batch: int, capacity: int) -> Away:
+        """Return what has to be away once each sequence has room for so many tokens."""
         self.plan = self._plan(batch, capacity)
         self._make_ring(self.plan.slots)
         return self._away(self.plan)
@@ -226,7 +228,9 @@ class OffloadPath:
         given["expands"] = self._mode is Mode.EAGER
         if self._streamer is not None:
             with contextlib.suppress(RequestError):
-                return plan(self._store, self._config, **given, slots=self._streamer.slots)
+                made = plan(self._store, self._config, **given, slots=self._streamer.slots)
+                if not made.block_tokens:
+                    return made
         return plan(self._store, self._config, **given)
 
     def _make_ring(self, slots: int) -> None:
@@ -344,7 +348,11 @@ class OffloadPath:
                 if index < len(layers):
                     with sequences.layer(index) as cache:
                         for each in pending:
-                            each.call.layer(layers[index], part, cache, of_layer[index])
+                            if isinstance(cache, Cache):
+                                each.call.layer(layers[index], part, cache, of_layer[index])
+                            else:
+                                attend = partial(cache.attend, index, part, layers[index].attention, each.spans)
+                                each.call.layer_with(layers[index], part, attend, of_layer[index], self._store.storage)
                 if index == len(layers) - 1:
                     for each in pending:
                         each.call.leave(self.resident)

@@ -7,7 +7,7 @@ not the interpreter with torch, which is there before (`base_bytes` says how muc
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from .store import Store
 
 PREFILL_TOKENS = 512
 """Tokens of a prompt that go through a layer at once, as in the compiled path."""
+
+_BLOCK_BYTES = 1 << 19
+"""Keys and values that are brought in at a time at most, where not even one layer's fit."""
 
 LEAST_SLOTS = 2
 MOST_SLOTS = 4
@@ -49,6 +52,8 @@ class Plan:
     """Layers whose keys and values lie in a file."""
     away_bytes: int
     """What these take there."""
+    block_tokens: int
+    """Tokens of them that are brought in at a time; 0 where whole layers are."""
     logits_bytes: int
     work_bytes: int
     """What one layer makes on its way, at most."""
@@ -152,7 +157,18 @@ def _fitting(
         if least.total_bytes <= budget:
             return least
         plans.append(least)
+    plans.append(_in_blocks(plans[-1], _least(*given[:5], True, slots, len(config.layers)), config, compute))
+    if plans[-1].total_bytes <= budget:
+        return plans[-1]
     return min(plans, key=lambda one: one.total_bytes)
+
+
+def _in_blocks(least: Plan, expanding: Plan, config: ModelConfig, compute: torch.dtype) -> Plan:
+    """Return a plan with no layer's caches in memory, and all computed with uncompiled."""
+    unit, most = whole_capacity(config.layers, 1, compute), max(_token_bytes(each, compute) for each in config.layers)
+    tokens = max(1, min(_BLOCK_BYTES, least.away_bytes // len(config.layers) // 8) // (unit * most)) * unit
+    changed = {"cache_bytes": BUFFERS * tokens * most, "block_tokens": tokens, "work_bytes": expanding.work_bytes}
+    return replace(least, **changed)
 
 
 def _least(
@@ -183,6 +199,7 @@ def _least(
         + BUFFERS * max(of_layer, default=0),
         away_layers=away,
         away_bytes=sum(of_layer),
+        block_tokens=0,
         logits_bytes=4 * batch * config.vocabulary * accumulation_dtype(compute).itemsize,
         work_bytes=_work_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve, expands),
         flight_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),

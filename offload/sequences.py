@@ -2,7 +2,7 @@
 
 Which layers are moved away is the plan's matter. A layer that stays has a cache as the compiled path's sequences have;
 one that is moved away is brought in for each sweep, whole, in the same form: what is computed with it is the same, to
-the bit.
+the bit. Where not even one layer's fit, they are attended to block by block.
 
 Shapes: B sequences, C capacity, K key/value heads, D head size, V vocabulary.
 """
@@ -10,6 +10,7 @@ Shapes: B sequences, C capacity, K key/value heads, D head size, V vocabulary.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,17 @@ from ..compiled.layers import Cache
 from ..spec.config import ModelConfig
 from ..spec.errors import RequestError
 from .events import Event
+from .kv_blocks import KvBlocks
 from .kv_file import KvFile, writable_folder
 from .kv_stream import KvStream, Place, Span, whole_capacity
+
+
+class Away(NamedTuple):
+    """What lies in a file."""
+
+    layers: Collection[int]
+    block_tokens: int
+    """Tokens that are brought in at a time; 0 where whole layers are."""
 
 
 class _Tiers:
@@ -32,13 +42,13 @@ class _Tiers:
         batch: int,
         tokens: int,
         compute: torch.dtype,
-        away: Collection[int],
+        away: Away,
         folder: Path,
         log: Callable[[Event], None],
     ) -> None:
         self.capacity = max(2, tokens)  # a graph's S is at least 2, and it reads S slots
-        if away:
-            self.capacity = whole_capacity((config.layers[index] for index in away), tokens, compute)
+        if away.layers:
+            self.capacity = whole_capacity((config.layers[index] for index in away.layers), tokens, compute)
         self.here: dict[int, Cache] = {}
         places: dict[int, Place] = {}
         offset = 0
@@ -47,13 +57,17 @@ class _Tiers:
             place = Place(
                 batch, self.capacity, attention.kv_heads, attention.head_size, compute, attention.window, offset
             )
-            if index in away:
+            if index in away.layers:
                 places[index] = place
                 offset += place.nbytes
             else:
                 shape = batch * self.capacity, place.kv_heads, place.head_size
                 self.here[index] = Cache(*(torch.zeros(shape, dtype=compute) for _ in Cache._fields))
-        self.away = KvStream(KvFile(writable_folder(folder), offset), places, log) if places else None
+        self.away: KvStream | KvBlocks | None = None
+        if places:
+            file = KvFile(writable_folder(folder), offset)
+            blocks = away.block_tokens
+            self.away = KvBlocks(file, places, blocks, log) if blocks else KvStream(file, places, log)
 
     def get(self, layer: int, lengths: Sequence[int]) -> Cache:
         """Return a layer's keys and values, if need be in a buffer that the next call overwrites."""
@@ -88,11 +102,11 @@ class TieredSequences:
         batch: int,
         reserve: int,
         compute: torch.dtype,
-        away: Collection[int],
+        away: Away,
         folder: Path,
         log: Callable[[Event], None],
     ) -> None:
-        """`away`: the layers whose keys and values lie in a file in `folder`; `log` gets what is read and written."""
+        """`folder` is where the file is made that holds what is away; `log` gets what is read and written."""
         self.owner: object = None
         self.last_BV = torch.zeros(batch, config.vocabulary, dtype=accumulation_dtype(compute))
         self._config, self._batch, self._compute, self._folder, self._log = config, batch, compute, folder, log
@@ -117,10 +131,10 @@ class TieredSequences:
         if self._closed:
             raise RequestError("the sequences are closed; open new ones")
 
-    def make_room(self, longest: int, away_at: Callable[[int], Collection[int]]) -> None:
+    def make_room(self, longest: int, away_at: Callable[[int], Away]) -> None:
         """Let every sequence hold `longest` tokens: at least double the capacity, up to the context, and copy.
 
-        `away_at` says which layers have to be away at a capacity.
+        `away_at` says what has to be away at a capacity.
         """
         if longest <= self.capacity:
             return
@@ -144,27 +158,30 @@ class TieredSequences:
             for each in spans:  # pieces of a prompt follow each other
                 first = rows.setdefault(each.row, each)
                 rows[each.row] = Span(each.row, first.begin, each.end)
-            away.begin(list(rows.values()))
+            if isinstance(away, KvStream):
+                away.begin(list(rows.values()))
             yield
             away.end()
         finally:
             away.abandon()
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[Cache]:
-        """Hold a layer's cache, within a sweep."""
-        here = self._tiers.here.get(index)
+    def layer(self, index: int) -> Iterator[Cache | KvBlocks]:
+        """Hold a layer's cache, or what attends to it block by block, within a sweep."""
+        here, away = self._tiers.here.get(index), self._tiers.away
         if here is not None:
             yield here
-            return
-        assert self._tiers.away is not None
-        with self._tiers.away.layer(index) as cache:
-            yield cache
+        elif isinstance(away, KvStream):
+            with away.layer(index) as cache:
+                yield cache
+        else:
+            assert away is not None
+            yield away
 
     def advance(self, gained: list[int], last_BV: Tensor) -> None:
         """Record that sequences gained tokens, and the logits after their last ones."""
         self._lengths = [length + more for length, more in zip(self._lengths, gained, strict=True)]
         self.last_BV = last_BV
 
-    def _made(self, tokens: int, away: Collection[int]) -> _Tiers:
+    def _made(self, tokens: int, away: Away) -> _Tiers:
         return _Tiers(self._config, self._batch, tokens, self._compute, away, self._folder, self._log)

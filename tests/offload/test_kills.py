@@ -20,6 +20,7 @@ from hypothesis import settings
 from twinfer.batches import run_batches
 from twinfer.generation import generate
 from twinfer.offload.path import OffloadPath
+from twinfer.offload.sequences import Away
 from twinfer.offload.store import Store, open_store
 from twinfer.oracle.models import RandomSource
 
@@ -85,7 +86,7 @@ def generates(store: str, file: str) -> None:
 def opened(folder: Path) -> OffloadPath:
     """Open a store, half of its layers' keys and values in a file."""
     torch.set_num_threads(1)
-    OffloadPath._away = lambda self, plan: [1, 3, 5]  # type: ignore[method-assign]
+    OffloadPath._away = lambda self, plan: Away([1, 3, 5], 0)  # type: ignore[method-assign]
     return OffloadPath(open_store(folder), MODEL, budget=50 << 20, mode="eager")
 
 

@@ -13,6 +13,7 @@ from twinfer.compiled.linear import multiplies_fast
 from twinfer.offload import calls, form, path, streamer, table
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
+from twinfer.offload.sequences import Away
 from twinfer.offload.streamer import Streamer
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.strategies import drawn
@@ -54,7 +55,7 @@ def test_logits_are_those_of_the_compiled_path_to_the_bit(
         patch.setattr(path, "Streamer", lambda *given: Streamer(*given[:2], slots, piece=max(piece, form.PAGE)))
         patch.setattr(path, "call_bytes", lambda *given: BUDGET // flight)
         moved = [index for index in range(len(model.layers)) if away >> index & 1]
-        patch.setattr(path.OffloadPath, "_away", lambda self, plan: moved)
+        patch.setattr(path.OffloadPath, "_away", lambda self, plan: Away(moved, 0))
         decoder = offloaded(store, model)
         found = logits(decoder, steps, every=every)
         decoder.close()
