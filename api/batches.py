@@ -2,14 +2,14 @@
 
 Each line of the file is one prompt's result, with a digest of everything that it depends on. A run that was killed is
 gone on with: prompts whose results are there are not run again, and a line that was cut short is written anew. So
-whenever it is killed nothing is lost but the batch under way, and nothing is there twice.
+whenever it is killed nothing that finished is lost, and nothing is there twice.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from twinfer.spec.errors import RequestError
 
 from .generation import Output
 
-Run = Callable[[Sequence[int]], Sequence[Output]]
-"""Takes the numbers of some prompts and returns what they yield."""
+Run = Callable[[Sequence[int]], Iterable[tuple[int, Output]]]
+"""Takes the numbers of some prompts; returns, as they finish, their places among these and what they yield."""
 
 
 def run_batches(
@@ -40,8 +40,7 @@ def run_batches(
             begin_s = time.perf_counter()
             for first in range(0, len(left), batch):
                 numbers = left[first : first + batch]
-                outputs = run(numbers)
-                _append(file, [_line(*each, digests) for each in zip(numbers, outputs, strict=True)])
+                _append(file, (_line(numbers[place], output, digests) for place, output in run(numbers)))
                 ran = first + len(numbers)
                 rest_s = (time.perf_counter() - begin_s) / ran * (len(left) - ran)
                 report(f"{len(done) + ran} of {len(prompts)} prompts, {rest_s:.0f} s left")
@@ -73,10 +72,12 @@ def _finished(file: Path, digests: Sequence[str]) -> set[int]:
     return done
 
 
-def _append(file: Path, lines: Sequence[str]) -> None:
+def _append(file: Path, lines: Iterable[str]) -> None:
+    """Write each line as it comes; once the last is written all are on the disk."""
     with file.open("a", encoding="utf-8") as out:
-        out.write("".join(lines))
-        out.flush()
+        for line in lines:
+            out.write(line)
+            out.flush()
         os.fsync(out.fileno())
 
 

@@ -114,6 +114,12 @@ class Generation:
             pass
         return [row.output() for row in self._rows]
 
+    def finished(self) -> Iterator[tuple[int, Output]]:
+        """Yield each prompt's number in the batch and all that it yielded, as soon as it has ended."""
+        for event in self._events:
+            if event.stop is not None:
+                yield event.prompt, self._rows[event.prompt].output()
+
     def close(self) -> None:
         self._events.close()
 

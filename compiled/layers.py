@@ -146,11 +146,29 @@ def encode_layer(
     return _layer(x_TM, weights, table, attend, config, storage, linear_prefill, reduce)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Query, key and value of new tokens to mixed values [T, H, D]: attention, wherever earlier ones are kept."""
+
+
+def layer_with(
+    x_TM: Tensor,
+    weights: Layer,
+    table: Table,
+    attend: Attend,
+    *,
+    config: LayerConfig,
+    storage: Storage,
+    product: Product,
+) -> Tensor:
+    """Return what a layer makes of the hidden vectors of new tokens, with an attention of the caller's."""
+    return _layer(x_TM, weights, table, attend, config, storage, product, identity)
+
+
 def _layer(
     x_TM: Tensor,
     weights: Layer,
     table: Table,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Attend,
     config: LayerConfig,
     storage: Storage,
     product: Product,

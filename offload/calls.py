@@ -10,16 +10,17 @@ Shapes: R sequences that gain one token, T prompt tokens of one sequence, S key 
 vocabulary, N rows of a block of the head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..compiled.compute import accumulation_dtype
-from ..compiled.embedding import Embedding, embed
+from ..compiled.embedding import Embedding, Product, embed
 from ..compiled.head import head_prefill, scale_and_cap
-from ..compiled.layers import Cache
+from ..compiled.layers import Attend, Cache, layer_with
 from ..compiled.linear import linear_decode, linear_prefill
 from ..compiled.packing import Matrix
 from ..compiled.programs import Program
@@ -37,6 +38,7 @@ from ..compiled.steps import (
 from ..compiled.weights import Head, Layer
 from ..spec.config import LayerConfig, ModelConfig, Storage
 from .form import Resident
+from .kv_stream import Span
 
 
 class StreamedProgram(NamedTuple):
@@ -50,6 +52,8 @@ class StreamedProgram(NamedTuple):
     """Returns what the head multiplies."""
     score: Callable[[Tensor, Matrix], Tensor]
     """Returns the logits of a block of the head's rows."""
+    product: Product
+    """That of its layers."""
 
 
 def streamed_program(
@@ -96,7 +100,7 @@ def streamed_program(
     else:
         enter = others(enter_decode, {"table": (0,), "step_3R": (1,) if many else (), "slot_S": (0,)})
     return StreamedProgram(
-        enter, parts.layer, others(leave, {"x_TM": rows}), others(score, {"hidden_RW": (0,) if many else ()})
+        enter, parts.layer, others(leave, {"x_TM": rows}), others(score, {"hidden_RW": (0,) if many else ()}), product
     )
 
 
@@ -141,6 +145,15 @@ class Call:
         """Go through a layer; `place` is that of its rotation."""
         self._x = self._program.layer(config, self._x, weights, cache, place, self._positions, *self._shared)
 
+    def layer_with(
+        self, config: LayerConfig, weights: Layer, attend: Attend, place: int | None, storage: Storage
+    ) -> None:
+        """Go through a layer, uncompiled, whose keys and values are not in memory."""
+        assert self._x is not None
+        table = None if place is None else self._positions.tables[place]
+        product = self._program.product
+        self._x = layer_with(self._x, weights, table, attend, config=config, storage=storage, product=product)
+
     def leave(self, resident: Resident) -> None:
         """Go through what stands between the layers and the head."""
         assert self._x is not None
@@ -165,3 +178,29 @@ class Call:
     def every_logits(self, vocabulary: int) -> Tensor:
         """Return the logits of all positions, [T, V]."""
         return torch.cat(self._every, 1)[:, :vocabulary]
+
+
+@dataclass(slots=True)
+class Pending:
+    """A call and where its logits belong."""
+
+    call: Call
+    tokens: list[int]
+    rows: list[int]
+    """The sequence of each row; those of a decode step that fill it up are the last one's again."""
+    spans: list[Span]
+    last: bool
+    """Whether it is the last piece of its prompt, or a decode step."""
+    nbytes: int
+
+
+def in_sweeps(pending: Sequence[Pending], flight_bytes: int) -> Iterator[list[Pending]]:
+    """Yield calls that go through the layers together: as many as there is room for, at least one."""
+    together: list[Pending] = []
+    for each in pending:
+        if together and sum(one.nbytes for one in together) + each.nbytes > flight_bytes:
+            yield together
+            together = []
+        together.append(each)
+    if together:
+        yield together

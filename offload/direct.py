@@ -24,6 +24,24 @@ def aligned_buffer(nbytes: int) -> memoryview:
     return memoryview(mmap.mmap(-1, nbytes))
 
 
+def opened(path: Path, flags: int, *, direct: bool = True) -> tuple[int, bool]:
+    """Open a file directly if a direct read of its first page works, else as usual; returns which as well."""
+    if direct and _DIRECT:
+        try:
+            descriptor = os.open(path, flags | _DIRECT)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            descriptor = -1
+        if descriptor >= 0:
+            try:
+                os.preadv(descriptor, [aligned_buffer(PAGE)], 0)
+                return descriptor, True
+            except OSError:
+                os.close(descriptor)
+    return os.open(path, flags), False
+
+
 class DirectFile:
     """A file that is open for reading whole pages.
 
@@ -33,30 +51,11 @@ class DirectFile:
     def __init__(self, path: Path, *, direct: bool = True, read: Read = os.preadv) -> None:
         self.path = path
         self._read = read
-        self.direct = direct and _DIRECT != 0
         try:
-            self._descriptor = self._opened()
+            self._descriptor, self.direct = opened(path, os.O_RDONLY, direct=direct)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
         self.nbytes = os.fstat(self._descriptor).st_size
-
-    def _opened(self) -> int:
-        """Open it directly if a direct read of its first page works, else as usual."""
-        if self.direct:
-            try:
-                descriptor = os.open(self.path, os.O_RDONLY | _DIRECT)
-            except FileNotFoundError:
-                raise
-            except OSError:
-                descriptor = -1
-            if descriptor >= 0:
-                try:
-                    os.preadv(descriptor, [aligned_buffer(PAGE)], 0)
-                    return descriptor
-                except OSError:
-                    os.close(descriptor)
-            self.direct = False
-        return os.open(self.path, os.O_RDONLY)
 
     def read_into(self, buffer: memoryview, offset: int, what: str) -> None:
         """Fill a buffer of whole pages with what begins at a page of the file.

@@ -12,12 +12,18 @@ class Kind(StrEnum):
     """A record was computed with."""
     WAIT = "wait"
     """The computation waited for a record."""
+    KV_READ = "kv read"
+    """A layer's keys and values were brought in."""
+    KV_WRITE = "kv write"
+    """What a layer gained was written back."""
+    KV_WAIT = "kv wait"
+    """The computation waited for a layer's keys and values."""
 
 
 class Event(NamedTuple):
     kind: Kind
     record: int
-    """Place in the schedule."""
+    """Place in the schedule; for keys and values the layer."""
     slot: int
     begin_s: float
     end_s: float

@@ -1,20 +1,28 @@
 """What this machine's disk and processor do now, and what a plan's steps will take by it."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ..compiled.linear import product
-from ..spec.config import ModelConfig
-from ..spec.counts import total
+from ..compiled.linear import PASS_ROWS, product
 from .direct import DirectFile, aligned_buffer
+from .events import Kind
+from .path import OffloadPath
 from .plan import PREFILL_TOKENS, Plan
 from .store import Store
 from .streamer import Streamer
 
 _ENOUGH_S = 1.0
+
+_RUNS = 2
+_AT = range(_RUNS)
+
+_MARGIN = 1.1
+"""What a batch has beyond the least that hides the reads: speeds vary while a run goes on."""
+
 _GEMM = 1024
 
 
@@ -30,6 +38,19 @@ class Speeds:
     """Float operations a second of a product of many rows."""
     direct: bool
     """Whether the page cache was passed by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """Seconds that computing takes while nothing of the weights is read."""
+
+    step_s: float
+    """A decode step of the batch, sequences being half as long as is planned."""
+    prompt_s: float
+    """The prompt of one sequence, of `prompt_tokens` tokens."""
+    prompt_tokens: int
+    kv_s: float
+    """What a step's keys and values take to be read and written where they lie in a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,23 +73,85 @@ def measure(store: Store) -> Speeds:
         file.close()
 
 
-def predict(plan: Plan, config: ModelConfig, speeds: Speeds) -> Prediction:
-    """Say what a step takes: reading and computing go on at once, so the longer of the two.
+def compute(path: OffloadPath, batch: int, reserve: int, prompt: int | None = None) -> Computed:
+    """Measure a step and a prompt of a path that is compiled, with layers that stay where they are.
 
-    A decode step reads each pass's weights from memory; a prompt is bound by its products.
+    The prompt is as long as `reserve` unless its length is given.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(path.config.vocabulary, (batch, reserve), generator=generator)
+    prompt_tokens = min(prompt or reserve, PREFILL_TOKENS)
+    with path.still():
+        sequences = path.open(1, reserve)
+        prompt_s, _ = _still_s(path, lambda: path.extend(sequences, [tokens_BT[0, :prompt_tokens]]))
+        sequences.close()
+        sequences = path.open(batch, reserve)
+        sequences.advance([max(0, reserve // 2 - _RUNS)] * batch, sequences.last_BV)
+        runs = [_still_s(path, lambda at=at: path.extend(sequences, list(tokens_BT[:, at, None]))) for at in _AT]  # type: ignore[misc]
+        sequences.close()
+    step_s, kv_s = min(runs)
+    return Computed(step_s=step_s, prompt_s=prompt_s, prompt_tokens=prompt_tokens, kv_s=kv_s)
+
+
+def _still_s(path: OffloadPath, call: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds of a call without waits, and those of reading and writing keys and values."""
+    begin_s = time.perf_counter()
+    call()
+    passed_s = time.perf_counter() - begin_s
+    spent = {
+        kind: sum(e.end_s - e.begin_s for e in path.events if e.kind is kind and e.begin_s >= begin_s) for kind in Kind
+    }
+    return passed_s - spent[Kind.WAIT] - spent[Kind.KV_WAIT], spent[Kind.KV_READ] + spent[Kind.KV_WRITE]
+
+
+def predict(plan: Plan, speeds: Speeds, computed: Computed) -> Prediction:
+    """Return what a step takes: reading and computing go on at once, so the longer of the two.
+
+    The prompts of a batch share the weights of a sweep as far as the plan has room for what they are on their way.
     """
     fetch_s = plan.step_bytes / speeds.disk
-    weights = total(config).matrix
-    passes = -(-plan.batch // 4)
-    step_s = max(fetch_s, passes * plan.step_bytes / speeds.memory, 2 * weights * plan.batch / speeds.gemm)
-    tokens = plan.batch * min(plan.reserve, PREFILL_TOKENS)
-    prompt_s = max(fetch_s, 2 * weights * tokens / speeds.gemm)
+    step_s = max(computed.step_s, fetch_s + computed.kv_s)
+    together = max(1, plan.flight_bytes // plan.prompt_bytes)
+    sweeps = -(-plan.batch // together)
+    prompts_s = sweeps * max(fetch_s, computed.prompt_s * plan.batch / sweeps)
     return Prediction(
         step_s=step_s,
         token_s=step_s / plan.batch,
-        prompt_token_s=prompt_s / tokens,
-        hiding_tokens=speeds.gemm / speeds.disk * plan.step_bytes / weights / 2,
+        prompt_token_s=prompts_s / (plan.batch * computed.prompt_tokens),
+        hiding_tokens=plan.batch * fetch_s / computed.step_s,
     )
+
+
+def best_batch(path: OffloadPath, reserve: int, prompts: int) -> int:
+    """Return how many of some prompts to run at once: as many as hide the reads, if the budget has room for them.
+
+    A step of B tokens hides them if B >= F * bytes_per_weight / (2 * BW), with BW the disk's bytes and F the operations
+    a second at which the step is computed: 2 W B / (its seconds), so that B seconds_of_reading / seconds_of_computing
+    is the least one. F grows with B, so it is measured again at what it yields. More sequences than memory holds move
+    keys and values to the disk, which is done where the step is predicted to yield more tokens a second.
+    """
+    speeds = measure(path.store)
+    here, most = (min(prompts, path.most_batch(reserve, away=away)) for away in (False, True))
+
+    def hiding(batch: int) -> tuple[int, float]:
+        """Return the batch that hides the reads by what one of `batch` takes, and that one's seconds a token."""
+        computed = compute(path, batch, reserve)
+        assert path.plan is not None
+        predicted = predict(path.plan, speeds, computed)
+        return math.ceil(predicted.hiding_tokens * _MARGIN), predicted.token_s
+
+    batch, token_s = 0, math.inf
+    wanted = min(here, PASS_ROWS)
+    while wanted > batch:
+        batch = wanted
+        least, token_s = hiding(batch)
+        wanted = min(here, least, 8 * batch)
+    if least > here and most > here:
+        larger = min(most, least)
+        if hiding(larger)[1] < token_s:
+            batch = larger
+    runs = -(-prompts // batch)
+    return -(-prompts // runs)
 
 
 def _disk(store: Store, file: DirectFile) -> float:

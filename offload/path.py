@@ -9,15 +9,19 @@ storages everywhere.
 Shapes: B sequences, R of them that gain one token, T tokens, V vocabulary.
 """
 
+import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, overload
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..compiled.compute import DEFAULT
+from ..compiled.layers import Cache
 from ..compiled.linear import PASS_ROWS, passes
 from ..compiled.machine import check_compiler
 from ..compiled.path import Mode
@@ -29,30 +33,19 @@ from ..spec import decoder as protocol
 from ..spec.ambient import CPU
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import CheckpointError, RequestError
-from .calls import Call, StreamedProgram, streamed_program
+from .calls import Call, Pending, StreamedProgram, in_sweeps, streamed_program
 from .direct import DirectFile, aligned_buffer
 from .events import Event
 from .form import Resident, faulty, in_buffer
+from .kv_stream import Span, away_layers
 from .plan import PREFILL_TOKENS, Plan, call_bytes, most_batch, plan
+from .sequences import Away, TieredSequences
 from .store import Store
-from .streamer import Streamer, damaged
+from .streamer import KEPT, Streamer, damaged
 from .table import DiskTable
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """A store's norms and biases are float32, so it does not serve float64."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A call and where its logits belong."""
-
-    call: Call
-    tokens: list[int]
-    rows: list[int]
-    """The sequences; of a decode step, those of its rows, the rows that fill it up excepted."""
-    last: bool
-    """Whether it is the last piece of its prompt, or a decode step."""
-    nbytes: int
 
 
 class OffloadPath:
@@ -89,6 +82,7 @@ class OffloadPath:
             check_compiler(CPU)
         self._store, self._config, self._budget, self._compute = store, config, budget, compute
         self._mode, self._report = Mode(mode), report or (lambda line: None)
+        self._streamer: Streamer | None = None
         self._plan(batch=1, reserve=min(2, config.context))
         self._turn = Turn(CPU, compiled=self._mode is not Mode.EAGER)
         self._file = DirectFile(store.weights, direct=direct)
@@ -97,7 +91,8 @@ class OffloadPath:
         self.resident = self._read_resident()
         checksum_B = self.resident.table_checksum_B
         self._table = DiskTable(self._file, store.table, store.storage, checksum_B)
-        self._streamer: Streamer | None = None
+        self._still = False
+        self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
         """That of the sequences opened last."""
         self._programs: dict[Program, StreamedProgram] = {}
@@ -112,6 +107,10 @@ class OffloadPath:
         return self._config
 
     @property
+    def store(self) -> Store:
+        return self._store
+
+    @property
     def device(self) -> torch.device:
         return CPU
 
@@ -121,8 +120,12 @@ class OffloadPath:
 
     @property
     def events(self) -> list[Event]:
-        """What the streamer did of late."""
-        return [] if self._streamer is None else self._streamer.events
+        """What was read, written and computed with of late."""
+        return (
+            []
+            if self._streamer is None
+            else sorted([*self._streamer.events, *self._kv_events], key=lambda each: each.end_s)
+        )
 
     def close(self) -> None:
         """Give back threads, buffers and the file; sequences cannot be extended any more."""
@@ -143,22 +146,32 @@ class OffloadPath:
                 self._program(name)
         return time.perf_counter() - begin_s
 
-    def most_batch(self, reserve: int) -> int:
-        """Return how many sequences of so many tokens the budget has room for."""
-        expands = self._mode is Mode.EAGER
-        given = self._store, self._config
-        return most_batch(*given, budget=self._budget, reserve=reserve, compute=self._compute, expands=expands)
+    def most_batch(self, reserve: int, *, away: bool = True) -> int:
+        """Return how many sequences of so many tokens the budget has room for; `away`: with caches in a file."""
+        given: dict[str, Any] = {"budget": self._budget, "reserve": reserve, "compute": self._compute, "away": away}
+        return most_batch(self._store, self._config, **given, expands=self._mode is Mode.EAGER)
 
-    def open(self, batch: int, reserve: int) -> StaticSequences:
+    def open(self, batch: int, reserve: int) -> TieredSequences:
         """Start `batch` empty sequences with room for `reserve` tokens each, if the budget has that room."""
         protocol.check_open(self._config, self.max_batch, batch, reserve)
         self.plan = self._plan(batch, reserve)
         with self._turn:
-            if self._streamer is None:
-                self._streamer = Streamer(self._file, self._store.schedule, self.plan.slots)
-            sequences = StaticSequences(self._config, batch, reserve, CPU, self._compute)
+            self._make_ring(self.plan.slots)
+            away, folder = self._away(self.plan), self._store.folder
+            sequences = TieredSequences(
+                self._config, batch, reserve, self._compute, away, folder, self._kv_events.append
+            )
         sequences.owner = self
         return sequences
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Compute with one layer of each kind in place of all, which stays: for seeing what computing takes."""
+        self._still = True
+        try:
+            yield
+        finally:
+            self._still = False
 
     @overload
     def extend(
@@ -174,22 +187,24 @@ class OffloadPath:
         self, sequences: protocol.Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
     ) -> Tensor | list[Tensor]:
         """Append tokens and return the logits that follow, as the protocol says."""
-        if not isinstance(sequences, StaticSequences) or sequences.owner is not self:
+        if not isinstance(sequences, TieredSequences) or sequences.owner is not self:
             raise RequestError("the sequences were opened by another path; open them with this one")
         sequences.check_open()
         lengths = sequences.lengths
         tokens = protocol.checked_tokens(self._config, lengths, new_tokens)
         with self._turn:
             gained = [len(each) for each in tokens]
-            sequences.make_room(max(length + more for length, more in zip(lengths, gained, strict=True)))
+            longest = max(length + more for length, more in zip(lengths, gained, strict=True))
+            sequences.make_room(longest, lambda capacity: self._grown(len(lengths), capacity))
             single = [row for row, more in enumerate(gained) if more == 1]
             pending = self._decode_calls(sequences, single, [tokens[row][0] for row in single])
             for row, more in enumerate(gained):
                 if more > 1:
                     pending += self._prefill_calls(sequences, row, tokens[row])
+            assert self.plan is not None
             last_BV = sequences.last_BV.clone()
             every: list[list[Tensor]] = [[] for _ in tokens]
-            for together in self._sweeps(pending):
+            for together in in_sweeps(pending, self.plan.flight_bytes):
                 self._sweep(sequences, together, every_position)
                 for each in together:
                     self._take(each, last_BV, every if every_position else None)
@@ -198,18 +213,33 @@ class OffloadPath:
                 return last_BV.clone()
             return [torch.cat(each) if each else last_BV[:0].clone() for each in every]
 
+    def _away(self, plan: Plan) -> Away:
+        return Away(away_layers(len(self._config.layers), plan.away_layers), plan.block_tokens)
+
+    def _grown(self, batch: int, capacity: int) -> Away:
+        """Return what has to be away once each sequence has room for so many tokens."""
+        self.plan = self._plan(batch, capacity)
+        self._make_ring(self.plan.slots)
+        return self._away(self.plan)
+
     def _plan(self, batch: int, reserve: int) -> Plan:
-        streamer = getattr(self, "_streamer", None)
-        return plan(
-            self._store,
-            self._config,
-            budget=self._budget,
-            batch=batch,
-            reserve=reserve,
-            compute=self._compute,
-            expands=self._mode is Mode.EAGER,
-            slots=None if streamer is None else streamer.slots,
-        )
+        """Plan with the ring that is there, or where that leaves too little with a smaller one."""
+        given: dict[str, Any] = {"budget": self._budget, "batch": batch, "reserve": reserve, "compute": self._compute}
+        given["expands"] = self._mode is Mode.EAGER
+        if self._streamer is not None:
+            with contextlib.suppress(RequestError):
+                made = plan(self._store, self._config, **given, slots=self._streamer.slots)
+                if not made.block_tokens:
+                    return made
+        return plan(self._store, self._config, **given)
+
+    def _make_ring(self, slots: int) -> None:
+        """Have a streamer with so many buffers."""
+        if self._streamer is not None and self._streamer.slots != slots:
+            self._streamer.close()
+            self._streamer = None
+        if self._streamer is None:
+            self._streamer = Streamer(self._file, self._store.schedule, slots)
 
     def _read_resident(self) -> Resident:
         record = self._store.resident
@@ -274,7 +304,7 @@ class OffloadPath:
         self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
         call.score(in_buffer(record, buffer))
 
-    def _decode_calls(self, sequences: StaticSequences, rows: list[int], tokens: list[int]) -> list[_Pending]:
+    def _decode_calls(self, sequences: TieredSequences, rows: list[int], tokens: list[int]) -> list[Pending]:
         """Return the passes of a decode step, in which rows run out as in the compiled path."""
         pending = []
         for given in passes(len(rows), self._store.storage) if rows else []:
@@ -286,10 +316,12 @@ class OffloadPath:
             slot_S = torch.arange(max(2, max(positions) + 1))
             inputs = torch.tensor([ids, positions, starts]), slot_S
             call = Call(self._program(name), inputs, shared=(slot_S,), last_only=False)
-            pending.append(_Pending(call, ids, of_pass, True, call_bytes(self._config, len(given), len(slot_S))))
+            spans = [Span(row, sequences.lengths[row], sequences.lengths[row] + 1) for row in dict.fromkeys(of_pass)]
+            nbytes = call_bytes(self._config, len(given), len(slot_S))
+            pending.append(Pending(call, ids, of_pass, spans, True, nbytes))
         return pending
 
-    def _prefill_calls(self, sequences: StaticSequences, row: int, tokens: list[int]) -> list[_Pending]:
+    def _prefill_calls(self, sequences: TieredSequences, row: int, tokens: list[int]) -> list[Pending]:
         """Return the pieces of a prompt, which go through each layer one after the other."""
         program, pending = self._program(Program.PREFILL), []
         end, stop = sequences.lengths[row], sequences.lengths[row] + len(tokens)
@@ -299,22 +331,10 @@ class OffloadPath:
             slot_S = torch.arange(end)
             call = Call(program, (piece_T, slot_S[begin:], start_1, slot_S), last_only=True)
             nbytes = call_bytes(self._config, len(piece_T), end)
-            pending.append(_Pending(call, piece_T.tolist(), [row], end == stop, nbytes))
+            pending.append(Pending(call, piece_T.tolist(), [row], [Span(row, begin, end)], end == stop, nbytes))
         return pending
 
-    def _sweeps(self, pending: list[_Pending]) -> Iterator[list[_Pending]]:
-        """Yield calls that go through the layers together: as many as the plan has room for, at least one."""
-        assert self.plan is not None
-        together: list[_Pending] = []
-        for each in pending:
-            if together and sum(one.nbytes for one in together) + each.nbytes > self.plan.flight_bytes:
-                yield together
-                together = []
-            together.append(each)
-        if together:
-            yield together
-
-    def _sweep(self, sequences: StaticSequences, pending: list[_Pending], every_position: bool) -> None:
+    def _sweep(self, sequences: TieredSequences, pending: list[Pending], every_position: bool) -> None:
         """Take the calls through all layers and the head, in one pass over the store."""
         assert self._streamer is not None
         self._streamer.check_process()
@@ -322,17 +342,33 @@ class OffloadPath:
         for each in pending:
             table, numbers = self._table.rows(each.tokens)
             each.call.enter(table, self.resident, numbers)
-        for index, part in enumerate(self._streamer.sweep()):
-            for each in pending:
+        spans = [span for each in pending for span in each.spans]
+        with sequences.sweep(spans):
+            for index, part in enumerate(self._parts()):
                 if index < len(layers):
-                    each.call.layer(layers[index], part, sequences.caches[index], of_layer[index])
-                    if index == len(layers) - 1:
+                    with sequences.layer(index) as cache:
+                        for each in pending:
+                            if isinstance(cache, Cache):
+                                each.call.layer(layers[index], part, cache, of_layer[index])
+                            else:
+                                attend = partial(cache.attend, index, part, layers[index].attention, each.spans)
+                                each.call.layer_with(layers[index], part, attend, of_layer[index], self._store.storage)
+                if index == len(layers) - 1:
+                    for each in pending:
                         each.call.leave(self.resident)
-                elif each.last or every_position:
-                    every = (self._config, self._store.storage) if every_position else None
-                    each.call.score(part, every=every)
+                if index >= len(layers):
+                    for each in pending:
+                        if each.last or every_position:
+                            every = (self._config, self._store.storage) if every_position else None
+                            each.call.score(part, every=every)
 
-    def _take(self, done: _Pending, last_BV: Tensor, every: list[list[Tensor]] | None) -> None:
+    def _parts(self) -> Iterator[Any]:
+        assert self._streamer is not None
+        if self._still:
+            return self._streamer.still_sweep([*self._config.layers, *(0 for _ in self._store.head)])
+        return self._streamer.sweep()
+
+    def _take(self, done: Pending, last_BV: Tensor, every: list[list[Tensor]] | None) -> None:
         """Put a call's logits where they belong."""
         vocabulary = self._config.vocabulary
         if done.last:

@@ -7,20 +7,23 @@ not the interpreter with torch, which is there before (`base_bytes` says how muc
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from ..compiled.compute import accumulation_dtype
-from ..spec.config import ModelConfig, Storage
-from ..spec.counts import cache_bytes_per_token
+from ..spec.config import LayerConfig, ModelConfig, Storage
 from ..spec.errors import RequestError
 from ..spec.shapes import layer_shapes
+from .kv_stream import BUFFERS, away_layers, whole_capacity
 from .store import Store
 
 PREFILL_TOKENS = 512
 """Tokens of a prompt that go through a layer at once, as in the compiled path."""
+
+_BLOCK_BYTES = 1 << 19
+"""Keys and values that are brought in at a time at most, where not even one layer's fit."""
 
 LEAST_SLOTS = 2
 MOST_SLOTS = 4
@@ -44,12 +47,20 @@ class Plan:
     ring_bytes: int
     resident_bytes: int
     cache_bytes: int
-    """Keys and values."""
+    """Keys and values that stay in memory, and buffers for those that do not."""
+    away_layers: int
+    """Layers whose keys and values lie in a file."""
+    away_bytes: int
+    """What these take there."""
+    block_tokens: int
+    """Tokens of them that are brought in at a time; 0 where whole layers are."""
     logits_bytes: int
     work_bytes: int
     """What one layer makes on its way, at most."""
     flight_bytes: int
     """Hidden vectors and masks of calls that go through the layers together; a call that exceeds it goes alone."""
+    prompt_bytes: int
+    """Those of one sequence's prompt, or a piece of it."""
 
     @property
     def total_bytes(self) -> int:
@@ -83,7 +94,8 @@ def plan(
     `expands`: programs run uncompiled, which writes weights out on their way. With `slots` the ring is there already.
     Raises `RequestError`, which names the smallest budget that works, where this one does not.
     """
-    least = _least(store, config, batch, reserve, compute, expands, slots or LEAST_SLOTS)
+    given = store, config, batch, reserve, compute, expands, slots or LEAST_SLOTS
+    least = _fitting(*given, budget)
     left = budget - least.total_bytes
     if left < 0:
         raise RequestError(
@@ -98,19 +110,65 @@ def plan(
 
 
 def most_batch(
-    store: Store, config: ModelConfig, *, budget: int, reserve: int, compute: torch.dtype, expands: bool
+    store: Store,
+    config: ModelConfig,
+    *,
+    budget: int,
+    reserve: int,
+    compute: torch.dtype,
+    expands: bool,
+    away: bool = True,
 ) -> int:
-    """Return how many sequences a budget has room for; raises `RequestError` where it has none for one."""
-    one = _least(store, config, 1, reserve, compute, expands, LEAST_SLOTS)
+    """Return how many sequences a budget has room for; raises `RequestError` where it has none for one.
+
+    `away`: keys and values may lie in a file.
+    """
     plan(store, config, budget=budget, batch=1, reserve=reserve, compute=compute, expands=expands)
-    each = one.cache_bytes + one.logits_bytes
-    return 1 + (budget - one.total_bytes) // each
+    layers = (0, len(config.layers)) if away else (0,)
+    most = 1
+    for count in layers:
+        one, two = (_least(store, config, each, reserve, compute, expands, LEAST_SLOTS, count) for each in (1, 2))
+        more = two.total_bytes - one.total_bytes
+        most = max(most, 1 + (budget - one.total_bytes) // more)
+    return most
 
 
 def call_bytes(config: ModelConfig, tokens: int, slots: int) -> int:
     """Return what tokens of a sequence take on their way: hidden vectors twice, and masks over the slots they read."""
     windows = len({layer.attention.window for layer in config.layers})
     return 4 * tokens * (2 * config.hidden + windows * slots)
+
+
+def _fitting(
+    store: Store,
+    config: ModelConfig,
+    batch: int,
+    reserve: int,
+    compute: torch.dtype,
+    expands: bool,
+    slots: int,
+    budget: int,
+) -> Plan:
+    """Return the least plan with the fewest layers away that fits; the smallest of all where none does."""
+    given = store, config, batch, reserve, compute, expands, slots
+    plans = []
+    for away in range(len(config.layers) + 1):
+        least = _least(*given, away)
+        if least.total_bytes <= budget:
+            return least
+        plans.append(least)
+    plans.append(_in_blocks(plans[-1], _least(*given[:5], True, slots, len(config.layers)), config, compute))
+    if plans[-1].total_bytes <= budget:
+        return plans[-1]
+    return min(plans, key=lambda one: one.total_bytes)
+
+
+def _in_blocks(least: Plan, expanding: Plan, config: ModelConfig, compute: torch.dtype) -> Plan:
+    """Return a plan with no layer's caches in memory, and all computed with uncompiled."""
+    unit, most = whole_capacity(config.layers, 1, compute), max(_token_bytes(each, compute) for each in config.layers)
+    tokens = max(1, min(_BLOCK_BYTES, least.away_bytes // len(config.layers) // 8) // (unit * most)) * unit
+    changed = {"cache_bytes": BUFFERS * tokens * most, "block_tokens": tokens, "work_bytes": expanding.work_bytes}
+    return replace(least, **changed)
 
 
 def _least(
@@ -121,7 +179,13 @@ def _least(
     compute: torch.dtype,
     expands: bool,
     slots: int,
+    away: int,
 ) -> Plan:
+    """Return the plan that takes least with so many layers' keys and values away."""
+    moved = [config.layers[index] for index in away_layers(len(config.layers), away)]
+    stays = [layer for index, layer in enumerate(config.layers) if index not in away_layers(len(config.layers), away)]
+    capacity = whole_capacity(moved, reserve, compute) if moved else max(2, reserve)
+    of_layer = [batch * capacity * _token_bytes(layer, compute) for layer in moved]
     return Plan(
         budget=0,
         batch=batch,
@@ -131,11 +195,20 @@ def _least(
         step_bytes=sum(record.nbytes for record in store.schedule),
         ring_bytes=slots * max(record.nbytes for record in store.schedule),
         resident_bytes=store.resident.nbytes,
-        cache_bytes=batch * max(2, reserve) * cache_bytes_per_token(config, compute.itemsize),
+        cache_bytes=batch * capacity * sum(_token_bytes(layer, compute) for layer in stays)
+        + BUFFERS * max(of_layer, default=0),
+        away_layers=away,
+        away_bytes=sum(of_layer),
+        block_tokens=0,
         logits_bytes=4 * batch * config.vocabulary * accumulation_dtype(compute).itemsize,
         work_bytes=_work_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve, expands),
         flight_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),
+        prompt_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),
     )
+
+
+def _token_bytes(layer: LayerConfig, compute: torch.dtype) -> int:
+    return 2 * layer.attention.kv_heads * layer.attention.head_size * compute.itemsize
 
 
 def _with(least: Plan, *, budget: int, slots: int, flight: int) -> Plan:

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..spec.errors import CheckpointError, MachineError, RequestError
@@ -27,7 +27,7 @@ PIECE = 4 << 20
 
 WORKERS = 3
 
-_EVENTS = 1 << 14
+KEPT = 1 << 14
 """Events kept; the oldest go."""
 
 
@@ -52,7 +52,7 @@ class _Reading:
         """For each ticket that is being read, the pieces that are not there yet."""
         self.failures: dict[int, Exception] = {}
         self.verified: set[int] = set()
-        self.events: deque[Event] = deque(maxlen=_EVENTS)
+        self.events: deque[Event] = deque(maxlen=KEPT)
         self.dropping = False
         """Whether pieces that are asked for are not read: a sweep was left."""
         self.closed = False
@@ -174,6 +174,27 @@ class Streamer:
             if not complete:
                 self._restart()
 
+    def still_sweep(self, kinds: Sequence[Hashable]) -> Iterator[Any]:
+        """Yield for each record the part of one of its kind, which is read only where no buffer holds one.
+
+        For measuring what computing takes; reads are logged as waits.
+        """
+        self._wait_for_reads()
+        held: dict[Hashable, tuple[int, int]] = {}
+        try:
+            for index, kind in enumerate(kinds):
+                if kind not in held:
+                    slot = len(held) if len(held) < self.slots else held.pop(next(iter(held)))[1]
+                    begin_s, record = time.perf_counter(), self._reading.records[index]
+                    self._reading.file.read_into(
+                        self._reading.buffers[slot][: record.nbytes], record.offset, record.name
+                    )
+                    held[kind] = index, slot
+                    self._reading.events.append(Event(Kind.WAIT, index, slot, begin_s, time.perf_counter()))
+                yield self._part(*held[kind])
+        finally:
+            self._restart()
+
     def check_process(self) -> None:
         """Raise `MachineError` in a forked process, which lacks the threads."""
         if os.getpid() != self._process:
@@ -212,14 +233,19 @@ class Streamer:
 
     def _restart(self) -> None:
         """Wait for the reads under way, forget what was read, and begin with the first record."""
+        self._wait_for_reads()
         reading = self._reading
         with reading.changed:
-            if reading.closed:
-                return
+            if not reading.closed:
+                reading.failures.clear()
+                reading.ring.reset()
+                reading.claim()
+
+    def _wait_for_reads(self) -> None:
+        """Wait until nothing is being read; what was not begun is not read."""
+        reading = self._reading
+        with reading.changed:
             reading.dropping = True
-            while reading.left:
+            while reading.left and not reading.closed:
                 reading.changed.wait()
             reading.dropping = False
-            reading.failures.clear()
-            reading.ring.reset()
-            reading.claim()

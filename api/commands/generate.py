@@ -2,12 +2,13 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path as FilePath
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from twinfer.reference.sampling import Sampling
+from twinfer.spec.decoder import Path
 from twinfer.spec.errors import RequestError
 
 from ..chat import DATE, prompt_ids
@@ -21,7 +22,7 @@ from .options import (
     add_json,
     add_memory_budget,
     add_model,
-    positive,
+    batch_size,
     read_lines,
     token_ids,
     unicode_text,
@@ -92,14 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=batch_size,
         metavar="B",
-        help="with --output: prompts at a time, or auto, as many as a store's memory budget holds (default: all)",
+        help="with --output: prompts at a time, or auto, as many as hide a store's reads (default: all)",
     )
     add_json(parser)
-
-
-def batch_size(text: str) -> int | str:
-    """Read a number of at least 1, or "auto"."""
-    return text if text == "auto" else positive(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -141,15 +137,15 @@ def _run_batches(args: argparse.Namespace, model: Model, ids: Sequence[Sequence[
     """Run the prompts in batches whose results are kept; a run that was killed is gone on with."""
     from ..batches import run_batches
 
-    def some(numbers: Sequence[int]) -> Sequence[Output]:
+    def some(numbers: Sequence[int]) -> Iterator[tuple[int, Output]]:
         prompts = [ids[number] for number in numbers]
         options = {"stop": args.stop, "sampling": sampling, "seed": args.seed, "numbers": numbers}
-        return model.generate(prompts, max_new_tokens=args.max_new_tokens, **options).outputs()
+        return model.generate(prompts, max_new_tokens=args.max_new_tokens, **options).finished()
 
     reserve = max(len(prompt) for prompt in ids) + args.max_new_tokens
     batch = len(ids) if args.batch is None else args.batch
     if batch == "auto":
-        batch = min(len(ids), model.decoder.most_batch(reserve)) if isinstance(model.decoder, Batching) else len(ids)
+        batch = _batch(model, reserve, len(ids))
     request = [args.max_new_tokens, asdict(sampling), args.seed, args.stop]
     request += [model.storage.value, model.compute.value, model.checkpoint.name]
     with waiting() as report:
@@ -158,11 +154,15 @@ def _run_batches(args: argparse.Namespace, model: Model, ids: Sequence[Sequence[
     return 0
 
 
-@runtime_checkable
-class Batching(Protocol):
-    """A decoder that knows how many sequences it has room for."""
+def _batch(model: Model, reserve: int, prompts: int) -> int:
+    """Return how many prompts to run at once: of a store as many as hide its reads, else all."""
+    if model.path is not Path.OFFLOAD:
+        return prompts
+    from twinfer.offload.measuring import best_batch
+    from twinfer.offload.path import OffloadPath
 
-    def most_batch(self, reserve: int) -> int: ...
+    assert isinstance(model.decoder, OffloadPath)
+    return best_batch(model.decoder, reserve, prompts)
 
 
 def report_of(model: Model, name: str, generation: Generation) -> dict[str, Any]:

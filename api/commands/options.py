@@ -90,6 +90,11 @@ def positive(text: str) -> int:
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def batch_size(text: str) -> int | str:
+    """Read a number of at least 1, or "auto"."""
+    return text if text == "auto" else positive(text)
+
+
 def byte_count(text: str) -> int:
     """Read "256MB" (10 ** 6 bytes each), "1.5GiB" (2 ** 30 each) or a number of bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)

@@ -1,7 +1,7 @@
 """Prompts in batches whose results are kept: whenever a run is killed, nothing is lost and nothing is there twice."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,20 +18,20 @@ class Killed(BaseException):
 
 
 class Model:
-    """Yields a prompt backwards; counts what it ran and may be killed before a batch."""
+    """Yields prompts backwards, the last of a batch first; counts what it ran and may be killed before a prompt."""
 
     def __init__(self, killed_before: int = 100) -> None:
         self.ran: list[int] = []
         self._left = killed_before
 
-    def __call__(self, numbers: Sequence[int]) -> list[Output]:
-        if self._left == 0:
-            raise Killed
-        self._left -= 1
-        self.ran += numbers
-        return [
-            Output(prompt_ids=tuple(PROMPTS[n]), ids=tuple(PROMPTS[n][::-1]), text=None, stop=Stop.END) for n in numbers
-        ]
+    def __call__(self, numbers: Sequence[int]) -> Iterator[tuple[int, Output]]:
+        for place, number in reversed(list(enumerate(numbers))):
+            if self._left == 0:
+                raise Killed
+            self._left -= 1
+            self.ran.append(number)
+            prompt = tuple(PROMPTS[number])
+            yield place, Output(prompt_ids=prompt, ids=prompt[::-1], text=None, stop=Stop.END)
 
 
 def run(file: Path, model: Model, batch: int = 2, request: object = 0, prompts: list[list[int]] = PROMPTS) -> int:
@@ -43,20 +43,21 @@ def results(file: Path) -> list[list[int]]:
     return [each["ids"] for each in sorted(lines, key=lambda each: each["prompt"])]
 
 
-@pytest.mark.parametrize("batches", [0, 1, 2])
-def test_a_killed_run_is_gone_on_with(batches: int, tmp_path: Path) -> None:
-    """Cut anywhere within its last line, too: every prompt is there once, and none that was whole is run again."""
+@pytest.mark.parametrize("finished", range(5))
+def test_a_killed_run_is_gone_on_with(finished: int, tmp_path: Path) -> None:
+    """Within a batch too, and cut anywhere in its last line: each prompt is there once, and whole ones do not rerun."""
     file = tmp_path / "out.jsonl"
     with pytest.raises(Killed):
-        run(file, Model(killed_before=batches))
+        run(file, Model(killed_before=finished))
     whole = file.read_bytes()
+    assert whole.count(b"\n") == finished
     begin = whole[:-1].rfind(b"\n") + 1
     for cut in {len(whole), begin, begin + 1, (begin + len(whole)) // 2, max(begin, len(whole) - 1)}:
         file.write_bytes(whole[:cut])
-        kept = whole[:cut].count(b"\n")
+        kept = {json.loads(line)["prompt"] for line in whole[:cut].splitlines(keepends=True) if line.endswith(b"\n")}
         model = Model()
-        assert run(file, model, batch=3) == len(PROMPTS) - kept
-        assert model.ran == list(range(kept, len(PROMPTS)))
+        assert run(file, model, batch=3) == len(PROMPTS) - len(kept)
+        assert sorted(model.ran) == sorted(set(range(len(PROMPTS))) - kept)
         assert results(file) == [prompt[::-1] for prompt in PROMPTS]
     again = Model()
     assert run(file, again) == 0

@@ -83,3 +83,7 @@ def resident(source: RandomSource, storage: Storage = Storage.FLOAT32) -> Compil
 
 def offloaded(store: Store, model: ModelConfig, budget: int = BUDGET) -> OffloadPath:
     return OffloadPath(store, model, budget=budget, mode="eager")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

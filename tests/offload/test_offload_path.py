@@ -13,6 +13,7 @@ from twinfer.compiled.linear import multiplies_fast
 from twinfer.offload import calls, form, path, streamer, table
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
+from twinfer.offload.sequences import Away
 from twinfer.offload.streamer import Streamer
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.strategies import drawn
@@ -31,6 +32,7 @@ cases = drawn(
         pick.choice([64, 4096, 1 << 22]),
         pick.choice([False, True]),
         pick.choice([2, 3, 512]),
+        pick.choice([0, 2**16 - 1, pick.integer(0, 2**16 - 1)]),
     )
 )
 
@@ -38,10 +40,13 @@ cases = drawn(
 @settings(max_examples=max(10, settings.default.max_examples // 4))
 @given(case=cases)
 def test_logits_are_those_of_the_compiled_path_to_the_bit(
-    case: tuple[ModelConfig, int, Storage, int, int, int, bool, int], tmp_path_factory: pytest.TempPathFactory
+    case: tuple[ModelConfig, int, Storage, int, int, int, bool, int, int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """For drawn configs, storages, batches, buffers and sizes of reads; the calls of a step in one sweep or several."""
-    model, seed, storage, batch, slots, piece, every, flight = case
+    """For drawn configs, storages, batches, buffers, sizes of reads, and layers whose keys and values lie in a file.
+
+    The calls of a step go in one sweep or several.
+    """
+    model, seed, storage, batch, slots, piece, every, flight, away = case
     source = RandomSource(model, seed)
     store = built(source, tmp_path_factory.mktemp("store") / "s", storage)
     steps = schedule(model, batch, seed)
@@ -49,6 +54,8 @@ def test_logits_are_those_of_the_compiled_path_to_the_bit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path, "Streamer", lambda *given: Streamer(*given[:2], slots, piece=max(piece, form.PAGE)))
         patch.setattr(path, "call_bytes", lambda *given: BUDGET // flight)
+        moved = [index for index in range(len(model.layers)) if away >> index & 1]
+        patch.setattr(path.OffloadPath, "_away", lambda self, plan: Away(moved, 0))
         decoder = offloaded(store, model)
         found = logits(decoder, steps, every=every)
         decoder.close()

@@ -1,33 +1,25 @@
 """Stores: whole or not at all, gone on with after a kill, and refused where a byte is wrong."""
 
-import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from twinfer.offload import building
 from twinfer.offload import store as store_module
 from twinfer.offload.building import build
-from twinfer.offload.store import DESCRIPTION, WEIGHTS, check, open_store
+from twinfer.offload.store import DESCRIPTION, check, open_store
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Head, Storage
 from twinfer.spec.errors import CheckpointError, RequestError
 
-from .small import built, config, logits, offloaded, schedule
+from .small import built, config, contents, logits, offloaded, schedule
 
 SOURCE = RandomSource(config(), 7)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("storage", list(Storage))
@@ -183,35 +175,3 @@ def test_two_builds_of_one_store_do_not_mix(tmp_path: Path) -> None:
     built(SOURCE, tmp_path / "s")
     with pytest.raises(RequestError, match="is there already"):
         built(SOURCE, tmp_path / "s")
-
-
-BUILDER = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from tests.offload.small import built, config
-from twinfer.oracle.models import RandomSource
-print("begin", flush=True)
-built(RandomSource(config(layers=40), 7), Path(sys.argv[1]))
-"""
-
-
-def test_kills_at_drawn_moments_lose_nothing(tmp_path: Path) -> None:
-    """A process killed by the system at any moment: the next build gives the same bytes."""
-    source = RandomSource(config(layers=40), 7)
-    built(source, tmp_path / "whole")
-    expected = contents(tmp_path / "whole")
-    pick = random.Random(1)
-    root = str(Path(__file__).parents[2])
-    for index in range(max(1, settings.default.max_examples // 40)):
-        folder = tmp_path / f"s{index}"
-        with subprocess.Popen([sys.executable, "-c", BUILDER, str(folder), root], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"begin\n"
-            time.sleep(pick.uniform(0, 0.4))
-            process.send_signal(signal.SIGKILL)
-        if not folder.exists():
-            built(source, folder)
-        assert contents(folder) == expected
-        assert json.loads((folder / DESCRIPTION).read_text())["layers"]
-        assert (folder / WEIGHTS).stat().st_size == len(expected[WEIGHTS])
