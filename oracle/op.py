@@ -14,6 +14,8 @@ from .case import Case, Inputs, Picker
 from .trial import Arithmetic, Guarantee, Trial
 
 Function = Callable[..., Any]
+PROPERTIES_EVERY = 10
+"""Cases from one that is held against the op's properties to the next: each property is a few calls more."""
 
 
 @dataclass(frozen=True)

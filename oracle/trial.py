@@ -132,17 +132,18 @@ class Trial:
 
     @cached_property
     def _calls(self) -> "Calls":
-        """Call the candidate twice in the same memory: first on other values, then on the case's own.
+        """Call the candidate three times in the same memory: on other values, the case's own, and the others again.
 
         A buffer that is used again, or whatever is remembered by address, shows in the second result or in what the
-        second call does to the first. Truth and eager reference are computed before: what a candidate does to the
-        process reaches neither.
+        second call does to the first; whatever depends on how often something was called, in the third, which must
+        equal the first. Truth and eager reference are computed before: what a candidate does to the process reaches
+        neither.
         """
         given, eager = self._eager_result
         may_alias = bool(memory(given) & memory(eager))
         _ = self.truth
         return guarded(
-            lambda: _called_twice(self.candidate, self.inputs, may_alias=may_alias, layout=self.case.seed % 8)
+            lambda: _called_in_turn(self.candidate, self.inputs, may_alias=may_alias, layout=self.case.seed % 8)
         )
 
     def drawn(self, samples: int) -> "Calls":
@@ -177,33 +178,61 @@ def guarded(run: Callable[[], Calls]) -> Calls:
     return calls
 
 
-def _called_twice(candidate: Callable[..., Any], inputs: Inputs, *, may_alias: bool, layout: int) -> Calls:
+def _called_in_turn(candidate: Callable[..., Any], inputs: Inputs, *, may_alias: bool, layout: int) -> Calls:
     others = _other_values(inputs)
-    given = {name: _strided(value, layout) for name, value in copied(others).items()}
+    given = {name: map_leaves(lambda leaf: _strided(leaf, layout), value) for name, value in copied(others).items()}
     first = candidate(**given)
     complaint = _written_to(others, given)
     held = tensors(first)
     kept = [tensor.clone() for tensor in held]
-    shares = bool(memory(first) & memory(given))
+    of_inputs = memory(given)
+    shares = bool(memory(first) & of_inputs)
     given = _filled(given, inputs)
     shares = shares or not all(map(same_bits, held, kept))
     result = candidate(**given)
     complaint = complaint or _written_to(inputs, given)
+    if memory(result) & of_inputs:  # which are written to next
+        result = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
+    unchanged = all(map(same_bits, held, kept))
+    given = _filled(given, others)
+    again = candidate(**given)
     if complaint is None and not may_alias:
         if shares:
             complaint = "returns memory of its inputs, which the caller may write to next"
-        elif not all(map(same_bits, held, kept)):
+        elif not unchanged:
             complaint = "a second call changes what the first returned: results belong to the caller"
+        elif memory(first) & memory(again):
+            complaint = "two calls return the same memory: results belong to the caller, who may write to them"
+        elif any(map(_overlaps, tensors(result))):
+            complaint = "two elements of a result are one in memory: the caller may write to each"
+    if complaint is None and not _all_same_bits(kept, tensors(again)):
+        complaint = "two calls on equal inputs differ: a result depends on what was called before"
     return Calls(result, complaint)
 
 
-def _strided(value: Any, layout: int) -> Any:
-    """The same numbers in memory that is not contiguous: layout 1 leaves gaps, 5 keeps another order of the axes."""
-    if not isinstance(value, Tensor) or value.ndim == 0 or layout not in (1, 5):
-        return value
-    if layout == 1:
-        return value.new_empty((*value.shape, 2))[..., 0].copy_(value)
-    return value.transpose(0, -1).contiguous().transpose(0, -1)
+def _all_same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(same_bits, one, other))
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _strided(leaf: Any, layout: int) -> Any:
+    """The same numbers elsewhere in memory.
+
+    Layout 1 leaves gaps, 3 leaves room in front, and 5 keeps another order of the axes.
+    """
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+        return leaf
+    match layout:
+        case 1:
+            return leaf.new_empty((*leaf.shape, 2))[..., 1].copy_(leaf)
+        case 3:
+            return leaf.new_empty(16 + leaf.numel())[16:].view(leaf.shape).copy_(leaf)
+        case 5:
+            return leaf.transpose(0, -1).contiguous().transpose(0, -1)
+    return leaf
 
 
 def _widened(leaf: Any) -> Any:

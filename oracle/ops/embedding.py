@@ -15,11 +15,11 @@ from ...spec.config import Activation, AttentionConfig, Head, LayerConfig, MlpCo
 from ...spec.decoder import Path
 from ...spec.weights import EmbeddingWeights, LinearWeights, NormWeights
 from .. import fast
-from ..budget import Budget
-from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
+from ..budget import Budget, Sizes
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Op
 from ..properties import first_rows_alone, repeats_itself
-from ..scale import Known, linear_scale, norm_known
+from ..scale import Known, linear_scale, norm_known, norm_reach
 from ..sizes import BATCH, HIDDEN, TOKENS, VOCABULARY, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import adds_up, linear_weights
@@ -113,7 +113,7 @@ def _norm_weights(case: Case, config: NormConfig) -> NormWeights:
     return NormWeights(gain_M=parameters(case, "gain", case.n.M), bias_M=bias_M)
 
 
-def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
+def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor | Sizes]:
     weights, config = exact["weights"], exact["config"]
     scale = weights.token_VW[exact["token_BT"]].abs()
     if weights.projection is not None:
@@ -126,7 +126,8 @@ def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
     if weights.norm is None:
         return [scale]
     before = embed(**{**exact, "weights": replace(weights, norm=None)})
-    return [norm_known(Known(before, scale, torch.zeros_like(scale)), weights.norm, config.embedding_norm).wide]
+    after = norm_known(Known(before, scale, torch.zeros_like(scale)), weights.norm, config.embedding_norm)
+    return [Sizes(after.wide, reach=norm_reach(scale))]
 
 
 def _torch_embed(
@@ -238,7 +239,7 @@ def head_cases(pick: Picker) -> Case:
         op="head_logits",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "M": pick.integer(1, 40), "V": pick.integer(1, 30)},
         options={"bias": pick.choice([False, True]), "weights": pick.choice(["float", "int8"])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -311,7 +312,7 @@ def cap_cases(pick: Picker) -> Case:
         op="scale_and_cap",
         sizes={"B": pick.integer(1, 3), "V": pick.integer(1, 30)},
         options={"scale": pick.choice([1.0, 0.0625, 3.0]), "softcap": pick.choice([None, 1.0, 30.0])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         seed=pick.integer(0, 2**31),
     )
 

@@ -212,7 +212,20 @@ def _normed_residual(
     return out - x_BTM + normed, grown
 
 
+def _sinks_forgotten(inputs: Inputs) -> Inputs:
+    weights = inputs["weights"]
+    if isinstance(weights, LayerWeights):
+        return {"weights": replace(weights, attention=replace(weights.attention, sink_H=None))}
+    return {"weights": replace(weights, sink_H=None)}
+
+
+def _clamp_and_offset_forgotten(inputs: Inputs) -> Inputs:
+    config: LayerConfig = inputs["config"]
+    return {"config": replace(config, mlp=replace(config.mlp, clamp=None, up_offset=0.0))}
+
+
 _WRONG_ATTENTION = {
+    "sinks_forgotten": _sinks_forgotten,
     "window_ignored": _attention_with(window=None),
     "later_tokens_hidden": _attention_with(causal=True),
     "softcap_forgotten": _attention_with(softcap=None),
@@ -282,6 +295,7 @@ _LARGER = resized(
         "B": BATCH,
     },
     fit=_rest_of_head_stays,
+    far={"S": (257, 513), "F": (513, 1025)},
 )
 
 SELF_ATTENTION = Op(
@@ -332,6 +346,7 @@ LAYER = Op(
         "output_norms_forgotten": changed(partial(layer, components=DEFAULT), _output_norms_forgotten),
         "one_after_the_other": changed(partial(layer, components=DEFAULT), _one_after_the_other),
         "side_by_side": changed(partial(layer, components=DEFAULT), _side_by_side),
+        "clamp_and_offset_forgotten": changed(partial(layer, components=DEFAULT), _clamp_and_offset_forgotten),
         "residual_not_scaled": changed(partial(layer, components=DEFAULT), _residual_not_scaled),
         "row_3_percent_off": then(partial(layer, components=DEFAULT), one_row_3_percent_off),
     },
