@@ -183,7 +183,7 @@ def _called_in_turn(candidate: Callable[..., Any], inputs: Inputs, *, may_alias:
     given = {name: map_leaves(lambda leaf: _strided(leaf, layout), value) for name, value in copied(others).items()}
     first = candidate(**given)
     complaint = _written_to(others, given)
-    held = tensors(first)
+    held, values = tensors(first), [leaf.clone() for leaf in leaves(first)]
     kept = [tensor.clone() for tensor in held]
     of_inputs = memory(given)
     shares = bool(memory(first) & of_inputs)
@@ -205,7 +205,7 @@ def _called_in_turn(candidate: Callable[..., Any], inputs: Inputs, *, may_alias:
             complaint = "two calls return the same memory: results belong to the caller, who may write to them"
         elif any(map(_overlaps, tensors(result))):
             complaint = "two elements of a result are one in memory: the caller may write to each"
-    if complaint is None and not _all_same_bits(kept, tensors(again)):
+    if complaint is None and not _all_same_bits(values, leaves(again)):
         complaint = "two calls on equal inputs differ: a result depends on what was called before"
     return Calls(result, complaint)
 

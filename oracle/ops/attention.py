@@ -139,16 +139,25 @@ def attention_cases(pick: Picker) -> Case:
     )
 
 
+def _compared(case: Case) -> tuple[Tensor, Tensor]:
+    """Queries and keys. HUGE values: huge queries and tiny keys, whose scores are ordinary, or scores past 10000."""
+    n, smaller, large = case.n, 1.0, 5
+    queries = keys = case
+    if case.data is Data.HUGE and case.seed % 2:
+        smaller, keys = 2.0**-5 if case.dtype is torch.float16 else 2.0**-63, replace(case, data=Data.NORMAL)
+    elif case.data is Data.HUGE:
+        large, queries = 7, replace(case, data=Data.LARGE)
+        keys = queries
+    query_BTHD = activations(queries, "query", n.B, n.T, n.H, n.D, large=large)
+    return query_BTHD, activations(keys, "key", n.B, n.S, n.K, n.D, large=large) * smaller
+
+
 def attention_inputs(case: Case) -> Inputs:
-    """HUGE values; and of every other seed huge queries, and keys so small that the scores are ordinary."""
-    n, compared, smaller = case.n, case, 1.0
-    if case.data is Data.HUGE:
-        smaller = 1.0 if case.seed % 2 else 2.0**-5 if case.dtype is torch.float16 else 2.0**-63
-        compared = replace(case, data=Data.NORMAL)
-    queries = compared if smaller == 1 else case
+    query_BTHD, key_BSKD = _compared(case)
+    n = case.n
     return {
-        "query_BTHD": activations(queries, "query", n.B, n.T, n.H, n.D, large=7),
-        "key_BSKD": activations(compared, "key", n.B, n.S, n.K, n.D, large=7) * smaller,
+        "query_BTHD": query_BTHD,
+        "key_BSKD": key_BSKD,
         "value_BSKD": activations(case, "value", n.B, n.S, n.K, n.D),
         "visible_TS": _mask_of_sequences(case) if case.options.get("per_sequence") else _mask(case),
         "scale": n.D**-0.5 if case.options.get("scale") is None else case.options["scale"],

@@ -20,7 +20,7 @@ from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, pa
 from ..op import Op
 from ..properties import first_rows_alone, repeats_itself
 from ..scale import Known, linear_scale, norm_known, norm_reach
-from ..sizes import BATCH, HIDDEN, TOKENS, VOCABULARY, resized
+from ..sizes import BATCH, FAR, HIDDEN, TOKENS, VOCABULARY, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import adds_up, linear_weights
 
@@ -92,8 +92,11 @@ def embed_inputs(case: Case) -> Inputs:
     position_T = torch.arange(start, start + n.T)
     if options["jump"]:  # as where sequences stand one after the other
         position_T = torch.randint(n.P, (n.T,), generator=case.generator("position"))
+    token_BT = torch.randint(n.V, (n.B, n.T), generator=case.generator("token"))
+    if case.seed % 2:  # the id that overflows first
+        token_BT[0, -1] = n.V - 1
     return {
-        "token_BT": torch.randint(n.V, (n.B, n.T), generator=case.generator("token")),
+        "token_BT": token_BT,
         "position_T": position_T,
         "type_BT": torch.randint(n.Y, (n.B, n.T), generator=case.generator("type")),
         "weights": EmbeddingWeights(
@@ -172,6 +175,11 @@ def _first_type_for_all(inputs: Inputs) -> Inputs:
     return {"type_BT": torch.zeros_like(inputs["type_BT"])}
 
 
+def _ids_in_16_bits(inputs: Inputs) -> Inputs:
+    """Read as negative from 32768 on, which counts from the end of the table."""
+    return {"token_BT": inputs["token_BT"].to(torch.int16).long() % len(inputs["weights"].token_VW)}
+
+
 def _not_scaled(inputs: Inputs) -> Inputs:
     return {"config": replace(inputs["config"], embedding_scale=1.0)}
 
@@ -202,7 +210,8 @@ def _larger_embed(case: Case, pick: Picker) -> Case:
         width = after["W"] if case.options["projected"] else after["M"]
         return {**after, "W": width, "P": max(after["P"], start + after["T"])}
 
-    return resized({"M": HIDDEN, "V": VOCABULARY, "T": TOKENS, "B": BATCH}, fit=fit)(case, pick)
+    pools, far = {"M": HIDDEN, "V": VOCABULARY, "T": TOKENS, "B": BATCH}, {"V": FAR["V"], "T": FAR["T"]}
+    return resized(pools, fit=fit, far=far)(case, pick)
 
 
 EMBED = Op(
@@ -224,6 +233,7 @@ EMBED = Op(
         "positions_after_the_norm": _positions_after_the_norm,
         "first_sequence_for_all": changed(embed, _first_sequence_for_all),
         "first_type_for_all": changed(embed, _first_type_for_all),
+        "ids_in_16_bits": changed(embed, _ids_in_16_bits),
         "not_scaled": changed(embed, _not_scaled),
         "norm_forgotten": changed(embed, _norm_forgotten),
         "row_3_percent_off": then(embed, one_row_3_percent_off),

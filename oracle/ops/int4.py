@@ -254,7 +254,11 @@ DEQUANTIZE_GROUPS = Op(
 
 
 def stored_inputs(case: Case) -> Inputs:
-    return {"weight_NI": weight(case), "storage": Storage.INT4, "dtype": getattr(torch, str(case.options["dtype"]))}
+    return {
+        "weight_NI": weight(case),
+        "storage": Storage.INT4,
+        "dtype": getattr(torch, str(case.options.get("dtype", "float32"))),
+    }
 
 
 def _terms_of_stored(exact: Inputs, truth: list[Tensor]) -> list[Tensor]:

@@ -156,8 +156,8 @@ def mlp_inputs(case: Case) -> Inputs:
         activation=Activation(options["kind"]),
         gated=gated,
         bias=bias,
-        clamp=options["clamp"],
-        up_offset=options["up_offset"],
+        clamp=options.get("clamp"),
+        up_offset=options.get("up_offset", 0.0),
     )
     weights = MlpWeights(
         up=linear_weights(case, "up", n.F, n.M, bias),

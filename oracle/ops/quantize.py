@@ -196,7 +196,7 @@ DEQUANTIZE_ROWS = Op(
 
 
 def stored_inputs(case: Case) -> Inputs:
-    dtype = getattr(torch, str(case.options["dtype"]))
+    dtype = getattr(torch, str(case.options.get("dtype", "float32")))
     return {"weight_NI": weight(case), "storage": Storage(str(case.options["storage"])), "dtype": dtype}
 
 

@@ -32,10 +32,10 @@ def next_token_inputs(case: Case) -> Inputs:
 def draw_inputs(case: Case) -> Inputs:
     """Any total; with a tail, one token has most of it, and all others are 3000 times rarer or more."""
     logits_V = logits(case)
-    if case.options["tail"]:
+    if case.options.get("tail"):
         likeliest = case.seed % case.n.V
         logits_V[likeliest] = logits_V.max() + 8
-    total = float(case.options["total"] or 1)
+    total = float(case.options.get("total") or 1)
     return {"probability_V": total * torch.softmax(logits_V, -1), "generator": generator_for(case.seed, 0)}
 
 

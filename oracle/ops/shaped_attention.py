@@ -51,7 +51,7 @@ def shaped_inputs(case: Case) -> Inputs:
         **plain,
         "bias_HTS": bias_HTS if case.options["bias"] else None,
         "softcap": case.options["softcap"],
-        "sink_H": _sinks(case) if case.options["sinks"] else None,
+        "sink_H": _sinks(case) if case.options.get("sinks") else None,
     }
 
 
