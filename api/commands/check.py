@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="another convention that public code follows: ties=any, angles=float32 (may be given more than once)",
+        help="a convention other than ours: ties=any, angles=float32, unseen=nan (may be given more than once)",
     )
     add_json(parser)
 

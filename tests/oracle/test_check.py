@@ -57,7 +57,7 @@ def test_torchs_attention_holds() -> None:
 
 @pytest.mark.usefixtures("stranger")
 def test_a_wrong_one_fails_on_the_smallest_case_with_a_snippet_that_fails_too() -> None:
-    """Without the scale, which is never 1 here, two keys and one element to a head are the least that shows it."""
+    """Without the scale, two keys and one element to a head are the least that shows it."""
     result = check_op("attention", load_implementation("my_kernels:without_scale"), max_examples=150)
     assert not result.holds
     assert result.report is not None
