@@ -98,5 +98,7 @@ class Op:
             op = replace(op, **self.conventions[option], chosen=(*op.chosen, option))
         return op
 
-    def trial(self, candidate: Function, case: Case, arithmetic: Arithmetic = Arithmetic.WIDE) -> Trial:
-        return Trial(case, self.inputs(case), self.reference, candidate, self.outputs, arithmetic)
+    def trial(
+        self, candidate: Function, case: Case, arithmetic: Arithmetic = Arithmetic.WIDE, *, once: bool = False
+    ) -> Trial:
+        return Trial(case, self.inputs(case), self.reference, candidate, self.outputs, arithmetic, once)
