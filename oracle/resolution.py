@@ -59,7 +59,7 @@ def resolution(op: Op, dtype: torch.dtype, cases: int, sizes: Mapping[str, int] 
     for place in PLACES:
         for error in ERRORS:
             wrong = off_by(op.reference, error, place)
-            verdicts = [op.guarantee.judge(op.trial(wrong, case)) for case in drawn]
+            verdicts = [op.guarantee.judge(op.trial(wrong, case, once=True)) for case in drawn]
             judged = [verdict for verdict in verdicts if verdict.status is not Status.REJECTED]
             alarms[place, error] = 100 * sum(verdict.failed for verdict in judged) / max(1, len(judged))
     return Resolution(op.name, dtype, len(drawn), alarms)
