@@ -33,6 +33,15 @@ class Sizes:
     """What may be rounded to the output's dtype besides the result, as it reaches the result."""
     jump: Tensor | float = 0.0
     """How far the result moves where a decision on the way is nearly a tie."""
+    reach: Tensor | float = 0.0
+    """The largest number that is summed or squared on the way, in float32 or wider."""
+
+    def beyond(self, dtype: torch.dtype) -> Tensor:
+        """Where a right implementation may leave its range on the way: nothing is said of these elements.
+
+        How a sum is divided decides which of its parts is the largest, so they are those within a factor of 4.
+        """
+        return torch.as_tensor(self.reach) > torch.finfo(torch.promote_types(dtype, torch.float32)).max / 4
 
 
 Scale = Callable[[Inputs, list[Tensor]], Sequence[Tensor | Sizes]]
@@ -76,16 +85,15 @@ class Budget:
         misfit = trial.misfit()
         if misfit is not None:
             return misfit
-        if any(overflows(eager, truth) for eager, truth in zip(trial.eager, trial.truth, strict=True)):
-            return Verdict(status=Status.REJECTED)
         scales = self.scale(trial.sized_inputs, trial.truth)
-        if any(_stored_out_of_range(*each) for each in zip(trial.eager, trial.truth, scales, strict=True)):
+        sizes_of = [given if isinstance(given, Sizes) else Sizes(given) for given in scales]
+        judged = [_within(*each) for each in zip(trial.got, trial.eager, trial.truth, sizes_of, strict=True)]
+        if any(overflows(eager, truth) for _, eager, truth in judged):
+            return Verdict(status=Status.REJECTED)
+        if any(_stored_out_of_range(*each[1:], sizes) for each, sizes in zip(judged, sizes_of, strict=True)):
             return Verdict(status=Status.REJECTED)
         worst = PASSED
-        for axes, got, eager, truth, given in zip(
-            trial.outputs, trial.got, trial.eager, trial.truth, scales, strict=True
-        ):
-            sizes = given if isinstance(given, Sizes) else Sizes(given)
+        for axes, (got, eager, truth), sizes in zip(trial.outputs, judged, sizes_of, strict=True):
             verdict = self._judge_output(trial, axes, got, eager, truth, sizes)
             if verdict.failed:
                 return verdict
@@ -106,6 +114,14 @@ class Budget:
         return judge_elements(self, axes, got, eager, truth, sizes)
 
 
+def _within(got: Tensor, eager: Tensor, truth: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the three with zeros where the way leads beyond the range."""
+    beyond = sizes.beyond(got.dtype)
+    if not beyond.any():
+        return got, eager, truth
+    return got.masked_fill(beyond, 0.0), eager.masked_fill(beyond, 0.0), truth.masked_fill(beyond, 0.0)
+
+
 def overflows(eager: Tensor, truth: Tensor) -> bool:
     """Whether the reference leaves its range on the way: it is not finite, or NaN, where the rounded truth is not."""
     rounded = truth.to(eager.dtype)
@@ -121,9 +137,9 @@ def _flushed(terms: int) -> float:
     return terms * torch.finfo(torch.bfloat16).smallest_normal / torch.finfo(torch.float32).eps
 
 
-def _stored_out_of_range(eager: Tensor, truth: Tensor, sizes: Tensor | Sizes) -> bool:
+def _stored_out_of_range(eager: Tensor, truth: Tensor, sizes: Sizes) -> bool:
     """Whether a result leaves its dtype's range where parts of it, of either sign, may have left it before."""
-    stores = isinstance(sizes, Sizes) and isinstance(sizes.narrow, Tensor)
+    stores = isinstance(sizes.narrow, Tensor)
     return stores and bool((torch.isfinite(truth) & truth.to(eager.dtype).isinf()).any())
 
 

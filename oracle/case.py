@@ -43,14 +43,12 @@ class Data(StrEnum):
     TIES = "ties"
     """Five values only, zeros of both signs among them, so that much is equal."""
     HUGE = "huge"
-    """Normal times 1e19 (1024 for float16), so that squares and products leave the range. Only for ops that add."""
+    """Normal, half of the rows times 1e19 (float16: 1024), whose squares leave the range, the rest times 1e8 (32)."""
     INTEGER = "integer"
     """Small integers (half-integers where rounding is the matter): every partial sum of a product is exact."""
 
 
-UNMASKED = tuple(kind for kind in Data if kind not in (Data.MASKED, Data.HUGE))
-ADDED = (*UNMASKED, Data.HUGE)
-"""The kinds for ops that only add, multiply by weights, or copy."""
+UNMASKED = tuple(kind for kind in Data if kind is not Data.MASKED)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,8 +106,11 @@ class RandomPicker:
         return self._random.choice(options)
 
 
-def activations(case: Case, name: str, *shape: int, large: int = 10) -> Tensor:
-    """A tensor of the case's kind and dtype; rows run along the last axis. LARGE rows are 2 ** large times larger."""
+def activations(case: Case, name: str, *shape: int, large: int = 10, squared: bool = False) -> Tensor:
+    """A tensor of the case's kind and dtype; rows run along the last axis. LARGE rows are 2 ** large times larger.
+
+    Where the op stores squares or products of them (`squared`), all HUGE rows are of the lesser size.
+    """
     generator = case.generator(name)
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
     match case.data:
@@ -134,7 +135,9 @@ def activations(case: Case, name: str, *shape: int, large: int = 10) -> Tensor:
             drawn = torch.randint(-2, 3, shape, generator=generator).to(torch.float64) / 2
             drawn = torch.where((drawn == 0) & (normal < 0), -0.0, drawn)
         case Data.HUGE:
-            drawn = normal * (2.0**10 if case.dtype is torch.float16 else 1e19)
+            greater, lesser = (2.0**10, 2.0**5) if case.dtype is torch.float16 else (1e19, 1e8)
+            is_greater = (torch.rand((*shape[:-1], 1), generator=generator) < 0.5) & (not squared)
+            drawn = normal * torch.where(is_greater, greater, lesser)
         case Data.INTEGER:
             drawn = torch.randint(-4, 5, shape, generator=generator).to(torch.float64)
     return drawn.to(case.dtype)

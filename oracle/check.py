@@ -19,13 +19,10 @@ from . import choices, guarantees
 from .assertion import Mismatch, assert_matches_reference, assert_obeys, import_of, reproduction
 from .budget import Budget
 from .case import Case, RandomPicker
-from .op import Function, Op
+from .op import PROPERTIES_EVERY, Function, Op
 from .search import drawn, smallest
 from .table import OPS, op_named
 from .trial import Arithmetic, Status
-
-PROPERTIES_EVERY = 10
-"""Cases from one that is held against the op's properties to the next: each property is a few calls more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,11 +253,12 @@ def _is_a_text(inputs: Inputs) -> bool:
 
 def _shaping(inputs: Inputs) -> dict[str, Any]:
     """What the compiled functions take in place of a bias: the slopes, by which the bias grows from key to key."""
+    given = {name: inputs.get(name) for name in ("softcap", "sink_H")}
     bias_HTS: Tensor | None = inputs.get("bias_HTS")
     if bias_HTS is None:
-        return {"softcap": inputs.get("softcap")}
+        return given
     slope_H = bias_HTS[:, -1, -1] - bias_HTS[:, -1, max(0, bias_HTS.shape[2] - 2)]
-    return {"softcap": inputs.get("softcap"), "slope_H": slope_H.double()}
+    return {**given, "slope_H": slope_H.double()}
 
 
 _SPARE = 2  # slots past every sequence's length, full of NaN

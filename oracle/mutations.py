@@ -6,6 +6,7 @@ Those that know the formula stand beside each op's record (`Op.mutants`); these 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .case import Case, Inputs, RandomPicker
 from .guarantees import Statistical
-from .op import Function, Op
+from .op import PROPERTIES_EVERY, Function, Op
 from .process import ProcessState
 from .trial import copied, leaves, map_leaves, tensors
 
@@ -63,7 +64,7 @@ def mutants(op: Op) -> list[Mutant]:
 
 
 def caught_after(mutant: Mutant, op: Op, cases: int, draw: Callable[[int], Case]) -> int | None:
-    """The number of cases until the op's guarantee fails the mutant; None if it never does."""
+    """The number of cases until the op's guarantee or a property fails the mutant, as in a check; None if none does."""
     function = mutant.make()
     before = ProcessState.now()
     evidence = []
@@ -73,7 +74,7 @@ def caught_after(mutant: Mutant, op: Op, cases: int, draw: Callable[[int], Case]
                 verdict = op.guarantee.judge(op.trial(function, draw(number)))
             except Exception:  # the fault's own, where what it pins does not fit; it shows nothing of the guarantee
                 continue
-            if verdict.failed:
+            if verdict.failed or (number % PROPERTIES_EVERY == 0 and _breaks_a_law(op, function, draw(number))):
                 return number + 1
             if verdict.evidence is not None:
                 evidence.append(verdict.evidence)
@@ -82,6 +83,17 @@ def caught_after(mutant: Mutant, op: Op, cases: int, draw: Callable[[int], Case]
     if isinstance(op.guarantee, Statistical) and op.guarantee.pooled(evidence).failed:
         return cases
     return None
+
+
+def _breaks_a_law(op: Op, function: Function, case: Case) -> bool:
+    for law in op.properties:
+        try:
+            law(op, function, case)
+        except AssertionError:
+            return True
+        except Exception:  # the fault's own
+            continue
+    return False
 
 
 Made = tuple[Family, str, Callable[[], Function]]
@@ -125,7 +137,7 @@ def _last_off(out: Tensor) -> Tensor:
 
 def _sizes(op: Op, inputs: list[Inputs]) -> Iterator[Made]:
     largest = max(_largest(given) for given in inputs)
-    for border in (16, 64, 128):
+    for border in (16, 64, 128, 256):
         if largest > border:
             yield Family.SIZE, f"wrong_past_{border}", lambda border=border: _where(op, lambda n: n > border)  # type: ignore[misc]
     if largest > 64:
@@ -149,7 +161,7 @@ def _arguments(op: Op, inputs: list[Inputs]) -> Iterator[Made]:
     """Numbers, conventions and optional tensors that stay what the first case has."""
     for name in inputs[0]:
         values = [given[name] for given in inputs]
-        if all(isinstance(value, bool | int | float | str | Enum | None) for value in values):
+        if all(isinstance(value, bool | int | float | str | Enum | torch.dtype | None) for value in values):
             pinned = {value for value in values if value is not None}
             if len({*pinned, *([None] if None in values else [])}) > 1:
                 value = next(value for value in values if value is not None)
@@ -217,6 +229,7 @@ def _data(op: Op, inputs: list[Inputs], outs: list[Tensor]) -> Iterator[Made]:
         yield Family.DATA, "subnormals_become_zero", lambda: _on_floats(op, _without_subnormals)
     if any(isinstance(value, Tensor) and value.ndim and value.numel() > 1 for value in inputs[0].values()):
         yield Family.DATA, "strides_ignored", lambda: _read_as_contiguous(op)
+        yield Family.DATA, "offset_ignored", lambda: _read_from_the_start(op)
 
 
 def _without_subnormals(out: Tensor) -> Tensor:
@@ -240,11 +253,26 @@ def _read_as_contiguous(op: Op) -> Function:
     return lambda **given: op.reference(**{name: in_order(value) for name, value in given.items()})
 
 
+def _read_from_the_start(op: Op) -> Function:
+    """A tensor's storage read from its first element on."""
+
+    def from_start(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.storage_offset():
+            return value
+        return value.as_strided(value.shape, value.stride(), 0)
+
+    return lambda **given: op.reference(**{name: from_start(value) for name, value in given.items()})
+
+
 def _states(op: Op, inputs: list[Inputs]) -> Iterator[Made]:
     if leaves(op.reference(**inputs[0]))[0].ndim:
         yield Family.STATE, "buffer_used_again", lambda: _buffered(op)
     yield Family.STATE, "remembered_by_address", lambda: _remembered(op, lambda leaf: leaf.data_ptr())
     yield Family.STATE, "remembered_by_shape", lambda: _remembered(op, lambda leaf: leaf.shape)
+    yield Family.STATE, "first_of_a_shape_wrong", lambda: _first_wrong(op)
+    yield Family.STATE, "every_second_call_wrong", lambda: _second_wrong(op)
+    yield Family.STATE, "seeds_random_numbers", lambda: _changing(op, lambda: torch.manual_seed(0))
+    yield Family.STATE, "turns_mkldnn_off", lambda: _changing(op, _turn_mkldnn_off)
     yield Family.STATE, "flushes_subnormals", lambda: _changing(op, lambda: torch.set_flush_denormal(True))
     yield Family.STATE, "sets_default_dtype", lambda: _changing(op, lambda: torch.set_default_dtype(torch.float64))
     yield Family.STATE, "leaves_grad_mode", lambda: _changing(op, lambda: torch.set_grad_enabled(False))
@@ -283,6 +311,39 @@ def _remembered(op: Op, key: Callable[[Tensor], Any]) -> Function:
     return call
 
 
+def _wrong(out: Any) -> Any:
+    return _changed(out, _last_off)
+
+
+def _first_wrong(op: Op) -> Function:
+    """As a table that is filled by the first call, and read before."""
+    seen: set[Any] = set()
+
+    def call(**given: Any) -> Any:
+        out, shapes = op.reference(**given), tuple(value.shape for value in tensors(given))
+        if shapes in seen:
+            return out
+        seen.add(shapes)
+        return _wrong(out)
+
+    return call
+
+
+def _second_wrong(op: Op) -> Function:
+    """As two buffers that are used by turns."""
+    calls = count()
+
+    def call(**given: Any) -> Any:
+        out = op.reference(**given)
+        return _wrong(out) if next(calls) % 2 else out
+
+    return call
+
+
+def _turn_mkldnn_off() -> None:
+    torch.backends.mkldnn.enabled = False
+
+
 def _changing(op: Op, change: Callable[[], Any]) -> Function:
     def call(**given: Any) -> Any:
         out = op.reference(**given)
@@ -302,6 +363,7 @@ def _contracts(op: Op) -> Iterator[Made]:
     )
     if any(op.outputs):  # an integer has no memory
         yield Family.CONTRACT, "result_in_its_inputs_memory", lambda: _aliasing(op)
+        yield Family.CONTRACT, "result_kept_and_given_again", lambda: _given_again(op)
 
 
 def _changed_tensors(op: Op, given: Inputs, change: Callable[[Tensor], Tensor]) -> Any:
@@ -346,6 +408,18 @@ def _aliasing(op: Op) -> Function:
                 view.copy_(first)
                 return replace_first(out, view)
         return out  # no input is large enough
+
+    return call
+
+
+def _given_again(op: Op) -> Function:
+    """The same memory for the same values, as a view of a table."""
+    results: dict[Any, Any] = {}
+
+    def call(**given: Any) -> Any:
+        values = tuple(leaf.contiguous().view(torch.uint8).numpy().tobytes() for leaf in tensors(given) if leaf.ndim)
+        key = values, str([value for value in given.values() if not tensors(value)])
+        return results.setdefault(key, op.reference(**given))
 
     return call
 

@@ -14,6 +14,8 @@ from .case import Case, Inputs, Picker
 from .trial import Arithmetic, Guarantee, Trial
 
 Function = Callable[..., Any]
+PROPERTIES_EVERY = 10
+"""Cases from one that is held against the op's properties to the next: each property is a few calls more."""
 
 
 @dataclass(frozen=True)
@@ -99,5 +101,7 @@ class Op:
             op = replace(op, **(change(op) if callable(change) else change), chosen=(*op.chosen, option))
         return op
 
-    def trial(self, candidate: Function, case: Case, arithmetic: Arithmetic = Arithmetic.WIDE) -> Trial:
-        return Trial(case, self.inputs(case), self.reference, candidate, self.outputs, arithmetic)
+    def trial(
+        self, candidate: Function, case: Case, arithmetic: Arithmetic = Arithmetic.WIDE, *, once: bool = False
+    ) -> Trial:
+        return Trial(case, self.inputs(case), self.reference, candidate, self.outputs, arithmetic, once)

@@ -3,8 +3,8 @@
     python -m twinfer.oracle.resolution [CASES] [OP ...]
 
 prints a line for each op with a budget and each dtype (default 40 cases, a few minutes), and again at the sizes of a
-real model for those in `LARGE`. Cases whose truth is zero say
-nothing, and of bfloat16 those whose inputs are subnormal, which may be read as zero.
+real model for those in `LARGE`. Cases whose truth is zero, or lies beyond the range of float32, say nothing, and of
+bfloat16 those whose inputs are subnormal, which may be read as zero.
 """
 
 import sys
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import Budget
+from .budget import Budget, Sizes
 from .case import DTYPES, Case, Data, RandomPicker
 from .choices import Chosen, Steered
 from .op import Function, Op
 from .table import OPS
-from .trial import Status, map_leaves
+from .trial import Status, Trial, map_leaves
 
 ERRORS = (0.0001, 0.001, 0.01, 0.02, 0.05, 0.2)
 PLACES = ("all", "one", "tenth")
@@ -60,7 +60,7 @@ def resolution(op: Op, dtype: torch.dtype, cases: int, sizes: Mapping[str, int] 
     for place in PLACES:
         for error in ERRORS:
             wrong = off_by(op.reference, error, place)
-            verdicts = [op.guarantee.judge(op.trial(wrong, case)) for case in drawn]
+            verdicts = [op.guarantee.judge(op.trial(wrong, case, once=True)) for case in drawn]
             judged = [verdict for verdict in verdicts if verdict.status is not Status.REJECTED]
             alarms[place, error] = 100 * sum(verdict.failed for verdict in judged) / max(1, len(judged))
     return Resolution(op.name, dtype, len(drawn), alarms)
@@ -93,9 +93,20 @@ def _cases(op: Op, dtype: torch.dtype, sizes: Mapping[str, int] | None) -> Itera
         case = case if sizes is None else replace(case, sizes=sizes)
         if case.dtype is not dtype or (dtype is torch.bfloat16 and case.data is Data.DENORMAL):
             continue
-        truth = op.trial(op.reference, case).truth
-        if any(bool((out.nan_to_num() != 0).any()) for out in truth):
+        trial = op.trial(op.reference, case)
+        if any(bool((out.nan_to_num() != 0).any()) for out in judged(op, trial)):
             yield case
+
+
+def judged(op: Op, trial: Trial) -> list[Tensor]:
+    """The true outputs, with zeros where nothing is said of a result."""
+    assert isinstance(op.guarantee, Budget), "only errors within a budget have a size"
+    sizes = op.guarantee.scale(trial.sized_inputs, trial.truth)
+    pairs = zip(trial.truth, trial.eager, sizes, strict=True)
+    return [
+        truth.masked_fill(each.beyond(eager.dtype), 0.0) if isinstance(each, Sizes) else truth
+        for truth, eager, each in pairs
+    ]
 
 
 def _print(found: Resolution, name: str) -> None:

@@ -94,6 +94,11 @@ def linear_known(x: Known, weights: LinearWeights) -> Known:
     return Known(value, wide, narrow if weights.bias_N is None else root(narrow, value - weights.bias_N))
 
 
+def norm_reach(x: Tensor) -> Tensor:
+    """The sum of squares of each row, which some divide by their number only at the end."""
+    return (x * x).sum(-1, keepdim=True)
+
+
 def norm_scale(x: Tensor, weights: NormWeights, config: NormConfig) -> Tensor:
     """Errors of x, and of the mean taken from it, divided by the deviation; and the relative error of the deviation."""
     size = x.abs()
@@ -162,6 +167,7 @@ def attention_known(
     scale: float,
     bias_HTS: Tensor | None = None,
     softcap: float | None = None,
+    sink_H: Tensor | None = None,
 ) -> Known:
     """The weighted values; how far they move as errors of the scores shift the weights; and the weights, rounded.
 
@@ -190,7 +196,11 @@ def attention_known(
         bias_KGTS = rearrange(bias_HTS, "(k g) t s -> k g t s", k=kv_heads)
         shaped = shaped + bias_KGTS
         of_score = of_score + bias_KGTS.abs() + shaped.abs()  # the bias is rounded, and so is the sum
-    weight = torch.softmax(shaped.masked_fill(~seen_BTS[:, None, None], -torch.inf), -1).nan_to_num(0.0)
+    shaped, keys = shaped.masked_fill(~seen_BTS[:, None, None], -torch.inf), k.value.shape[-2]
+    if sink_H is not None:
+        sink_KGT1 = rearrange(sink_H, "(k g) -> k g 1 1", k=kv_heads).expand(*shaped.shape[:-1], 1)
+        shaped = torch.cat([shaped, sink_KGT1], -1)
+    weight = torch.softmax(shaped, -1).nan_to_num(0.0)[..., :keys]
     size_v = v.value.abs()
 
     def shifted(of_score: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ from ..spec.ambient import CPU, pinned
 from .case import Case, Inputs
 from .process import ProcessState
 
+THIRD_CALL_EVERY = 3
+"""Of so many cases one is called a third time."""
+
 
 class Arithmetic(StrEnum):
     """What a candidate of a 16-bit output sums in."""
@@ -73,6 +76,8 @@ class Trial:
     """The axes of each tensor that comes out, such as "B T H D"."""
     arithmetic: Arithmetic = Arithmetic.WIDE
     """What the candidate says of its own arithmetic."""
+    once: bool = False
+    """Call the candidate only on the case's values: a property judges what it returns, not what it does besides."""
 
     @cached_property
     def exact_inputs(self) -> Inputs:
@@ -87,6 +92,9 @@ class Trial:
         normal number; so for the sizes of what rounds, each counts as that number over eps.
         """
 
+        if not any(leaf.dtype is torch.bfloat16 for leaf in tensors(self.inputs)):
+            return self.exact_inputs
+
         def size(leaf: Any) -> Any:
             wide = _widened(leaf)
             if not isinstance(leaf, Tensor) or leaf.dtype is not torch.bfloat16:
@@ -99,7 +107,7 @@ class Trial:
 
     @cached_property
     def truth(self) -> list[Tensor]:
-        return leaves(self._of_reference(copied(self.exact_inputs)))
+        return leaves(self._of_reference(self.exact_inputs))
 
     @cached_property
     def eager(self) -> list[Tensor]:
@@ -134,17 +142,26 @@ class Trial:
 
     @cached_property
     def _calls(self) -> "Calls":
-        """Call the candidate twice in the same memory: first on other values, then on the case's own.
+        """Call the candidate in the same memory on other values, its own, and of every third case the others again.
 
         A buffer that is used again, or whatever is remembered by address, shows in the second result or in what the
-        second call does to the first. Truth and eager reference are computed before: what a candidate does to the
-        process reaches neither.
+        second call does to the first; whatever depends on how often something was called, in the third, which must
+        equal the first, in memory of its own. Truth and eager reference are computed before: what a candidate does to
+        the process reaches neither.
         """
         given, eager = self._eager_result
+        if self.once:
+            return Calls(self.candidate(**copied(self.inputs)))
         may_alias = bool(memory(given) & memory(eager))
         _ = self.truth
         return guarded(
-            lambda: _called_twice(self.candidate, self.inputs, may_alias=may_alias, layout=self.case.seed % 8)
+            lambda: _called_in_turn(
+                self.candidate,
+                self.inputs,
+                may_alias=may_alias,
+                layout=self.case.seed % 8,
+                again=self.case.seed // 8 % THIRD_CALL_EVERY == 0,
+            )
         )
 
     def drawn(self, samples: int) -> "Calls":
@@ -153,7 +170,7 @@ class Trial:
 
         def draw() -> Calls:
             outcomes = [int(self.candidate(**given)) for _ in range(samples)]
-            return Calls(outcomes, _written_to(self.inputs, given))
+            return Calls(outcomes, _written_to(self.inputs, given, tensors(self.inputs), tensors(given)))
 
         return guarded(draw)
 
@@ -179,33 +196,69 @@ def guarded(run: Callable[[], Calls]) -> Calls:
     return calls
 
 
-def _called_twice(candidate: Callable[..., Any], inputs: Inputs, *, may_alias: bool, layout: int) -> Calls:
+def _called_in_turn(
+    candidate: Callable[..., Any], inputs: Inputs, *, may_alias: bool, layout: int, again: bool
+) -> Calls:
     others = _other_values(inputs)
-    given = {name: _strided(value, layout) for name, value in copied(others).items()}
+    given = copied(others)
+    if layout in _LAYOUTS:
+        given = {name: map_leaves(lambda leaf: _strided(leaf, layout), value) for name, value in given.items()}
+    places, of_others, of_inputs = tensors(given), tensors(others), tensors(inputs)
+    storages = _storages(places)
     first = candidate(**given)
-    complaint = _written_to(others, given)
-    held = tensors(first)
+    complaint = _written_to(others, given, of_others, places)
+    held, values = tensors(first), [leaf.clone() for leaf in leaves(first)]
     kept = [tensor.clone() for tensor in held]
-    shares = bool(memory(first) & memory(given))
-    given = _filled(given, inputs)
-    shares = shares or not all(map(same_bits, held, kept))
-    result = candidate(**given)
-    complaint = complaint or _written_to(inputs, given)
+    shares = bool(_storages(held) & storages)
+    _fill(places, of_inputs)
+    shares = shares or not _all_same_bits(held, kept)
+    result = candidate(**{**given, **_generators(inputs)})
+    complaint = complaint or _written_to(inputs, given, of_inputs, places)
     if complaint is None and not may_alias:
         if shares:
             complaint = "returns memory of its inputs, which the caller may write to next"
-        elif not all(map(same_bits, held, kept)):
+        elif not _all_same_bits(held, kept):
             complaint = "a second call changes what the first returned: results belong to the caller"
+        elif any(map(_overlaps, tensors(result))):
+            complaint = "two elements of a result are one in memory: the caller may write to each"
+    if complaint is None and again:
+        if _storages(tensors(result)) & storages:  # which are written to next
+            result = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
+        _fill(places, of_others)
+        third = candidate(**{**given, **_generators(others)})
+        if not may_alias and _storages(held) & memory(third):
+            complaint = "two calls return the same memory: results belong to the caller, who may write to them"
+        elif not _all_same_bits(values, leaves(third)):
+            complaint = "two calls on equal inputs differ: a result depends on what was called before"
     return Calls(result, complaint)
 
 
-def _strided(value: Any, layout: int) -> Any:
-    """The same numbers in memory that is not contiguous: layout 1 leaves gaps, 5 keeps another order of the axes."""
-    if not isinstance(value, Tensor) or value.ndim == 0 or layout not in (1, 5):
-        return value
-    if layout == 1:
-        return value.new_empty((*value.shape, 2))[..., 0].copy_(value)
-    return value.transpose(0, -1).contiguous().transpose(0, -1)
+def _all_same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(same_bits, one, other))
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+_LAYOUTS = (1, 3, 5)
+
+
+def _strided(leaf: Any, layout: int) -> Any:
+    """The same numbers elsewhere in memory.
+
+    Layout 1 leaves gaps, 3 leaves room in front, and 5 keeps another order of the axes.
+    """
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+        return leaf
+    match layout:
+        case 1:
+            return leaf.new_empty((*leaf.shape, 2))[..., 1].copy_(leaf)
+        case 3:
+            return leaf.new_empty(16 + leaf.numel())[16:].view(leaf.shape).copy_(leaf)
+        case 5:
+            return leaf.transpose(0, -1).contiguous().transpose(0, -1)
+    return leaf
 
 
 def _widened(leaf: Any) -> Any:
@@ -233,25 +286,22 @@ def _other_values(inputs: Inputs) -> Inputs:
     return {name: map_leaves(change, value) for name, value in inputs.items()}
 
 
-def _filled(given: Inputs, inputs: Inputs) -> Inputs:
-    """The inputs' values in the memory of what was given; a generator, which a call moves on, is another copy."""
-    values = iter(tensors(inputs))
-
-    def fill(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            leaf.copy_(next(values))
-        return leaf
-
-    filled = {name: map_leaves(fill, value) for name, value in given.items()}
-    generators = {name: value.clone_state() for name, value in inputs.items() if isinstance(value, torch.Generator)}
-    return {**filled, **generators}
+def _fill(places: list[Tensor], values: list[Tensor]) -> None:
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
 
 
-def _written_to(inputs: Inputs, given: Inputs) -> str | None:
-    for name, value in inputs.items():
-        if not all(map(same_bits, tensors(value), tensors(given[name]))):
-            return f"writes to its argument {name}, which belongs to the caller"
-    return None
+def _generators(inputs: Inputs) -> Inputs:
+    """Copies of the generators, which a call moves on."""
+    return {name: value.clone_state() for name, value in inputs.items() if isinstance(value, torch.Generator)}
+
+
+def _written_to(inputs: Inputs, given: Inputs, before: list[Tensor], after: list[Tensor]) -> str | None:
+    """Name the argument whose tensors are not the same any more."""
+    if _all_same_bits(before, after):
+        return None
+    changed = (name for name, value in inputs.items() if not _all_same_bits(tensors(value), tensors(given[name])))
+    return f"writes to its argument {next(changed)}, which belongs to the caller"
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -268,6 +318,9 @@ def _walk(value: Any) -> list[Any]:
 
 def _gather(value: Any, found: list[Any]) -> None:
     kind: type = type(value)
+    if kind is Tensor:  # most leaves are
+        found.append(value)
+        return
     names = _field_names(kind)
     if names is not None:
         for name in names:
@@ -295,7 +348,11 @@ def _field_names(kind: type) -> tuple[str, ...] | None:
 
 def memory(value: Any) -> set[int]:
     """The addresses of the storages of every tensor that holds anything."""
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors(value) if tensor.numel()}
+    return _storages(tensors(value))
+
+
+def _storages(found: list[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in found if tensor.numel()}
 
 
 class Guarantee(Protocol):
@@ -307,6 +364,8 @@ class Guarantee(Protocol):
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to everything that is not a dataclass, tuple, list or dict, rebuilding those around it."""
     kind: type = type(value)
+    if kind is Tensor:  # most leaves are
+        return function(value)
     names = _field_names(kind)
     if names is not None:
         return kind(**{name: map_leaves(function, getattr(value, name)) for name in names})

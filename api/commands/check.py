@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="another convention that public code follows: ties=any, angles=float32, recipe=mixtral, "
-        "gate_up=interleaved (may be given more than once; a wrong name lists those of the op)",
+        help="a convention other than ours: ties=any, angles=float32, unseen=nan, recipe=mixtral, gate_up=interleaved "
+        "(may be given more than once; a wrong name lists those of the op)",
     )
     add_json(parser)
 

@@ -24,11 +24,18 @@ comes from float64 truth. `twinfer ops --help` explains the guarantees.
 exit status: 0 if everything holds, 1 if not
 
 with --json, one object: {"model", "storage", "compute", "device", "holds",
-  "paths": {"schedules", "rows", "decisions", "largest_ratio", "ties", "failures", "holds"},
+  "paths": {"schedules", "rows", "decisions", "largest_ratio", "ties", "choices", "route_ties", "left_out", "failures",
+    "holds"},
   "greedy": {"reference", "compiled", "equal_for", "tie", "holds"},
   "ops": [{"op", "path", "function", "guarantee", "cases", "rejected", "largest_ratio", "complaint", "holds"}]}
   largest_ratio  largest error / bound; above 1 fails
-  ties           greedy choices that differ, within what rounding allows
+  rows           positions judged; decisions: greedy choices compared, one a row of logits
+  ties           greedy choices that differ, within what rounding allows: {"step", "sequence", "position", "chosen",
+                 "best", "gap", "allowed"}, the gap being between the logits of both tokens
+  choices        choices of experts compared, one a token and layer with experts, of a path that reports them
+  route_ties     choices of experts that differ, or might, within what rounding allows: as ties, and "layer"; chosen
+                 and best are lists of experts, and chosen is null of a path that does not report its choices
+  left_out       rows not judged: they stand behind a near-tie of a router, of a path that does not report its choices
   Of an encoder, texts are encoded together instead; "schedules" are they, and "greedy" is null.
 """
 

@@ -3,6 +3,7 @@
 Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, G = H/K, D head size.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
 from ..scale import attention_known, exactly
-from ..sizes import BATCH, HEAD_SIZE, TOKENS, keys_cover_queries, resized
+from ..sizes import BATCH, FAR_KEYS, HEAD_SIZE, TOKENS, keys_cover_queries, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
 
@@ -84,9 +85,9 @@ def _padding_seen(inputs: Inputs) -> Inputs:
 
 
 def moves_with_positions(op: Op, function: Function, case: Case) -> None:
-    """Only distances matter: moving every position by the same amount changes nothing."""
+    """Only distances matter: moving every position by the same amount, 100 003 tokens, changes nothing."""
     inputs = {**op.inputs(case), "key_length": None}
-    moved = {name: value + 1000 if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    moved = {name: value + 100_003 if isinstance(value, Tensor) else value for name, value in inputs.items()}
     assert_same_bits([function(**inputs)], [function(**moved)], "translation")
 
 
@@ -122,7 +123,7 @@ def attention_cases(pick: Picker) -> Case:
             "B": pick.integer(1, 2),
             "T": new,
             "S": new + pick.integer(0, 6),
-            "H": kv_heads * pick.integer(1, 3),
+            "H": kv_heads * pick.choice([1, 2, 3, 8]),
             "K": kv_heads,
             "D": pick.integer(1, 8),
         },
@@ -138,11 +139,25 @@ def attention_cases(pick: Picker) -> Case:
     )
 
 
+def _compared(case: Case) -> tuple[Tensor, Tensor]:
+    """Queries and keys. HUGE: huge queries and tiny keys, whose scores are ordinary; or scores past 10000."""
+    n, smaller, large = case.n, 1.0, 5
+    queries = keys = case
+    if case.data is Data.HUGE and case.seed % 8:
+        smaller, keys = 2.0**-5 if case.dtype is torch.float16 else 2.0**-63, replace(case, data=Data.NORMAL)
+    elif case.data is Data.HUGE:
+        large, queries = 7, replace(case, data=Data.LARGE)
+        keys = queries
+    query_BTHD = activations(queries, "query", n.B, n.T, n.H, n.D, large=large)
+    return query_BTHD, activations(keys, "key", n.B, n.S, n.K, n.D, large=large) * smaller
+
+
 def attention_inputs(case: Case) -> Inputs:
+    query_BTHD, key_BSKD = _compared(case)
     n = case.n
     return {
-        "query_BTHD": activations(case, "query", n.B, n.T, n.H, n.D, large=5),
-        "key_BSKD": activations(case, "key", n.B, n.S, n.K, n.D, large=5),
+        "query_BTHD": query_BTHD,
+        "key_BSKD": key_BSKD,
         "value_BSKD": activations(case, "value", n.B, n.S, n.K, n.D),
         "visible_TS": _mask_of_sequences(case) if case.options.get("per_sequence") else _mask(case),
         "scale": n.D**-0.5 if case.options.get("scale") is None else case.options["scale"],
@@ -210,13 +225,14 @@ def running_softmax(
     scale: float,
     bias_HTS: Tensor | None = None,
     softcap: float | None = None,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
     """One key after the other, with a running peak and sum (Milakov, Gimelshein 2018), as fused kernels do."""
     group = query_BTHD.shape[2] // key_BSKD.shape[2]
     key, value = (x.float().repeat_interleave(group, 2) for x in (key_BSKD, value_BSKD))
     query = query_BTHD.float() * scale
-    peak = torch.full(query.shape[:3], -torch.inf)
-    total, out = torch.zeros(query.shape[:3]), torch.zeros_like(query)
+    peak = torch.full(query.shape[:3], -torch.inf) if sink_H is None else sink_H.float().expand(query.shape[:3])
+    total, out = torch.full(query.shape[:3], 0.0 if sink_H is None else 1.0), torch.zeros_like(query)
     for s in range(visible_TS.shape[-1]):
         seen_BT1 = visible_TS.expand(len(query), -1, -1)[:, :, s, None]
         score = (query * key[:, s, None]).sum(-1)
@@ -262,6 +278,28 @@ def _grouped_by_modulo(inputs: Inputs) -> Inputs:
     return {"key_BSKD": inputs["key_BSKD"][:, :, modulo], "value_BSKD": inputs["value_BSKD"][:, :, modulo]}
 
 
+def _groups_of_four_at_most(**inputs: Any) -> Tensor:
+    """Query heads past the fourth of a group read what the first read."""
+    out_BTHD = attention(**inputs)
+    group = out_BTHD.shape[2] // inputs["key_BSKD"].shape[2]
+    out_BTKGD = rearrange(out_BTHD, "b t (k g) d -> b t k g d", g=group).clone()
+    out_BTKGD[:, :, :, 4:] = out_BTKGD[:, :, :, :1]
+    return rearrange(out_BTKGD, "b t k g d -> b t (k g) d")
+
+
+def _hidden_by_ten_thousand(
+    *, query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, visible_TS: Tensor, scale: float
+) -> Tensor:
+    """What may not be seen is scored 10000 less instead of being ruled out; who sees nothing gets zeros."""
+    seen_BTS = visible_TS.expand(len(query_BTHD), -1, -1)
+    grouped = rearrange(query_BTHD.float(), "b t (k g) d -> b k g t d", k=key_BSKD.shape[2])
+    score = scale * einsum(grouped, key_BSKD.float(), "b k g t d, b s k d -> b k g t s")
+    weight = torch.softmax(score - 10_000 * (~seen_BTS[:, None, None]).float(), -1)
+    weight = weight * seen_BTS.any(-1, keepdim=True)[:, None, None]
+    out = einsum(weight, value_BSKD.float(), "b k g t s, b s k d -> b t k g d")
+    return rearrange(out, "b t k g d -> b t (k g) d").to(query_BTHD.dtype)
+
+
 def _not_normalized(
     *, query_BTHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, visible_TS: Tensor, scale: float, **_: object
 ) -> Tensor:
@@ -303,12 +341,15 @@ def permuting_groups_permutes_output(op: Op, function: Function, case: Case) -> 
         out = function(**{**inputs, **{name: reversed_groups(inputs[name], kv_heads) for name in names}})
         return reversed_groups(out, kv_heads)
 
-    verdict = op.guarantee.judge(op.trial(there_and_back, case))
+    verdict = op.guarantee.judge(op.trial(there_and_back, case, once=True))
     assert not verdict.failed, verdict.complaint
 
 
 def stays_between_values(op: Op, function: Function, case: Case) -> None:
-    """An output lies between the least and the greatest value that may be seen, or is zero where there is none."""
+    """An output lies between the least and the greatest value that may be seen, or is zero where there is none.
+
+    A sink pulls it towards zero.
+    """
     inputs = op.inputs(case)
     out = call(op, function, case)[0].double()
     group = inputs["query_BTHD"].shape[2] // inputs["key_BSKD"].shape[2]
@@ -316,6 +357,8 @@ def stays_between_values(op: Op, function: Function, case: Case) -> None:
     seen_BTS11 = inputs["visible_TS"].expand(len(value_B1SHD), -1, -1)[..., None, None]
     least = value_B1SHD.where(seen_BTS11, torch.inf).amin(2).nan_to_num(posinf=0.0)
     most = value_B1SHD.where(seen_BTS11, -torch.inf).amax(2).nan_to_num(neginf=0.0)
+    if inputs.get("sink_H") is not None:
+        least, most = least.clamp_max(0.0), most.clamp_min(0.0)
     size = torch.maximum(least.abs(), most.abs())
     slack = 2 * torch.finfo(case.dtype).eps * size.clamp_min(torch.finfo(case.dtype).smallest_normal)
     assert bool(((least - slack <= out) & (out <= most + slack)).all()), "an output lies outside its values"
@@ -331,7 +374,7 @@ def _unseen_not_a_number(case: Case) -> Inputs:
 
 ATTENTION = Op(
     name="attention",
-    larger=resized({"T": TOKENS, "S": TOKENS, "D": HEAD_SIZE, "B": BATCH}, fit=keys_cover_queries),
+    larger=resized({"T": TOKENS, "S": TOKENS, "D": HEAD_SIZE, "B": BATCH}, fit=keys_cover_queries, far=FAR_KEYS),
     paper="III-D, Fig. 1c (region 2)",
     axes="B T S H K D",
     reference=attention,
@@ -360,6 +403,8 @@ ATTENTION = Op(
         "stale_cache_row": changed(attention, _stale_last_row),
         "heads_grouped_by_modulo": changed(attention, _grouped_by_modulo),
         "softmax_not_normalized": _not_normalized,
+        "groups_of_four_at_most": _groups_of_four_at_most,
+        "hidden_by_ten_thousand": _hidden_by_ten_thousand,
         "blind_queries_average": changed(attention, _blind_queries_average),
         "row_3_percent_off": then(attention, one_row_3_percent_off),
     },

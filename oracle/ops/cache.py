@@ -11,7 +11,7 @@ from torch import Tensor
 from ...reference.cache import KVCache, append
 from ...spec.decoder import Path
 from .. import fast
-from ..case import ADDED, DTYPES, Case, Inputs, Picker, activations
+from ..case import DTYPES, UNMASKED, Case, Inputs, Picker, activations
 from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import assert_same_bits, first_rows_alone, repeats_itself
@@ -29,7 +29,7 @@ def append_cases(pick: Picker) -> Case:
             "K": pick.integer(1, 3),
             "D": pick.integer(1, 6),
         },
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )

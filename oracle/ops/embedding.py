@@ -15,12 +15,12 @@ from ...spec.config import Activation, AttentionConfig, Head, LayerConfig, MlpCo
 from ...spec.decoder import Path
 from ...spec.weights import EmbeddingWeights, LinearWeights, NormWeights
 from .. import fast
-from ..budget import Budget
-from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
+from ..budget import Budget, Sizes
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Op
 from ..properties import first_rows_alone, repeats_itself
-from ..scale import Known, linear_scale, norm_known
-from ..sizes import BATCH, HIDDEN, TOKENS, VOCABULARY, resized
+from ..scale import Known, linear_scale, norm_known, norm_reach
+from ..sizes import BATCH, FAR, HIDDEN, TOKENS, VOCABULARY, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .linear import adds_up, linear_weights
 
@@ -92,8 +92,11 @@ def embed_inputs(case: Case) -> Inputs:
     position_T = torch.arange(start, start + n.T)
     if options["jump"]:  # as where sequences stand one after the other
         position_T = torch.randint(n.P, (n.T,), generator=case.generator("position"))
+    token_BT = torch.randint(n.V, (n.B, n.T), generator=case.generator("token"))
+    if case.seed % 2:  # the id that overflows first
+        token_BT[0, -1] = n.V - 1
     return {
-        "token_BT": torch.randint(n.V, (n.B, n.T), generator=case.generator("token")),
+        "token_BT": token_BT,
         "position_T": position_T,
         "type_BT": torch.randint(n.Y, (n.B, n.T), generator=case.generator("type")),
         "weights": EmbeddingWeights(
@@ -113,7 +116,7 @@ def _norm_weights(case: Case, config: NormConfig) -> NormWeights:
     return NormWeights(gain_M=parameters(case, "gain", case.n.M), bias_M=bias_M)
 
 
-def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
+def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor | Sizes]:
     weights, config = exact["weights"], exact["config"]
     scale = weights.token_VW[exact["token_BT"]].abs()
     if weights.projection is not None:
@@ -126,7 +129,8 @@ def _embed_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
     if weights.norm is None:
         return [scale]
     before = embed(**{**exact, "weights": replace(weights, norm=None)})
-    return [norm_known(Known(before, scale, torch.zeros_like(scale)), weights.norm, config.embedding_norm).wide]
+    after = norm_known(Known(before, scale, torch.zeros_like(scale)), weights.norm, config.embedding_norm)
+    return [Sizes(after.wide, reach=norm_reach(scale))]
 
 
 def _torch_embed(
@@ -171,6 +175,11 @@ def _first_type_for_all(inputs: Inputs) -> Inputs:
     return {"type_BT": torch.zeros_like(inputs["type_BT"])}
 
 
+def _ids_in_16_bits(inputs: Inputs) -> Inputs:
+    """Read as negative from 32768 on, which counts from the end of the table."""
+    return {"token_BT": inputs["token_BT"].to(torch.int16).long() % len(inputs["weights"].token_VW)}
+
+
 def _not_scaled(inputs: Inputs) -> Inputs:
     return {"config": replace(inputs["config"], embedding_scale=1.0)}
 
@@ -201,7 +210,8 @@ def _larger_embed(case: Case, pick: Picker) -> Case:
         width = after["W"] if case.options["projected"] else after["M"]
         return {**after, "W": width, "P": max(after["P"], start + after["T"])}
 
-    return resized({"M": HIDDEN, "V": VOCABULARY, "T": TOKENS, "B": BATCH}, fit=fit)(case, pick)
+    pools, far = {"M": HIDDEN, "V": VOCABULARY, "T": TOKENS, "B": BATCH}, {"V": FAR["V"], "T": FAR["T"]}
+    return resized(pools, fit=fit, far=far)(case, pick)
 
 
 EMBED = Op(
@@ -223,6 +233,7 @@ EMBED = Op(
         "positions_after_the_norm": _positions_after_the_norm,
         "first_sequence_for_all": changed(embed, _first_sequence_for_all),
         "first_type_for_all": changed(embed, _first_type_for_all),
+        "ids_in_16_bits": changed(embed, _ids_in_16_bits),
         "not_scaled": changed(embed, _not_scaled),
         "norm_forgotten": changed(embed, _norm_forgotten),
         "row_3_percent_off": then(embed, one_row_3_percent_off),
@@ -238,7 +249,7 @@ def head_cases(pick: Picker) -> Case:
         op="head_logits",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "M": pick.integer(1, 40), "V": pick.integer(1, 30)},
         options={"bias": pick.choice([False, True]), "weights": pick.choice(["float", "int8"])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -311,7 +322,7 @@ def cap_cases(pick: Picker) -> Case:
         op="scale_and_cap",
         sizes={"B": pick.integer(1, 3), "V": pick.integer(1, 30)},
         options={"scale": pick.choice([1.0, 0.0625, 3.0]), "softcap": pick.choice([None, 1.0, 30.0])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         seed=pick.integer(0, 2**31),
     )
 

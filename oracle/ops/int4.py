@@ -15,7 +15,7 @@ from ...spec.config import INT4_GROUP, Storage
 from ...spec.decoder import Path
 from .. import fast_quantize as fast
 from ..budget import Budget
-from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..guarantees import Discrete
 from ..op import Function, Op
 from ..properties import repeats_itself
@@ -29,7 +29,8 @@ def group_cases(pick: Picker, op: str) -> Case:
     return Case(
         op=op,
         sizes={"N": pick.integer(1, 4), "I": pick.integer(1, 3 * INT4_GROUP)},
-        data=pick.choice(ADDED),
+        options={"dtype": pick.choice(["float32", "bfloat16"])} if op == "stored_groups" else {},
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -253,7 +254,11 @@ DEQUANTIZE_GROUPS = Op(
 
 
 def stored_inputs(case: Case) -> Inputs:
-    return {"weight_NI": weight(case), "storage": Storage.INT4, "dtype": torch.float32}
+    return {
+        "weight_NI": weight(case),
+        "storage": Storage.INT4,
+        "dtype": getattr(torch, str(case.options.get("dtype", "float32"))),
+    }
 
 
 def _terms_of_stored(exact: Inputs, truth: list[Tensor]) -> list[Tensor]:

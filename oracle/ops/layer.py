@@ -213,7 +213,20 @@ def _normed_residual(
     return out - x_BTM + normed, grown
 
 
+def _sinks_forgotten(inputs: Inputs) -> Inputs:
+    weights = inputs["weights"]
+    if isinstance(weights, LayerWeights):
+        return {"weights": replace(weights, attention=replace(weights.attention, sink_H=None))}
+    return {"weights": replace(weights, sink_H=None)}
+
+
+def _clamp_and_offset_forgotten(inputs: Inputs) -> Inputs:
+    config: LayerConfig = inputs["config"]
+    return {"config": replace(config, mlp=replace(config.mlp, clamp=None, up_offset=0.0))}
+
+
 _WRONG_ATTENTION = {
+    "sinks_forgotten": _sinks_forgotten,
     "window_ignored": _attention_with(window=None),
     "later_tokens_hidden": _attention_with(causal=True),
     "softcap_forgotten": _attention_with(softcap=None),
@@ -252,7 +265,7 @@ def alone_and_in_pieces(op: Op, function: Function, case: Case) -> None:
         grown = [torch.cat([getattr(each, name) for each in caches]) for name in ("key_BSKD", "value_BSKD")]
         return torch.cat(outs), KVCache(*grown)
 
-    verdict = op.guarantee.judge(op.trial(piece_by_piece, case))
+    verdict = op.guarantee.judge(op.trial(piece_by_piece, case, once=True))
     assert not verdict.failed, verdict.complaint
 
 
@@ -283,6 +296,7 @@ _LARGER = resized(
         "B": BATCH,
     },
     fit=_rest_of_head_stays,
+    far={"S": (257, 513), "F": (513, 1025)},
 )
 
 SELF_ATTENTION = Op(
@@ -333,6 +347,7 @@ LAYER = Op(
         "output_norms_forgotten": changed(partial(layer, components=DEFAULT), _output_norms_forgotten),
         "one_after_the_other": changed(partial(layer, components=DEFAULT), _one_after_the_other),
         "side_by_side": changed(partial(layer, components=DEFAULT), _side_by_side),
+        "clamp_and_offset_forgotten": changed(partial(layer, components=DEFAULT), _clamp_and_offset_forgotten),
         "residual_not_scaled": changed(partial(layer, components=DEFAULT), _residual_not_scaled),
         "row_3_percent_off": then(partial(layer, components=DEFAULT), one_row_3_percent_off),
     },

@@ -23,14 +23,14 @@ from ...spec.config import (
     RotaryConfig,
     RotaryLayout,
 )
-from ..case import DTYPES, UNMASKED, Case, Inputs, Picker, activations
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..models import RandomSource, draw_norms
 
 
 def layer_cases(pick: Picker, op: str) -> Case:
     kv_heads, pairs = pick.integer(1, 2), pick.integer(0, 3)
     placement, residual = draw_norms(pick)
-    causal = pick.choice([True, True, False])
+    causal, gated = pick.choice([True, True, False]), pick.choice([True, False])
     return Case(
         op=op,
         sizes={
@@ -38,7 +38,7 @@ def layer_cases(pick: Picker, op: str) -> Case:
             "T": pick.integer(1, 3),
             "S": pick.integer(0, 4),
             "M": pick.integer(2, 12),
-            "H": kv_heads * pick.integer(1, 3),
+            "H": kv_heads * pick.choice([1, 2, 3, 8]),
             "K": kv_heads,
             "D": 2 * max(pairs, 1) + 2 * pick.integer(0, 1),
             "F": pick.integer(1, 12),
@@ -58,10 +58,13 @@ def layer_cases(pick: Picker, op: str) -> Case:
             "alibi": causal and pick.choice([False, True]),
             "causal": causal,
             "softcap": pick.choice([None, 1.0]),
+            "sinks": pick.choice([False, False, True]),
             "qkv_clip": pick.choice([None, 0.75]),
             "qk_norm": pick.choice([None, *(span.value for span in QkNormSpan)]),
             "kind": pick.choice([kind.value for kind in Activation]),
-            "gated": pick.choice([True, False]),
+            "gated": gated,
+            "clamp": pick.choice([None, None, 0.75]) if gated else None,
+            "up_offset": pick.choice([0.0, 0.0, 1.0]) if gated else 0.0,
             "bias": pick.choice([False, True]),
             "qk_norm_rotated": pick.choice([False, True]),
         },
@@ -83,7 +86,12 @@ def layer_config(case: Case) -> LayerConfig:
         norm=norm,
         attention=_attention_config(case, norm),
         mlp=MlpConfig(
-            width=case.n.F, activation=Activation(options["kind"]), gated=options["gated"], bias=options["bias"]
+            width=case.n.F,
+            activation=Activation(options["kind"]),
+            gated=options["gated"],
+            bias=options["bias"],
+            clamp=options.get("clamp"),
+            up_offset=options.get("up_offset", 0.0),
         ),
         norm_placement=NormPlacement(options["placement"]),
         residual=Residual(options["residual"]),
@@ -109,6 +117,7 @@ def _attention_config(case: Case, norm: NormConfig) -> AttentionConfig:
         alibi=options["alibi"],
         causal=options["causal"],
         softcap=options["softcap"],
+        sinks=options.get("sinks", False),
         qkv_clip=options["qkv_clip"],
         qk_norm=head_norm if options["qk_norm"] else None,
         qk_norm_span=QkNormSpan(options["qk_norm"] or "head"),
@@ -130,10 +139,12 @@ def model_config(config: LayerConfig, hidden: int) -> ModelConfig:
 
 
 def layer_inputs(case: Case) -> Inputs:
+    """HUGE: the new tokens only, since keys and queries that both are leave no score to compare."""
     n, config = case.n, layer_config(case)
-    cache = KVCache(*(activations(case, name, n.B, n.S, n.K, n.D, large=3) for name in ("old keys", "old values")))
+    old = replace(case, data=Data.NORMAL) if case.data is Data.HUGE else case
+    cache = KVCache(*(activations(old, name, n.B, n.S, n.K, n.D, large=3) for name in ("old keys", "old values")))
     return {
-        "x_BTM": activations(case, "x", n.B, n.T, n.M, large=5),
+        "x_BTM": activations(case, "x", n.B, n.T, n.M, large=5, squared=True),
         "weights": RandomSource(model_config(config, n.M), case.seed, case.dtype).layer(0),
         "config": config,
         "cache": cache,

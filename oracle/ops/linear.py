@@ -14,7 +14,7 @@ from ...spec.decoder import Path
 from ...spec.weights import LinearWeights
 from .. import fast
 from ..budget import Budget, Sizes
-from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations, parameters
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Function, Op
 from ..properties import call, first_rows_alone, repeats_itself
 from ..scale import linear_scale
@@ -49,7 +49,7 @@ def linear_cases(pick: Picker) -> Case:
         op="linear",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "I": pick.integer(1, 40), "N": pick.integer(1, 9)},
         options={"bias": pick.choice([False, True]), "weights": pick.choice(["float", "int8"])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )

@@ -55,6 +55,25 @@ def penalty_inputs(case: Case) -> Inputs:
     return {**logit_inputs(case), "previous_T": previous(case)}
 
 
+def hides_no_nan(op: Op, function: Function, case: Case) -> None:
+    """A logit that is NaN is refused by an exception, or some logit that comes out is NaN.
+
+    Whoever chooses a token refuses NaN (`next_token`), and must not find them ruled out or replaced.
+    """
+    inputs = op.inputs(case)
+    place = case.seed % case.n.V
+    given = inputs["logits_V"].index_fill(0, torch.tensor([place]), torch.nan)
+    try:
+        out_V = function(**{**inputs, "logits_V": given})
+    except Exception:
+        return
+    assert bool(out_V.isnan().any()), f"logits_V[{place}] is NaN, and no logit that comes out is"
+
+
+def _nan_taken_for_zero(function: Function) -> Function:
+    return changed(function, lambda inputs: {"logits_V": inputs["logits_V"].nan_to_num(nan=0.0)})
+
+
 # --- penalize_repetition, scale_temperature -------------------------------------------------------------------------
 
 
@@ -104,9 +123,10 @@ PENALISE_REPETITION = Op(
     cases=cases_of("penalize_repetition", penalty=[1.3, 1.0, 2.0, 0.7]),
     inputs=penalty_inputs,
     guarantee=Budget(rows="V"),
-    properties=(repeats_itself, unseen_tokens_keep_their_bits),
+    properties=(repeats_itself, hides_no_nan, unseen_tokens_keep_their_bits),
     variants={"loop": penalty_by_loop},
     mutants={
+        "nan_taken_for_zero": _nan_taken_for_zero(penalize_repetition),
         "once_for_every_occurrence": _penalty_for_every_occurrence,
         "negative_logits_made_likelier": _negative_made_likelier,
         "last_token_spared": changed(penalize_repetition, _last_token_spared),
@@ -127,9 +147,10 @@ SCALE_TEMPERATURE = Op(
     cases=cases_of("scale_temperature", temperature=[0.7, 1.0, 2.0, 0.1]),
     inputs=logit_inputs,
     guarantee=Budget(rows="V"),
-    properties=(repeats_itself,),
+    properties=(repeats_itself, hides_no_nan),
     variants={"reciprocal": lambda logits_V, temperature: logits_V * (1 / temperature)},
     mutants={
+        "nan_taken_for_zero": _nan_taken_for_zero(scale_temperature),
         "multiplied": lambda logits_V, temperature: logits_V * temperature,
         "ignored": lambda logits_V, temperature: logits_V.clone(),
         "root": lambda logits_V, temperature: logits_V / temperature**0.5,
@@ -232,9 +253,10 @@ KEEP_TOP_K = Op(
     cases=cases_of("keep_top_k", k=[1, 2, 3, 10, 64, 65, 100, 128, 129, 1000]),
     inputs=logit_inputs,
     guarantee=Bitwise(),
-    properties=(repeats_itself, keeps_exactly_k),
+    properties=(repeats_itself, hides_no_nan, keeps_exactly_k),
     variants={"by_hand": _top_k_by_hand},
     mutants={
+        "nan_taken_for_zero": _nan_taken_for_zero(keep_top_k),
         "one_too_many": lambda logits_V, k: keep_top_k(logits_V, k + 1),
         "ties_to_the_higher_id": _top_k_later_ties,
         "all_of_a_tie_kept": _top_k_all_ties,
@@ -295,9 +317,10 @@ KEEP_TOP_P = Op(
     cases=cases_of("keep_top_p", p=[0.9, 0.5, 0.1, 1.0, 0.99]),
     inputs=logit_inputs,
     guarantee=Discrete(regret=_filter_regret(_top_p_score), scale=_running_sum, exact_on_integers=False),
-    properties=(repeats_itself,),
+    properties=(repeats_itself, hides_no_nan),
     variants={"running_sum": _top_p_by_hand},
     mutants={
+        "nan_taken_for_zero": _nan_taken_for_zero(keep_top_p),
         "one_too_many": partial(_top_p_shifted, by=1),
         "one_too_few": partial(_top_p_shifted, by=-1),
         "not_sorted": _top_p_by_logits,
@@ -335,9 +358,10 @@ KEEP_MIN_P = Op(
     cases=cases_of("keep_min_p", p=[0.1, 0.5, 0.0, 1.0]),
     inputs=logit_inputs,
     guarantee=Discrete(regret=_filter_regret(_min_p_score), scale=_one, exact_on_integers=False),
-    properties=(repeats_itself,),
+    properties=(repeats_itself, hides_no_nan),
     variants={"by_probability": _min_p_by_probability},
     mutants={
+        "nan_taken_for_zero": _nan_taken_for_zero(keep_min_p),
         "absolute": _absolute_min_p,
         "complement": lambda logits_V, p: keep_min_p(logits_V, 1 - p),
         "likeliest_ruled_out": lambda logits_V, p: logits_V.masked_fill(logits_V == logits_V.max(), -torch.inf),

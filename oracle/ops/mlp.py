@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, M hidden, F intermediate.
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from ...spec.decoder import Path
 from ...spec.weights import LinearWeights, MlpWeights
 from .. import fast
 from ..budget import Budget, Sizes
-from ..case import ADDED, DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import first_rows_alone, repeats_itself
 from ..scale import (
@@ -26,9 +27,10 @@ from ..scale import (
     clipped_known,
     exactly,
     linear_known,
+    linear_scale,
     product_known,
-    root,
     shared,
+    sum_known,
 )
 from ..sizes import BATCH, HIDDEN, INPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
@@ -42,7 +44,7 @@ def activation_cases(pick: Picker) -> Case:
         op="activation",
         sizes={"B": pick.integer(1, 3), "T": pick.integer(1, 4), "F": pick.integer(1, 20)},
         options={"kind": pick.choice([kind.value for kind in KINDS])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -130,13 +132,16 @@ ACTIVATION = Op(
 
 
 def mlp_cases(pick: Picker) -> Case:
+    gated = pick.choice([False, True])
     return Case(
         op="mlp",
         sizes={"B": pick.integer(1, 2), "T": pick.integer(1, 4), "M": pick.integer(1, 12), "F": pick.integer(1, 20)},
         options={
             "kind": pick.choice([kind.value for kind in KINDS]),
-            "gated": pick.choice([False, True]),
+            "gated": gated,
             "bias": pick.choice([False, True]),
+            "clamp": pick.choice([None, None, 0.75]) if gated else None,
+            "up_offset": pick.choice([0.0, 0.0, 1.0]) if gated else 0.0,
         },
         data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
@@ -146,13 +151,23 @@ def mlp_cases(pick: Picker) -> Case:
 
 def mlp_inputs(case: Case) -> Inputs:
     n, gated, bias = case.n, bool(case.options["gated"]), bool(case.options["bias"])
-    config = MlpConfig(width=n.F, activation=Activation(str(case.options["kind"])), gated=gated, bias=bias)
+    options: Any = case.options
+    config = MlpConfig(
+        width=n.F,
+        activation=Activation(options["kind"]),
+        gated=gated,
+        bias=bias,
+        clamp=options.get("clamp"),
+        up_offset=options.get("up_offset", 0.0),
+    )
     weights = MlpWeights(
         up=linear_weights(case, "up", n.F, n.M, bias),
         down=linear_weights(case, "down", n.M, n.F, bias),
         gate=linear_weights(case, "gate", n.F, n.M, bias) if gated else None,
     )
-    return {"x_BTM": activations(case, "x", n.B, n.T, n.M, large=5), "weights": weights, "config": config}
+    squared = case.dtype is torch.float16  # which stores the product of up and gate
+    x_BTM = activations(case, "x", n.B, n.T, n.M, large=5, squared=squared)
+    return {"x_BTM": x_BTM, "weights": weights, "config": config}
 
 
 def mlp_known(x: Known, weights: MlpWeights, config: MlpConfig) -> Known:
@@ -166,15 +181,22 @@ def mlp_known(x: Known, weights: MlpWeights, config: MlpConfig) -> Known:
             gate = clipped_known(gate, -math.inf, config.clamp)
             inner = clipped_known(inner, -config.clamp, config.clamp)
         if config.up_offset:
-            up = inner.value + config.up_offset
-            inner = Known(up, root(up, inner.wide), inner.narrow).stored
+            inner = sum_known(inner, exactly(torch.full_like(inner.value, config.up_offset))).stored
         inner = product_known(activation_known(gate, config.activation).stored, inner)
     return linear_known(inner.stored, weights.down)
 
 
 def _mlp_scale(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
     out = mlp_known(exactly(exact["x_BTM"]), exact["weights"], exact["config"])
-    return [Sizes(out.wide, shared(out.narrow))]
+    return [Sizes(out.wide, shared(out.narrow), reach=_mlp_reach(exact["x_BTM"], exact["weights"]))]
+
+
+def _mlp_reach(x_BTM: Tensor, weights: MlpWeights) -> Tensor:
+    """The largest term of the last product; no activation makes a number larger."""
+    inner_BTF = linear_scale(x_BTM.abs(), weights.up)
+    if weights.gate is not None:
+        inner_BTF = (inner_BTF + 1) * linear_scale(x_BTM.abs(), weights.gate)
+    return linear_scale(inner_BTF, weights.down).amax(-1, keepdim=True)
 
 
 def _plain(x: Tensor, weights: LinearWeights) -> Tensor:
@@ -187,7 +209,10 @@ def _wide_mlp(*, x_BTM: Tensor, weights: MlpWeights, config: MlpConfig) -> Tenso
     if weights.gate is None:
         inner = torch_activation(x=inner, kind=config.activation)
     else:
-        inner = inner * torch_activation(x=_plain(x_BTM.float(), weights.gate), kind=config.activation)
+        gate = _plain(x_BTM.float(), weights.gate)
+        if config.clamp is not None:
+            gate, inner = gate.clamp_max(config.clamp), inner.clamp(-config.clamp, config.clamp)
+        inner = (inner + config.up_offset) * torch_activation(x=gate, kind=config.activation)
     return _plain(inner, weights.down).to(x_BTM.dtype)
 
 
@@ -215,7 +240,12 @@ def _gate_and_up_swapped(inputs: Inputs) -> Inputs:
 
 
 def _gate_forgotten(inputs: Inputs) -> Inputs:
-    return {"weights": replace(inputs["weights"], gate=None)}
+    config = replace(inputs["config"], gated=False, clamp=None, up_offset=0.0)
+    return {"weights": replace(inputs["weights"], gate=None), "config": config}
+
+
+def _with_config(**fields: Any) -> Function:
+    return changed(mlp, lambda inputs: {"config": replace(inputs["config"], **fields)})
 
 
 def _down_bias_dropped(inputs: Inputs) -> Inputs:
@@ -243,6 +273,8 @@ MLP = Op(
     mutants={
         "gate_and_up_swapped": changed(mlp, _gate_and_up_swapped),
         "gate_forgotten": changed(mlp, _gate_forgotten),
+        "clamp_forgotten": _with_config(clamp=None),
+        "up_offset_forgotten": _with_config(up_offset=0.0),
         "down_bias_dropped": changed(mlp, _down_bias_dropped),
         "gelu_tanh_for_erf_and_back": changed(mlp, _config_other_kind),
         "row_3_percent_off": then(mlp, one_row_3_percent_off),

@@ -15,11 +15,11 @@ from ...spec.config import NormConfig, NormKind
 from ...spec.decoder import Path
 from ...spec.weights import NormWeights
 from .. import fast
-from ..budget import Budget, Scale
+from ..budget import Budget, Scale, Sizes
 from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
-from ..scale import norm_scale
+from ..scale import norm_reach, norm_scale
 from ..sizes import BATCH, INPUTS, TOKENS, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 
@@ -53,9 +53,9 @@ def norm_inputs(case: Case) -> Inputs:
 
 
 def _scale_of(kind: NormKind) -> Scale:
-    def scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
+    def scale(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
         config = NormConfig(kind=kind, epsilon=exact["epsilon"])
-        return [norm_scale(exact["x"], exact["weights"], config)]
+        return [Sizes(norm_scale(exact["x"], exact["weights"], config), reach=norm_reach(exact["x"]))]
 
     return scale
 
@@ -201,8 +201,8 @@ def configured_inputs(case: Case) -> Inputs:
     return {"x": activations(case, "x", case.n.B, case.n.T, case.n.M), "weights": weights, "config": config}
 
 
-def _configured_scale(exact: Inputs, _: list[Tensor]) -> list[Tensor]:
-    return [norm_scale(exact["x"], exact["weights"], exact["config"])]
+def _configured_scale(exact: Inputs, _: list[Tensor]) -> list[Sizes]:
+    return [Sizes(norm_scale(exact["x"], exact["weights"], exact["config"]), reach=norm_reach(exact["x"]))]
 
 
 def _torch_norm(*, x: Tensor, weights: NormWeights, config: NormConfig) -> Tensor:

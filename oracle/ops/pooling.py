@@ -13,7 +13,7 @@ from torch import Tensor
 from ...reference.pooling import pool, unit_length
 from ...spec.config import Pooling
 from ..budget import Budget
-from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
 from ..sizes import HIDDEN, INPUTS, OUTPUTS, TOKENS, resized
@@ -27,7 +27,7 @@ def pool_cases(pick: Picker) -> Case:
         op="pool",
         sizes={"T": pick.integer(1, 12), "M": pick.integer(1, 20)},
         options={"pooling": pick.choice([pooling.value for pooling in Pooling])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -134,7 +134,7 @@ def unit_cases(pick: Picker) -> Case:
     return Case(
         op="unit_length",
         sizes={"N": pick.integer(1, 4), "M": pick.integer(1, 40)},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )

@@ -15,7 +15,7 @@ from ...spec.config import RotaryLayout
 from ...spec.decoder import Path
 from .. import fast
 from ..budget import Budget
-from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, first_rows_alone, repeats_itself
 from ..scale import Known, root
@@ -43,7 +43,7 @@ def rotate_cases(pick: Picker) -> Case:
             "positions": pick.choice(["range", "jump", "restart"]),
             "base": pick.choice([10_000.0, 500_000.0, 3.0]),
         },
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -260,7 +260,7 @@ def alibi_cases(pick: Picker) -> Case:
         op="alibi",
         sizes={"T": new, "S": new + pick.integer(0, 6), "H": pick.integer(1, 9)},
         options={"start": pick.choice([0, 17, 100_000]), "positions": pick.choice(["range", "jump", "restart"])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         seed=pick.integer(0, 2**31),
     )
 

@@ -15,7 +15,7 @@ from ...spec.config import Storage
 from ...spec.decoder import Path
 from .. import fast_quantize as fast
 from ..budget import Budget
-from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..guarantees import Bitwise, Discrete
 from ..op import Function, Op
 from ..properties import repeats_itself
@@ -26,12 +26,16 @@ BIT_FOR_BIT = [kind.value for kind in Storage if kind is not Storage.INT4]
 """What a fast path must give back bit by bit; int4 has a record of its own, `stored_groups`."""
 
 
+STORED_AS = ("float32", "float64")
+"""What it is given back in: where code * scale is exact, and where it rounds once."""
+
+
 def matrix_cases(pick: Picker, op: str) -> Case:
     return Case(
         op=op,
         sizes={"N": pick.integer(1, 6), "I": pick.integer(1, 20)},
-        options={"storage": pick.choice(BIT_FOR_BIT)} if op == "stored" else {},
-        data=pick.choice(ADDED),
+        options={"storage": pick.choice(BIT_FOR_BIT), "dtype": pick.choice(STORED_AS)} if op == "stored" else {},
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES) if op != "stored" else torch.float32,
         seed=pick.integer(0, 2**31),
     )
@@ -192,7 +196,8 @@ DEQUANTIZE_ROWS = Op(
 
 
 def stored_inputs(case: Case) -> Inputs:
-    return {"weight_NI": weight(case), "storage": Storage(str(case.options["storage"])), "dtype": torch.float32}
+    dtype = getattr(torch, str(case.options.get("dtype", "float32")))
+    return {"weight_NI": weight(case), "storage": Storage(str(case.options["storage"])), "dtype": dtype}
 
 
 def numpy_stored(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
@@ -210,7 +215,8 @@ def numpy_stored(*, weight_NI: Tensor, storage: Storage, dtype: torch.dtype) -> 
         case Storage.INT8:
             scale = np.abs(weight).max(-1) / np.float32(127)
             code = np.rint(weight / np.where(scale > 0, scale, np.float32(1))[:, None]).clip(-127, 127)
-            out = code.astype(np.int8).astype(np.float32) * scale[:, None]
+            wide = np.float64 if dtype is torch.float64 else np.float32
+            out = code.astype(np.int8).astype(wide) * scale[:, None].astype(wide)
         case Storage.INT4:
             out = np.hstack([_numpy_group(weight[:, i : i + 64]) for i in range(0, weight.shape[1], 64)])
     return torch.from_numpy(np.array(out)).to(dtype)

@@ -30,7 +30,13 @@ def next_token_inputs(case: Case) -> Inputs:
 
 
 def draw_inputs(case: Case) -> Inputs:
-    return {"probability_V": torch.softmax(logits(case), -1), "generator": generator_for(case.seed, 0)}
+    """Any total; with a tail, one token has most of it, and all others are 3000 times rarer or more."""
+    logits_V = logits(case)
+    if case.options.get("tail"):
+        likeliest = case.seed % case.n.V
+        logits_V[likeliest] = logits_V.max() + 8
+    total = float(case.options.get("total") or 1)
+    return {"probability_V": total * torch.softmax(logits_V, -1), "generator": generator_for(case.seed, 0)}
 
 
 def _shaped(exact: Inputs) -> Tensor:
@@ -145,6 +151,17 @@ def _power_of_09(*, probability_V: Tensor, generator: torch.Generator) -> int:
     return draw(probability_V**0.9, generator)
 
 
+def _total_taken_for_one(*, probability_V: Tensor, generator: torch.Generator) -> int:
+    threshold = torch.rand((), dtype=torch.float64, generator=generator)
+    place = torch.searchsorted(probability_V.double().cumsum(0), threshold, right=True)
+    return int(place.clamp_max(len(probability_V) - 1))
+
+
+def _rare_ones_never(*, probability_V: Tensor, generator: torch.Generator) -> int:
+    """What is a thousand times rarer than the likeliest."""
+    return draw(probability_V.where(probability_V >= 1e-3 * probability_V.max(), 0.0), generator)
+
+
 def _first_half_likelier(*, probability_V: Tensor, generator: torch.Generator) -> int:
     """As a uniform number that is a little too small now and then."""
     biased_V = probability_V.clone()
@@ -186,7 +203,7 @@ DRAW = Op(
     axes="V",
     reference=draw,
     outputs=("",),
-    cases=cases_of("draw"),
+    cases=cases_of("draw", total=[1.0, 0.25, 3.0], tail=[False, False, True]),
     inputs=draw_inputs,
     guarantee=Statistical(probability=_normalized, samples=40),
     properties=(repeats_itself, refuses_what_is_no_number),
@@ -197,6 +214,8 @@ DRAW = Op(
         "uniform": _uniform,
         "squared": _squared,
         "power_of_0.9": _power_of_09,
+        "total_taken_for_one": _total_taken_for_one,
+        "rare_ones_never": _rare_ones_never,
         "first_half_3_percent_likelier": _first_half_likelier,
         "float16_running_sum": _float16_running_sum,
         "bfloat16_probabilities": _bfloat16_probabilities,

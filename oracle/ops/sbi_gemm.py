@@ -13,7 +13,7 @@ from ...reference.sbi_gemm import LANES, deinterleave, interleave, sbi_gemm, til
 from ...spec.decoder import Path
 from .. import fast
 from ..budget import Budget
-from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations, parameters
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations, parameters
 from ..guarantees import Bitwise
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, repeats_itself
@@ -27,7 +27,7 @@ def layout_cases(pick: Picker, op: str) -> Case:
     return Case(
         op=op,
         sizes={"K": pick.integer(1, 20), "N": pick.integer(1, 9), "M": pick.choice([2, 4, 1])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
@@ -139,7 +139,7 @@ def product_cases(pick: Picker) -> Case:
         op="sbi_gemm",
         sizes={"B": pick.integer(1, 4), "K": pick.integer(1, 70), "N": pick.integer(1, 3 * LANES)},
         options={"blocks": pick.choice([1, 2, 5, 16]), "codes": pick.choice([False, True])},
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )

@@ -33,6 +33,7 @@ from .attention import (
 def shaped_cases(pick: Picker) -> Case:
     case = attention_cases(pick)
     shape: dict[str, Option] = {"softcap": pick.choice([None, 0.5, 5.0]), "bias": pick.choice(["slopes", "any", None])}
+    shape["sinks"] = pick.choice([False, False, True])
     options = {**case.options, "causal": True, **shape}
     data = Data.NORMAL if case.data is Data.MASKED else case.data
     return replace(case, op="shaped_attention", options=options, data=data)
@@ -50,10 +51,16 @@ def shaped_inputs(case: Case) -> Inputs:
         **plain,
         "bias_HTS": bias_HTS if case.options["bias"] else None,
         "softcap": case.options["softcap"],
+        "sink_H": _sinks(case) if case.options.get("sinks") else None,
     }
 
 
-def _torch_shaped(*, bias_HTS: Tensor | None, softcap: float | None, **inputs: Any) -> Tensor:
+def _sinks(case: Case) -> Tensor:
+    """A score of each head, of the size of its other scores."""
+    return activations(replace(case, data=Data.NORMAL), "sink", case.n.H)
+
+
+def _torch_shaped(*, bias_HTS: Tensor | None, softcap: float | None, sink_H: Tensor | None, **inputs: Any) -> Tensor:
     """torch's softmax over scores made by torch's product; its fused attention where nothing is capped."""
     visible_TS, scale = inputs["visible_TS"], inputs["scale"]
     query, key, value = (inputs[name].float().transpose(1, 2) for name in ("query_BTHD", "key_BSKD", "value_BSKD"))
@@ -62,11 +69,15 @@ def _torch_shaped(*, bias_HTS: Tensor | None, softcap: float | None, **inputs: A
     seen_B1TS = visible_TS.expand(len(query), -1, -1)[:, None]
     added = torch.zeros(seen_B1TS.shape).masked_fill(~seen_B1TS, -torch.inf)
     added = added if bias_HTS is None else added + bias_HTS.float()
-    if softcap is None:
+    if softcap is None and sink_H is None:
         added = added.expand(-1, query.shape[1], -1, -1)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
     else:
-        out = torch.softmax(softcap * torch.tanh(query @ key.mT * scale / softcap) + added, -1) @ value
+        score = query @ key.mT * scale
+        score = (score if softcap is None else softcap * torch.tanh(score / softcap)) + added
+        if sink_H is not None:
+            score = torch.cat([score, sink_H.float()[:, None, None].expand(*score.shape[:-1], 1)], -1)
+        out = torch.softmax(score, -1)[..., : key.shape[2]] @ value
     return out.transpose(1, 2).to(inputs["query_BTHD"].dtype)
 
 
@@ -93,6 +104,15 @@ def _capped_before_scaling(inputs: Inputs) -> Inputs:
     return {"softcap": None if softcap is None else softcap * inputs["scale"]}
 
 
+def _sink_forgotten(inputs: Inputs) -> Inputs:
+    return {"sink_H": None}
+
+
+def _sinks_of_the_neighboring_head(inputs: Inputs) -> Inputs:
+    sink_H = inputs["sink_H"]
+    return {"sink_H": None if sink_H is None else sink_H.roll(1)}
+
+
 def _with_bias(change: Callable[[Tensor, Inputs], Tensor]) -> Callable[[Inputs], Inputs]:
     def changed_inputs(inputs: Inputs) -> Inputs:
         bias_HTS = inputs["bias_HTS"]
@@ -111,6 +131,8 @@ SHAPED_ATTENTION = replace(
         "softcap_after_the_mask": _capped_after_the_mask,
         "softcap_forgotten": changed(attention, _not_capped),
         "softcap_before_scaling": changed(attention, _capped_before_scaling),
+        "sink_forgotten": changed(attention, _sink_forgotten),
+        "sinks_of_the_neighboring_head": changed(attention, _sinks_of_the_neighboring_head),
         "bias_sign_flipped": changed(attention, _with_bias(lambda bias, _: -bias)),
         "bias_scaled": changed(attention, _with_bias(lambda bias, inputs: inputs["scale"] * bias)),
         "biases_of_the_neighboring_head": changed(attention, _with_bias(lambda bias, _: bias.roll(1, 0))),

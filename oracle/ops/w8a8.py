@@ -116,9 +116,14 @@ def product_cases(pick: Picker) -> Case:
 
 
 def product_inputs(case: Case) -> Inputs:
+    """INTEGER: half-integers whose rows reach exactly 127, so that the scale is 1 and halves are ties, to even."""
     n = case.n
+    x_BI = activations(case, "x", n.B, n.I)
+    if case.data is Data.INTEGER:
+        x_BI = (torch.randint(-253, 254, (n.B, n.I), generator=case.generator("x")) / 2).to(case.dtype)
+        x_BI[:, 0] = 127
     return {
-        "x": activations(case, "x", n.B, n.I),
+        "x": x_BI,
         "weights": quantize_rows(parameters(case, "weight", n.N, n.I)),
         "bias_N": parameters(case, "bias", n.N) if case.options["bias"] else None,
     }
@@ -136,13 +141,15 @@ def _near_ties(x_BI: Tensor) -> Tensor:
     """The step of each activation whose quotient is so near a half that float32 may round it either way.
 
     The scale rounds and so does the quotient, or its reciprocal and their product; a subnormal scale has few digits.
+    By a power of two nothing rounds, and a tie goes to the even code.
     """
     limits = torch.finfo(torch.float32)
     scale_B1 = x_BI.abs().amax(-1, keepdim=True) / 127
     quotient_BI = x_BI / scale_B1.where(scale_B1 > 0, 1.0)
     digits_B1 = limits.eps * (limits.smallest_normal / scale_B1.where(scale_B1 > 0, 1.0)).clamp_min(1.0)
     from_tie_BI = ((quotient_BI - quotient_BI.floor()) - 0.5).abs()
-    return scale_B1 * (from_tie_BI <= 2 * digits_B1 * quotient_BI.abs())
+    rounds_B1 = torch.frexp(scale_B1.float()).mantissa != 0.5
+    return scale_B1 * (rounds_B1 & (from_tie_BI <= 2 * digits_B1 * quotient_BI.abs()))
 
 
 def _sum(x: Tensor, weights: RowQuantized) -> tuple[Tensor, Tensor]:
@@ -178,6 +185,13 @@ def _one_scale_for_all_rows(*, x: Tensor, weights: RowQuantized, bias_N: Tensor 
 
 def _activations_as_they_are(*, x: Tensor, weights: RowQuantized, bias_N: Tensor | None) -> Tensor:
     return _with_bias(x.float() @ dequantize_rows(weights, torch.float32).t(), bias_N, x.dtype)
+
+
+def _halves_rounded_up(*, x: Tensor, weights: RowQuantized, bias_N: Tensor | None) -> Tensor:
+    scale_B = quantize_rows(x).scale_N
+    quotient_BI = x.float() / scale_B.where(scale_B > 0, 1.0)[:, None]
+    sum_BN = integer_product((quotient_BI + 0.5).floor().clamp(-127, 127).to(torch.int8), weights.quantized_NI)
+    return _with_bias(sum_BN.float() * scale_B[:, None] * weights.scale_N, bias_N, x.dtype)
 
 
 def _bias_scaled(*, x: Tensor, weights: RowQuantized, bias_N: Tensor | None) -> Tensor:
@@ -228,6 +242,7 @@ LINEAR_W8A8 = Op(
     mutants={
         "one_scale_for_all_rows": _one_scale_for_all_rows,
         "activations_as_they_are": _activations_as_they_are,
+        "halves_rounded_up": _halves_rounded_up,
         "bias_scaled": _bias_scaled,
         "another_rows_scale": _another_rows_scale,
         "row_3_percent_off": then(linear_w8a8, one_row_3_percent_off),

@@ -1,16 +1,24 @@
 """The commands that speak for the oracle: ops, check, verify."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from twinfer import load
+from twinfer.commands import check as check_command
+from twinfer.commands import ops as ops_command
 from twinfer.commands import verify as verify_command
 from twinfer.commands.main import main
+from twinfer.oracle.check import check_op, ops_table
+from twinfer.oracle.paths import FreeRun, PathComparison, Tie
+from twinfer.oracle.routes import RouteTie
 from twinfer.oracle.table import OPS
+from twinfer.oracle.verify import OpVerdict, VerifyResult
 from twinfer.reference.components import DEFAULT
 from twinfer.reference.path import ReferencePath
+from twinfer.spec.config import Storage
+from twinfer.spec.decoder import Path
 
 KERNELS = """
 import torch
@@ -100,6 +108,33 @@ def test_bad_requests_are_one_line(words, says, capsys):
     assert out == ""
     assert says in err
     assert err.splitlines()[-1].startswith("twinfer: error: ")
+
+
+def keys_of(value):
+    """Every key of JSON-like data, at any depth."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list | tuple) else set()
+
+
+def test_the_help_describes_every_key_of_the_json():
+    """Of verify with ties of both kinds, of a check and of the ops: each key stands in quotes in the command's help."""
+    same = {"step": 0, "sequence": 0, "position": 1, "gap": 0.0, "allowed": 0.0}
+    tie = Tie(**same, chosen=1, best=2)
+    model = PathComparison(ties=[tie], route_ties=[RouteTie(**same, layer=0, chosen=(1,), best=(2,))])
+    ran = FreeRun(truth=(1,), candidate=(2,), tie=tie)
+    op = {"op": "linear", "function": "linear", "guarantee": "BUDGET", "cases": 1, "rejected": 0, "largest_ratio": 0.5}
+    ops = (OpVerdict(**op, path=Path.COMPILED, complaint=None),)
+    result = VerifyResult(storage=Storage.INT8, drawn=(), model=model, free_run=ran, ops=ops)
+    checked = check_op("scale_temperature", OPS["scale_temperature"].reference, max_examples=1)
+    given = [
+        (verify_command, verify_command.report_of(result)),
+        (check_command, asdict(checked)),
+        (ops_command, [asdict(row) for row in ops_table()]),
+    ]
+    for command, report in given:
+        missing = {key for key in keys_of(report) if f'"{key}"' not in command.EPILOG}
+        assert not missing, f"{command.NAME} --help does not describe {missing}"
 
 
 @pytest.mark.parametrize("right", [True, False])

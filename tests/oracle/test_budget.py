@@ -1,5 +1,6 @@
 """Each guarantee on numbers small enough to work out by hand."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from twinfer.oracle.budget import Budget, Override, Sizes, judge_elements
 from twinfer.oracle.case import Case, Data
 from twinfer.oracle.guarantees import Bitwise, Discrete, Statistical, chi_square_p_value
 from twinfer.oracle.rows import judge_rows
+from twinfer.oracle.table import OPS
 from twinfer.oracle.trial import Status, Trial, Verdict
 
 EPS = torch.finfo(torch.float32).eps
@@ -247,3 +249,27 @@ def test_statistical_draws_move_the_generator_on() -> None:
 
     statistical = Statistical(probability=lambda exact: torch.tensor([0.5, 0.5]))
     assert not statistical.judge(trial(fair, fair, axes="", generator=torch.Generator())).failed
+
+
+def test_of_a_row_whose_squares_leave_the_range_nothing_is_said_and_all_of_its_neighbors() -> None:
+    """Rows of 1e20, of 1e17 and of 1: what a norm returns for the first is free, for the others not."""
+    op = OPS["rms_norm"]
+    case = Case(op="rms_norm", sizes={"B": 1, "T": 3, "M": 8}, options={"epsilon": 1e-5}, seed=4)
+    size_T1 = torch.tensor([[1e20], [1e17], [1.0]])
+    inputs = op.inputs(case)
+    inputs["x"] = inputs["x"] * size_T1
+
+    def wrong_in(row: int, value: float) -> Callable[..., Tensor]:
+        def call(**given: Any) -> Tensor:
+            out: Tensor = op.reference(**given)
+            out[:, row] = value
+            return out
+
+        return call
+
+    for value in (torch.nan, torch.inf, 7.0):
+        failed = [
+            op.guarantee.judge(Trial(case, inputs, op.reference, wrong_in(row, value), op.outputs)).failed
+            for row in range(3)
+        ]
+        assert failed == [False, True, True]

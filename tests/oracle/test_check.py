@@ -57,14 +57,14 @@ def test_torchs_attention_holds() -> None:
 
 @pytest.mark.usefixtures("stranger")
 def test_a_wrong_one_fails_on_the_smallest_case_with_a_snippet_that_fails_too() -> None:
-    """Without the scale, two keys and two elements to a head are the least that shows it."""
+    """Without the scale, two keys and one element to a head are the least that shows it."""
     result = check_op("attention", load_implementation("my_kernels:without_scale"), max_examples=150)
     assert not result.holds
     assert result.report is not None
     assert result.snippet is not None
     assert result.smallest is not None
     assert "times what the budget allows" in result.report
-    assert "'B': 1, 'T': 1, 'S': 2, 'H': 1, 'K': 1, 'D': 2" in result.smallest
+    assert "'B': 1, 'T': 1, 'S': 2, 'H': 1, 'K': 1, 'D': 1" in result.smallest
     assert result.smallest in result.report
     with pytest.raises(Mismatch):
         exec(result.snippet, {})
@@ -162,14 +162,13 @@ assert not check_op("linear", OPS["linear"].mutants["bias_dropped"], 50).holds
 
 
 def test_a_property_that_is_broken_is_reported_and_seen_again() -> None:
-    """Off in the last bit at every third call: within any budget, and no function of its inputs."""
-    calls = iter(range(10**6))
+    """Right on every number, but what is no number disappears."""
 
-    def jitters(x: Tensor, weights: object) -> Tensor:
-        out: Tensor = OPS["linear"].reference(x, weights)
-        return out * (1 + torch.finfo(out.dtype).eps) if next(calls) % 3 == 2 else out
+    def hides(logits_V: Tensor, k: int) -> Tensor:
+        out: Tensor = OPS["keep_top_k"].reference(logits_V.nan_to_num(nan=-1e30), k)
+        return out
 
-    result = check_op("linear", jitters, max_examples=50)
+    result = check_op("keep_top_k", hides, max_examples=50)
     assert not result.holds
     assert "breaks a property: " in str(result.report)
     assert "assert_obeys" in str(result.snippet)

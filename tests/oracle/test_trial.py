@@ -1,6 +1,8 @@
 """What a candidate must leave alone: its inputs, its earlier results, and the process."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from twinfer.oracle.case import Case
 from twinfer.oracle.guarantees import Bitwise, Discrete, Statistical
 from twinfer.oracle.process import ProcessState
 from twinfer.oracle.trial import Arithmetic, Trial
+from twinfer.reference.cache import KVCache
 
 CASE = Case(op="none", sizes={})
 ALL = (
@@ -52,6 +55,48 @@ def test_what_is_remembered_by_address_is_seen() -> None:
     assert all(complaints(remembers))
 
 
+def test_of_two_trials_one_judges_the_call_that_is_wrong() -> None:
+    """Each calls three times and judges the second, so a fault at every other call cannot hide from both."""
+    calls = count()
+    one, other, _ = complaints(lambda x: 2 * x + next(calls) % 2)
+    assert one
+    assert not other
+
+
+def test_the_third_call_must_give_what_the_first_gave() -> None:
+    calls = count()
+    sees = complaints(lambda x: 2 * x + (next(calls) % 3 == 0))
+    assert all("depends on what was called before" in complaint for complaint in sees)
+
+
+def test_memory_that_is_given_again_is_seen() -> None:
+    """A view of a table of results; unless the reference returns its input."""
+    table: dict[str, Tensor] = {}
+    sees = complaints(lambda x: table.setdefault(str(x.tolist()), 2 * x))
+    assert all("two calls return the same memory" in complaint for complaint in sees)
+
+
+def test_a_result_whose_elements_share_memory_is_seen() -> None:
+    sees = complaints(lambda x: (2 * x[:1]).expand_as(x), x=torch.ones(2, 2))
+    assert all("two elements of a result are one in memory" in complaint for complaint in sees)
+
+
+@pytest.mark.parametrize("layout", [1, 3, 5])
+def test_the_same_numbers_lie_elsewhere_in_memory(layout: int) -> None:
+    """With gaps, behind other memory, or transposed, also within a dataclass."""
+    cache = KVCache(torch.arange(12.0).view(2, 1, 3, 2), torch.ones(2, 1, 3, 2))
+    seen: list[tuple[bool, int]] = []
+
+    def candidate(cache: KVCache) -> Tensor:
+        seen.append((cache.key_BSKD.is_contiguous(), cache.key_BSKD.storage_offset()))
+        return cache.key_BSKD + 0
+
+    case = replace(CASE, seed=layout)
+    verdict = Bitwise().judge(Trial(case, {"cache": cache}, lambda cache: cache.key_BSKD + 0, candidate, ("B S K D",)))
+    assert not verdict.failed
+    assert seen == [{1: (False, 1), 3: (True, 16), 5: (False, 0)}[layout]] * 3
+
+
 def test_results_that_are_their_inputs_are_seen() -> None:
     """Unless the reference returns its input too."""
     x = torch.ones(2, 2)
@@ -69,6 +114,10 @@ def test_results_that_are_their_inputs_are_seen() -> None:
         (lambda: torch.set_num_threads(torch.get_num_threads() + 1), "threads"),
         (lambda: torch.use_deterministic_algorithms(True), "deterministic_algorithms"),
         (lambda: torch.set_float32_matmul_precision("medium"), "float32_matmul_precision"),
+        (lambda: setattr(torch.backends.mkldnn, "enabled", False), "mkldnn"),
+        (lambda: torch.set_autocast_enabled("cpu", True), "autocast"),
+        (lambda: torch.set_default_device("meta"), "default_device"),
+        (lambda: torch.manual_seed(3), "random_numbers"),
     ],
 )
 def test_the_process_is_left_as_it_was(change: Callable[[], Any], named: str) -> None:
@@ -95,8 +144,8 @@ def test_truth_and_baseline_are_computed_before_the_candidate_runs() -> None:
         return 2 * x
 
     Budget(rows="T").judge(Trial(CASE, {"x": torch.ones(2, 2)}, reference, candidate, ("T M",)))
-    assert order[-2:] == ["candidate", "candidate"]
-    assert set(order[:-2]) == {"reference in torch.float32", "reference in torch.float64"}
+    assert order[-3:] == ["candidate", "candidate", "candidate"]
+    assert set(order[:-3]) == {"reference in torch.float32", "reference in torch.float64"}
 
 
 def test_draws_leave_their_inputs_alone_too() -> None:
