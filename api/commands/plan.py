@@ -7,8 +7,9 @@ from rich.table import Table
 
 from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.errors import RequestError
-from twinfer.spec.parallel import Exchange, ParallelConfig, check_parallel, nearest_divisor
+from twinfer.spec.parallel import Exchange, ParallelConfig, check_parallel
 from twinfer.spec.plan import Traffic, rank_bytes, traffic, whole_bytes
+from twinfer.spec.shard import nearest_divisor
 
 from .console import print_json, print_table
 from .inspect import config_of
