@@ -25,14 +25,17 @@ def read_experts(store: TensorStore, reading: Reading, slices: Slices | None) ->
             continue
         experts, rows, *columns = (None,) * 3 if slices is None else slices[name]
         own = range(reading.fills[name])[experts or slice(None)]
-        weights[name] = _read_one(store, reading, place, own, rows, columns[0] if columns else None)
+        tensor = _read_one(store, reading, place, own, rows, columns[0] if columns else None)
+        if reading.stored.interleaved:  # a rank holds the same rows of each, which are read together
+            return {each: tensor[:, turn :: len(reading.fills)] for turn, each in enumerate(reading.fills)}
+        weights[name] = tensor
     return weights
 
 
 def _read_one(
     store: TensorStore, reading: Reading, place: int, experts: range, rows: slice | None, columns: slice | None
 ) -> Tensor:
-    """Read these rows and columns of these experts' maps; of several kept together, the one at `place`."""
+    """Read these rows and columns of these experts' maps; of several after each other the one at `place`, else all."""
     stored, count = reading.stored, next(iter(reading.fills.values()))
     shape = list(store.shapes[reading.names[0]])
     if stored.experts is Experts.STACKED:
@@ -50,8 +53,7 @@ def _read_one(
         left, right, _ = (columns or slice(None)).indices(shape[1])
         cuts.append(slice(left, right))
     tensor = _read_all(store, reading, experts, shape, tuple(cuts[::-1] if stored.transposed else cuts))
-    tensor = tensor.transpose(1, 2) if stored.transposed else tensor
-    return tensor[:, place::turns] if stored.interleaved else tensor
+    return tensor.transpose(1, 2) if stored.transposed else tensor
 
 
 def _read_all(
