@@ -52,12 +52,9 @@ def stack(parts: Sequence[StackedLinearWeights], storage: Storage) -> Matrix:
     biases = [part.bias_EN for part in parts if part.bias_EN is not None]
     bias_EN = torch.cat(biases, 1).detach().to(torch.float32, copy=True).contiguous() if biases else None
     experts, outputs, inputs = weight_ENI.shape
-    absmax_EN = parts[0].absmax_EN  # parts that are merged hold whole rows
     if storage is not Storage.FLOAT32 and outputs % ROWS:
         weight_ENI = functional.pad(weight_ENI, (0, 0, 0, -outputs % ROWS))
-        absmax_EN = None if absmax_EN is None else functional.pad(absmax_EN, (0, -outputs % ROWS))
-    absmax_N = None if absmax_EN is None else absmax_EN.flatten()
-    packed = pack(quantize(weight_ENI.detach().reshape(-1, inputs), storage, absmax_N))
+    packed = pack(quantize(weight_ENI.detach().reshape(-1, inputs), storage))
 
     def by_expert(part: Tensor | None) -> Tensor | None:
         return None if part is None else own(part.view(experts, -1, *part.shape[1:]))

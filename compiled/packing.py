@@ -122,10 +122,8 @@ def _check_cut(which: str, begin: int, end: int, size: int) -> None:
         raise RequestError(f"{which} {begin} to {end} of {size}; must be 0 <= begin < end <= {size}")
 
 
-def quantize(weight_NI: Tensor, storage: Storage, absmax_N: Tensor | None = None) -> Quantized:
+def quantize(weight_NI: Tensor, storage: Storage) -> Quantized:
     """Find the scales of a matrix of any float dtype, which the result does not copy.
-
-    `absmax_N` are the largest magnitudes of whole rows, where these are columns of a wider matrix.
 
     >>> whole = quantize(torch.tensor([[1.0, 2.0, 127.0], [3.0, 4.0, 254.0]]), Storage.INT8)
     >>> whole.columns(0, 2).scale_N  # not 2 / 127 and 4 / 127
@@ -133,8 +131,6 @@ def quantize(weight_NI: Tensor, storage: Storage, absmax_N: Tensor | None = None
     """
     if storage is not Storage.INT8:
         return Quantized(weight_NI, storage, None)
-    if absmax_N is not None:
-        return Quantized(weight_NI, storage, absmax_N / 127)
     scale_N = torch.empty(weight_NI.shape[0], dtype=torch.float32, device=weight_NI.device)
     for first in range(0, len(scale_N), _PIECE_ROWS):
         piece = slice(first, first + _PIECE_ROWS)

@@ -249,7 +249,7 @@ def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) 
     """The parts below one another, packed. Rows are quantized alone, so merging changes no code."""
     weight_NI = parts[0].weight_NI if len(parts) == 1 else torch.cat([part.weight_NI for part in parts])
     biases = [part.bias_N for part in parts if part.bias_N is not None]
-    quantized = quantize(weight_NI.detach(), storage, parts[0].absmax_N)  # parts that are merged hold whole rows
+    quantized = quantize(weight_NI.detach(), storage)
     return pack(quantized, torch.cat(biases).detach() if biases else None).to(device)
 
 

@@ -132,15 +132,6 @@ def vocabulary_piece(vocabulary: int, shard: Shard) -> range:
     return range(vocabulary)[_piece(vocabulary, shard)]
 
 
-def is_cut_by_columns(name: str) -> bool:
-    """Report whether ranks hold columns of the layer's tensor of that name; its bias is on one rank then.
-
-    >>> is_cut_by_columns("mlp.experts.down.weight_ENI"), is_cut_by_columns("mlp.up.weight_NI")
-    (True, False)
-    """
-    return name.startswith(_LAYER_COLUMNS)
-
-
 def index_of(cuts: tuple[slice | None, ...]) -> tuple[slice, ...]:
     """Write the cuts as an index of a tensor.
 
@@ -308,7 +299,7 @@ def _expert_slices(shapes: Shapes, shard: ExpertShard) -> Slices:
         if not name.startswith("mlp.experts."):
             continue
         experts = _piece(shape[0], Shard(rank=shard.rank, ranks=shard.ranks))
-        if not is_cut_by_columns(name):
+        if not name.startswith(_LAYER_COLUMNS):
             held[name] = (experts, _piece(shape[1], place), *(None,) * (len(shape) - 2))
         elif len(shape) == 3:
             held[name] = (experts, None, _piece(shape[2], place))

@@ -28,8 +28,6 @@ Part = TypeVar("Part")
 class LinearWeights:
     weight_NI: Tensor
     bias_N: Tensor | None = None
-    absmax_N: Tensor | None = None
-    """The largest magnitude of each whole row, float32, where this holds some columns only (`spec.column_cuts`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,13 +76,11 @@ class StackedLinearWeights:
 
     weight_ENI: Tensor
     bias_EN: Tensor | None = None
-    absmax_EN: Tensor | None = None
 
     def __getitem__(self, expert: int) -> LinearWeights:
         """Return one expert's, as views."""
         bias_N = None if self.bias_EN is None else self.bias_EN[expert]
-        absmax_N = None if self.absmax_EN is None else self.absmax_EN[expert]
-        return LinearWeights(weight_NI=self.weight_ENI[expert], bias_N=bias_N, absmax_N=absmax_N)
+        return LinearWeights(weight_NI=self.weight_ENI[expert], bias_N=bias_N)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
