@@ -225,17 +225,18 @@ def _check_experts(config: ModelConfig, shard: ExpertShard, storage: Storage | N
                 f"expert is {shard.ranks}, but layer {index} has {experts} experts, which do not divide by it; the "
                 f"nearest that works is {nearest_divisor(experts, shard.ranks)}"
             )
-        able = [
-            each
-            for each in range(1, width + 1)
-            if width % each == 0 and (storage is not Storage.INT4 or each == 1 or width // each % INT4_GROUP == 0)
-        ]
-        if slices not in able:
+        if not _can_slice(width, slices, storage):
             only = f", and int4 is cut at multiples of {INT4_GROUP} only" if storage is Storage.INT4 else ""
+            able = (each for each in range(1, width + 1) if _can_slice(width, each, storage))
             raise RequestError(
                 f"expert_slices is {slices}, but layer {index} has experts of width {width}, which cannot be cut "
                 f"so{only}; the nearest that works is {min(able, key=lambda each: abs(each - slices))}"
             )
+
+
+def _can_slice(width: int, slices: int, storage: Storage | None) -> bool:
+    between_groups = storage is not Storage.INT4 or slices == 1 or width // slices % INT4_GROUP == 0
+    return width % slices == 0 and between_groups
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
