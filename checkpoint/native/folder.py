@@ -174,10 +174,6 @@ class TwinferFolder:
             for part, shapes in self._shapes.items()
             for name, shape in shapes.items()
         }
-            f"{part} {name}": f"{shape} {self.storage}"
-            for part, each in self._shapes.items()
-            for name, shape in each.items()
-        }
         """What the folder holds."""
         self._check()
 
