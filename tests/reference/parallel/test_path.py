@@ -108,6 +108,18 @@ def test_drawn_models(seed: int, storage: Storage) -> None:
     assert disagreement(one, other, seed) <= AGREEMENT, parallel
 
 
+@pytest.mark.parametrize(("placement", "residual"), FORMS)
+def test_every_residual_form(placement: NormPlacement, residual: Residual) -> None:
+    """With norms that normalize, which differ from one another, and what is added scaled by half."""
+    config = shareable(RandomPicker(5))
+    form: dict[str, Any] = {"norm_placement": placement, "residual": residual, "residual_scale": 0.5}
+    config = replace(config, layers=tuple(replace(config.layers[0], **form) for _ in range(2)))
+    source, parallel = RandomSource(config, 5), ParallelConfig(data=2, pipeline=2, tensor=degrees(config)[-1])
+    assert parallel.tensor > 2
+    one = ReferencePath(source, compute=torch.float64)
+    assert disagreement(one, ParallelReference(source, parallel, compute=torch.float64), 5) <= AGREEMENT
+
+
 def of_groups(each: LayerConfig, width: int) -> LayerConfig:
     attention = replace(each.attention, head_size=64, scale=0.125)
     return replace(each, attention=attention, mlp=replace(each.mlp, width=width))
