@@ -22,10 +22,12 @@ from .chat import DATE, encode, prompt_ids
 from .embedding import chosen, embed, text_ids
 from .generation import GREEDY, Generation, generate
 from .paths import BUILDERS, Compute, Order, Report
+from .ranks import build
 from .store_source import StoreSource
 
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint
+    from twinfer.parallel.member import Member
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -115,6 +117,7 @@ def load(
     batches: bool = True,
     memory_budget: int | None = None,
     report: Report | None = None,
+    member: "Member | None" = None,
 ) -> Model:
     """Make a model ready to run on a path.
 
@@ -125,7 +128,8 @@ def load(
     tokens of a sequence, where a model named here is to hold fewer than it can. The compiled path compiles here, once
     for any prompt and batch size; without `batches`, what only several prompts at once need is compiled when they come.
     `report` is called with a line about whatever takes long. A store (made by twinfer offload build) runs on the path
-    offload, whatever is named, within `memory_budget` bytes besides the interpreter.
+    offload, whatever is named, within `memory_budget` bytes besides the interpreter. With `member` (`twinfer.ranks`)
+    this process is one rank of a job, all of which call this.
 
     Raises a `TwinferError` that says what would be right: for a value that is none of these, a model that cannot be
     used, or a machine that lacks what the path needs.
@@ -152,7 +156,7 @@ def load(
         report=report,
         memory_budget=memory_budget,
     )
-    built = BUILDERS[chosen_path](order)
+    built = BUILDERS[chosen_path](order) if member is None else build(order, member)
     return Model(
         decoder=built.decoder,
         checkpoint=checkpoint,

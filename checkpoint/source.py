@@ -43,6 +43,8 @@ class FileSource:
         with pinned(CPU):
             self._plan = plan(table, config, store, buffers, first_position)
         self._buffers = buffers
+        self.table = {name: str(shape) for name, shape in store.shapes.items()}
+        """What the file holds, by its own names."""
         self.notes = tuple(dict.fromkeys(notes))
         """What whoever opens the model should know, though nothing is wrong."""
 

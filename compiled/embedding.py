@@ -1,6 +1,6 @@
 """What enters the first layer: rows of tables, added up; in a graph one pass with the first layer's norm.
 
-Shapes: T rows, M hidden, E table width, P positions, Y token types.
+Shapes: T rows, M hidden, W table width, P positions, Y token types.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Product = Callable[[Tensor, Matrix, Storage], Tensor]
 class Embedding(NamedTuple):
     table: Matrix
     projection: Matrix | None
-    """[M, E], where the table is not as wide as the hidden vector."""
+    """[M, W], where the table is not as wide as the hidden vector."""
     position_PM: Tensor | None
     type_YM: Tensor | None
     norm: Norm | None
@@ -45,7 +45,22 @@ def embed(
     second layer runs through the piece that was compiled for the first, without guards on strides, and unpacked rows
     are a view of longer ones where the words' places do not divide the width.
     """
-    x_TM = lookup(token_T, weights.table, storage, config.table_width, accumulation_dtype(compute))
+    x_TW = lookup(token_T, weights.table, storage, config.table_width, accumulation_dtype(compute))
+    return embed_rows(x_TW, position_T, weights, config, storage, product, type_T, compute=compute)
+
+
+def embed_rows(
+    x_TM: Tensor,
+    position_T: Tensor,
+    weights: Embedding,
+    config: ModelConfig,
+    storage: Storage,
+    product: Product,
+    type_T: Tensor | None = None,
+    *,
+    compute: torch.dtype,
+) -> Tensor:
+    """Do the same with the tokens' rows of the table, [T, W]."""
     if weights.projection is not None:
         x_TM = product(x_TM, weights.projection, storage)
     if config.embedding_scale != 1.0:

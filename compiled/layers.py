@@ -49,6 +49,10 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Query [T, H, D], key and value [T, K, D] to mixed values [T, H, D]."""
+
+
 def decode_layer(
     x_RM: Tensor,
     weights: Layer,
@@ -65,6 +69,20 @@ def decode_layer(
     reduce: Reduce = identity,
 ) -> Tensor:
     """Return what a layer makes of the hidden vectors of one new token for each sequence; its cache gains them."""
+    attend = attend_step(weights, cache, write_R, position_R, slot_S, mask, config.attention)
+    return _layer(x_RM, weights, table, attend, config, storage, product, reduce)
+
+
+def attend_step(
+    weights: Layer,
+    cache: Cache,
+    write_R: Tensor,
+    position_R: Tensor,
+    slot_S: Tensor,
+    mask: DecodeMask,
+    config: AttentionConfig,
+) -> Attend:
+    """Return what attends one new token for each sequence to its cache, after adding it there."""
 
     def attend(query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor) -> Tensor:
         write(cache.key_CKD, write_R, key_RKD)
@@ -75,13 +93,13 @@ def decode_layer(
             mask=mask,
             position_R=position_R,
             slot_S=slot_S,
-            scale=config.attention.scale,
-            softcap=config.attention.softcap,
+            scale=config.scale,
+            softcap=config.softcap,
             slope_H=weights.slope_H,
             sink_H=weights.sink_H,
         )
 
-    return _layer(x_RM, weights, table, attend, config, storage, product, reduce)
+    return attend
 
 
 def prefill_layer(
@@ -98,6 +116,14 @@ def prefill_layer(
     reduce: Reduce = identity,
 ) -> Tensor:
     """Return what a layer makes of the hidden vectors of several tokens of one sequence; its cache gains them."""
+    attend = attend_prompt(weights, cache, write_T, read_S, mask_TS, config.attention)
+    return _layer(x_TM, weights, table, attend, config, storage, linear_prefill, reduce)
+
+
+def attend_prompt(
+    weights: Layer, cache: Cache, write_T: Tensor, read_S: Tensor, mask_TS: Tensor, config: AttentionConfig
+) -> Attend:
+    """Return what attends several tokens of one sequence to its cache, after adding them there."""
 
     def attend(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Tensor:
         write(cache.key_CKD, write_T, key_TKD)
@@ -107,14 +133,14 @@ def prefill_layer(
             *cache,
             slot_S=read_S,
             mask_TS=mask_TS,
-            scale=config.attention.scale,
-            window=config.attention.window,
-            softcap=config.attention.softcap,
+            scale=config.scale,
+            window=config.window,
+            softcap=config.softcap,
             slope_H=weights.slope_H,
             sink_H=weights.sink_H,
         )
 
-    return _layer(x_TM, weights, table, attend, config, storage, linear_prefill, reduce)
+    return attend
 
 
 def encode_layer(
@@ -174,46 +200,65 @@ def _layer(
     product: Product,
     reduce: Reduce,
 ) -> Tensor:
-    """Return the layer's output; `attend` makes mixed values [T, H, D] of query, key and value."""
+    """Return the layer's output."""
 
     def attention(normed_TM: Tensor) -> Tensor:
-        query, key, value = _heads(product(normed_TM, weights.qkv, storage), weights, table, config)
-        return product(attend(query, key, value).flatten(1), weights.output, storage)
+        qkv_TGD = project(normed_TM, weights, config.attention, storage, product)
+        return mix(qkv_TGD, weights, table, attend, config.attention, storage, product)
 
     def mlp(normed_TM: Tensor) -> Tensor:
-        if isinstance(config.mlp, MoeConfig):
-            assert isinstance(weights.mlp, Moe)
-            return mixture(normed_TM, weights.mlp, config.mlp, storage, product)
-        assert isinstance(weights.mlp, Mlp)
-        return dense(normed_TM, weights.mlp, config.mlp, storage, product)
+        return feed(normed_TM, weights, config, storage, product)
 
-    return _residual_blocks(x_TM, weights, config, attention, mlp, reduce)
+    x_TM, part_TM = before_reduce(x_TM, weights, config, attention, mlp)
+    if config.residual is Residual.SEQUENTIAL:
+        x_TM, read_TM = between_reductions(x_TM, reduce(part_TM), weights, config)
+        part_TM = mlp(read_TM)
+    return after_reduce(x_TM, reduce(part_TM), weights, config)
 
 
 SubLayer = Callable[[Tensor], Tensor]
 """Attention or MLP: rows [T, M] to what is added to them, before it is reduced."""
 
 
-def _residual_blocks(
-    x_TM: Tensor, weights: Layer, config: LayerConfig, attention: SubLayer, mlp: SubLayer, reduce: Reduce
-) -> Tensor:
-    """Return x after both sub-layers with their norms and additions.
+def before_reduce(
+    x_TM: Tensor, weights: Layer, config: LayerConfig, attention: SubLayer, mlp: SubLayer
+) -> tuple[Tensor, Tensor]:
+    """Return what is added to, and the output of attention; parallel sub-layers are added up and reduced once.
 
-    The config is a constant, so one of these forms is traced. Parallel sub-layers are added up and reduced once.
+    The config is a constant, so one form of these three is traced.
     """
-    read_TM = _normed(x_TM, weights.attention_norm, config)
+    read_TM = attention_input(x_TM, weights, config)
     if config.residual is not Residual.SEQUENTIAL:
-        mlp_read_TM = read_TM if weights.mlp_norm is None else _normed(x_TM, weights.mlp_norm, config)
-        return _sum(x_TM, reduce(attention(read_TM) + mlp(mlp_read_TM)), config)
-    if config.norm_placement is NormPlacement.POST_NORM:
-        x_TM = _normed(_sum(x_TM, reduce(attention(read_TM)), config), weights.attention_output_norm, config)
-        return _normed(_sum(x_TM, reduce(mlp(x_TM)), config), weights.mlp_output_norm, config)
-    if config.norm_placement is NormPlacement.STREAM_NORM:
-        read_TM = _normed(_sum(read_TM, reduce(attention(read_TM)), config), weights.mlp_norm, config)
-        return _sum(read_TM, reduce(mlp(read_TM)), config)
-    x_TM = _sum(x_TM, _normed(reduce(attention(read_TM)), weights.attention_output_norm, config), config)
+        return x_TM, attention(read_TM) + mlp(mlp_input(x_TM, read_TM, weights, config))
+    return read_TM if config.norm_placement is NormPlacement.STREAM_NORM else x_TM, attention(read_TM)
+
+
+def attention_input(x_TM: Tensor, weights: Layer, config: LayerConfig) -> Tensor:
+    """Return what attention reads."""
+    return _normed(x_TM, weights.attention_norm, config)
+
+
+def mlp_input(x_TM: Tensor, read_TM: Tensor, weights: Layer, config: LayerConfig) -> Tensor:
+    """Return what the MLP reads beside attention, which reads `read_TM`."""
+    return read_TM if weights.mlp_norm is None else _normed(x_TM, weights.mlp_norm, config)
+
+
+def between_reductions(x_TM: Tensor, out_TM: Tensor, weights: Layer, config: LayerConfig) -> tuple[Tensor, Tensor]:
+    """Return what the MLP's output is added to, and what the MLP reads; `out_TM` is attention's output."""
+    x_TM = _joined(x_TM, out_TM, weights.attention_output_norm, config)
     read_TM = _normed(x_TM, weights.mlp_norm, config)
-    return _sum(x_TM, _normed(reduce(mlp(read_TM)), weights.mlp_output_norm, config), config)
+    return read_TM if config.norm_placement is NormPlacement.STREAM_NORM else x_TM, read_TM
+
+
+def after_reduce(x_TM: Tensor, out_TM: Tensor, weights: Layer, config: LayerConfig) -> Tensor:
+    """Return the layer's output; `out_TM` is the MLP's, or that of both sub-layers."""
+    return _joined(x_TM, out_TM, weights.mlp_output_norm, config)
+
+
+def _joined(x_TM: Tensor, out_TM: Tensor, norm: Norm | None, config: LayerConfig) -> Tensor:
+    if config.norm_placement is NormPlacement.POST_NORM:
+        return _normed(_sum(x_TM, out_TM, config), norm, config)
+    return _sum(x_TM, _normed(out_TM, norm, config), config)
 
 
 def _sum(x_TM: Tensor, out_TM: Tensor, config: LayerConfig) -> Tensor:
@@ -224,22 +269,44 @@ def _normed(x_TM: Tensor, weights: Norm | None, config: LayerConfig) -> Tensor:
     return x_TM if weights is None else norm(x_TM, weights.gain_M, weights.bias_M, config.norm)
 
 
-def _heads(qkv_TN: Tensor, weights: Layer, table: Table, config: LayerConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [T, H, D], key and value [T, K, D] from the merged product: clipped, normed and rotated."""
-    attention = config.attention
-    if attention.qkv_clip is not None:
-        qkv_TN = qkv_TN.clamp(-attention.qkv_clip, attention.qkv_clip)
-    qkv_TGD = qkv_TN.view(qkv_TN.shape[0], -1, attention.head_size)
-    first_value = attention.heads + attention.kv_heads
+def feed(normed_TM: Tensor, weights: Layer, config: LayerConfig, storage: Storage, product: Product) -> Tensor:
+    """Return the output of the MLP, or of the experts in its place."""
+    if isinstance(config.mlp, MoeConfig):
+        assert isinstance(weights.mlp, Moe)
+        return mixture(normed_TM, weights.mlp, config.mlp, storage, product)
+    assert isinstance(weights.mlp, Mlp)
+    return dense(normed_TM, weights.mlp, config.mlp, storage, product)
+
+
+def project(normed_TM: Tensor, weights: Layer, config: AttentionConfig, storage: Storage, product: Product) -> Tensor:
+    """Return query, key and value heads [T, H + 2 K, D], clipped."""
+    qkv_TN = product(normed_TM, weights.qkv, storage)
+    if config.qkv_clip is not None:
+        qkv_TN = qkv_TN.clamp(-config.qkv_clip, config.qkv_clip)
+    return qkv_TN.view(qkv_TN.shape[0], -1, config.head_size)
+
+
+def mix(
+    qkv_TGD: Tensor,
+    weights: Layer,
+    table: Table,
+    attend: Attend,
+    config: AttentionConfig,
+    storage: Storage,
+    product: Product,
+) -> Tensor:
+    """Return the output of attention for projected heads, which are normed and rotated here, in either order."""
+    first_value = config.heads + config.kv_heads
     query_key_TGD, value_TKD = qkv_TGD[:, :first_value], qkv_TGD[:, first_value:]
-    if not attention.qk_norm_rotated:
-        query_key_TGD = _query_key_normed(query_key_TGD, weights, attention)
+    if not config.qk_norm_rotated:
+        query_key_TGD = _query_key_normed(query_key_TGD, weights, config)
     if table is not None:
-        assert attention.rotary is not None
-        query_key_TGD = rotate(query_key_TGD, *table, attention.rotary.layout)
-    if attention.qk_norm_rotated:
-        query_key_TGD = _query_key_normed(query_key_TGD, weights, attention)
-    return query_key_TGD[:, : attention.heads], query_key_TGD[:, attention.heads :], value_TKD
+        assert config.rotary is not None
+        query_key_TGD = rotate(query_key_TGD, *table, config.rotary.layout)
+    if config.qk_norm_rotated:
+        query_key_TGD = _query_key_normed(query_key_TGD, weights, config)
+    mixed_THD = attend(query_key_TGD[:, : config.heads], query_key_TGD[:, config.heads :], value_TKD)
+    return product(mixed_THD.flatten(1), weights.output, storage)
 
 
 def _query_key_normed(query_key_TGD: Tensor, weights: Layer, attention: AttentionConfig) -> Tensor:

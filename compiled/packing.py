@@ -122,8 +122,14 @@ def _check_cut(which: str, begin: int, end: int, size: int) -> None:
         raise RequestError(f"{which} {begin} to {end} of {size}; must be 0 <= begin < end <= {size}")
 
 
-def quantize(weight_NI: Tensor, storage: Storage) -> Quantized:
+AbsmaxOfRows = Callable[[Tensor], Tensor]
+"""The absmax of whole rows, float32 [N], from that of the columns that are here."""
+
+
+def quantize(weight_NI: Tensor, storage: Storage, of_rows: AbsmaxOfRows | None = None) -> Quantized:
     """Find the scales of a matrix of any float dtype, which the result does not copy.
+
+    Where the matrix is some columns of another, `of_rows` tells what the absmax of that one's rows is.
 
     >>> whole = quantize(torch.tensor([[1.0, 2.0, 127.0], [3.0, 4.0, 254.0]]), Storage.INT8)
     >>> whole.columns(0, 2).scale_N  # not 2 / 127 and 4 / 127
@@ -134,8 +140,8 @@ def quantize(weight_NI: Tensor, storage: Storage) -> Quantized:
     scale_N = torch.empty(weight_NI.shape[0], dtype=torch.float32, device=weight_NI.device)
     for first in range(0, len(scale_N), _PIECE_ROWS):
         piece = slice(first, first + _PIECE_ROWS)
-        scale_N[piece] = row_scales(weight_NI[piece])
-    return Quantized(weight_NI, storage, scale_N)
+        scale_N[piece] = row_absmax(weight_NI[piece])
+    return Quantized(weight_NI, storage, (scale_N if of_rows is None else of_rows(scale_N)) / 127)
 
 
 def pack(quantized: Quantized, bias_N: Tensor | None = None) -> Matrix:
@@ -149,13 +155,15 @@ def pack(quantized: Quantized, bias_N: Tensor | None = None) -> Matrix:
     outputs, inputs = weight_NI.shape
     bias_N = None if bias_N is None else bias_N.to(torch.float32, copy=True)
     if storage is Storage.FLOAT32:
-        word = torch.empty(outputs, inputs, dtype=torch.float32)
+        word = torch.empty(outputs, inputs, dtype=torch.float32, device=weight_NI.device)
         word.copy_(weight_NI)
         return Matrix(word, None, None, None, bias_N, outputs)
     blocks, groups = -(-outputs // ROWS), -(-inputs // INT4_GROUP)
     words = groups * GROUP_WORDS if storage is Storage.INT4 else -(-inputs // PLACES[storage])
-    word_BJU = torch.empty(blocks, words, ROWS, dtype=torch.int32)
-    scale_BGU = torch.empty(blocks, groups, ROWS, dtype=torch.float32) if storage is Storage.INT4 else None
+    word_BJU = torch.empty(blocks, words, ROWS, dtype=torch.int32, device=weight_NI.device)
+    scale_BGU = None
+    if storage is Storage.INT4:
+        scale_BGU = torch.empty(blocks, groups, ROWS, dtype=torch.float32, device=weight_NI.device)
     min_BGU = None if scale_BGU is None else torch.empty_like(scale_BGU)
     for first in range(0, outputs, _PIECE_ROWS):
         piece = slice(first, min(first + _PIECE_ROWS, outputs))
@@ -190,7 +198,12 @@ def quantize_rows(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
 
 def row_scales(weight_NI: Tensor) -> Tensor:
     """Return max|row| / 127, float32 [N]."""
-    return weight_NI.to(torch.float32).abs().amax(1) / 127
+    return row_absmax(weight_NI) / 127
+
+
+def row_absmax(weight_NI: Tensor) -> Tensor:
+    """Return max|row|, float32 [N]."""
+    return weight_NI.to(torch.float32).abs().amax(1)
 
 
 def round_rows(weight_NI: Tensor, scale_N: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from .experts import stack
 from .machine import return_freed_memory
 from .moe import Mlp, Moe
 from .norms import Norm
-from .packing import Matrix, own, pack, quantize
+from .packing import AbsmaxOfRows, Matrix, own, pack, quantize
 
 
 class Layer(NamedTuple):
@@ -135,8 +135,15 @@ def prepare_layer(
     storage: Storage,
     device: torch.device,
     compute: torch.dtype = DEFAULT,
+    *,
+    of_rows: AbsmaxOfRows | None = None,
+    of_expert_rows: AbsmaxOfRows | None = None,
 ) -> Layer:
-    """Return one layer; no other is needed. The weights fit the config (`validate_layer`)."""
+    """Return one layer; no other is needed. The weights fit the config (`validate_layer`).
+
+    `of_rows` is given for a rank's share of a layer: it completes the absmax of matrices that are cut by columns;
+    `of_expert_rows` does so for those of experts, which other ranks have the rest of.
+    """
 
     def norm(part: NormWeights | None) -> Norm | None:
         return prepared_norm(part, config.norm, device, compute)
@@ -146,10 +153,12 @@ def prepare_layer(
     return Layer(
         attention_norm=norm(weights.attention_norm),
         qkv=_matrix([attention.query, attention.key, attention.value], storage, device),
-        output=_matrix([attention.output], storage, device),
+        output=_matrix([attention.output], storage, device, of_rows),
         attention_output_norm=norm(weights.attention_output_norm),
         mlp_norm=norm(weights.mlp_norm),
-        mlp=_mlp(mlp, storage, device) if isinstance(mlp, MlpWeights) else prepared_moe(mlp, storage, device, compute),
+        mlp=_mlp(mlp, storage, device, of_rows)
+        if isinstance(mlp, MlpWeights)
+        else prepared_moe(mlp, storage, device, compute, of_rows, of_expert_rows),
         mlp_output_norm=norm(weights.mlp_output_norm),
         slope_H=None if slope_H is None else slope_H.detach().to(device, torch.float64, copy=True),
         query_norm=_head_norm(attention.query_norm, config.attention, device, compute),
@@ -158,12 +167,19 @@ def prepare_layer(
     )
 
 
-def _mlp(weights: MlpWeights, storage: Storage, device: torch.device) -> Mlp:
+def _mlp(weights: MlpWeights, storage: Storage, device: torch.device, of_rows: AbsmaxOfRows | None) -> Mlp:
     up = [weights.up] if weights.gate is None else [weights.gate, weights.up]
-    return Mlp(_matrix(up, storage, device), _matrix([weights.down], storage, device))
+    return Mlp(_matrix(up, storage, device), _matrix([weights.down], storage, device, of_rows))
 
 
-def prepared_moe(weights: MoeWeights, storage: Storage, device: torch.device, compute: torch.dtype) -> Moe:
+def prepared_moe(
+    weights: MoeWeights,
+    storage: Storage,
+    device: torch.device,
+    compute: torch.dtype,
+    of_rows: AbsmaxOfRows | None = None,
+    of_expert_rows: AbsmaxOfRows | None = None,
+) -> Moe:
     """Return a mixture as the graphs take it: what maps a token to a few numbers is float32 in every storage."""
 
     def few(part: LinearWeights | None) -> Matrix | None:
@@ -174,10 +190,10 @@ def prepared_moe(weights: MoeWeights, storage: Storage, device: torch.device, co
     return Moe(
         router=_matrix([weights.router], Storage.FLOAT32, device),
         choice_bias_E=None if weights.choice_bias_E is None else _plain(weights.choice_bias_E, device, compute),
-        experts=Mlp(stack(up, storage).to(device), stack([experts.down], storage).to(device)),
-        shared=None if weights.shared is None else _mlp(weights.shared, storage, device),
+        experts=Mlp(stack(up, storage).to(device), stack([experts.down], storage, of_expert_rows).to(device)),
+        shared=None if weights.shared is None else _mlp(weights.shared, storage, device, of_rows),
         shared_gate=few(weights.shared_gate),
-        residual=None if weights.residual is None else _mlp(weights.residual, storage, device),
+        residual=None if weights.residual is None else _mlp(weights.residual, storage, device, of_rows),
         coefficient=few(weights.coefficient),
     )
 
@@ -247,11 +263,13 @@ def _checked_head(source: WeightSource) -> HeadWeights:
     return weights
 
 
-def _matrix(parts: list[LinearWeights], storage: Storage, device: torch.device) -> Matrix:
+def _matrix(
+    parts: list[LinearWeights], storage: Storage, device: torch.device, of_rows: AbsmaxOfRows | None = None
+) -> Matrix:
     """The parts below one another, packed. Rows are quantized alone, so merging changes no code."""
     weight_NI = parts[0].weight_NI if len(parts) == 1 else torch.cat([part.weight_NI for part in parts])
     biases = [part.bias_N for part in parts if part.bias_N is not None]
-    quantized = quantize(weight_NI.detach(), storage)
+    quantized = quantize(weight_NI.detach(), storage, of_rows)
     return pack(quantized, torch.cat(biases).detach() if biases else None).to(device)
 
 

@@ -96,7 +96,9 @@ def test_every_package_is_read() -> None:
     """A folder of Python files at the root is a package with a line in the table, or holds tests or scripts."""
     packages = {path.parent.name for path in ROOT.glob("[a-z]*/*.py")} - {"tests", "build", "docs", "training"}
     assert packages <= ALLOWED.keys()
-    assert {"spec", "reference", "compiled", "checkpoint", "oracle", "api"} <= {param.values[0] for param in FILES}
+    assert {"spec", "reference", "compiled", "checkpoint", "parallel", "oracle", "api"} <= {
+        param.values[0] for param in FILES
+    }
     assert ALLOWED.keys() == THIRD_PARTY.keys()
 
 
@@ -156,6 +158,8 @@ def test_twins_stay_apart(package: str) -> None:
         ("spec", "from ..reference import norms"),
         ("oracle", "from twinfer.generation import generate"),
         ("offload", "from ..reference.layer import layer"),
+        ("parallel", "from ..reference.parallel.ledger import Ledger"),
+        ("parallel", "from ..checkpoint import open_model"),
         ("bench", "import transformers"),
     ],
 )

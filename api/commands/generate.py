@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from twinfer.reference.sampling import Sampling
 from twinfer.spec.decoder import Path
@@ -16,6 +16,17 @@ from ..generation import Generation, Output, check_prompts, check_stops
 from ..loading import Model, load, open_checkpoint
 from ..memory import peak_memory_bytes
 from .console import print_json, waiting
+from .degrees import (
+    add_degrees,
+    as_member,
+    check_request,
+    degrees_of,
+    device_of,
+    follow_leader,
+    in_job,
+    leading,
+    start_ranks,
+)
 from .options import (
     add_arithmetic,
     add_context,
@@ -27,6 +38,10 @@ from .options import (
     token_ids,
     unicode_text,
 )
+
+if TYPE_CHECKING:
+    from twinfer.checkpoint import Checkpoint
+    from twinfer.parallel.member import Member
 
 NAME, HELP = "generate", "continue prompts, streaming the text"
 DESCRIPTION = "Continue one prompt or many, all at once as one batch."
@@ -65,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_arithmetic(parser)
     add_context(parser)
     add_memory_budget(parser)
+    add_degrees(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most (default %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default %(default)s)"
@@ -111,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if args.batch is not None and args.output is None:
         raise RequestError("--batch is given without --output; give a file that results are written to")
+    parallel = degrees_of(args)
     with waiting() as report:
         start = time.perf_counter()
         checkpoint = open_checkpoint(args.model, report, context=args.context)
@@ -118,18 +135,41 @@ def run(args: argparse.Namespace) -> int:
         check_prompts(checkpoint.config, ids, args.max_new_tokens)  # before minutes of compiling
         check_stops(args.stop, checkpoint.tokenizer)
         opening_s = time.perf_counter() - start
-        how = args.path, args.storage, args.compute, args.device
-        model = load(checkpoint, *how, batches=len(ids) > 1, memory_budget=args.memory_budget, report=report)
+    if parallel.ranks == 1 and not in_job():
+        return _generate(args, checkpoint, ids, sampling, opening_s)
+    check_request(checkpoint, parallel, args)
+    if not in_job():
+        return start_ranks(args.words, parallel)
+    with as_member(checkpoint, parallel, args) as member:
+        return _generate(args, checkpoint, ids, sampling, opening_s, member)
+
+
+def _generate(
+    args: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    opening_s: float,
+    member: "Member | None" = None,
+) -> int:
+    with waiting() as report:
+        how = args.path, args.storage, args.compute, device_of(args, member)
+        budget = args.memory_budget
+        model = load(checkpoint, *how, batches=len(ids) > 1, memory_budget=budget, report=report, member=member)
+    if member is not None and not member.leads:
+        follow_leader(model.decoder, member)
+        return 0
     model = replace(model, load_s=opening_s + model.load_s)
-    if args.output is not None:
-        return _run_batches(args, model, ids, sampling)
-    generation = model.generate(
-        ids, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed
-    )
-    if args.json:
-        print_json(report_of(model, args.model, generation))
-    else:
-        _stream(generation, len(prompts), text=model.checkpoint.tokenizer is not None)
+    with leading(model.decoder):
+        if args.output is not None:
+            return _run_batches(args, model, ids, sampling)
+        generation = model.generate(
+            ids, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=sampling, seed=args.seed
+        )
+        if args.json:
+            print_json(report_of(model, args.model, generation))
+        else:
+            _stream(generation, len(ids), text=model.checkpoint.tokenizer is not None)
     return 0
 
 

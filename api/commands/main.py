@@ -62,6 +62,7 @@ def _run(argv: Sequence[str] | None) -> int:
         from .parser import parser
     try:
         args = parser().parse_args(argv)
+        args.words = list(sys.argv[1:] if argv is None else argv)  # what starts this command again, as a rank of many
         status: int = args.run(args)
         return status
     except TwinferError as error:

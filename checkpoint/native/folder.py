@@ -169,6 +169,12 @@ class TwinferFolder:
         self._folder = folder
         self._shapes: dict[str, Shapes] = {"embedding": embedding_shapes(config), "head": head_shapes(config)}
         self._shapes |= {_layer_name(i): layer_shapes(each, config.hidden) for i, each in enumerate(config.layers)}
+        self.table = {
+            f"{part}: {name}": f"{shape} in {self.storage}"
+            for part, shapes in self._shapes.items()
+            for name, shape in shapes.items()
+        }
+        """What the folder holds."""
         self._check()
 
     def embedding(self, shard: Shard | None = None) -> EmbeddingWeights:
@@ -210,7 +216,7 @@ class TwinferFolder:
 
     def _check_cuts(self, shard: Shard | None) -> None:
         if shard is not None:
-            check_ranks(self.config, shard.ranks, self.storage)
+            check_ranks(self.config, shard.ranks, self.storage, shard.experts)
 
     def _header(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         with self._opened(name) as file:

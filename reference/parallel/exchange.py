@@ -56,20 +56,20 @@ def experts_of_peers(parallel: ParallelConfig, experts: int) -> list[list[range]
 
 def swap(pieces_R: Sequence[Pieces], stage: Stage) -> list[Pieces]:
     """Bring piece i of rank j of each group to rank i, as its piece j; done twice, all are back."""
-    if stage.parallel.exchange is Exchange.HIERARCHICAL:
 
-        def collective(values: list[Pieces], ranks: list[int], ledger: Ledger) -> list[Pieces]:
+    def collective(values: list[Pieces], ranks: list[int], ledger: Ledger) -> list[Pieces]:
+        if stage.parallel.exchange is Exchange.HIERARCHICAL:
             return hierarchical(values, ranks, ledger, stage.parallel.tensor)
-    else:
-
-        def collective(values: list[Pieces], ranks: list[int], ledger: Ledger) -> list[Pieces]:
-            return all_to_all(values, ranks, ledger)
+        return all_to_all(values, ranks, ledger)
 
     return stage.within(exchange_groups(stage.parallel), collective, pieces_R)
 
 
 def hierarchical(values: Sequence[Pieces], ranks: Sequence[int], ledger: Ledger, node: int) -> list[Pieces]:
     """Do what `all_to_all` does in two steps, the ranks being `node` at a time on a node.
+
+    Ranks 0 1 | 2 3 on two nodes; piece ji goes from rank j to rank i. Within the first node, rank 1 gets what rank 0
+    has for place 1 of any node, 01 and 03, beside its own 11 and 13. Between nodes, rank 3 gets 03 and 13 from rank 1.
 
     >>> values = [[torch.tensor([10 * j + i]) for i in range(4)] for j in range(4)]
     >>> ledger = Ledger()
@@ -101,7 +101,16 @@ def hierarchical(values: Sequence[Pieces], ranks: Sequence[int], ledger: Ledger,
 
 
 def gather_blocks(block_RE: Sequence[dict[int, Tensor]], stage: Stage, lengths_RE: Sequence[list[int]]) -> list[Pieces]:
-    """Give every rank of a tensor group all blocks, each of which one of them has, in the order of their numbers."""
+    """Give every rank of a tensor group all blocks, each of which one of them has, in the order of their numbers.
+
+    `lengths_RE` says how many rows each block has; `block_RE[r]` holds some blocks by number. The third and fourth step
+    of the paper: 0 2 and 1 3, gathered to 0 2 1 3, put in order.
+
+    >>> stage = Stage(0, ParallelConfig(tensor=2), Ledger())
+    >>> blocks = [{0: torch.tensor([10]), 2: torch.tensor([12])}, {1: torch.tensor([11]), 3: torch.tensor([13])}]
+    >>> torch.cat(gather_blocks(blocks, stage, [[1, 1, 1, 1]] * 2)[0]).tolist()
+    [10, 11, 12, 13]
+    """
     packed = [torch.cat([block[number] for number in sorted(block)]) for block in block_RE]
     gathered = stage.within(stage.parallel.tensor_groups, all_gather, packed)
     pieces_R: list[Pieces] = []

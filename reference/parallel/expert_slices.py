@@ -1,7 +1,15 @@
-"""Expert slicing: ranks of a slice group hold different slices of the same experts, cut like any MLP.
+"""Expert slicing: ranks of a slice group hold different slices of the same experts (paper, section V-A, Fig. 4).
 
-Each slice must see every row: peers first get each other's rows by an all-gather, then what the slices make of them is
-added up by an all-reduce, of which each peer keeps its own rows. The numbers of rows are gathered first.
+Slices are cut like any MLP, up by rows and down by columns, so what an expert makes of a row is a sum over its slices:
+
+    expert(x) = sum_s down_s f(up_s x)
+
+In the figure, of 16 GPUs with 8 experts in 2 slices, GPUs e and e + 8 hold the slices of expert e. Each slice must see
+every row that reached either: by an all-gather peers get each other's rows, by an all-reduce the sum, of which each
+keeps its own rows. How many rows go to which expert is gathered too.
+
+Example: a slice group of two that holds experts 0 and 1. One peer brings for these 2 and 1 rows that came from one
+rank, the other 0 and 3. Gathered, the 6 rows belong to experts 0 0 1 | 1 1 1, and the second peer keeps the last three.
 
 Shapes: R ranks (a list), P peers that rows came from, S slices, E experts of a rank, N rows, M hidden.
 """

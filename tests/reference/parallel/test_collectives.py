@@ -1,5 +1,6 @@
 """Collectives compute what their names say, and the ledger counts what the closed formulas give."""
 
+from collections import Counter
 from itertools import chain
 
 import torch
@@ -84,6 +85,35 @@ def test_exchange(table: list[list[int]]) -> None:
 def same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
     pairs = zip(chain(*one), chain(*other), strict=True)
     return all(same_bits(a, b) for a, b in pairs)
+
+
+def walked(pieces: list[int], holder: list[int]) -> dict[tuple[int, int], int]:
+    """Bytes by pair where piece p walks around the ring from its holder, a hop at a time, to the rank before it."""
+    count, sent = len(pieces), Counter[tuple[int, int]]()
+    for piece, size in enumerate(pieces):
+        for hop in range(count - 1):
+            source = (holder[piece] + hop) % count
+            sent[source, (source + 1) % count] += size
+    return {pair: size for pair, size in sent.items() if size}
+
+
+@given(count=st.integers(2, 5), size=sizes, seed=seeds)
+@settings(max_examples=20)
+def test_every_piece_walks_the_ring(count: int, size: int, seed: int) -> None:
+    """Of a gather from its rank; of a sum to the rank whose it is, and of an all-reduce on from there.
+
+    Pair by pair, where pieces differ in size, so that it matters which of them a rank does not send on.
+    """
+    values, ranks = integers(seed, count, size), range(count)
+    pieces = [4 * (size // count + (rank < size % count)) for rank in ranks]
+    gathered, scattered, reduced = Ledger(), Ledger(), Ledger()
+    all_gather([torch.zeros(each // 4) for each in pieces], ranks, gathered)
+    assert gathered.bytes == walked(pieces, list(ranks))
+    reduce_scatter(values, ranks, scattered)
+    assert scattered.bytes == walked(pieces, [(rank + 1) % count for rank in ranks])  # and end at rank p
+    all_reduce(values, ranks, reduced)
+    summed, known = walked(pieces, list(ranks)), walked(pieces, [(rank - 1) % count for rank in ranks])
+    assert reduced.bytes == Counter(summed) + Counter(known)
 
 
 def test_send() -> None:

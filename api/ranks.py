@@ -1,0 +1,37 @@
+"""A model on many ranks: the path that each process of a job makes ready."""
+
+import hashlib
+import time
+from typing import TYPE_CHECKING
+
+from .paths import Built, Order
+
+if TYPE_CHECKING:
+    from twinfer.checkpoint import Checkpoint
+    from twinfer.parallel.member import Member
+
+
+def digest(checkpoint: "Checkpoint") -> str:
+    """Return a digest of a model's config and of the names and shapes of its tensors, which all ranks must share."""
+    table = getattr(checkpoint.source, "table", {})
+    return hashlib.sha256(f"{checkpoint.config} {sorted(table.items())}".encode()).hexdigest()[:16]
+
+
+def build(order: Order, member: "Member") -> Built:
+    """Read this rank's share and compile its programs; of rank 0 the decoder leads the others."""
+    from twinfer.parallel.compiling import compile_in_turn
+    from twinfer.parallel.leading import Leader
+    from twinfer.parallel.path import RankPath
+
+    path = RankPath(
+        order.source,
+        member.wire,
+        storage=order.storage,
+        compute=order.compute.dtype,
+        device=order.device,
+        report=order.report if member.leads else None,
+        on_step=member.progress.step,
+    )
+    start = time.perf_counter()
+    compile_in_turn(path, member, batches=order.batches)
+    return Built(decoder=Leader(path, member) if member.leads else path, compile_s=time.perf_counter() - start)

@@ -1,0 +1,355 @@
+"""One rank's end of a model on many ranks: a `Decoder` whose every call is made on all ranks, with equal arguments.
+
+A call's work is cut into runs: sequences that gain one token go together, a prompt in pieces of at most 512 tokens, as
+on the compiled path. A run passes through the stages one after the other. Each stage does the runs in the same order
+and sends on what it made without waiting for anyone, so a pipeline holds as many runs as it has stages; `submit` only
+begins, and `collect` waits for the logits. Sequences are dealt to the data groups in turn, as in the reference.
+
+What it relies on: how many collectives a rank issues, and in what order, follows from the config and the tokens only.
+Graphs are not recorded: a step would have to be recorded in pieces, between the collectives.
+
+Shapes: B sequences, R of them that gain one token, T tokens, N rows of results, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from ..compiled.compute import COMPUTE_DTYPES, DEFAULT, accumulation_dtype
+from ..compiled.linear import PASS_ROWS, passes
+from ..compiled.machine import check_compiler
+from ..compiled.path import Mode
+from ..compiled.programs import Pieces, Program
+from ..compiled.sequences import StaticSequences
+from ..compiled.steps import Piece, eager
+from ..compiled.turn import Turn
+from ..spec import decoder as protocol
+from ..spec.ambient import pinned
+from ..spec.config import ModelConfig, Storage
+from ..spec.errors import RequestError
+from ..spec.parallel import check_parallel
+from ..spec.weights import WeightSource
+from .programs import RankProgram, Tokens
+from .weights import prepare_share
+from .wire import Pending, Wire
+
+_PREFILL_TOKENS = 512
+"""The longest piece of a prompt that is prefilled at once."""
+
+
+class ParallelSequences:
+    """Implements `twinfer.spec.decoder.Sequences`: the keys and values that this rank holds of a batch's sequences."""
+
+    def __init__(self, owner: "RankPath", batch: int, local: StaticSequences) -> None:
+        self.owner = owner
+        self.local = local
+        """Those of its data group, with the heads and layers of its own."""
+        self.last: list[Tensor | None] = [None] * batch
+        self._lengths = [0] * batch
+        self._closed = False
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self._lengths)
+
+    def close(self) -> None:
+        self._closed = True
+        self.local.close()
+        self.last = []
+
+    def check_open(self) -> None:
+        if self._closed:
+            raise RequestError("the sequences are closed; open new ones")
+
+    def advance(self, gained: Sequence[int]) -> None:
+        self._lengths = [length + more for length, more in zip(self._lengths, gained, strict=True)]
+
+
+class Run(NamedTuple):
+    """What passes the stages at once."""
+
+    program: Program
+    members: list[int]
+    """Places of the sequences among those of the data group; in a prefill there is one."""
+    tokens: list[list[int]]
+    """For each of them."""
+    first: int
+    """The position of a prefill's first token."""
+    ends: bool
+    """Whether logits follow: not after a prompt's pieces but the last, unless all are asked for."""
+
+
+class Ticket(NamedTuple):
+    """A call that has begun."""
+
+    sequences: ParallelSequences
+    gained: list[int]
+    every_position: bool
+    pending: list[Pending]
+    """For each data group, the logits of its sequences that gained tokens, [N, V]."""
+
+
+class RankPath:
+    """Implements `twinfer.spec.decoder.Decoder` together with the same object on every other rank.
+
+    Raises `RequestError`, before weights are read, for a model that cannot be divided that way. `report` gets a line of
+    text about whatever takes long; `on_step` is called after each layer and part of the weights, as a sign of life.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        wire: Wire,
+        *,
+        storage: Storage = Storage.FLOAT32,
+        compute: torch.dtype = DEFAULT,
+        device: torch.device,
+        mode: Mode = Mode.COMPILED,
+        report: Callable[[str], None] | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        groups = wire.groups
+        self._parallel, self._place = groups.parallel, groups.place
+        check_parallel(source.config, self._parallel, storage)
+        if compute not in COMPUTE_DTYPES:
+            raise RequestError(f"compute is {compute}; it must be one of {', '.join(map(str, COMPUTE_DTYPES))}")
+        if mode is not Mode.EAGER:
+            check_compiler(device)
+        self.wire = wire
+        self._config, self._device, self._mode = source.config, device, mode
+        self._report = report or (lambda line: None)
+        self._on_step = on_step
+        with pinned(device):
+            self.share = prepare_share(
+                source,
+                self._parallel,
+                groups.rank,
+                storage,
+                device,
+                compute,
+                of_rows=lambda absmax_N: wire.largest(absmax_N, groups.tensor),
+                on_part=on_step,
+            )
+        self._storage, self._compute = storage, compute
+        self._turn = Turn(device, compiled=mode is not Mode.EAGER)
+        self._programs = {name: self._made(name) for name in self._names()}
+        self._uncompiled = set() if mode is Mode.EAGER else set(self._programs)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def max_batch(self) -> int | None:
+        return None
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls it has use for at a time: one for each stage."""
+        return self._parallel.pipeline
+
+    def compile(self, name: Program) -> None:
+        """Compile a program, or load it, on this rank only; nothing is sent."""
+        if name in self._uncompiled:
+            with self._turn, self.wire.muted():
+                self._try(name)
+            self._uncompiled.discard(name)
+
+    @property
+    def uncompiled(self) -> list[Program]:
+        """The programs that are not compiled yet, in the order in which all ranks compile them."""
+        return [name for name in self._programs if name in self._uncompiled]
+
+    def open(self, batch: int, reserve: int) -> ParallelSequences:
+        protocol.check_open(self._config, self.max_batch, batch, reserve)
+        own = len(range(self._place.data, batch, self._parallel.data))
+        with self._turn:
+            local = StaticSequences(self.share.config, own, reserve, self._device, self._compute)
+        return ParallelSequences(self, batch, local)
+
+    @overload
+    def extend(
+        self, sequences: protocol.Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def extend(
+        self, sequences: protocol.Sequences, new_tokens: Sequence[Tensor], *, every_position: Literal[True]
+    ) -> list[Tensor]: ...
+
+    def extend(
+        self, sequences: protocol.Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
+    ) -> Tensor | list[Tensor]:
+        """Append tokens and return the logits that follow, as the protocol says: the same bits on every rank."""
+        return self.collect(self.submit(sequences, new_tokens, every_position=every_position))
+
+    def submit(
+        self, sequences: protocol.Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False
+    ) -> Ticket:
+        """Do this rank's part of an extension, and begin to receive the logits."""
+        if not isinstance(sequences, ParallelSequences) or sequences.owner is not self:
+            raise RequestError("the sequences were opened by another path; open them with this one")
+        sequences.check_open()
+        tokens = protocol.checked_tokens(self._config, sequences.lengths, new_tokens)
+        gained = [len(each) for each in tokens]
+        parallel = self._parallel
+        with self._turn:
+            logits = self._run_all(sequences, tokens, every_position)
+            pending = []
+            for group in range(parallel.data):
+                own = range(group, len(gained), parallel.data)
+                rows = sum(gained[index] if every_position else gained[index] > 0 for index in own)
+                pending.append(self._handed_out(group, rows, logits))
+        sequences.advance(gained)
+        return Ticket(sequences, gained, every_position, pending)
+
+    def collect(self, ticket: Ticket) -> Tensor | list[Tensor]:
+        """Wait for the logits of a call that was submitted; calls are collected in the order of their submission."""
+        sequences, gained = ticket.sequences, ticket.gained
+        every = [self._nothing() for _ in gained]
+        with self._turn:
+            for group, pending in enumerate(ticket.pending):
+                logits_NV = self.wire.waited(pending)
+                own = [index for index in range(group, len(gained), self._parallel.data) if gained[index]]
+                sizes = [gained[index] if ticket.every_position else 1 for index in own]
+                for index, logits_TV in zip(own, logits_NV.split(sizes), strict=True):
+                    every[index] = logits_TV
+                    sequences.last[index] = logits_TV[-1].clone()
+        if ticket.every_position:
+            return [each_TV.clone() for each_TV in every]
+        return torch.stack([last_V for last_V in sequences.last if last_V is not None])
+
+    def _handed_out(self, group: int, rows: int, logits: list[Tensor]) -> Pending:
+        """Begin to give every rank the logits that the last stage of a data group has, [N, V]."""
+        parallel = self._parallel
+        mine = (self._place.stage, self._place.data) == (parallel.pipeline - 1, group)
+        if not rows:
+            return Pending(self._nothing(), None)
+        logits_NV = torch.cat(logits) if mine else self._nothing(rows)
+        if parallel.pipeline == parallel.data == 1:
+            return Pending(logits_NV, None)
+        source = (parallel.pipeline - 1) * parallel.stage_ranks + group * parallel.tensor
+        return self.wire.start_broadcast(logits_NV, source)
+
+    def _nothing(self, rows: int = 0) -> Tensor:
+        return torch.zeros(rows, self._config.vocabulary, dtype=accumulation_dtype(self._compute), device=self._device)
+
+    def _run_all(self, sequences: ParallelSequences, tokens: list[list[int]], every_position: bool) -> list[Tensor]:
+        """Do the runs of this rank's data group; returns logits in the order of its sequences, on the last stage."""
+        own = tokens[self._place.data :: self._parallel.data]
+        local = sequences.local
+        lengths = sequences.lengths[self._place.data :: self._parallel.data]
+        gained = [len(each) for each in own]
+        local.make_room(max((length + more for length, more in zip(lengths, gained, strict=True)), default=0))
+        found: dict[int, list[Tensor]] = {index: [] for index, more in enumerate(gained) if more}
+        for run in runs_of(lengths, own, self._storage, every_position):
+            logits = self._run(local, lengths, run, every_position)
+            if logits is None:
+                continue
+            if run.program is Program.PREFILL:
+                found[run.members[0]].append(logits)
+            else:
+                for index, logits_V in zip(dict.fromkeys(run.members), logits, strict=True):
+                    found[index].append(logits_V[None])
+        return [each for index in sorted(found) for each in found[index]]
+
+    def _run(self, local: StaticSequences, lengths: Sequence[int], run: Run, every_position: bool) -> Tensor | None:
+        self._compile_alone(run.program)
+        program, parallel, stage = self._programs[run.program], self._parallel, self._place.stage
+        tokens = self._tokens_of(local, lengths, run)
+        if stage == 0:
+            x = program.begin(tokens)
+        else:
+            room_TM = torch.empty(len(tokens.token_T), self._config.hidden, dtype=self._compute, device=self._device)
+            x = self.wire.receive(room_TM, tokens.rows, self.wire.groups.neighbor(-1))
+        x = program.through(x, local.caches, tokens)
+        if stage + 1 < parallel.pipeline:
+            self.wire.send(x[: tokens.rows], self.wire.groups.neighbor(1))
+            return None
+        return program.end(x, tokens, every_position) if run.ends else None
+
+    def _tokens_of(self, local: StaticSequences, lengths: Sequence[int], run: Run) -> Tokens:
+        starts = [member * local.capacity for member in run.members]
+        if run.program is Program.PREFILL:
+            (new,) = run.tokens
+            positions = list(range(run.first, run.first + len(new)))
+            slots, rows = run.first + len(new), len(new)
+        else:
+            new = [token for (token,) in run.tokens]
+            positions = [lengths[member] for member in run.members]
+            slots, rows = max(2, max(positions) + 1), len(set(run.members))
+        token_T, position_T, start_T = (
+            torch.tensor(each, dtype=torch.int64, device=self._device) for each in (new, positions, starts)
+        )
+        return Tokens(token_T, position_T, start_T, torch.arange(slots, device=self._device), rows)
+
+    def _compile_alone(self, name: Program) -> None:
+        if name in self._uncompiled:
+            raise RequestError(f"the program {name} is not compiled; compile it on all ranks before it is used")
+
+    def _names(self) -> list[Program]:
+        many = [Program.DECODE_MANY] if self._storage is Storage.FLOAT32 else []
+        return [Program.PREFILL, Program.DECODE, Program.DECODE_ROWS, *many]
+
+    def _made(self, name: Program) -> RankProgram:
+        return RankProgram(name, self.share, self._config.vocabulary, self.wire, self._piece(name), self._on_step)
+
+    def _piece(self, name: Program) -> Piece:
+        if self._mode is Mode.EAGER:
+            return eager
+        told = False
+
+        def on_compile(reason: str) -> None:
+            nonlocal told
+            if not told:
+                self._report(f"compiling {name} for {self._parallel.ranks} ranks ({reason})")
+            told = True
+
+        described = f"{name} {self._storage} {self._compute} {self.share.config} of {self._parallel.tensor} ranks"
+        return Pieces(described, on_compile, keep_guards=self._mode is Mode.GUARDED)
+
+    def _try(self, name: Program) -> None:
+        """Run a program on an example whose dynamic dims differ from each other in size, as the compiled path does."""
+        rows = {Program.DECODE_ROWS: PASS_ROWS, Program.DECODE_MANY: PASS_ROWS + 2}.get(name, 1)
+        tokens, slots, capacity = 160, 224, 352
+        local = StaticSequences(self.share.config, rows, capacity, self._device, self._compute)
+        count = tokens if name is Program.PREFILL else rows
+        nothing_T = torch.zeros(count, dtype=torch.int64, device=self._device)
+        position_T = torch.arange(count, device=self._device) % self._config.context
+        start_R = torch.arange(rows, device=self._device) * capacity
+        given = Tokens(nothing_T, position_T, start_R, torch.arange(slots, device=self._device), count)
+        program = self._programs[name]
+        hidden_TM = torch.zeros(count, self._config.hidden, dtype=self._compute, device=self._device)
+        x = program.begin(given) if self._place.stage == 0 else hidden_TM
+        x = program.through(x, local.caches, given)
+        if self._place.stage == self._parallel.pipeline - 1:
+            program.end(x, given, every_position=False)
+
+
+def runs_of(lengths: Sequence[int], tokens: Sequence[list[int]], storage: Storage, every_position: bool) -> list[Run]:
+    """Cut a call's work into runs: steps first, then each longer extension in even pieces.
+
+    >>> runs = runs_of([3, 0, 5], [[7], [1, 2], [8]], Storage.FLOAT32, every_position=False)
+    >>> [(run.program.value, run.members, run.tokens) for run in runs]
+    [('decode rows', [0, 2, 2, 2], [[7], [8], [8], [8]]), ('prefill', [1], [[1, 2]])]
+    """
+    single = [index for index, each in enumerate(tokens) if len(each) == 1]
+    runs = []
+    for taken in passes(len(single), storage) if single else []:
+        members = [single[place] for place in taken]
+        name = {1: Program.DECODE, PASS_ROWS: Program.DECODE_ROWS}.get(len(members), Program.DECODE_MANY)
+        runs.append(Run(name, members, [tokens[member] for member in members], 0, True))
+    for index in (index for index, each in enumerate(tokens) if len(each) > 1):
+        pieces = torch.tensor(tokens[index]).tensor_split(-(-len(tokens[index]) // _PREFILL_TOKENS))
+        first = lengths[index]
+        for place, piece in enumerate(pieces, start=1):
+            ends = every_position or place == len(pieces)
+            runs.append(Run(Program.PREFILL, [index], [piece.tolist()], first, ends))
+            first += len(piece)
+    return runs

@@ -1,0 +1,124 @@
+"""A rank's programs: its pieces, called one after the other, with the collectives between them.
+
+Rows that only fill up a pass over the weights are not reduced: what they would sum up to is copied from the row that
+they repeat. So the wire carries what the sequences need, and a filling row stays equal to its original, into whose
+slot of the cache it writes once more.
+
+Shapes: R sequences that gain one token, T tokens of one sequence, S key positions, M hidden, W table width,
+V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..compiled.compute import accumulation_dtype
+from ..compiled.head import head_prefill, scale_and_cap
+from ..compiled.layers import Cache
+from ..compiled.programs import Program
+from ..compiled.steps import Piece
+from ..compiled.weights import Layer
+from ..spec.config import LayerConfig
+from .pieces import LayerPieces, rank_pieces
+from .weights import Share
+from .wire import Wire
+
+
+class Tokens(NamedTuple):
+    """What passes through the layers at once: one token of several sequences, or several tokens of one."""
+
+    token_T: Tensor
+    position_T: Tensor
+    start_T: Tensor
+    """The first slots of the sequences."""
+    slot_S: Tensor
+    rows: int
+    """Rows before those that only fill up."""
+
+
+class RankProgram:
+    """One program of one rank. `on_layer` is called after each layer."""
+
+    def __init__(
+        self, name: Program, share: Share, vocabulary: int, wire: Wire, piece: Piece, on_layer: Callable[[], None]
+    ) -> None:
+        model = share.model
+        self._decodes = name is not Program.PREFILL
+        self._share, self._wire, self._on_layer = share, wire, on_layer
+        self._vocabulary = vocabulary
+        self._pieces = rank_pieces(name, share.config, len(wire.groups.tensor), model.storage, piece, model.compute)
+
+    def begin(self, tokens: Tokens) -> Tensor:
+        """Return the rows of the token table [T, W], on the first stage."""
+        model = self._share.model
+        assert model.embedding is not None
+        part_TW = self._pieces.lookup(model.embedding.table, self._share.first_token_1, tokens.token_T)
+        return self._reduced(part_TW, tokens)
+
+    def through(self, x: Tensor, caches: Sequence[Cache], tokens: Tokens) -> Tensor:
+        """Pass through the layers of the stage: x is rows of the token table, or what left the stage before."""
+        model, config = self._share.model, self._share.config
+        given = tokens.position_T, tokens.start_T, tokens.slot_S
+        first = model.embedding is not None
+        x_TM, positions = self._pieces.entry(x if first else None, model.embedding, model.rotations.different, *given)
+        x_TM = x_TM if first else x
+        for layer, weights, cache, place in zip(
+            config.layers, model.layers, caches, model.rotations.of_layer, strict=True
+        ):
+            table = None if place is None else positions.tables[place]
+            mask = positions.masks[self._pieces.windows.index(layer.attention.window)]
+            if self._decodes:
+                where = (positions.write_R, positions.position_R), tokens.slot_S, mask
+            else:
+                where = (positions.write_T,), positions.read_S, mask
+            x_TM = self._layer(layer, x_TM, weights, (cache, table, *where), tokens)
+            self._on_layer()
+        return x_TM
+
+    def end(self, x_TM: Tensor, tokens: Tokens, every_position: bool) -> Tensor:
+        """Return logits on the last stage, [R, V]: of every row of a step, of a prefill's last token or of all."""
+        model, config = self._share.model, self._share.config
+        assert model.head is not None
+        hidden_TW, part_RV = self._pieces.last(x_TM, model.head)
+        if self._decodes:
+            part_RV = part_RV[: tokens.rows]
+        elif every_position:
+            wide_TW = hidden_TW.to(accumulation_dtype(hidden_TW.dtype))
+            part_RV = head_prefill(wide_TW, model.head.projection, model.storage)
+        counted = len(part_RV) * self._share.tokens * part_RV.element_size()
+        logits_RV = self._wire.all_gather(part_RV, self._wire.groups.tensor, counted)[:, : self._vocabulary]
+        return scale_and_cap(logits_RV, config.logit_scale, config.logit_softcap).contiguous()
+
+    def _layer(
+        self, layer: LayerConfig, x_TM: Tensor, weights: Layer, where: tuple[Any, ...], tokens: Tokens
+    ) -> Tensor:
+        pieces = self._pieces.layers[layer]
+        heads = self._heads(pieces, x_TM, weights, tokens)
+        stream_TM, part_TM = pieces.attend(x_TM, *heads, weights, *where)
+        x_TM = x_TM if stream_TM is None else stream_TM
+        if pieces.feed is not None:
+            stream_TM, part_TM = pieces.feed(x_TM, self._reduced(part_TM, tokens), weights)
+            assert stream_TM is not None
+            x_TM = stream_TM
+        return pieces.close(x_TM, self._reduced(part_TM, tokens), weights)
+
+    def _heads(
+        self, pieces: LayerPieces, x_TM: Tensor, weights: Layer, tokens: Tokens
+    ) -> tuple[()] | tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return projected heads with their sums of squares over all ranks, where they are normed over all."""
+        if pieces.project is None:
+            return ()
+        qkv_TGD, (query_T1, key_T1) = pieces.project(x_TM, weights)
+        if pieces.center is not None:
+            reduced = self._reduced(query_T1, tokens), self._reduced(key_T1, tokens)
+            qkv_TGD, (query_T1, key_T1) = pieces.center(qkv_TGD, reduced)
+        return qkv_TGD, (self._reduced(query_T1, tokens), self._reduced(key_T1, tokens))
+
+    def _reduced(self, part_TM: Tensor, tokens: Tokens) -> Tensor:
+        """Return the sum over the tensor group; rows that fill up are copies of the last one before them."""
+        if tokens.rows == len(part_TM):
+            return self._wire.all_reduce(part_TM, self._wire.groups.tensor)
+        self._wire.all_reduce(part_TM[: tokens.rows], self._wire.groups.tensor)
+        part_TM[tokens.rows :] = part_TM[tokens.rows - 1]
+        return part_TM

@@ -1,0 +1,133 @@
+"""Finding out that a rank of a job has stopped: each tells the others every second how far it has come.
+
+    dead        its connections close, and whoever waits for it gets an error at once
+    stopped     its signs of life stop: it was halted, or something holds its interpreter
+    stuck       it lives and says that it computes, but does not get any further
+
+A rank that waits for others, reads weights, compiles or has nothing to do may take any time. A rank that finds another
+one silent writes down why, and ends its own process; the others follow, as their connections close.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from torch.distributed import Store
+
+SILENCE_S = 8.0
+"""Seconds without a sign of life, or without progress in a layer, after which a rank counts as lost."""
+
+_INTERVAL_S = 0.5
+
+
+class Doing(StrEnum):
+    """What a rank does."""
+
+    JOINING = "joining the job"
+    READING = "reading weights"
+    COMPILING = "compiling"
+    IDLE = "waiting for a request"
+    COMPUTING = "computing"
+    WAITING = "waiting for other ranks"
+
+
+class Failure(StrEnum):
+    """Why a rank ends its process early."""
+
+    ERROR = "error"
+    """Something it was asked for is impossible, or it has a bug."""
+    SILENCE = "silence"
+    """Another rank was found silent."""
+    LOST = "lost"
+    """A connection to another rank closed."""
+
+
+class Progress:
+    """How far this rank has come; `store` is where the other ranks read it."""
+
+    def __init__(self) -> None:
+        self.doing = Doing.JOINING
+        self.steps = 0
+
+    def step(self) -> None:
+        """Note that a layer, or a part of the weights, is done."""
+        self.steps += 1
+
+    def wait(self, waiting: bool) -> None:
+        """Note that a wait for other ranks begins or ends."""
+        self.steps += 1
+        if self.doing in (Doing.COMPUTING, Doing.WAITING):
+            self.doing = Doing.WAITING if waiting else Doing.COMPUTING
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was last heard of a rank, and since when it has been the same."""
+
+    beat: Any = None
+    steps: Any = None
+    beat_s: float = 0.0
+    steps_s: float = 0.0
+
+
+class Watch:
+    """A thread that tells how far this rank is, and looks at the others. `on_silence` gets a rank and what is wrong."""
+
+    def __init__(
+        self, store: Store, rank: int, ranks: int, progress: Progress, on_silence: Callable[[int, str], None]
+    ) -> None:
+        self._store, self._rank, self._ranks = store, rank, ranks
+        self._progress, self._on_silence = progress, on_silence
+        self._parent = os.getppid()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        seen = {other: _Seen(beat_s=time.monotonic(), steps_s=time.monotonic()) for other in range(self._ranks)}
+        beat = 0
+        while not self._ended.wait(_INTERVAL_S):
+            if os.getppid() != self._parent:  # who started this rank is gone, and with it all that would end it
+                os._exit(1)
+            beat += 1
+            try:
+                told = [beat, self._progress.steps, self._progress.doing.value]
+                self._store.set(sign_of(self._rank), json.dumps(told))
+                self._look_at_others(seen)
+            except Exception:  # the store is gone: whoever kept it has ended
+                if not self._ended.is_set():
+                    os._exit(1)
+
+    def _look_at_others(self, seen: dict[int, _Seen]) -> None:
+        now = time.monotonic()
+        for other, last in seen.items():
+            if other == self._rank or not self._store.check([sign_of(other)]):
+                continue
+            beat, steps, doing = json.loads(self._store.get(sign_of(other)))
+            if beat != last.beat:
+                last.beat, last.beat_s = beat, now
+            if steps != last.steps or doing != Doing.COMPUTING:
+                last.steps, last.steps_s = steps, now
+            if now - last.beat_s > SILENCE_S:
+                self._on_silence(other, f"gave no sign of life for {SILENCE_S:g} s; it was {doing}")
+            elif now - last.steps_s > SILENCE_S:
+                self._on_silence(other, f"hangs: it was {doing}, and got no further for {SILENCE_S:g} s")
+
+
+def sign_of(rank: int) -> str:
+    """Return the key under which a rank tells how far it is: beats, steps and what it does."""
+    return f"sign/{rank}"
+
+
+def failure_of(rank: int) -> str:
+    """Return the key under which a rank says why it ended: the kind, the rank that is to blame, and a message."""
+    return f"failure/{rank}"

@@ -1,0 +1,46 @@
+"""What the ranks of a pool are asked to do; each function runs on all ranks with equal arguments."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinfer.compiled.path import Mode
+from twinfer.oracle.models import RandomSource
+from twinfer.parallel.groups import Groups, form_groups
+from twinfer.parallel.path import RankPath
+from twinfer.parallel.wire import Wire
+from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.parallel import ParallelConfig
+
+CPU = torch.device("cpu")
+
+
+@cache
+def groups_of(parallel: ParallelConfig) -> Groups:
+    return form_groups(parallel, "cpu")
+
+
+def path_of(
+    config: ModelConfig, seed: int, parallel: ParallelConfig, storage: Storage, compute: torch.dtype
+) -> RankPath:
+    wire = Wire(groups_of(parallel))
+    source = RandomSource(config, seed)
+    return RankPath(source, wire, storage=storage, compute=compute, device=CPU, mode=Mode.EAGER)
+
+
+def extend(
+    config: ModelConfig,
+    seed: int,
+    parallel: ParallelConfig,
+    storage: Storage,
+    calls: list[list[Tensor]],
+    compute: torch.dtype = torch.float32,
+    every_position: bool = False,
+) -> tuple[list[Any], list[tuple[str, tuple[int, ...], int]]]:
+    """Return the logits of each call on one batch, and the ledger."""
+    path = path_of(config, seed, parallel, storage, compute)
+    sequences = path.open(len(calls[0]), 1)
+    logits: list[Any] = [path.extend(sequences, call, every_position=every_position) for call in calls]
+    return logits, [(call.kind.value, call.ranks, call.bytes) for call in path.wire.ledger.calls]
