@@ -27,7 +27,7 @@ from torch.nn import functional
 from ..spec.config import Storage
 from ..spec.weights import StackedLinearWeights
 from .compute import accumulation_dtype, product_dtype
-from .linear import expanded, materialized, product
+from .linear import expanded, materialized, multiplies_fast, product
 from .packing import (
     GROUP_WORDS,
     PLACES,
@@ -42,6 +42,10 @@ from .packing import (
     quantize,
     raised_codes,
 )
+
+_PIECE = 2**19
+"""Weights that are expanded at a time: 2 MiB of float32, which are multiplied while they lie in a cache, and whose
+memory is the same each time. A whole matrix of 7168 x 1024 took ten times as long for want of pages."""
 
 
 def stack(parts: Sequence[StackedLinearWeights], storage: Storage, of_rows: AbsmaxOfRows | None = None) -> Matrix:
@@ -165,14 +169,12 @@ def _grouped_product(
     weights = Matrix(word, scale_N, scale_BGU, min_BGU, bias_N, outputs)
     if x_AI.device.type != "cpu":
         return _by_masks(x_AI, rows_E, weights, Storage(storage))
-    dtype = product_dtype(x_AI.dtype, x_AI.device)
     out_AN = x_AI.new_empty(len(x_AI), outputs)
     begin = 0
     for expert, rows in enumerate(rows_E.tolist()):
         if rows:
             piece = slice(begin, begin + rows)
-            weight_NI, bias = _expert(weights, expert, Storage(storage), x_AI.shape[1], dtype)
-            out_AN[piece] = product(x_AI[piece].to(dtype), weight_NI, bias)
+            _multiply(x_AI[piece], expert, weights, Storage(storage), out_AN[piece])
             begin += rows
     return out_AN
 
@@ -192,21 +194,42 @@ def _(
     return x_AI.new_empty(x_AI.shape[0], outputs)
 
 
+def _multiply(x_RI: Tensor, expert: int, weights: Matrix, storage: Storage, out_RN: Tensor) -> None:
+    """Write the rows times one expert's matrix, some of its outputs at a time where they have to be expanded."""
+    inputs, dtype = x_RI.shape[1], product_dtype(x_RI.dtype, x_RI.device)
+    x_RI = x_RI.to(dtype)
+    blocks = _PIECE // (ROWS * inputs) if storage is not Storage.FLOAT32 else len(weights.word[expert])
+    for first in range(0, len(weights.word[expert]), max(1, blocks)):
+        weight_NI, bias_N = _expert(weights, expert, storage, inputs, dtype, slice(first, first + max(1, blocks)))
+        begin = first if storage is Storage.FLOAT32 else first * ROWS
+        out_RN[:, begin : begin + len(weight_NI)] = _product_of_rows(x_RI, weight_NI, bias_N)
+
+
+def _product_of_rows(x_RI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
+    if len(x_RI) != 2 or not multiplies_fast(x_RI):
+        return product(x_RI, weight_NI, bias_N)
+    out_RN = (weight_NI @ x_RI.t()).t()
+    return out_RN if bias_N is None else out_RN + bias_N
+
+
 def _expert(
-    weights: Matrix, expert: int, storage: Storage, inputs: int, dtype: torch.dtype
+    weights: Matrix, expert: int, storage: Storage, inputs: int, dtype: torch.dtype, blocks: slice = slice(None)
 ) -> tuple[Tensor, Tensor | None]:
-    """Return one expert's matrix [N, I], expanded, and its bias."""
+    """Return some blocks of one expert's matrix, [N, I], expanded, and their bias; of float32 a row is a block."""
 
-    def of(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part[expert]
+    def of(part: Tensor | None, which: slice) -> Tensor | None:
+        return None if part is None else part[expert, which]
 
+    rows = 1 if storage is Storage.FLOAT32 else ROWS
+    outputs = slice(*(each * rows for each in blocks.indices(weights.word.shape[1])[:2]))
     one = weights._replace(
-        word=weights.word[expert],
-        scale_N=of(weights.scale_N),
-        scale_BGU=of(weights.scale_BGU),
-        min_BGU=of(weights.min_BGU),
+        word=weights.word[expert, blocks],
+        scale_N=of(weights.scale_N, outputs),
+        scale_BGU=of(weights.scale_BGU, blocks),
+        min_BGU=of(weights.min_BGU, blocks),
+        outputs=min(outputs.stop, weights.outputs) - outputs.start,
     )
-    bias_N = of(weights.bias_N)
+    bias_N = of(weights.bias_N, outputs)
     return expanded(one, storage, inputs, dtype), None if bias_N is None else bias_N.to(dtype)
 
 

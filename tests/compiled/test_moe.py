@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.compiled import dispatch as dispatch_module
+from twinfer.compiled import experts as experts_module
 from twinfer.compiled import path as path_module
 from twinfer.compiled.dispatch import combine, dispatch, one_hot_form, slots_of, table_form
 from twinfer.compiled.embedding import Product
@@ -95,9 +96,9 @@ def stacked(pick: Picker) -> tuple[StackedLinearWeights, Tensor, int]:
     return StackedLinearWeights(weight_ENI=weight_ENI, bias_EN=bias_EN), x_TI, pick.integer(0, 2**20)
 
 
-@given(case=drawn(stacked), storage=st.sampled_from(EXACT))
-def test_each_row_is_multiplied_by_its_own_expert(case: tuple[Any, ...], storage: Storage) -> None:
-    """Exactly, in both forms, experts without a row and with all rows among them."""
+@given(case=drawn(stacked), storage=st.sampled_from(EXACT), piece=st.sampled_from([1, 2**19]))
+def test_each_row_is_multiplied_by_its_own_expert(case: tuple[Any, ...], storage: Storage, piece: int) -> None:
+    """Exactly, in both forms, whole or block by block, experts without a row and with all rows among them."""
     weights, x_TI, seed = case
     experts = len(weights.weight_ENI)
     expert_T = torch.randint(experts, (len(x_TI),), generator=torch.Generator().manual_seed(seed))
@@ -107,7 +108,9 @@ def test_each_row_is_multiplied_by_its_own_expert(case: tuple[Any, ...], storage
     matrix = stack([weights], storage)
     assert torch.equal(chosen_product(x_TI, expert_T, matrix, storage), wanted)
     order = sort_by_expert(expert_T[:, None], experts)
-    grouped = grouped_product(x_TI[order.choice_A], order.rows_E, matrix, storage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts_module, "_PIECE", piece)
+        grouped = grouped_product(x_TI[order.choice_A], order.rows_E, matrix, storage)
     assert torch.equal(grouped[order.place_A], wanted)
 
 
