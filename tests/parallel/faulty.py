@@ -62,8 +62,8 @@ def main(phase: str, rank: int, kind: str, tensor: int, pipeline: int) -> None:
         if mine and phase == "read":
             source.layer = Faulty(source.layer, 1, kind)
         path = RankPath(source, member.wire, device=torch.device("cpu"), mode=Mode.EAGER, on_step=member.progress.step)
+        path._uncompiled = set(path._programs)  # so that all take turns, though nothing is compiled
         if mine and phase == "compile":
-            path._uncompiled = set(path._programs)
             path.compile = Faulty(path.compile, 2, kind)  # type: ignore[method-assign]
         compile_in_turn(path, member, batches=True)
         if mine and phase in ("prefill", "decode"):
