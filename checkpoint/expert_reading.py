@@ -1,10 +1,10 @@
 """Reading the linear maps of a layer's experts, in whatever form a file keeps them.
 
 A file may hold one tensor an expert, one of all experts [E, N, I], or one of all their rows [E * N, I]; each expert's
-part may be transposed, and hold gate and up after each other or row by row in turns. A range of rows and columns of a
-weight is a range of the file's tensor in each of these forms, so a rank reads no more than it holds. Example: gate and
-up of 3 rows each, kept in turns as g0 u0 g1 u1 g2 u2. Rows 1 and 2 of up are every second row of 2 .. 6, from the
-second on.
+part may be transposed, and hold gate and up after each other or row by row in turns. A range of experts, rows and
+columns of a weight is a range of the file's tensors in each of these forms, so a rank reads no more than it holds.
+Example: gate and up of 3 rows each, kept in turns as g0 u0 g1 u1 g2 u2. Rows 1 and 2 of up are every second row of
+2 .. 6, from the second on.
 
 Shapes: E experts, N rows and I columns of a weight.
 """
@@ -23,13 +23,19 @@ def read_experts(store: TensorStore, reading: Reading, slices: Slices | None) ->
     for place, name in enumerate(reading.fills):
         if slices is not None and name not in slices:
             continue
-        rows, *columns = (None,) * 2 if slices is None else slices[name][1:]
-        weights[name] = _read_one(store, reading, place, rows, columns[0] if columns else None)
+        experts, rows, *columns = (None,) * 3 if slices is None else slices[name]
+        own = range(reading.fills[name])[experts or slice(None)]
+        tensor = _read_one(store, reading, place, own, rows, columns[0] if columns else None)
+        if reading.stored.interleaved:  # a rank holds the same rows of each, which are read together
+            return {each: tensor[:, turn :: len(reading.fills)] for turn, each in enumerate(reading.fills)}
+        weights[name] = tensor
     return weights
 
 
-def _read_one(store: TensorStore, reading: Reading, place: int, rows: slice | None, columns: slice | None) -> Tensor:
-    """Read these rows and columns of every expert's map; of several kept together, the one at `place`."""
+def _read_one(
+    store: TensorStore, reading: Reading, place: int, experts: range, rows: slice | None, columns: slice | None
+) -> Tensor:
+    """Read these rows and columns of these experts' maps; of several after each other the one at `place`, else all."""
     stored, count = reading.stored, next(iter(reading.fills.values()))
     shape = list(store.shapes[reading.names[0]])
     if stored.experts is Experts.STACKED:
@@ -46,26 +52,28 @@ def _read_one(store: TensorStore, reading: Reading, place: int, rows: slice | No
     if len(shape) > 1:
         left, right, _ = (columns or slice(None)).indices(shape[1])
         cuts.append(slice(left, right))
-    tensor = _read_all(store, reading, count, shape, tuple(cuts[::-1] if stored.transposed else cuts))
-    tensor = tensor.transpose(1, 2) if stored.transposed else tensor
-    return tensor[:, place::turns] if stored.interleaved else tensor
+    tensor = _read_all(store, reading, experts, shape, tuple(cuts[::-1] if stored.transposed else cuts))
+    return tensor.transpose(1, 2) if stored.transposed else tensor
 
 
-def _read_all(store: TensorStore, reading: Reading, count: int, shape: list[int], cuts: tuple[slice, ...]) -> Tensor:
-    """Read the same part of every expert: [E, ...] as the file keeps each."""
+def _read_all(
+    store: TensorStore, reading: Reading, experts: range, shape: list[int], cuts: tuple[slice, ...]
+) -> Tensor:
+    """Read the same part of each of these experts: [E, ...] as the file keeps each."""
     kept = shape[::-1] if reading.stored.transposed else shape
     whole = all(range(size)[cut] == range(size) for size, cut in zip(kept, cuts, strict=True))
-    match reading.stored.experts:
-        case Experts.APART:
-            return torch.stack([store.read(name) if whole else store.read_slice(name, cuts) for name in reading.names])
-        case Experts.FLAT:
-            (name,) = reading.names
-            if whole:
-                stacked: Tensor = store.read(name).view(count, *kept)
-                return stacked
-            first = (
-                slice(expert * kept[0] + cuts[0].start, expert * kept[0] + cuts[0].stop) for expert in range(count)
-            )
-            return torch.stack([store.read_slice(name, (rows, *cuts[1:])) for rows in first])
+    if reading.stored.experts is Experts.APART:
+        names = (reading.names[expert] for expert in experts)
+        return torch.stack([store.read(name) if whole else store.read_slice(name, cuts) for name in names])
     (name,) = reading.names
-    return store.read(name) if whole else store.read_slice(name, (slice(0, count), *cuts))
+    everything = whole and len(experts) == next(iter(reading.fills.values()))
+    if reading.stored.experts is Experts.STACKED:
+        chosen = slice(experts.start, experts.stop)
+        return store.read(name) if everything else store.read_slice(name, (chosen, *cuts))
+    if everything:
+        return store.read(name).view(len(experts), *kept)
+    if whole:
+        rows = slice(experts.start * kept[0], experts.stop * kept[0])
+        return store.read_slice(name, (rows, *cuts[1:])).reshape(len(experts), *kept)
+    first = (slice(expert * kept[0] + cuts[0].start, expert * kept[0] + cuts[0].stop) for expert in experts)
+    return torch.stack([store.read_slice(name, (rows, *cuts[1:])) for rows in first])

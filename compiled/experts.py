@@ -33,6 +33,7 @@ from .packing import (
     PLACES,
     RAISED,
     ROWS,
+    AbsmaxOfRows,
     Matrix,
     lowering,
     own,
@@ -43,10 +44,11 @@ from .packing import (
 )
 
 
-def stack(parts: Sequence[StackedLinearWeights], storage: Storage) -> Matrix:
+def stack(parts: Sequence[StackedLinearWeights], storage: Storage, of_rows: AbsmaxOfRows | None = None) -> Matrix:
     """Return the parts of each expert below one another, packed: a `Matrix` whose tensors have E in front.
 
-    Rows are quantized alone. Where words are packed, rows of zeros fill up the last block of each expert.
+    Rows are quantized alone. Where words are packed, rows of zeros fill up the last block of each expert. `of_rows` is
+    as in `quantize`, for the rows of all experts after each other.
     """
     weight_ENI = parts[0].weight_ENI if len(parts) == 1 else torch.cat([part.weight_ENI for part in parts], 1)
     biases = [part.bias_EN for part in parts if part.bias_EN is not None]
@@ -54,7 +56,7 @@ def stack(parts: Sequence[StackedLinearWeights], storage: Storage) -> Matrix:
     experts, outputs, inputs = weight_ENI.shape
     if storage is not Storage.FLOAT32 and outputs % ROWS:
         weight_ENI = functional.pad(weight_ENI, (0, 0, 0, -outputs % ROWS))
-    packed = pack(quantize(weight_ENI.detach().reshape(-1, inputs), storage))
+    packed = pack(quantize(weight_ENI.detach().reshape(-1, inputs), storage, of_rows))
 
     def by_expert(part: Tensor | None) -> Tensor | None:
         return None if part is None else own(part.view(experts, -1, *part.shape[1:]))

@@ -155,13 +155,15 @@ def pack(quantized: Quantized, bias_N: Tensor | None = None) -> Matrix:
     outputs, inputs = weight_NI.shape
     bias_N = None if bias_N is None else bias_N.to(torch.float32, copy=True)
     if storage is Storage.FLOAT32:
-        word = torch.empty(outputs, inputs, dtype=torch.float32)
+        word = torch.empty(outputs, inputs, dtype=torch.float32, device=weight_NI.device)
         word.copy_(weight_NI)
         return Matrix(word, None, None, None, bias_N, outputs)
     blocks, groups = -(-outputs // ROWS), -(-inputs // INT4_GROUP)
     words = groups * GROUP_WORDS if storage is Storage.INT4 else -(-inputs // PLACES[storage])
-    word_BJU = torch.empty(blocks, words, ROWS, dtype=torch.int32)
-    scale_BGU = torch.empty(blocks, groups, ROWS, dtype=torch.float32) if storage is Storage.INT4 else None
+    word_BJU = torch.empty(blocks, words, ROWS, dtype=torch.int32, device=weight_NI.device)
+    scale_BGU = None
+    if storage is Storage.INT4:
+        scale_BGU = torch.empty(blocks, groups, ROWS, dtype=torch.float32, device=weight_NI.device)
     min_BGU = None if scale_BGU is None else torch.empty_like(scale_BGU)
     for first in range(0, outputs, _PIECE_ROWS):
         piece = slice(first, min(first + _PIECE_ROWS, outputs))

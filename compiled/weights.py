@@ -137,10 +137,12 @@ def prepare_layer(
     compute: torch.dtype = DEFAULT,
     *,
     of_rows: AbsmaxOfRows | None = None,
+    of_expert_rows: AbsmaxOfRows | None = None,
 ) -> Layer:
     """Return one layer; no other is needed. The weights fit the config (`validate_layer`).
 
-    `of_rows` is given for a rank's share of a layer: it completes the absmax of matrices that are cut by columns.
+    `of_rows` is given for a rank's share of a layer: it completes the absmax of matrices that are cut by columns;
+    `of_expert_rows` does so for those of experts, which other ranks have the rest of.
     """
 
     def norm(part: NormWeights | None) -> Norm | None:
@@ -156,7 +158,7 @@ def prepare_layer(
         mlp_norm=norm(weights.mlp_norm),
         mlp=_mlp(mlp, storage, device, of_rows)
         if isinstance(mlp, MlpWeights)
-        else _moe(mlp, storage, device, compute, of_rows),
+        else _moe(mlp, storage, device, compute, of_rows, of_expert_rows),
         mlp_output_norm=norm(weights.mlp_output_norm),
         slope_H=None if slope_H is None else slope_H.detach().to(device, torch.float64, copy=True),
         query_norm=_head_norm(attention.query_norm, config.attention, device, compute),
@@ -176,6 +178,7 @@ def _moe(
     device: torch.device,
     compute: torch.dtype,
     of_rows: AbsmaxOfRows | None,
+    of_expert_rows: AbsmaxOfRows | None,
 ) -> Moe:
     def few(part: LinearWeights | None) -> Matrix | None:
         return None if part is None else _matrix([part], Storage.FLOAT32, device)
@@ -185,7 +188,7 @@ def _moe(
     return Moe(
         router=_matrix([weights.router], Storage.FLOAT32, device),
         choice_bias_E=None if weights.choice_bias_E is None else _plain(weights.choice_bias_E, device, compute),
-        experts=Mlp(stack(up, storage).to(device), stack([experts.down], storage).to(device)),
+        experts=Mlp(stack(up, storage).to(device), stack([experts.down], storage, of_expert_rows).to(device)),
         shared=None if weights.shared is None else _mlp(weights.shared, storage, device, of_rows),
         shared_gate=few(weights.shared_gate),
         residual=None if weights.residual is None else _mlp(weights.residual, storage, device, of_rows),

@@ -40,7 +40,11 @@ class pinned:
         _float32.enter()
         try:
             threads, default = torch.get_num_threads(), torch.empty(0).device
-            autocast = {kind for kind in ("cpu", self._device.type) if torch.is_autocast_enabled(kind)}
+            autocast = {
+                kind
+                for kind in ("cpu", self._device.type)
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            }
             other_threads = self._threads is not None and threads != self._threads
             if not (autocast or other_threads or default != CPU or torch.is_inference_mode_enabled()):
                 self._grad = torch.is_grad_enabled()

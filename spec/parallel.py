@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
-from .config import INT4_GROUP, ModelConfig, Storage
+from .config import ModelConfig, Storage
 from .errors import RequestError
 from .moe import MoeConfig
-from .shapes import layer_shapes
-from .shard import Shard, Slices, check_ranks, layer_slices
+from .shard import ExpertShard, Shard, check_ranks, nearest_divisor
 
 Groups = tuple[tuple[int, ...], ...]
 """Ranks of a stage that work together, numbered within the stage."""
@@ -124,6 +123,18 @@ class ParallelConfig:
         group, expert = divmod(in_stage, self.expert)
         return Place(stage, data, tensor, expert, group % self.expert_slices)
 
+    def shard(self, rank: int) -> Shard:
+        """Return what a rank of the job holds of its stage's layers: experts by expert and slice, the rest by tensor.
+
+        >>> ParallelConfig(data=4, tensor=4, expert=8, expert_slices=2).shard(13)
+        Shard(rank=1, ranks=4, experts=ExpertShard(rank=5, ranks=8, slice_rank=1, slices=2))
+        """
+        place = self.place(rank)
+        experts = ExpertShard(
+            rank=place.expert, ranks=self.expert, slice_rank=place.expert_slice, slices=self.expert_slices
+        )
+        return Shard(rank=place.tensor, ranks=self.tensor, experts=experts)
+
 
 def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
     """Deal out layers to stages, neighbors together; the first stages get one more, since the last has the head too.
@@ -142,58 +153,10 @@ def check_parallel(config: ModelConfig, parallel: ParallelConfig, storage: Stora
             f"ParallelConfig.pipeline is {parallel.pipeline}, but the model has {len(config.layers)} layers and every "
             f"stage needs one; the nearest that works is {len(config.layers)}"
         )
-    check_ranks(config, parallel.tensor, storage)
-    mixtures = {index: layer.mlp for index, layer in enumerate(config.layers) if isinstance(layer.mlp, MoeConfig)}
-    if not mixtures and parallel.expert * parallel.expert_slices > 1:
+    experts = parallel.expert * parallel.expert_slices
+    if experts > 1 and not any(isinstance(layer.mlp, MoeConfig) for layer in config.layers):
         raise RequestError(
             f"expert * expert_slices is {parallel.expert} * {parallel.expert_slices}, but the model has no experts; "
             "the only degrees that work are 1 * 1"
         )
-    for index, mlp in mixtures.items():
-        experts, width, slices = mlp.router.experts, mlp.expert.width, parallel.expert_slices
-        if experts % parallel.expert:
-            raise RequestError(
-                f"ParallelConfig.expert is {parallel.expert}, but layer {index} has {experts} experts, which do not "
-                f"divide by it; the nearest that works is {nearest_divisor(experts, parallel.expert)}"
-            )
-        if width % slices or (storage is Storage.INT4 and slices > 1 and width // slices % INT4_GROUP):
-            able = [
-                each
-                for each in range(1, width + 1)
-                if width % each == 0 and (storage is not Storage.INT4 or each == 1 or width // each % INT4_GROUP == 0)
-            ]
-            nearest = min(able, key=lambda each: abs(each - slices))
-            raise RequestError(
-                f"ParallelConfig.expert_slices is {slices}, but layer {index} has experts of width {width}, which "
-                f"cannot be cut so; the nearest that works is {nearest}"
-            )
-
-
-def rank_layer_slices(config: ModelConfig, index: int, parallel: ParallelConfig, rank: int) -> Slices:
-    """Return what a rank of a stage holds of a layer: experts by expert and slice, all else by the tensor degree."""
-    place, layer = parallel.place(rank), config.layers[index]
-    held = layer_slices(config, index, Shard(rank=place.tensor, ranks=parallel.tensor))
-    if not isinstance(layer.mlp, MoeConfig):
-        return held
-    held = {name: cuts for name, cuts in held.items() if not name.startswith("mlp.experts.")}
-    number = layer.mlp.router.experts // parallel.expert
-    width = layer.mlp.expert.width // parallel.expert_slices
-    experts = slice(place.expert * number, (place.expert + 1) * number)
-    piece = slice(place.expert_slice * width, (place.expert_slice + 1) * width)
-    for name, shape in layer_shapes(layer, config.hidden).items():
-        if name.startswith(("mlp.experts.up.", "mlp.experts.gate.")):
-            held[name] = (experts, piece, *(None,) * (len(shape) - 2))
-        elif name == "mlp.experts.down.weight_ENI":
-            held[name] = (experts, None, piece)
-        elif name.startswith("mlp.experts.down.") and place.expert_slice == 0:
-            held[name] = (experts, None)  # the bias is added once
-    return held
-
-
-def nearest_divisor(size: int, wanted: int) -> int:
-    """Return the divisor of a size that is nearest to a number, the smaller of two.
-
-    >>> nearest_divisor(12, 5), nearest_divisor(8, 100)
-    (4, 8)
-    """
-    return min((each for each in range(1, size + 1) if size % each == 0), key=lambda each: abs(each - wanted))
+    check_ranks(config, parallel.tensor, storage, parallel.shard(0).experts)

@@ -18,9 +18,9 @@ import torch
 from .config import LayerConfig, ModelConfig, NormKind, QkNormSpan, Residual, Storage
 from .counts import Count, count_of
 from .moe import MoeConfig
-from .parallel import Exchange, ParallelConfig, check_parallel, rank_layer_slices, stage_layers
+from .parallel import Exchange, ParallelConfig, check_parallel, stage_layers
 from .shapes import embedding_shapes, head_shapes, layer_shapes
-from .shard import Shard, embedding_slices, head_slices, sliced_shapes
+from .shard import embedding_slices, head_slices, layer_slices, sliced_shapes
 
 INT64_BYTES = 8
 
@@ -46,11 +46,11 @@ def rank_bytes(config: ModelConfig, parallel: ParallelConfig, rank: int, storage
     12.3
     """
     place = parallel.place(rank)
-    shard = Shard(rank=place.tensor, ranks=parallel.tensor)
+    shard = parallel.shard(rank)
     held = Count()
     for index in stage_layers(len(config.layers), parallel.pipeline)[place.stage]:
         shapes = layer_shapes(config.layers[index], config.hidden)
-        held += count_of(sliced_shapes(shapes, rank_layer_slices(config, index, parallel, rank % parallel.stage_ranks)))
+        held += count_of(sliced_shapes(shapes, layer_slices(config, index, shard)))
     embedding = sliced_shapes(embedding_shapes(config), embedding_slices(config, shard))
     if place.stage == 0:
         held += count_of(embedding)

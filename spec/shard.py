@@ -9,7 +9,8 @@ hidden vector are cut by rows, those that write it by columns, so a layer needs 
     whole      norms, positions, token types, rotary frequencies, projections to and from the token table's width;
                routers and what weighs the MLPs beside experts
 
-Of a mixture of experts each rank holds its rows or columns of every expert (the paper's expert slicing).
+Of a mixture's experts a rank holds its rows or columns of every one, or, with an `ExpertShard`, whole experts or slices
+of some: the paper's expert parallelism and expert slicing (section V-A).
 
 Heads stay whole, and every query head stays with the key/value head that it reads. Where there are more ranks than
 key/value heads, ranks that share a head all hold it. Example: 8 query heads over 2 key/value heads of 16 elements, an
@@ -19,6 +20,9 @@ MLP of 96, and 1000 tokens, on 4 ranks. Rank 3 holds
     key/value head 1           rows 16..32 of key and value, which rank 2 holds too
     a quarter of the MLP       rows 72..96 of gate and up, and the same columns of down
     a quarter of the tokens    rows 750..1000 of token table and head
+
+Of 8 experts as wide, on 4 ranks for different experts and 2 for different slices, the rank at place 3 of the 4 and 1 of
+the 2 holds experts 6 and 7, of each rows 48..96 of gate and up, and the same columns of down.
 
 A vocabulary need not divide: of 1001 tokens the ranks hold 251, 251, 251 and 248. Everything else must.
 """
@@ -47,23 +51,45 @@ _HEAD_ROWS = ("projection.", "bias_V")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShard:
+    """The place of one rank among those that share a mixture's experts."""
+
+    rank: int
+    """Among the ranks that hold different experts, counted from 0."""
+    ranks: int
+    slice_rank: int = 0
+    """Among the ranks that hold different slices of the same experts, counted from 0."""
+    slices: int = 1
+
+    def __post_init__(self) -> None:
+        _check_place("ExpertShard", "rank", self.rank, "ranks", self.ranks)
+        _check_place("ExpertShard", "slice_rank", self.slice_rank, "slices", self.slices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """The place of one rank among those that share a model."""
 
     rank: int
     """Counted from 0."""
     ranks: int
+    experts: ExpertShard | None = None
+    """None cuts every expert like any other MLP, by `rank` of `ranks`."""
 
     def __post_init__(self) -> None:
-        if self.ranks < 1:
-            raise RequestError(f"Shard.ranks is {self.ranks}; it must be at least 1")
-        if not 0 <= self.rank < self.ranks:
-            raise RequestError(f"Shard.rank is {self.rank}; of {self.ranks} ranks it must be 0 to {self.ranks - 1}")
+        _check_place("Shard", "rank", self.rank, "ranks", self.ranks)
+
+
+def _check_place(kind: str, rank_name: str, rank: int, count_name: str, count: int) -> None:
+    if count < 1:
+        raise RequestError(f"{kind}.{count_name} is {count}; it must be at least 1")
+    if not 0 <= rank < count:
+        raise RequestError(f"{kind}.{rank_name} is {rank}; of {count} {count_name} it must be 0 to {count - 1}")
 
 
 def embedding_slices(config: ModelConfig, shard: Shard) -> Slices:
     """Return what the rank holds of the embedding. Raises `RequestError` as `check_ranks`; likewise the two below."""
-    check_ranks(config, shard.ranks)
+    check_ranks(config, shard.ranks, experts=shard.experts)
     return _slices(embedding_shapes(config), shard, _EMBEDDING_ROWS, ())
 
 
@@ -76,16 +102,24 @@ def layer_slices(config: ModelConfig, index: int, shard: Shard) -> Slices:
     ((slice(320, 640, None), None), (None, slice(1280, 2560, None)), (None,))
     >>> "mlp.down.bias_N" in held
     False
+    >>> place = ExpertShard(rank=3, ranks=64, slice_rank=1, slices=2)  # 128 experts of width 32768
+    >>> held = layer_slices(PAPER_MODELS["24b-moe-128"].config, 1, Shard(rank=0, ranks=8, experts=place))
+    >>> held["mlp.experts.up.weight_ENI"]
+    (slice(6, 8, None), slice(16384, 32768, None), None)
     """
-    check_ranks(config, shard.ranks)
+    check_ranks(config, shard.ranks, experts=shard.experts)
     layer = config.layers[index]
-    kv_heads = layer.attention.kv_heads
-    return _slices(layer_shapes(layer, config.hidden), shard, _LAYER_ROWS, _LAYER_COLUMNS, kv_heads)
+    shapes, kv_heads = layer_shapes(layer, config.hidden), layer.attention.kv_heads
+    held = _slices(shapes, shard, _LAYER_ROWS, _LAYER_COLUMNS, kv_heads)
+    if shard.experts is not None:
+        held = {name: cuts for name, cuts in held.items() if not name.startswith("mlp.experts.")}
+        held |= _expert_slices(shapes, shard.experts)
+    return held
 
 
 def head_slices(config: ModelConfig, shard: Shard) -> Slices:
     """Return what the rank holds of the head."""
-    check_ranks(config, shard.ranks)
+    check_ranks(config, shard.ranks, experts=shard.experts)
     return _slices(head_shapes(config), shard, _HEAD_ROWS, ())
 
 
@@ -115,37 +149,41 @@ def sliced_shapes(shapes: Shapes, slices: Slices) -> Shapes:
     }
 
 
-def local_layer(layer: LayerConfig, ranks: int) -> LayerConfig:
+def local_layer(layer: LayerConfig, ranks: int, experts: ExpertShard | None = None) -> LayerConfig:
     """Return the config by which each rank computes its part of a layer: its heads, and its part of the MLP.
 
-    Biases are there as in the whole layer; those of attention output and down, on rank 0 only.
+    Biases are there as in the whole layer; those of attention output and down, on rank 0 only. The router's number of
+    experts stays that of the whole layer, for every rank routes among all.
     """
     attention = replace(
         layer.attention,
         heads=layer.attention.heads // ranks,
         kv_heads=max(1, layer.attention.kv_heads // ranks),
     )
-    return replace(layer, attention=attention, mlp=_local_mlp(layer.mlp, ranks))
+    return replace(layer, attention=attention, mlp=_local_mlp(layer.mlp, ranks, experts))
 
 
-def _local_mlp(config: MlpConfig | MoeConfig, ranks: int) -> MlpConfig | MoeConfig:
+def _local_mlp(config: MlpConfig | MoeConfig, ranks: int, experts: ExpertShard | None) -> MlpConfig | MoeConfig:
     if isinstance(config, MlpConfig):
         return replace(config, width=config.width // ranks)
-    parts = {part: getattr(config, part) for part in ("expert", "shared", "residual")}
+    cuts = {"expert": ranks if experts is None else experts.slices, "shared": ranks, "residual": ranks}
+    parts = {part: getattr(config, part) for part in cuts}
     return replace(
-        config, **{part: replace(mlp, width=mlp.width // ranks) for part, mlp in parts.items() if mlp is not None}
+        config, **{part: replace(mlp, width=mlp.width // cuts[part]) for part, mlp in parts.items() if mlp is not None}
     )
 
 
-def _widths(config: MlpConfig | MoeConfig) -> dict[str, int]:
-    """Return the width of each MLP of a layer, by what it is called."""
+def _widths(config: MlpConfig | MoeConfig, experts: ExpertShard | None) -> dict[str, int]:
+    """Return the width of each MLP of a layer that the ranks cut, by what it is called."""
     if isinstance(config, MlpConfig):
         return {"an MLP": config.width}
-    mlps = {"experts": config.expert, "a shared MLP": config.shared, "a residual MLP": config.residual}
+    mlps = {"a shared MLP": config.shared, "a residual MLP": config.residual}
+    if experts is None:
+        mlps = {"experts": config.expert, **mlps}
     return {name: mlp.width for name, mlp in mlps.items() if mlp is not None}
 
 
-def degrees(config: ModelConfig, storage: Storage | None = None) -> tuple[int, ...]:
+def degrees(config: ModelConfig, storage: Storage | None = None, experts: ExpertShard | None = None) -> tuple[int, ...]:
     """List every number of ranks that can share the model, in that storage where one is given.
 
     In int4 the columns are cut where groups end, so that no two ranks share a group's minimum and scale: with 128 heads
@@ -157,23 +195,63 @@ def degrees(config: ModelConfig, storage: Storage | None = None) -> tuple[int, .
     ((1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 32, 64))
     """
     most = min(layer.attention.heads for layer in config.layers)
-    return tuple(ranks for ranks in range(1, most + 1) if _refusal(config, ranks, storage) is None)
+    return tuple(ranks for ranks in range(1, most + 1) if _refusal(config, ranks, storage, experts) is None)
 
 
-def check_ranks(config: ModelConfig, ranks: int, storage: Storage | None = None) -> None:
-    """Raise `RequestError`, naming the nearest number that can, unless that number of ranks can share the model."""
+def check_ranks(
+    config: ModelConfig, ranks: int, storage: Storage | None = None, experts: ExpertShard | None = None
+) -> None:
+    """Raise `RequestError`, naming the nearest number that can, unless that number of ranks can share the model.
+
+    With `experts`, the same for the ranks that share those: they need not be a multiple of `ranks`, nor divide it.
+    """
     if ranks < 1:
         raise RequestError(f"ranks is {ranks}; it must be at least 1")
-    refusal = _refusal(config, ranks, storage)
+    refusal = _refusal(config, ranks, storage, experts)
     if refusal is not None:
-        nearest = min(degrees(config, storage), key=lambda other: abs(other - ranks))
+        nearest = min(degrees(config, storage, experts), key=lambda other: abs(other - ranks))
         raise RequestError(f"ranks is {ranks}, but {refusal}; the nearest number that can share it is {nearest}")
+    if experts is not None:
+        _check_experts(config, experts, storage)
 
 
-def _refusal(config: ModelConfig, ranks: int, storage: Storage | None) -> str | None:
+def _check_experts(config: ModelConfig, shard: ExpertShard, storage: Storage | None) -> None:
+    for index, layer in enumerate(config.layers):
+        if not isinstance(layer.mlp, MoeConfig):
+            continue
+        experts, width, slices = layer.mlp.router.experts, layer.mlp.expert.width, shard.slices
+        if experts % shard.ranks:
+            raise RequestError(
+                f"expert is {shard.ranks}, but layer {index} has {experts} experts, which do not divide by it; the "
+                f"nearest that works is {nearest_divisor(experts, shard.ranks)}"
+            )
+        if not _can_slice(width, slices, storage):
+            only = f", and int4 is cut at multiples of {INT4_GROUP} only" if storage is Storage.INT4 else ""
+            able = (each for each in range(1, width + 1) if _can_slice(width, each, storage))
+            raise RequestError(
+                f"expert_slices is {slices}, but layer {index} has experts of width {width}, which cannot be cut "
+                f"so{only}; the nearest that works is {min(able, key=lambda each: abs(each - slices))}"
+            )
+
+
+def _can_slice(width: int, slices: int, storage: Storage | None) -> bool:
+    between_groups = storage is not Storage.INT4 or slices == 1 or width // slices % INT4_GROUP == 0
+    return width % slices == 0 and between_groups
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """Return the divisor of a size that is nearest to a number, the smaller of two.
+
+    >>> nearest_divisor(12, 5), nearest_divisor(8, 100)
+    (4, 8)
+    """
+    return min((each for each in range(1, size + 1) if size % each == 0), key=lambda each: abs(each - wanted))
+
+
+def _refusal(config: ModelConfig, ranks: int, storage: Storage | None, experts: ExpertShard | None) -> str | None:
     """Say why that number of ranks cannot share the model; None if it can."""
     for index, layer in enumerate(config.layers):
-        heads, kv_heads, widths = layer.attention.heads, layer.attention.kv_heads, _widths(layer.mlp)
+        heads, kv_heads, widths = layer.attention.heads, layer.attention.kv_heads, _widths(layer.mlp, experts)
         if heads % ranks:
             return f"layer {index} has {heads} query heads, which do not divide by it"
         if kv_heads % ranks and ranks % kv_heads:
@@ -211,6 +289,23 @@ def _slices(
             held[name] = *whole[:-1], _piece(shape[-1], shard)
         elif shard.rank == 0:  # the bias of a matrix cut by columns is added once
             held[name] = whole
+    return held
+
+
+def _expert_slices(shapes: Shapes, shard: ExpertShard) -> Slices:
+    """Return what the rank holds of the experts; the bias of a matrix cut by columns is on the first slice only."""
+    held: Slices = {}
+    place = Shard(rank=shard.slice_rank, ranks=shard.slices)
+    for name, shape in shapes.items():
+        if not name.startswith("mlp.experts."):
+            continue
+        experts = _piece(shape[0], Shard(rank=shard.rank, ranks=shard.ranks))
+        if not name.startswith(_LAYER_COLUMNS):
+            held[name] = (experts, _piece(shape[1], place), *(None,) * (len(shape) - 2))
+        elif len(shape) == 3:
+            held[name] = (experts, None, _piece(shape[2], place))
+        elif shard.slice_rank == 0:
+            held[name] = (experts, None)
     return held
 
 

@@ -1,8 +1,9 @@
 """What each rank must hold of a model, found element by element from heads that are dealt out, without the table in
 `spec.shard`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from twinfer.checkpoint.table import Heads, Table
 from twinfer.oracle.case import Picker
 from twinfer.oracle.models import draw_model_config
 from twinfer.oracle.trial import same_bits
-from twinfer.spec.config import AttentionConfig, LayerConfig, ModelConfig, Storage
+from twinfer.spec.config import INT4_GROUP, AttentionConfig, LayerConfig, ModelConfig, Storage
 from twinfer.spec.moe import MoeConfig
 from twinfer.spec.shapes import is_buffer
-from twinfer.spec.shard import Shard, degrees
+from twinfer.spec.shard import ExpertShard, Shard, degrees
 from twinfer.spec.weights import (
     EmbeddingWeights,
     HeadWeights,
@@ -53,7 +54,11 @@ def expected(part: int | str, whole: Part, config: ModelConfig, shard: Shard) ->
         if rows == []:
             continue
         first = 1 if ".experts." in name else 0  # the experts come before their rows
-        share = tensor if rows is None else tensor.index_select(first, torch.tensor(rows))
+        share = tensor
+        if first and shard.experts is not None:
+            place, count = shard.experts, len(tensor)
+            share = tensor[[expert for expert in range(count) if expert * place.ranks // count == place.rank]]
+        share = share if rows is None else share.index_select(first, torch.tensor(rows))
         held[name] = share if columns is None else share.index_select(first + 1, torch.tensor(columns))
     return held
 
@@ -74,6 +79,8 @@ def _elements(
         case ["mlp", "experts" | "shared" | "residual" as beside, matrix, tensor] if isinstance(layer.mlp, MoeConfig):
             mlp = {"experts": layer.mlp.expert, "shared": layer.mlp.shared, "residual": layer.mlp.residual}[beside]
             assert mlp is not None
+            if beside == "experts" and shard.experts is not None:
+                shard = Shard(rank=shard.experts.slice_rank, ranks=shard.experts.slices)
             return _of_mlp(matrix, tensor.replace("_E", "_"), mlp.width, shard)
         case ["mlp", "gate" | "up" | "down" as matrix, tensor]:
             return _of_mlp(matrix, tensor, layer.dense_mlp.width, shard)
@@ -140,6 +147,53 @@ def _assert_join(part: int | str, whole: Part, shares: list[dict[str, Any]], con
             continue  # each rank holds all of it
         dimension = next(i for i, size in enumerate(pieces[0].shape) if size != tensor.shape[i])
         assert same_bits(torch.cat(pieces, dimension), tensor), f"{part} {name}"
+
+
+def assert_experts_join(
+    source: WeightSource, storage: Storage | None = None, after_read: Callable[[LayerWeights], None] | None = None
+) -> list[tuple[int, int]]:
+    """Ranks hold their experts, or slices of these, bit by bit, and all ranks all of them; all else by another degree.
+
+    Returns the numbers of expert ranks and slices tried. `after_read` gets each share right after it is read.
+    """
+    mixtures = [index for index, layer in enumerate(source.config.layers) if isinstance(layer.mlp, MoeConfig)]
+    tried = [(ranks, slices) for ranks in FEW for slices in FEW[::-1] if _fits(source.config, storage, ranks, slices)]
+    for ranks, slices in tried:
+        tensor = max(each for each in degrees(source.config, storage, ExpertShard(rank=0, ranks=1)) if each in FEW)
+        for index in mixtures:
+            whole = source.layer(index)
+            held: dict[tuple[int, int], dict[str, Tensor]] = {}
+            for rank, slice_rank in product(range(ranks), range(slices)):
+                place = ExpertShard(rank=rank, ranks=ranks, slice_rank=slice_rank, slices=slices)
+                shard = Shard(rank=(rank + slice_rank) % tensor, ranks=tensor, experts=place)
+                share = source.layer(index, shard)
+                if after_read is not None:
+                    after_read(share)
+                validate_layer(share, source.config, index, shard)
+                held[rank, slice_rank] = dict(tensors(share))
+                wanted = expected(index, whole, source.config, shard)
+                assert held[rank, slice_rank].keys() == wanted.keys(), (index, shard)
+                for name, each in held[rank, slice_rank].items():
+                    assert same_bits(each, wanted[name]), f"{index} {name} of {shard}"
+            for name, each in tensors(whole):
+                if ".experts." in name:
+                    sliced = -1 if name.endswith("down.weight_ENI") else 1
+                    experts = [
+                        torch.cat(
+                            [part[name] for slice_rank in range(slices) if name in (part := held[rank, slice_rank])],
+                            sliced,
+                        )
+                        for rank in range(ranks)
+                    ]
+                    assert same_bits(torch.cat(experts), each), f"{index} {name}"
+    return tried
+
+
+def _fits(config: ModelConfig, storage: Storage | None, ranks: int, slices: int) -> bool:
+    """Report whether every mixture's experts divide so."""
+    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeConfig)]
+    group = INT4_GROUP if storage is Storage.INT4 and slices > 1 else 1
+    return all(mlp.router.experts % ranks == 0 and mlp.expert.width % (slices * group) == 0 for mlp in mixtures)
 
 
 def shareable(pick: Picker) -> ModelConfig:

@@ -2,12 +2,14 @@
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from twinfer.spec.config import Head, LayerConfig, MlpConfig, ModelConfig, NormPlacement, Residual, Storage
 from twinfer.spec.counts import Count, cache_bytes_per_token, count, total
+from twinfer.spec.errors import CheckpointError
 from twinfer.spec.moe import MoeConfig
 from twinfer.spec.paper_models import PAPER_MODELS
 
@@ -152,13 +154,21 @@ def _describe_mlp(config: MlpConfig) -> str:
 
 
 def config_of(model: str) -> ModelConfig:
-    """Return the config of a model of the paper, by its name, or of any that `open_model` takes."""
+    """Return the config of a model of the paper, by its name, or of any that `open_model` takes.
+
+    Where there is no such model, the error lists those of the paper too.
+    """
     if model in PAPER_MODELS:
         return PAPER_MODELS[model].config
     from twinfer.checkpoint import open_model
 
-    with waiting() as report:
-        return open_model(model, report=report).config
+    try:
+        with waiting() as report:
+            return open_model(model, report=report).config
+    except CheckpointError as error:
+        if Path(model).exists():
+            raise
+        raise CheckpointError(f"{error}; by config alone, also {', '.join(PAPER_MODELS)}") from None
 
 
 def _report(model: str, config: ModelConfig) -> dict[str, Any]:

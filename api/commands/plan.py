@@ -7,8 +7,9 @@ from rich.table import Table
 
 from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.errors import RequestError
-from twinfer.spec.parallel import Exchange, ParallelConfig, check_parallel, nearest_divisor
+from twinfer.spec.parallel import Exchange, ParallelConfig, check_parallel
 from twinfer.spec.plan import Traffic, rank_bytes, traffic, whole_bytes
+from twinfer.spec.shard import nearest_divisor
 
 from .console import print_json, print_table
 from .inspect import config_of
@@ -61,8 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     parallel = parallel_of(args)
-    if args.tokens < 1:
-        raise RequestError(f"--tokens is {args.tokens}; it must be at least 1")
     config, storage = config_of(args.model), Storage(args.storage)
     check_parallel(config, parallel, storage)
     firsts = [stage * parallel.stage_ranks for stage in range(parallel.pipeline)]
@@ -82,9 +81,12 @@ def run(args: argparse.Namespace) -> int:
 
 def parallel_of(args: argparse.Namespace) -> ParallelConfig:
     """Return the degrees asked for; what tensor and pipeline leave over of the GPUs are data groups."""
+    for name in ("gpus", "pipeline", "tensor", "tokens"):
+        if getattr(args, name) < 1:
+            raise RequestError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     shared = args.pipeline * args.tensor
-    if min(args.gpus, args.pipeline, args.tensor) < 1 or args.gpus % shared:
-        nearest = nearest_divisor(max(args.gpus, 1), max(args.tensor, 1))
+    if args.gpus % shared:
+        nearest = nearest_divisor(args.gpus, args.tensor)
         raise RequestError(
             f"--gpus is {args.gpus}, which does not divide by --pipeline * --tensor = {args.pipeline} * {args.tensor}; "
             f"the nearest --tensor that works with one stage is {nearest}"

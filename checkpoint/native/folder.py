@@ -216,7 +216,7 @@ class TwinferFolder:
 
     def _check_cuts(self, shard: Shard | None) -> None:
         if shard is not None:
-            check_ranks(self.config, shard.ranks, self.storage)
+            check_ranks(self.config, shard.ranks, self.storage, shard.experts)
 
     def _header(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         with self._opened(name) as file:

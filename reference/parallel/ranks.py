@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ...spec.config import ModelConfig
-from ...spec.parallel import ParallelConfig, rank_layer_slices, stage_layers
-from ...spec.shard import Shard, embedding_slices, head_slices, local_layer
+from ...spec.parallel import ParallelConfig, stage_layers
+from ...spec.shard import embedding_slices, head_slices, layer_slices, local_layer
 from ...spec.weights import LayerWeights, sliced
 from ..cache import KVCache, empty
 from ..decoder import DecoderWeights
@@ -33,10 +33,8 @@ def cut(whole: DecoderWeights, config: ModelConfig, parallel: ParallelConfig) ->
     for indices in stage_layers(len(config.layers), parallel.pipeline):
         held = []
         for rank in range(parallel.stage_ranks):
-            shard = Shard(rank=parallel.place(rank).tensor, ranks=parallel.tensor)
-            layers = tuple(
-                sliced(whole.layers[index], rank_layer_slices(config, index, parallel, rank)) for index in indices
-            )
+            shard = parallel.shard(rank)
+            layers = tuple(sliced(whole.layers[index], layer_slices(config, index, shard)) for index in indices)
             embedding = sliced(whole.embedding, embedding_slices(config, shard))
             head = sliced(whole.head, head_slices(config, shard))
             held.append(RankWeights(DecoderWeights(embedding=embedding, layers=(), head=head), layers))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...spec.config import ModelConfig
-from ...spec.shard import Shard, vocabulary_piece
+from ...spec.shard import vocabulary_piece
 from ...spec.weights import EmbeddingWeights, LinearWeights
 from ..components import DEFAULT, Components
 from ..embedding import embed, head_logits, scale_and_cap
@@ -81,8 +81,7 @@ def logits_over_ranks(
 
 
 def _first_token(config: ModelConfig, stage: Stage, rank: int) -> int:
-    shard = Shard(rank=stage.parallel.place(rank).tensor, ranks=stage.parallel.tensor)
-    return vocabulary_piece(config.vocabulary, shard).start
+    return vocabulary_piece(config.vocabulary, stage.parallel.shard(rank)).start
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -24,8 +24,8 @@ from twinfer.reference.routing import Routing
 from twinfer.spec.config import Activation, MlpConfig, ModelConfig
 from twinfer.spec.errors import RequestError
 from twinfer.spec.moe import ROUTERS, MoeConfig, router
-from twinfer.spec.parallel import Exchange, ParallelConfig, check_parallel, rank_layer_slices
-from twinfer.spec.weights import MoeWeights, sliced
+from twinfer.spec.parallel import Exchange, ParallelConfig, check_parallel
+from twinfer.spec.weights import MoeWeights
 
 from ...families.conftest import AGREEMENT
 from ...shards import shareable
@@ -55,8 +55,7 @@ def mixture(recipe: str, seed: int) -> ModelConfig:
 
 
 def shares(source: IntegerSource, parallel: ParallelConfig) -> list[MoeWeights]:
-    whole = source.layer(1)
-    cut = [sliced(whole, rank_layer_slices(source.config, 1, parallel, r)) for r in range(parallel.stage_ranks)]
+    cut = [source.layer(1, parallel.shard(rank)) for rank in range(parallel.stage_ranks)]
     return [each.mlp for each in cut if isinstance(each.mlp, MoeWeights)]
 
 
