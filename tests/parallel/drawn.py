@@ -23,15 +23,12 @@ def draw_model(seed: int, *, layers: int = 1, experts: bool = False, wide: bool 
     """A decoder of at least so many layers; with `experts`, some layers have them; `wide` fits int4's groups."""
     pick: Picker = RandomPicker(seed)
     config = shareable(pick)
+    kv_heads = pick.choice([1, 2, 4, 12])  # that 2 and 4 ranks can share, replicated or not
     each = [pick.choice(config.layers) for _ in range(max(layers, len(config.layers)))]
+    each = [replace(layer, attention=replace(layer.attention, kv_heads=kv_heads)) for layer in each]
     if wide:
-        attention = {"head_size": 64}
         each = [
-            replace(
-                layer,
-                attention=replace(layer.attention, **attention, rotary=None),
-                mlp=replace(layer.mlp, width=128 * 3),
-            )
+            replace(layer, attention=replace(layer.attention, head_size=64), mlp=replace(layer.mlp, width=256))
             for layer in each
         ]
     if experts:
@@ -62,7 +59,7 @@ def draw_calls(seed: int, vocabulary: int, *, batch: int) -> Calls:
 
 def on_one(config: ModelConfig, seed: int, storage: Storage, calls: Calls) -> list[Tensor]:
     """The logits of the compiled path, not compiled."""
-    path = CompiledPath(RandomSource(config, seed), storage=storage, mode=Mode.EAGER)
+    path = CompiledPath(RandomSource(config, seed), storage=storage, compute=torch.float64, mode=Mode.EAGER)
     sequences = path.open(len(calls[0]), 1)
     return [path.extend(sequences, call) for call in calls]
 
@@ -71,7 +68,7 @@ def counted_by_reference(
     config: ModelConfig, seed: int, parallel: ParallelConfig, storage: Storage, calls: Calls
 ) -> list[Counted]:
     """What each rank hands in, call by call, by the ledger of the one-process program."""
-    path = ParallelReference(RandomSource(config, seed), parallel, storage=storage)
+    path = ParallelReference(RandomSource(config, seed), parallel, storage=storage, compute=torch.float64)
     sequences = path.open(len(calls[0]), 1)
     for call in calls:
         path.extend(sequences, call)
