@@ -6,13 +6,15 @@ Everything runs in float64, where only a fault is larger than a rounding.
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from twinfer.oracle.trial import same_bits
-from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.config import LayerConfig, ModelConfig, Storage
+from twinfer.spec.moe import MoeConfig
 from twinfer.spec.parallel import Exchange, ParallelConfig
 from twinfer.spec.shard import degrees
 
@@ -86,6 +88,49 @@ def test_stages_and_data_groups(two: Pool, seed: int, parallel: ParallelConfig) 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_products_of_degrees(four: Pool, seed: int, parallel: ParallelConfig) -> None:
     assert_ranks_agree(four, draw_model(seed, layers=3), seed, parallel, Storage.BFLOAT16)
+
+
+MIXTURES_OF_TWO = {
+    "tensor": ParallelConfig(tensor=2),
+    "expert": ParallelConfig(tensor=2, expert=2),
+    "expert of data groups": ParallelConfig(data=2, expert=2),
+    "slices": ParallelConfig(tensor=2, expert_slices=2),
+}
+MIXTURES_OF_FOUR = {
+    "expert x slices": ParallelConfig(data=2, tensor=2, expert=2, expert_slices=2),
+    "coordinated": ParallelConfig(data=2, tensor=2, expert=4, exchange=Exchange.COORDINATED),
+    "hierarchical": ParallelConfig(data=2, tensor=2, expert=4, exchange=Exchange.HIERARCHICAL),
+    "direct": ParallelConfig(data=2, tensor=2, expert=4),
+    "pipeline": ParallelConfig(pipeline=2, tensor=2, expert=2),
+}
+
+
+def mixture(seed: int) -> ModelConfig:
+    """A model whose experts 2 and 4 ranks can share."""
+    config = draw_model(seed, layers=2, experts=True)
+
+    def shareable(layer: LayerConfig) -> LayerConfig:
+        if not isinstance(layer.mlp, MoeConfig):
+            return layer
+        router = replace(layer.mlp.router, experts=4, top_k=min(2, layer.mlp.router.top_k), groups=1, kept_groups=1)
+        return replace(layer, mlp=replace(layer.mlp, router=router))
+
+    return replace(config, layers=tuple(map(shareable, config.layers)))
+
+
+@pytest.mark.parametrize("storage", [Storage.FLOAT32, Storage.INT8])
+@pytest.mark.parametrize("name", MIXTURES_OF_TWO)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mixtures(two: Pool, seed: int, name: str, storage: Storage) -> None:
+    parallel = MIXTURES_OF_TWO[name]
+    assert_ranks_agree(two, mixture(seed), seed, parallel, storage, batch=parallel.data)
+
+
+@pytest.mark.parametrize("name", MIXTURES_OF_FOUR)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mixtures_by_products_of_degrees(four: Pool, seed: int, name: str) -> None:
+    parallel = MIXTURES_OF_FOUR[name]
+    assert_ranks_agree(four, mixture(seed), seed, parallel, Storage.INT8, batch=parallel.data)
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=str)
