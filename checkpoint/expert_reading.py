@@ -23,13 +23,20 @@ def read_experts(store: TensorStore, reading: Reading, slices: Slices | None) ->
     for place, name in enumerate(reading.fills):
         if slices is not None and name not in slices:
             continue
-        rows, *columns = (None,) * 2 if slices is None else slices[name][1:]
-        weights[name] = _read_one(store, reading, place, rows, columns[0] if columns else None)
+        experts, rows, *columns = (None,) * 3 if slices is None else slices[name]
+        weights[name] = _read_one(store, reading, place, experts, rows, columns[0] if columns else None)
     return weights
 
 
-def _read_one(store: TensorStore, reading: Reading, place: int, rows: slice | None, columns: slice | None) -> Tensor:
-    """Read these rows and columns of every expert's map; of several kept together, the one at `place`."""
+def _read_one(
+    store: TensorStore,
+    reading: Reading,
+    place: int,
+    experts: slice | None,
+    rows: slice | None,
+    columns: slice | None,
+) -> Tensor:
+    """Read these rows and columns of these experts' map; of several kept together, the one at `place`."""
     stored, count = reading.stored, next(iter(reading.fills.values()))
     shape = list(store.shapes[reading.names[0]])
     if stored.experts is Experts.STACKED:
@@ -46,26 +53,37 @@ def _read_one(store: TensorStore, reading: Reading, place: int, rows: slice | No
     if len(shape) > 1:
         left, right, _ = (columns or slice(None)).indices(shape[1])
         cuts.append(slice(left, right))
-    tensor = _read_all(store, reading, count, shape, tuple(cuts[::-1] if stored.transposed else cuts))
+    tensor = _read_all(store, reading, count, experts, shape, tuple(cuts[::-1] if stored.transposed else cuts))
     tensor = tensor.transpose(1, 2) if stored.transposed else tensor
     return tensor[:, place::turns] if stored.interleaved else tensor
 
 
-def _read_all(store: TensorStore, reading: Reading, count: int, shape: list[int], cuts: tuple[slice, ...]) -> Tensor:
-    """Read the same part of every expert: [E, ...] as the file keeps each."""
+def _read_all(
+    store: TensorStore,
+    reading: Reading,
+    count: int,
+    experts: slice | None,
+    shape: list[int],
+    cuts: tuple[slice, ...],
+) -> Tensor:
+    """Read the same part of these experts, by default of all: [E, ...] as the file keeps each."""
     kept = shape[::-1] if reading.stored.transposed else shape
     whole = all(range(size)[cut] == range(size) for size, cut in zip(kept, cuts, strict=True))
+    wanted = range(count)[experts or slice(None)]
+    if not wanted:
+        return torch.empty(0, *(len(range(size)[cut]) for size, cut in zip(kept, cuts, strict=True)))
     match reading.stored.experts:
         case Experts.APART:
-            return torch.stack([store.read(name) if whole else store.read_slice(name, cuts) for name in reading.names])
+            names = [reading.names[expert] for expert in wanted]
+            return torch.stack([store.read(name) if whole else store.read_slice(name, cuts) for name in names])
         case Experts.FLAT:
             (name,) = reading.names
-            if whole:
+            if whole and len(wanted) == count:
                 stacked: Tensor = store.read(name).view(count, *kept)
                 return stacked
-            first = (
-                slice(expert * kept[0] + cuts[0].start, expert * kept[0] + cuts[0].stop) for expert in range(count)
-            )
+            first = (slice(expert * kept[0] + cuts[0].start, expert * kept[0] + cuts[0].stop) for expert in wanted)
             return torch.stack([store.read_slice(name, (rows, *cuts[1:])) for rows in first])
     (name,) = reading.names
-    return store.read(name) if whole else store.read_slice(name, (slice(0, count), *cuts))
+    if whole and len(wanted) == count:
+        return store.read(name)
+    return store.read_slice(name, (slice(wanted.start, wanted.stop), *cuts))

@@ -17,7 +17,8 @@ Shapes: A choices (tokens times experts each), T tokens, K = top_k, E experts, N
 outputs of one expert, J words in C places, G groups of W words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -46,12 +47,15 @@ from .packing import (
 def stack(parts: Sequence[StackedLinearWeights], storage: Storage) -> Matrix:
     """Return the parts of each expert below one another, packed: a `Matrix` whose tensors have E in front.
 
-    Rows are quantized alone. Where words are packed, rows of zeros fill up the last block of each expert.
+    Without experts it holds only the number of outputs. Rows are quantized alone. Where words are packed, rows of zeros
+    fill up the last block of each expert.
     """
     weight_ENI = parts[0].weight_ENI if len(parts) == 1 else torch.cat([part.weight_ENI for part in parts], 1)
     biases = [part.bias_EN for part in parts if part.bias_EN is not None]
     bias_EN = torch.cat(biases, 1).detach().to(torch.float32, copy=True).contiguous() if biases else None
     experts, outputs, inputs = weight_ENI.shape
+    if experts == 0:  # they are fetched (`fetching`)
+        return Matrix(torch.empty(0), None, None, None, None, outputs)
     if storage is not Storage.FLOAT32 and outputs % ROWS:
         weight_ENI = functional.pad(weight_ENI, (0, 0, 0, -outputs % ROWS))
     packed = pack(quantize(weight_ENI.detach().reshape(-1, inputs), storage))
@@ -163,15 +167,22 @@ def _grouped_product(
     weights = Matrix(word, scale_N, scale_BGU, min_BGU, bias_N, outputs)
     if x_AI.device.type != "cpu":
         return _by_masks(x_AI, rows_E, weights, Storage(storage))
+    chosen = [expert for expert, rows in enumerate(rows_E.tolist()) if rows]
+    matrices = ((expert, one_expert(weights, expert)) for expert in chosen)
+    return multiplied(x_AI, rows_E, matrices, outputs, Storage(storage))
+
+
+def multiplied(
+    x_AI: Tensor, rows_E: Tensor, matrices: Iterable[tuple[int, Matrix]], outputs: int, storage: Storage
+) -> Tensor:
+    """Return rows sorted by expert, each times the matrix of its own, [A, N]; the experts come in any order."""
     dtype = product_dtype(x_AI.dtype, x_AI.device)
     out_AN = x_AI.new_empty(len(x_AI), outputs)
-    begin = 0
-    for expert, rows in enumerate(rows_E.tolist()):
-        if rows:
-            piece = slice(begin, begin + rows)
-            weight_NI, bias = _expert(weights, expert, Storage(storage), x_AI.shape[1], dtype)
-            out_AN[piece] = product(x_AI[piece].to(dtype), weight_NI, bias)
-            begin += rows
+    ends = list(accumulate(rows_E.tolist(), initial=0))
+    for expert, matrix in matrices:
+        piece = slice(ends[expert], ends[expert + 1])
+        weight_NI, bias_N = _expanded(matrix, storage, x_AI.shape[1], dtype)
+        out_AN[piece] = product(x_AI[piece].to(dtype), weight_NI, bias_N)
     return out_AN
 
 
@@ -190,22 +201,24 @@ def _(
     return x_AI.new_empty(x_AI.shape[0], outputs)
 
 
-def _expert(
-    weights: Matrix, expert: int, storage: Storage, inputs: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Return one expert's matrix [N, I], expanded, and its bias."""
+def one_expert(weights: Matrix, expert: int) -> Matrix:
+    """Return one expert's matrix, as views."""
 
     def of(part: Tensor | None) -> Tensor | None:
         return None if part is None else part[expert]
 
-    one = weights._replace(
+    return weights._replace(
         word=weights.word[expert],
         scale_N=of(weights.scale_N),
         scale_BGU=of(weights.scale_BGU),
         min_BGU=of(weights.min_BGU),
+        bias_N=of(weights.bias_N),
     )
-    bias_N = of(weights.bias_N)
-    return expanded(one, storage, inputs, dtype), None if bias_N is None else bias_N.to(dtype)
+
+
+def _expanded(one: Matrix, storage: Storage, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return one expert's matrix [N, I], expanded, and its bias."""
+    return expanded(one, storage, inputs, dtype), None if one.bias_N is None else one.bias_N.to(dtype)
 
 
 def _by_masks(x_AI: Tensor, rows_E: Tensor, weights: Matrix, storage: Storage) -> Tensor:
@@ -218,7 +231,7 @@ def _by_masks(x_AI: Tensor, rows_E: Tensor, weights: Matrix, storage: Storage) -
     expert_A = (place_A[:, None] >= rows_E.cumsum(0)).sum(1)
     out_AN = x_AI.new_zeros(len(x_AI), weights.outputs)
     for expert in range(len(rows_E)):
-        weight_NI, bias_N = _expert(weights, expert, storage, x_AI.shape[1], dtype)
+        weight_NI, bias_N = _expanded(one_expert(weights, expert), storage, x_AI.shape[1], dtype)
         of_expert_AN = product(x_AI.to(dtype), weight_NI, bias_N).to(x_AI.dtype)
         out_AN = torch.where((expert_A == expert)[:, None], of_expert_AN, out_AN)
     return out_AN

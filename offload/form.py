@@ -67,7 +67,7 @@ class Record:
     """A part of a model in a store's file."""
 
     name: str
-    """Such as "layer 3" or "head rows 0 to 4095"."""
+    """Such as "layer 3", "layer 3, expert 7, up" or "head rows 0 to 4095"."""
     offset: int
     """Bytes from the file's beginning, a multiple of `PAGE`."""
     nbytes: int
