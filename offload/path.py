@@ -32,6 +32,8 @@ from ..spec.errors import CheckpointError, RequestError
 from .calls import Call, StreamedProgram, streamed_program
 from .direct import DirectFile, aligned_buffer
 from .events import Event
+from .expert_cache import ExpertCache
+from .expert_report import ExpertReport
 from .form import Resident, faulty, in_buffer
 from .plan import PREFILL_TOKENS, Plan, call_bytes, most_batch, plan
 from .store import Store
@@ -97,6 +99,7 @@ class OffloadPath:
         self.resident = self._read_resident()
         checksum_B = self.resident.table_checksum_B
         self._table = DiskTable(self._file, store.table, store.storage, checksum_B)
+        self._experts = ExpertCache(self._file, store, config) if any(store.experts) else None
         self._streamer: Streamer | None = None
         self.plan: Plan | None = None
         """That of the sequences opened last."""
@@ -124,10 +127,17 @@ class OffloadPath:
         """What the streamer did of late."""
         return [] if self._streamer is None else self._streamer.events
 
+    @property
+    def experts(self) -> ExpertReport | None:
+        """What was read of experts since sequences were opened last; None for a model without."""
+        return None if self._experts is None else self._experts.report
+
     def close(self) -> None:
         """Give back threads, buffers and the file; sequences cannot be extended any more."""
         if self._streamer is not None:
             self._streamer.close()
+        if self._experts is not None:
+            self._experts.close()
         self._table.close()
         self._file.close()
 
@@ -156,6 +166,8 @@ class OffloadPath:
         with self._turn:
             if self._streamer is None:
                 self._streamer = Streamer(self._file, self._store.schedule, self.plan.slots)
+            if self._experts is not None:
+                self._experts.resize(kept=self.plan.experts_kept, spare=self.plan.experts_spare)
             sequences = StaticSequences(self._config, batch, reserve, CPU, self._compute)
         sequences.owner = self
         return sequences
@@ -268,7 +280,10 @@ class OffloadPath:
             index = self._config.layers.index(layer)
             record = self._store.layers[index]
             self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
-            call.layer(layer, in_buffer(record, buffer), cache, self.resident.rotations.of_layer[index])
+            weights = in_buffer(record, buffer)
+            if self._experts is not None:
+                weights = self._experts.attached(index, weights, example=True)
+            call.layer(layer, weights, cache, self.resident.rotations.of_layer[index])
         call.leave(self.resident)
         record = self._store.head[0]
         self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
@@ -323,6 +338,8 @@ class OffloadPath:
             table, numbers = self._table.rows(each.tokens)
             each.call.enter(table, self.resident, numbers)
         for index, part in enumerate(self._streamer.sweep()):
+            if self._experts is not None and index < len(layers):
+                part = self._experts.attached(index, part)
             for each in pending:
                 if index < len(layers):
                     each.call.layer(layers[index], part, sequences.caches[index], of_layer[index])
