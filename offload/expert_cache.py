@@ -153,6 +153,7 @@ class ExpertCache:
                 with self._changed:
                     self._read_ahead(place, part, taken, others)
                     while not taken:
+                        assert self._left, "no slot is free, and none is going to be"
                         self._changed.wait()
                         self._read_ahead(place, part, taken, others)
                     expert, slot = taken[0]
@@ -215,6 +216,7 @@ class ExpertCache:
         offset, nbytes = chosen[0].offset, sum(record.nbytes for record in chosen)
         starts = range(0, nbytes, PIECE)
         self._left[slot] = len(starts)
+        self._failures.pop(slot, None)  # what nobody waited for
         buffer = memoryview(self._buffer)[begin : begin + nbytes]
         for start in starts:
             self._pool.submit(self._work, slot, chosen, buffer, offset, start)

@@ -176,7 +176,7 @@ def _least(
         experts_bytes=spare * slot_bytes(store),
         cache_bytes=batch * max(2, reserve) * cache_bytes_per_token(config, compute.itemsize),
         logits_bytes=4 * batch * config.vocabulary * accumulation_dtype(compute).itemsize,
-        work_bytes=_work_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve, expands),
+        work_bytes=_work_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve, expands, min(batch, PASS_ROWS)),
         flight_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),
     )
 
@@ -187,7 +187,7 @@ def _with(least: Plan, *, budget: int, slots: int, flight: int) -> Plan:
     return Plan(**{**values, "flight_bytes": flight})
 
 
-def _work_bytes(store: Store, config: ModelConfig, tokens: int, slots: int, expands: bool) -> int:
+def _work_bytes(store: Store, config: ModelConfig, tokens: int, slots: int, expands: bool, rows: int) -> int:
     """Return what a layer, or a block of the head, makes on its way at most, in float32.
 
     Of many tokens: activations of every width at once, and scores of a block of queries. Of weights: a packed matrix is
@@ -199,15 +199,18 @@ def _work_bytes(store: Store, config: ModelConfig, tokens: int, slots: int, expa
         matrices = [(shape[0], shape[1]) for shape in shapes if len(shape) == 2]
         experts = [(shape[1], shape[2]) for shape in shapes if len(shape) == 3]
         top_k = layer.mlp.router.top_k if isinstance(layer.mlp, MoeConfig) else 0
-        widths = sum(rows for rows, _ in matrices) + 4 * config.hidden
-        largest = max(rows * inputs for rows, inputs in _merged(matrices))
+        widths = sum(outputs for outputs, _ in matrices) + 4 * config.hidden
+        largest = max(outputs * inputs for outputs, inputs in _merged(matrices))
         scores = layer.attention.heads * min(tokens, 128) * slots
-        widths += top_k * (sum(rows for rows, _ in experts) + 3 * config.hidden)
+        widths += top_k * (sum(outputs for outputs, _ in experts) + 3 * config.hidden)
+        copied = 0
         if experts:
-            one = max(rows * inputs for rows, inputs in _merged(experts))
-            copied = 2 * min(PASS_ROWS, tokens) * top_k if expands else 1  # uncompiled, those of a pass are copied
-            largest = max(largest, copied * one)
-        most = max(most, 4 * (2 * tokens * widths + 2 * scores + largest * _copies(store.storage, expands)))
+            one = max(outputs * inputs for outputs, inputs in _merged(experts))
+            largest = max(largest, one)
+            copied = 2 * rows * top_k * one if expands else 0  # the weights of a pass's choices, and their products
+        most = max(
+            most, 4 * (2 * tokens * widths + 2 * scores + max(copied, largest * _copies(store.storage, expands)))
+        )
     block = math.prod(store.head[0].tensors()[0].shape) * _weights_a_word(store.storage)
     return max(most, 4 * block * _copies(store.storage, expands))
 

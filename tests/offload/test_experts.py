@@ -129,15 +129,15 @@ def _mutants() -> dict[str, Callable[[Patch], None]]:
 
         def claim(self: Slots, expert: Expert, part: int | None = None, *, guess: bool = False) -> int | None:
             for slot, state in enumerate(self._states):
-                if state in (State.IN_USE, State.FILLING):
+                if state in (State.IN_USE, State.READY):
                     self._states[slot] = State.FREE
                     self._free.insert(0, slot)
                     break
             return original(self, expert, part, guess=guess)
 
         patch.setattr(Slots, "claim", claim)
-        patch.setattr(Slots, "_move", lambda self, slot, before, after: self._states.__setitem__(slot, after))
-        patch.setattr(Slots, "_forget", lambda self, slot: None)
+        patch.setattr(Slots, "use", lambda self, slot: None)
+        patch.setattr(Slots, "done", lambda self, slot: None)
 
     def stale_slot(patch: Patch) -> None:
         original = Slots.find
@@ -276,10 +276,11 @@ def test_a_prompt_evicts_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
             cache, report = decoder._experts, decoder.experts
             assert cache is not None
             assert report is not None
-            for token in range(8):
-                decoder.extend(sequences, [torch.tensor([token]), torch.tensor([], dtype=torch.int64)])
             none = torch.tensor([], dtype=torch.int64)
-            decoder.extend(sequences, [none, torch.arange(prompt) * 31 % model.vocabulary])
+            for token in range(8):
+                decoder.extend(sequences, [torch.tensor([token]), none if token else torch.tensor([1])])
+            if prompt:
+                decoder.extend(sequences, [none, torch.arange(prompt) * 31 % model.vocabulary])
             cache._settle()
             held = {each for each, part in cache._slots._places if part is None}
             decoder.close()
@@ -361,7 +362,7 @@ def test_a_read_that_fails_is_told_and_can_be_tried_again(tmp_path: Path, monkey
     decoder = offloaded(store, model)
     monkeypatch.setattr(decoder._file, "_read", read)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="layer 1, expert [0-5], up cannot be read: Input/output error"):
+        with pytest.raises(CheckpointError, match=r"layer 1, expert [0-5], up cannot be read: Input/output error"):
             logits(decoder, steps)
     fails = False
     assert same(logits(decoder, steps), logits(resident(source), steps))
