@@ -13,6 +13,7 @@ Shapes: T tokens, K = top_k, M hidden.
 
 import mmap
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from .direct import DirectFile
 from .expert_report import ExpertReport
 from .expert_slots import Slots, State
 from .form import Placed, Record, faulty, rebuilt
+from .guessing import Guessing
 from .store import Store
 from .streamer import PIECE, WORKERS, damaged
 from .uses import Expert, Policy, Uses
@@ -43,7 +45,7 @@ _AHEAD = 2
 class ExpertCache:
     """Holds the experts of a store's mixtures, as many as `resize` allows.
 
-    `guesses`: how many experts of the next mixture are guessed and read ahead in a step of one sequence.
+    `guess`: whether a step of one sequence reads the next layer's likeliest expert ahead; None where it pays.
     """
 
     def __init__(
@@ -53,16 +55,21 @@ class ExpertCache:
         config: ModelConfig,
         *,
         policy: Policy = Policy.NEXT_USE,
-        guesses: int = 0,
+        guess: bool | None = None,
     ) -> None:
-        self._file, self._guesses = file, guesses
+        self._file, self._guess = file, guess
+        self._guessing = Guessing()
+        self._likeliest: Expert | None = None
+        """Of the next layer, if it is not in memory."""
+        self._ended: tuple[int, float] | None = None
+        """The layer that a step of one sequence fetched for last, and when it was there."""
         layers = [index for index, layer in enumerate(config.layers) if isinstance(layer.mlp, MoeConfig)]
         mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeConfig)]
         self._records = [store.experts[index] for index in layers]
         experts, top_k = ([getattr(each.router, name) for each in mixtures] for name in ("experts", "top_k"))
         self._slots = Slots(Uses(experts, top_k, policy), kept=0, spare=0)
         self.slot_bytes = slot_bytes(store)
-        room = sum(experts) + max(experts) + most_at_once(config, PASS_ROWS)
+        room = sum(experts) + max(experts) + most_at_once(config, PASS_ROWS) + 2
         self._buffer = _unbacked(room * self.slot_bytes)
         self._layers = {index: _Layer(self, place) for place, index in enumerate(layers)}
         self._matrices = [self._views(of_layer[0], room) for of_layer in self._records]
@@ -101,7 +108,7 @@ class ExpertCache:
             return layer
         assert isinstance(layer.mlp, Moe)
         if place.place not in self._routers:
-            self._routers[place.place] = layer.mlp.router._replace(word=layer.mlp.router.word.clone())
+            self._routers[place.place] = _copied(layer.mlp.router)
         matrices = self._matrices[place.place]
         fetcher = self._examples.setdefault(index, _Example(matrices)) if example else place
         return layer._replace(mlp=layer.mlp._replace(experts=Mlp(*matrices), fetcher_1=fetcher.number_1))
@@ -113,8 +120,11 @@ class ExpertCache:
     def fetch(self, place: int, experts: Sequence[int], x_TM: Tensor) -> dict[int, int]:
         """Bring experts of a layer into memory together; returns their slots, which stay until the next call."""
         wanted = [(place, expert) for expert in dict.fromkeys(experts)]
+        begin_s, alone = time.perf_counter(), len(x_TM) == 1
         with self._changed:
             self._settle()
+            if self._likeliest is not None and self._likeliest[0] == place:
+                self._guessing.note(right=self._likeliest in wanted)
             before = self._slots.guessed
             found = {each: slot for each in wanted if (slot := self._slots.find(each)) is not None}
             for slot in found.values():
@@ -122,16 +132,22 @@ class ExpertCache:
             self._slots.drop_guesses()
             self.report.note_step(wanted, [each for each in found if found[each] not in before], self._nbytes)
             self.report.guessed_right += len(before & set(found.values()))
-            for each in wanted:
-                if each not in found:
-                    found[each] = self._claimed(each)
-                    self.report.read_bytes += self._nbytes(each)
+            missing = [each for each in wanted if each not in found]
+            for each in missing:
+                found[each] = self._claimed(each)
+                self.report.read_bytes += self._nbytes(each)
             for slot in found.values():
                 self._wait(slot)
                 self._slots.use(slot)
             self._used = set(wanted)
-            if len(x_TM) == 1 and self._guesses:
-                self._guess(place + 1, x_TM)
+            end_s = time.perf_counter()
+            if alone and self._ended is not None and self._ended[0] == place - 1:
+                read_s = (end_s - begin_s) / len(missing) if missing else None
+                self._guessing.note_seconds(compute_s=begin_s - self._ended[1], read_s=read_s)
+            self._ended = (place, end_s) if alone else None
+            self._likeliest = self._expected(place + 1, x_TM[0]) if alone and self._guess is not False else None
+            if self._likeliest is not None and (self._guess or self._guessing.pays):
+                self._read_guess(self._likeliest)
         return {expert: slot for (_, expert), slot in found.items()}
 
     def pass_through(self, place: int, experts: Sequence[int], part: int) -> Iterator[tuple[int, Matrix]]:
@@ -182,19 +198,22 @@ class ExpertCache:
             self.report.prompt_bytes += self._nbytes((place, expert), None if whole else part)
             taken.append((expert, slot))
 
-    def _guess(self, place: int, x_1M: Tensor) -> None:
-        """Read ahead what the next layer's router would choose for this layer's hidden vector."""
+    def _expected(self, place: int, x_M: Tensor) -> Expert | None:
+        """Return the expert that a layer's router would choose for another layer's hidden vector, if it is not here."""
         router = self._routers.get(place)
         if router is None:
-            return
-        score_E = router.word @ x_1M[0].to(router.word.dtype)
+            return None
+        score_E = router.word @ x_M.to(router.word.dtype)
         if router.bias_N is not None:
             score_E = score_E + router.bias_N
-        for expert in score_E.argsort(descending=True)[: self._guesses].tolist():
-            each = place, expert
-            if self._slots.find(each) is None and (slot := self._slots.claim(each, guess=True)) is not None:
-                self._read(slot, each, None)
-                self.report.note_guess(self._nbytes(each))
+        likeliest = place, int(score_E.argmax())
+        return likeliest if self._slots.find(likeliest) is None else None
+
+    def _read_guess(self, expert: Expert) -> None:
+        slot = self._slots.claim(expert, guess=True)
+        if slot is not None:
+            self._read(slot, expert, None)
+            self.report.note_guess(self._nbytes(expert))
 
     def _settle(self) -> None:
         self._slots.settle(self._used)
@@ -285,6 +304,11 @@ class ExpertCache:
             return matrix
 
         return view(records[0], 0), view(records[1], records[0].nbytes)
+
+
+def _copied(router: Matrix) -> Matrix:
+    bias_N = None if router.bias_N is None else router.bias_N.clone()
+    return router._replace(word=router.word.clone(), bias_N=bias_N)
 
 
 class _Layer:

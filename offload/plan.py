@@ -133,8 +133,12 @@ def chosen_bytes(store: Store, config: ModelConfig, batch: int) -> int:
 
 
 def least_spare(config: ModelConfig, batch: int) -> int:
-    """Return how many slots a step must have to read into: for all that a pass can choose, and as many guesses."""
-    return max(2, 2 * most_at_once(config, min(batch, PASS_ROWS))) if most_at_once(config, 1) else 0
+    """Return how many slots a step must have to read into: for all that a pass can choose, and two guesses.
+
+    A wrong guess may still be being read when the next one is made.
+    """
+    most = most_at_once(config, min(batch, PASS_ROWS))
+    return most + 2 if most else 0
 
 
 def most_batch(

@@ -42,7 +42,7 @@ cases = drawn(
         pick.choice(list(Storage)),
         pick.integer(1, 7),
         pick.choice([0, 1, 3, 100]),
-        pick.choice([0, 0, 1, 3]),
+        pick.choice([None, False, True]),
         pick.choice(list(Policy)),
         pick.choice([False, True]),
         pick.choice([64, 4096, 1 << 22]),
@@ -50,19 +50,19 @@ cases = drawn(
 )
 
 
-def _keeping(patch: Patch, kept: int, *, guesses: int = 0, policy: Policy = Policy.NEXT_USE) -> None:
+def _keeping(patch: Patch, kept: int, *, guess: bool | None = False, policy: Policy = Policy.NEXT_USE) -> None:
     """Let caches keep so many experts, with as few slots besides as a plan may give."""
     original = ExpertCache.resize
 
     def resize(self: ExpertCache, *, kept: int, spare: int) -> None:
         del kept, spare
-        original(self, kept=min(patched, sum(map(len, self._records))), spare=2 * self.most)
+        original(self, kept=min(patched, sum(map(len, self._records))), spare=self.most + 2)
 
     patched = kept
 
     class Cache(ExpertCache):
         def __init__(self, file: Any, store: Store, config: ModelConfig) -> None:
-            super().__init__(file, store, config, policy=policy, guesses=guesses)
+            super().__init__(file, store, config, policy=policy, guess=guess)
             self.most = expert_cache.most_at_once(config, 4)
 
     patch.setattr(Cache, "resize", resize)
@@ -76,17 +76,17 @@ def _steps(model: ModelConfig, batch: int, seed: int) -> list[list[Tensor]]:
 @settings(max_examples=max(12, settings.default.max_examples // 4))
 @given(case=cases)
 def test_logits_are_those_of_resident_experts_to_the_bit(
-    case: tuple[ModelConfig, int, Storage, int, int, int, Policy, bool, int],
+    case: tuple[ModelConfig, int, Storage, int, int, bool | None, Policy, bool, int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """For drawn mixtures, storages, batches, experts kept and guessed, policies and sizes of reads."""
-    model, seed, storage, batch, kept, guesses, policy, every, piece = case
+    model, seed, storage, batch, kept, guess, policy, every, piece = case
     source = RandomSource(model, seed)
     store = built(source, tmp_path_factory.mktemp("store") / "s", storage)
     steps = _steps(model, batch, seed)
     every = every and multiplies_fast(torch.zeros(1))
     with Patch.context() as patch:
-        _keeping(patch, kept, guesses=guesses, policy=policy)
+        _keeping(patch, kept, guess=guess, policy=policy)
         patch.setattr(expert_cache, "PIECE", max(4096, piece))
         decoder = offloaded(store, model)
         found = logits(decoder, steps, every=every)
@@ -242,8 +242,8 @@ def test_mutants_are_caught(mutant: str, tmp_path: Path) -> None:
     assert not _agrees(tmp_path / "s", _mutants()[mutant])
 
 
-def _decoder(patch: Patch, folder: Path, model: ModelConfig, kept: int, guesses: int = 0) -> OffloadPath:
-    _keeping(patch, kept, guesses=guesses)
+def _decoder(patch: Patch, folder: Path, model: ModelConfig, kept: int, guess: bool | None = False) -> OffloadPath:
+    _keeping(patch, kept, guess=guess)
     return offloaded(built(RandomSource(model, 5), folder), model)
 
 
@@ -298,9 +298,9 @@ def test_wrong_guesses_evict_nothing(tmp_path: Path, monkeypatch: Patch) -> None
     """What is kept after each step is the same with guesses and without; with them some were right, some were not."""
     model = mixtures()
     held: list[list[set[Expert]]] = []
-    for guesses in (0, 2):
+    for guess in (False, True):
         with Patch.context() as patch:
-            decoder = _decoder(patch, tmp_path / str(guesses), model, 5, guesses)
+            decoder = _decoder(patch, tmp_path / str(guess), model, 5, guess)
             sequences, cache, report = decoder.open(1, 40), decoder._experts, decoder.experts
             assert cache is not None
             assert report is not None
