@@ -55,6 +55,16 @@ class ExpertReport:
         """Return the fewest bytes that a cache of this size can read for the steps so far, if it began empty."""
         return sum(self.sizes[self.trace[place]] for place in fewest(self.trace, self.kept))
 
+    @property
+    def line(self) -> str:
+        """The counts of steps, in words."""
+        if self.hit_rate is None:
+            return f"experts: {self.prompt_bytes:,} bytes read for prompts"
+        return (
+            f"experts: {self.hit_rate:.1%} of those that steps needed were in memory, {self.read_bytes:,} bytes were "
+            f"read for them (at best {self.bound_bytes():,}, from an empty cache), {self.prompt_bytes:,} for prompts"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Return the counts, the hit rate and the bound."""
         names = ("kept", "spare", "needed", "found", "read_bytes", "prompt_bytes", "guessed", "guessed_right")

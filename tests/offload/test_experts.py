@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import os
 import random
 import time
@@ -15,9 +16,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from twinfer.commands.main import main
 from twinfer.compiled import moe
 from twinfer.compiled.linear import multiplies_fast
 from twinfer.compiled.packing import Matrix
+from twinfer.loading import open_checkpoint
 from twinfer.offload import expert_cache, path
 from twinfer.offload import store as store_module
 from twinfer.offload.expert_cache import ExpertCache
@@ -30,6 +33,7 @@ from twinfer.oracle.strategies import drawn
 from twinfer.spec.config import LayerConfig, MlpConfig, ModelConfig, Storage
 from twinfer.spec.errors import CheckpointError
 from twinfer.spec.moe import MoeConfig, RouterConfig, Score
+from twinfer.stores import build_store
 
 from .small import BUDGET, built, config, logits, offloaded, resident, same, schedule
 
@@ -263,6 +267,21 @@ def test_a_step_reads_no_expert_that_was_not_chosen(tmp_path: Path, monkeypatch:
     assert report.bound_bytes() <= report.read_bytes
     assert report.prompt_bytes == 0
     decoder.close()
+
+
+def test_generate_reports_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Patch) -> None:
+    """With --json as an object, else as a line; both count what the steps needed: 2 experts in 3 layers, 4 times."""
+    checkpoint = open_checkpoint("tiny-moe")
+    build_store(checkpoint, tmp_path / "s", Storage.BFLOAT16, lambda line: None)
+    monkeypatch.setattr(OffloadPath, "__init__", functools.partialmethod(OffloadPath.__init__, mode="eager"))
+    command = ["generate", str(tmp_path / "s"), "--memory-budget", "6MB", "--prompt", "In the", "--max-new-tokens", "5"]
+    assert main([*command, "--json"]) == 0
+    experts = json.loads(capsys.readouterr().out)["experts"]
+    assert experts["needed"] == 4 * 3 * 2
+    assert experts["hit_rate"] == experts["found"] / experts["needed"]
+    assert experts["prompt_bytes"] > 0
+    assert main(command) == 0
+    assert f"{experts['hit_rate']:.1%} of those that steps needed were in memory" in capsys.readouterr().err
 
 
 def test_a_prompt_evicts_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
