@@ -92,8 +92,8 @@ def limited(folder: Path) -> dict[str, Any]:
     store = open_store(folder)
     torch.ones(64, 64) @ torch.ones(64, 64)
     extra = store.nbytes // RATIO
-    base = _resident()
-    group = _group()
+    base = resident_bytes()
+    group = own_group()
     if group is not None:
         (group / "memory.limit_in_bytes").write_text(str(extra))
     decoder = OffloadPath(store, config(), budget=extra - SLACK, mode="eager")
@@ -102,7 +102,7 @@ def limited(folder: Path) -> dict[str, Any]:
     assert plan is not None
     events = decoder.events
     used = group / "memory.max_usage_in_bytes" if group is not None else None
-    peak = int(used.read_text()) if used is not None else _resident("VmHWM") - base
+    peak = int(used.read_text()) if used is not None else resident_bytes("VmHWM") - base
     decoder.close()
     return {
         "ids": ids,
@@ -121,9 +121,9 @@ def limited(folder: Path) -> dict[str, Any]:
     }
 
 
-def _group() -> Path | None:
+def own_group() -> Path | None:
     """Return a new control group that holds this process, or None where none can be made. Its parent removes it."""
-    group = _group_of(os.getppid())
+    group = group_of(os.getppid())
     try:
         group.mkdir()
         (group / "cgroup.procs").write_text(str(os.getpid()))
@@ -132,11 +132,11 @@ def _group() -> Path | None:
         return None
 
 
-def _group_of(process: int) -> Path:
+def group_of(process: int) -> Path:
     return _GROUPS / f"twinfer-{process}"
 
 
-def _resident(field: str = "VmRSS") -> int:
+def resident_bytes(field: str = "VmRSS") -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -159,7 +159,7 @@ def main(folder: Path) -> dict[str, Any]:
         check=False,
     )
     with contextlib.suppress(OSError):
-        _group_of(os.getpid()).rmdir()
+        group_of(os.getpid()).rmdir()
     if ran.returncode != 0:
         raise SystemExit(f"the limited process ended with status {ran.returncode}")
     report: dict[str, Any] = json.loads(ran.stdout)

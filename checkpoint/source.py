@@ -12,8 +12,17 @@ from torch import Tensor
 from ..spec.ambient import CPU, pinned
 from ..spec.config import LayerConfig, ModelConfig
 from ..spec.errors import ConfigError
-from ..spec.shard import Shard, Slices, embedding_slices, head_slices, index_of, layer_slices
-from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, assemble
+from ..spec.shard import (
+    Shard,
+    Slices,
+    embedding_slices,
+    head_slices,
+    index_of,
+    layer_slices,
+    slices_of_expert,
+    slices_without_experts,
+)
+from ..spec.weights import EmbeddingWeights, ExpertWeights, HeadWeights, LayerWeights, assemble, experts_of
 from .expert_reading import read_experts
 from .plan import Buffers, Reading, TensorStore, plan
 from .sliced_reading import read_slices
@@ -56,6 +65,14 @@ class FileSource:
         slices = None if shard is None else layer_slices(self.config, index, shard)
         buffers = _made(self._buffers.layers[index])
         return assemble(LayerWeights, self._read(self._plan.layers[index], buffers, slices, self.config.layers[index]))
+
+    def layer_without_experts(self, index: int) -> LayerWeights:
+        slices, buffers = slices_without_experts(self.config, index), _made(self._buffers.layers[index])
+        return assemble(LayerWeights, self._read(self._plan.layers[index], buffers, slices, self.config.layers[index]))
+
+    def expert(self, index: int, expert: int) -> ExpertWeights:
+        readings = tuple(each for each in self._plan.layers[index] if each.stored.experts is not None)
+        return experts_of(self._read(readings, {}, slices_of_expert(self.config, index, expert)))
 
     def head(self, shard: Shard | None = None) -> HeadWeights:
         slices = None if shard is None else head_slices(self.config, shard)

@@ -17,7 +17,8 @@ Shapes: A choices (tokens times experts each), T tokens, K = top_k, E experts, N
 outputs of one expert, J words in C places, G groups of W words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -51,13 +52,15 @@ memory is the same each time. A whole matrix of 7168 x 1024 took ten times as lo
 def stack(parts: Sequence[StackedLinearWeights], storage: Storage, of_rows: AbsmaxOfRows | None = None) -> Matrix:
     """Return the parts of each expert below one another, packed: a `Matrix` whose tensors have E in front.
 
-    Rows are quantized alone. Where words are packed, rows of zeros fill up the last block of each expert. `of_rows` is
-    as in `quantize`, for the rows of all experts after each other.
+    Without experts it holds only the number of outputs. Rows are quantized alone. Where words are packed, rows of zeros
+    fill up the last block of each expert. `of_rows` is as in `quantize`, for the rows of all experts after each other.
     """
     weight_ENI = parts[0].weight_ENI if len(parts) == 1 else torch.cat([part.weight_ENI for part in parts], 1)
     biases = [part.bias_EN for part in parts if part.bias_EN is not None]
     bias_EN = torch.cat(biases, 1).detach().to(torch.float32, copy=True).contiguous() if biases else None
     experts, outputs, inputs = weight_ENI.shape
+    if experts == 0:  # they are fetched (`fetching`)
+        return Matrix(torch.empty(0), None, None, None, None, outputs)
     if storage is not Storage.FLOAT32 and outputs % ROWS:
         weight_ENI = functional.pad(weight_ENI, (0, 0, 0, -outputs % ROWS))
     packed = pack(quantize(weight_ENI.detach().reshape(-1, inputs), storage, of_rows))
@@ -169,13 +172,20 @@ def _grouped_product(
     weights = Matrix(word, scale_N, scale_BGU, min_BGU, bias_N, outputs)
     if x_AI.device.type != "cpu":
         return _by_masks(x_AI, rows_E, weights, Storage(storage))
+    chosen = [expert for expert, rows in enumerate(rows_E.tolist()) if rows]
+    matrices = ((expert, one_expert(weights, expert)) for expert in chosen)
+    return multiplied(x_AI, rows_E, matrices, outputs, Storage(storage))
+
+
+def multiplied(
+    x_AI: Tensor, rows_E: Tensor, matrices: Iterable[tuple[int, Matrix]], outputs: int, storage: Storage
+) -> Tensor:
+    """Return rows sorted by expert, each times the matrix of its own, [A, N]; the experts come in any order."""
     out_AN = x_AI.new_empty(len(x_AI), outputs)
-    begin = 0
-    for expert, rows in enumerate(rows_E.tolist()):
-        if rows:
-            piece = slice(begin, begin + rows)
-            _multiply(x_AI[piece], expert, weights, Storage(storage), out_AN[piece])
-            begin += rows
+    ends = list(accumulate(rows_E.tolist(), initial=0))
+    for expert, matrix in matrices:
+        piece = slice(ends[expert], ends[expert + 1])
+        _multiply(x_AI[piece], matrix, storage, out_AN[piece])
     return out_AN
 
 
@@ -194,13 +204,28 @@ def _(
     return x_AI.new_empty(x_AI.shape[0], outputs)
 
 
-def _multiply(x_RI: Tensor, expert: int, weights: Matrix, storage: Storage, out_RN: Tensor) -> None:
+def one_expert(weights: Matrix, expert: int) -> Matrix:
+    """Return one expert's matrix, as views."""
+
+    def of(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part[expert]
+
+    return weights._replace(
+        word=weights.word[expert],
+        scale_N=of(weights.scale_N),
+        scale_BGU=of(weights.scale_BGU),
+        min_BGU=of(weights.min_BGU),
+        bias_N=of(weights.bias_N),
+    )
+
+
+def _multiply(x_RI: Tensor, one: Matrix, storage: Storage, out_RN: Tensor) -> None:
     """Write the rows times one expert's matrix, some of its outputs at a time where they have to be expanded."""
     inputs, dtype = x_RI.shape[1], product_dtype(x_RI.dtype, x_RI.device)
     x_RI = x_RI.to(dtype)
-    blocks = _PIECE // (ROWS * inputs) if storage is not Storage.FLOAT32 else len(weights.word[expert])
-    for first in range(0, len(weights.word[expert]), max(1, blocks)):
-        weight_NI, bias_N = _expert(weights, expert, storage, inputs, dtype, slice(first, first + max(1, blocks)))
+    blocks = _PIECE // (ROWS * inputs) if storage is not Storage.FLOAT32 else len(one.word)
+    for first in range(0, len(one.word), max(1, blocks)):
+        weight_NI, bias_N = _expanded(one, storage, inputs, dtype, slice(first, first + max(1, blocks)))
         begin = first if storage is Storage.FLOAT32 else first * ROWS
         out_RN[:, begin : begin + len(weight_NI)] = _product_of_rows(x_RI, weight_NI, bias_N)
 
@@ -212,25 +237,25 @@ def _product_of_rows(x_RI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> 
     return out_RN if bias_N is None else out_RN + bias_N
 
 
-def _expert(
-    weights: Matrix, expert: int, storage: Storage, inputs: int, dtype: torch.dtype, blocks: slice = slice(None)
+def _expanded(
+    one: Matrix, storage: Storage, inputs: int, dtype: torch.dtype, blocks: slice = slice(None)
 ) -> tuple[Tensor, Tensor | None]:
     """Return some blocks of one expert's matrix, [N, I], expanded, and their bias; of float32 a row is a block."""
 
     def of(part: Tensor | None, which: slice) -> Tensor | None:
-        return None if part is None else part[expert, which]
+        return None if part is None else part[which]
 
     rows = 1 if storage is Storage.FLOAT32 else ROWS
-    outputs = slice(*(each * rows for each in blocks.indices(weights.word.shape[1])[:2]))
-    one = weights._replace(
-        word=weights.word[expert, blocks],
-        scale_N=of(weights.scale_N, outputs),
-        scale_BGU=of(weights.scale_BGU, blocks),
-        min_BGU=of(weights.min_BGU, blocks),
-        outputs=min(outputs.stop, weights.outputs) - outputs.start,
+    outputs = slice(*(each * rows for each in blocks.indices(len(one.word))[:2]))
+    some = one._replace(
+        word=one.word[blocks],
+        scale_N=of(one.scale_N, outputs),
+        scale_BGU=of(one.scale_BGU, blocks),
+        min_BGU=of(one.min_BGU, blocks),
+        outputs=min(outputs.stop, one.outputs) - outputs.start,
     )
-    bias_N = of(weights.bias_N, outputs)
-    return expanded(one, storage, inputs, dtype), None if bias_N is None else bias_N.to(dtype)
+    bias_N = of(one.bias_N, outputs)
+    return expanded(some, storage, inputs, dtype), None if bias_N is None else bias_N.to(dtype)
 
 
 def _by_masks(x_AI: Tensor, rows_E: Tensor, weights: Matrix, storage: Storage) -> Tensor:
@@ -243,7 +268,7 @@ def _by_masks(x_AI: Tensor, rows_E: Tensor, weights: Matrix, storage: Storage) -
     expert_A = (place_A[:, None] >= rows_E.cumsum(0)).sum(1)
     out_AN = x_AI.new_zeros(len(x_AI), weights.outputs)
     for expert in range(len(rows_E)):
-        weight_NI, bias_N = _expert(weights, expert, storage, x_AI.shape[1], dtype)
+        weight_NI, bias_N = _expanded(one_expert(weights, expert), storage, x_AI.shape[1], dtype)
         of_expert_AN = product(x_AI.to(dtype), weight_NI, bias_N).to(x_AI.dtype)
         out_AN = torch.where((expert_A == expert)[:, None], of_expert_AN, out_AN)
     return out_AN

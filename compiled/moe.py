@@ -16,6 +16,7 @@ from ..spec.moe import MoeConfig
 from .compute import accumulation_dtype
 from .embedding import Product
 from .experts import chosen_product, grouped_product, sort_by_expert
+from .fetching import DOWN, UP, fetched_product, fetched_slots
 from .linear import linear_decode, materialized
 from .mlp import inner
 from .packing import Matrix
@@ -45,6 +46,8 @@ class Moe(NamedTuple):
     """[2, M], float32."""
     chosen_PK: Tensor | None = None
     """The buffer for the experts that a call's tokens choose; None where routes are not reported."""
+    fetcher_1: Tensor | None = None
+    """The number of what fetches the experts (`fetching`); `experts` are then slots. None where they lie in memory."""
 
 
 def mlp(x_TM: Tensor, weights: Mlp, config: MlpConfig, storage: Storage, product: Product) -> Tensor:
@@ -73,7 +76,7 @@ def served(
 ) -> Tensor:
     """Return what the chosen experts make of each token, [T, M] in x's dtype."""
     serve = _few if product is linear_decode else _many
-    return serve(x_TM, routing, weights.experts, config, storage).to(x_TM.dtype)
+    return serve(x_TM, routing, weights, config, storage).to(x_TM.dtype)
 
 
 def beside(
@@ -102,21 +105,30 @@ def mixed(
     return out_TM
 
 
-def _few(x_TM: Tensor, routing: Routing, experts: Mlp, config: MoeConfig, storage: Storage) -> Tensor:
+def _few(x_TM: Tensor, routing: Routing, weights: Moe, config: MoeConfig, storage: Storage) -> Tensor:
     """Return the weighted sums [T, M] in the weights' dtype, by words that are read where they lie."""
-    expert_A = routing.expert_TK.flatten()
+    expert_TK, experts = routing.expert_TK, weights.experts
+    if weights.fetcher_1 is not None:
+        expert_TK = fetched_slots(expert_TK, x_TM, weights.fetcher_1)
+    expert_A = expert_TK.flatten()
     x_AM = x_TM[:, None].expand(-1, config.router.top_k, -1).flatten(0, 1).contiguous()
     inner_AF = inner(chosen_product(x_AM, expert_A, experts.up, storage), config.expert)
     out_AM = chosen_product(inner_AF, expert_A, experts.down, storage)
     return weighted(out_AM.view(x_TM.shape[0], -1, x_TM.shape[1]), routing.weight_TK)
 
 
-def _many(x_TM: Tensor, routing: Routing, experts: Mlp, config: MoeConfig, storage: Storage) -> Tensor:
+def _many(x_TM: Tensor, routing: Routing, weights: Moe, config: MoeConfig, storage: Storage) -> Tensor:
     """Return the same by one product for each expert that any token chose."""
     order = sort_by_expert(routing.expert_TK, config.router.experts)
+
+    def product(x_AI: Tensor, matrix: Matrix, part: int) -> Tensor:
+        if weights.fetcher_1 is None:
+            return grouped_product(x_AI, order.rows_E, matrix, storage)
+        return fetched_product(x_AI, order.rows_E, weights.fetcher_1, part, matrix.outputs, storage)
+
     x_AM = x_TM[order.choice_A // config.router.top_k]
-    inner_AF = inner(grouped_product(x_AM, order.rows_E, experts.up, storage), config.expert)
-    out_AM = grouped_product(inner_AF, order.rows_E, experts.down, storage)
+    inner_AF = inner(product(x_AM, weights.experts.up, UP), config.expert)
+    out_AM = product(inner_AF, weights.experts.down, DOWN)
     return weighted(out_AM[order.place_A.view_as(routing.expert_TK)], routing.weight_TK)
 
 

@@ -14,6 +14,7 @@ from ..spec.config import AttentionConfig, LayerConfig, ModelConfig, NormConfig,
 from ..spec.errors import WeightError
 from ..spec.weights import (
     EmbeddingWeights,
+    ExpertWeights,
     HeadWeights,
     LayerWeights,
     LinearWeights,
@@ -185,17 +186,23 @@ def prepared_moe(
     def few(part: LinearWeights | None) -> Matrix | None:
         return None if part is None else _matrix([part], Storage.FLOAT32, device)
 
-    experts = weights.experts
-    up = [experts.up] if experts.gate is None else [experts.gate, experts.up]
     return Moe(
         router=_matrix([weights.router], Storage.FLOAT32, device),
         choice_bias_E=None if weights.choice_bias_E is None else _plain(weights.choice_bias_E, device, compute),
-        experts=Mlp(stack(up, storage).to(device), stack([experts.down], storage, of_expert_rows).to(device)),
+        experts=prepare_experts(weights.experts, storage, device, of_expert_rows),
         shared=None if weights.shared is None else _mlp(weights.shared, storage, device, of_rows),
         shared_gate=few(weights.shared_gate),
         residual=None if weights.residual is None else _mlp(weights.residual, storage, device, of_rows),
         coefficient=few(weights.coefficient),
     )
+
+
+def prepare_experts(
+    weights: ExpertWeights, storage: Storage, device: torch.device, of_rows: AbsmaxOfRows | None = None
+) -> Mlp:
+    """Return experts, all of a layer or some; of each, rows are quantized alone."""
+    up = [weights.up] if weights.gate is None else [weights.gate, weights.up]
+    return Mlp(stack(up, storage).to(device), stack([weights.down], storage, of_rows).to(device))
 
 
 def prepare_head(

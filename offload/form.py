@@ -67,7 +67,7 @@ class Record:
     """A part of a model in a store's file."""
 
     name: str
-    """Such as "layer 3" or "head rows 0 to 4095"."""
+    """Such as "layer 3", "layer 3, expert 7, up" or "head rows 0 to 4095"."""
     offset: int
     """Bytes from the file's beginning, a multiple of `PAGE`."""
     nbytes: int
@@ -129,14 +129,25 @@ def in_buffer(record: Record, buffer: memoryview) -> Any:
     So no tensor has an offset that a kernel could drop.
     """
 
-    def found(form: dict[str, Any]) -> Tensor:
-        placed = _placed_tensor(form)
+    def found(placed: Placed) -> Tensor:
         if placed.nbytes == 0:
             return torch.empty(placed.shape, dtype=placed.dtype)
         raw = buffer[placed.offset : placed.offset + placed.nbytes]
         return torch.frombuffer(cast(Any, raw), dtype=placed.dtype).view(placed.shape)
 
-    return _rebuilt(record.form, found)
+    return rebuilt(record.form, found)
+
+
+def rebuilt(form: Any, found: Callable[[Placed], Tensor]) -> Any:
+    """Return what a description describes, its tensors as `found` has them."""
+    if isinstance(form, list):
+        return tuple(rebuilt(each, found) for each in form)
+    if not isinstance(form, dict):
+        return form
+    if "kind" not in form:
+        return found(_placed_tensor(form))
+    fields = {name: rebuilt(each, found) for name, each in form.items() if name != "kind"}
+    return _KINDS[form["kind"]](**fields)
 
 
 def faulty(record: Record, buffer: memoryview) -> str | None:
@@ -158,17 +169,6 @@ def _described(value: Any, dotted: str, place: Callable[[Tensor, str], dict[str,
         return [_described(each, f"{dotted}.{index}", place) for index, each in enumerate(value)]
     assert value is None or isinstance(value, int | float), f"{dotted} is {value!r}"
     return value
-
-
-def _rebuilt(form: Any, found: Callable[[dict[str, Any]], Tensor]) -> Any:
-    if isinstance(form, list):
-        return tuple(_rebuilt(each, found) for each in form)
-    if not isinstance(form, dict):
-        return form
-    if "kind" not in form:
-        return found(form)
-    fields = {name: _rebuilt(each, found) for name, each in form.items() if name != "kind"}
-    return _KINDS[form["kind"]](**fields)
 
 
 def _placed(form: Any) -> Iterator[Placed]:

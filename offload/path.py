@@ -36,6 +36,8 @@ from ..spec.errors import CheckpointError, RequestError
 from .calls import Call, Pending, StreamedProgram, in_sweeps, streamed_program
 from .direct import DirectFile, aligned_buffer
 from .events import Event
+from .expert_cache import ExpertCache
+from .expert_report import ExpertReport
 from .form import Resident, faulty, in_buffer
 from .kv_stream import Span, away_layers
 from .plan import PREFILL_TOKENS, Plan, call_bytes, most_batch, plan
@@ -91,6 +93,7 @@ class OffloadPath:
         self.resident = self._read_resident()
         checksum_B = self.resident.table_checksum_B
         self._table = DiskTable(self._file, store.table, store.storage, checksum_B)
+        self._experts = ExpertCache(self._file, store, config) if any(store.experts) else None
         self._still = False
         self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
@@ -127,10 +130,17 @@ class OffloadPath:
             else sorted([*self._streamer.events, *self._kv_events], key=lambda each: each.end_s)
         )
 
+    @property
+    def experts(self) -> ExpertReport | None:
+        """What was read of experts since sequences were opened last; None for a model without."""
+        return None if self._experts is None else self._experts.report
+
     def close(self) -> None:
         """Give back threads, buffers and the file; sequences cannot be extended any more."""
         if self._streamer is not None:
             self._streamer.close()
+        if self._experts is not None:
+            self._experts.close()
         self._table.close()
         self._file.close()
 
@@ -156,7 +166,9 @@ class OffloadPath:
         protocol.check_open(self._config, self.max_batch, batch, reserve)
         self.plan = self._plan(batch, reserve)
         with self._turn:
-            self._make_ring(self.plan.slots)
+            self._make_room(self.plan)
+            if self._experts is not None:
+                self._experts.count_anew()
             away, folder = self._away(self.plan), self._store.folder
             sequences = TieredSequences(
                 self._config, batch, reserve, self._compute, away, folder, self._kv_events.append
@@ -219,7 +231,7 @@ class OffloadPath:
     def _grown(self, batch: int, capacity: int) -> Away:
         """Return what has to be away once each sequence has room for so many tokens."""
         self.plan = self._plan(batch, capacity)
-        self._make_ring(self.plan.slots)
+        self._make_room(self.plan)
         return self._away(self.plan)
 
     def _plan(self, batch: int, reserve: int) -> Plan:
@@ -233,13 +245,15 @@ class OffloadPath:
                     return made
         return plan(self._store, self._config, **given)
 
-    def _make_ring(self, slots: int) -> None:
-        """Have a streamer with so many buffers."""
-        if self._streamer is not None and self._streamer.slots != slots:
+    def _make_room(self, made: Plan) -> None:
+        """Have as many buffers for layers, and slots for experts, as are planned."""
+        if self._streamer is not None and self._streamer.slots != made.slots:
             self._streamer.close()
             self._streamer = None
         if self._streamer is None:
-            self._streamer = Streamer(self._file, self._store.schedule, slots)
+            self._streamer = Streamer(self._file, self._store.schedule, made.slots)
+        if self._experts is not None:
+            self._experts.resize(kept=made.experts_kept, spare=made.experts_spare)
 
     def _read_resident(self) -> Resident:
         record = self._store.resident
@@ -298,7 +312,10 @@ class OffloadPath:
             index = self._config.layers.index(layer)
             record = self._store.layers[index]
             self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
-            call.layer(layer, in_buffer(record, buffer), cache, self.resident.rotations.of_layer[index])
+            weights = in_buffer(record, buffer)
+            if self._experts is not None:
+                weights = self._experts.attached(index, weights, example=True)
+            call.layer(layer, weights, cache, self.resident.rotations.of_layer[index])
         call.leave(self.resident)
         record = self._store.head[0]
         self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
@@ -345,6 +362,8 @@ class OffloadPath:
         spans = [span for each in pending for span in each.spans]
         with sequences.sweep(spans):
             for index, part in enumerate(self._parts()):
+                if self._experts is not None and index < len(layers):
+                    part = self._experts.attached(index, part)
                 if index < len(layers):
                     with sequences.layer(index) as cache:
                         for each in pending:

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from ..compiled.compute import accumulation_dtype
+from ..compiled.linear import PASS_ROWS
 from ..spec.config import LayerConfig, ModelConfig, Storage
 from ..spec.errors import RequestError
+from ..spec.moe import MoeConfig
 from ..spec.shapes import layer_shapes
+from .expert_cache import most_at_once, slot_bytes
 from .kv_stream import BUFFERS, away_layers, whole_capacity
 from .store import Store
 
@@ -50,6 +53,11 @@ class Plan:
     """Read from the disk in each sweep through the layers."""
     ring_bytes: int
     resident_bytes: int
+    experts_kept: int
+    """Experts that stay in memory between steps."""
+    experts_spare: int
+    """Slots that experts are read into, besides."""
+    experts_bytes: int
     cache_bytes: int
     """Keys and values that stay in memory, and buffers for those that do not."""
     away_layers: int
@@ -71,6 +79,7 @@ class Plan:
         return (
             self.ring_bytes
             + self.resident_bytes
+            + self.experts_bytes
             + self.cache_bytes
             + self.logits_bytes
             + self.work_bytes
@@ -110,7 +119,42 @@ def plan(
     whole = batch * call_bytes(config, min(reserve, PREFILL_TOKENS), reserve) * -(-reserve // PREFILL_TOKENS)
     flight = min(left, max(0, whole - least.flight_bytes))
     more = 0 if slots else min(MOST_SLOTS - least.slots, (left - flight) // record)
-    return _with(least, budget=budget, slots=least.slots + more, flight=least.flight_bytes + flight)
+    spent = _with(least, budget=budget, slots=least.slots + more, flight=least.flight_bytes + flight)
+    return with_experts(spent, store, config)
+
+
+def with_experts(spent: Plan, store: Store, config: ModelConfig) -> Plan:
+    """Spend what is left on experts: with several sequences first on a slot for each of a layer, then on keeping.
+
+    With these, the prompts of a batch share what is read of a layer.
+    """
+    size, experts = slot_bytes(store), [len(of_layer) for of_layer in store.experts]
+    if size == 0:
+        return spent
+    left = (spent.budget - spent.total_bytes) // size
+    spare = min(left, max(0, max(experts) - spent.experts_spare)) if spent.batch > 1 else 0
+    kept = min(left - spare, sum(experts))
+    total = (spent.experts_spare + spare + kept) * size
+    return replace(spent, experts_kept=kept, experts_spare=spent.experts_spare + spare, experts_bytes=total)
+
+
+def chosen_bytes(store: Store, config: ModelConfig, batch: int) -> int:
+    """Return the bytes of the experts that a step of a batch needs at most, which it reads where none is kept."""
+    total = 0
+    for layer, of_layer in zip(config.layers, store.experts, strict=True):
+        if isinstance(layer.mlp, MoeConfig):
+            up, down = of_layer[0]
+            total += min(len(of_layer), batch * layer.mlp.router.top_k) * (up.nbytes + down.nbytes)
+    return total
+
+
+def least_spare(config: ModelConfig, batch: int) -> int:
+    """Return how many slots a step must have to read into: for all that a pass can choose, and two guesses.
+
+    A wrong guess may still be being read when the next one is made.
+    """
+    most = most_at_once(config, min(batch, PASS_ROWS))
+    return most + 2 if most else 0
 
 
 def most_batch(
@@ -192,16 +236,19 @@ def _least(
         reserve=reserve,
         slots=slots,
         store_bytes=store.nbytes,
-        step_bytes=sum(record.nbytes for record in store.schedule),
+        step_bytes=sum(record.nbytes for record in store.schedule) + chosen_bytes(store, config, batch),
         ring_bytes=slots * max(record.nbytes for record in store.schedule),
         resident_bytes=store.resident.nbytes,
+        experts_kept=0,
+        experts_spare=(spare := least_spare(config, batch)),
+        experts_bytes=spare * slot_bytes(store),
         cache_bytes=batch * capacity * sum(_token_bytes(layer, compute) for layer in stays)
         + BUFFERS * max(of_layer, default=0),
         away_layers=away,
         away_bytes=sum(of_layer),
         block_tokens=0,
         logits_bytes=4 * batch * config.vocabulary * accumulation_dtype(compute).itemsize,
-        work_bytes=_work_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve, expands),
+        work_bytes=_work_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve, expands, min(batch, PASS_ROWS)),
         flight_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),
         prompt_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),
     )
@@ -217,7 +264,7 @@ def _with(least: Plan, *, budget: int, slots: int, flight: int) -> Plan:
     return Plan(**{**values, "flight_bytes": flight})
 
 
-def _work_bytes(store: Store, config: ModelConfig, tokens: int, slots: int, expands: bool) -> int:
+def _work_bytes(store: Store, config: ModelConfig, tokens: int, slots: int, expands: bool, rows: int) -> int:
     """Return what a layer, or a block of the head, makes on its way at most, in float32.
 
     Of many tokens: activations of every width at once, and scores of a block of queries. Of weights: a packed matrix is
@@ -227,10 +274,20 @@ def _work_bytes(store: Store, config: ModelConfig, tokens: int, slots: int, expa
     for layer in dict.fromkeys(config.layers):
         shapes = layer_shapes(layer, config.hidden).values()
         matrices = [(shape[0], shape[1]) for shape in shapes if len(shape) == 2]
-        widths = sum(rows for rows, _ in matrices) + 4 * config.hidden
-        largest = max(rows * inputs for rows, inputs in _merged(matrices))
+        experts = [(shape[1], shape[2]) for shape in shapes if len(shape) == 3]
+        top_k = layer.mlp.router.top_k if isinstance(layer.mlp, MoeConfig) else 0
+        widths = sum(outputs for outputs, _ in matrices) + 4 * config.hidden
+        largest = max(outputs * inputs for outputs, inputs in _merged(matrices))
         scores = layer.attention.heads * min(tokens, 128) * slots
-        most = max(most, 4 * (2 * tokens * widths + 2 * scores + largest * _copies(store.storage, expands)))
+        widths += top_k * (sum(outputs for outputs, _ in experts) + 3 * config.hidden)
+        copied = 0
+        if experts:
+            one = max(outputs * inputs for outputs, inputs in _merged(experts))
+            largest = max(largest, one)
+            copied = 2 * rows * top_k * one if expands else 0  # the weights of a pass's choices, and their products
+        most = max(
+            most, 4 * (2 * tokens * widths + 2 * scores + max(copied, largest * _copies(store.storage, expands)))
+        )
     block = math.prod(store.head[0].tensors()[0].shape) * _weights_a_word(store.storage)
     return max(most, 4 * block * _copies(store.storage, expands))
 

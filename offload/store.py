@@ -4,9 +4,11 @@
     weights.bin     records, one after the other, each of whole pages
     tokenizer.json  where the model has a tokenizer (whoever builds the store puts it there)
 
-`schedule` is what a step goes through: the layers, then the head in blocks of rows. A token table that is not the head
-lies in blocks of its own, of which single rows are looked up. Layers are packed for one processor's vectors, by one
-version of torch and of this package; a store says which, and is refused where they are others.
+`schedule` is what a step goes through: the layers, then the head in blocks of rows. Of a mixture of experts the layer's
+record holds what every token needs; each expert is two records behind each other, its up (with its gate) and its down.
+A token table that is not the head lies in blocks of its own, of which single rows are looked up. Layers are packed for
+one processor's vectors, by one version of torch and of this package; a store says which, and is refused where they are
+others.
 """
 
 import hashlib
@@ -29,7 +31,7 @@ from .streamer import damaged
 
 DESCRIPTION = "store.json"
 WEIGHTS = "weights.bin"
-FORMAT = 1
+FORMAT = 2
 
 
 def layout() -> dict[str, Any]:
@@ -53,6 +55,8 @@ class Store:
     """What the builder said of the model; nothing here reads it."""
     resident: Record
     layers: tuple[Record, ...]
+    experts: tuple[tuple[tuple[Record, Record], ...], ...]
+    """For each layer those of its experts, up and down; none for a layer with one MLP."""
     head: tuple[Record, ...]
     """Blocks of rows of the output matrix, all of one size; the last is filled up with zeros."""
     table: tuple[Record, ...]
@@ -66,7 +70,8 @@ class Store:
     @property
     def records(self) -> tuple[Record, ...]:
         """All records, each once."""
-        return (self.resident, *self.layers, *self.head, *(() if self.table == self.head else self.table))
+        experts = (record for layer in self.experts for expert in layer for record in expert)
+        return (self.resident, *self.layers, *experts, *self.head, *(() if self.table == self.head else self.table))
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +93,7 @@ def described(
     model: dict[str, Any],
     resident: Record,
     layers: Sequence[Record],
+    experts: Sequence[Sequence[Sequence[Record]]],
     head: Sequence[Record],
     table: Sequence[Record] | None,
 ) -> str:
@@ -98,6 +104,7 @@ def described(
         "model": model,
         "resident": as_json(resident),
         "layers": [as_json(each) for each in layers],
+        "experts": [[[as_json(each) for each in expert] for expert in layer] for layer in experts],
         "head": [as_json(each) for each in head],
         "table": None if table is None else [as_json(each) for each in table],
     }
@@ -128,6 +135,7 @@ def open_store(folder: Path) -> Store:
         model=parts["model"],
         resident=_record(parts["resident"]),
         layers=tuple(map(_record, parts["layers"])),
+        experts=tuple(tuple((_record(up), _record(down)) for up, down in layer) for layer in parts["experts"]),
         head=head,
         table=head if parts["table"] is None else tuple(map(_record, parts["table"])),
     )

@@ -38,6 +38,9 @@ from .shapes import Shapes, embedding_shapes, head_shapes, layer_shapes
 Slices = dict[str, tuple[slice | None, ...]]
 """For each tensor that a rank holds, what it holds of each dimension; None is all of it."""
 
+EXPERTS = "mlp.experts."
+"""How the names of a layer's experts begin."""
+
 _BESIDE = ("experts", "shared", "residual")
 _LAYER_ROWS = (
     *("attention.query.", "attention.key.", "attention.value.", "mlp.gate.", "mlp.up."),
@@ -115,6 +118,25 @@ def layer_slices(config: ModelConfig, index: int, shard: Shard) -> Slices:
         held = {name: cuts for name, cuts in held.items() if not name.startswith("mlp.experts.")}
         held |= _expert_slices(shapes, shard.experts)
     return held
+
+
+def slices_without_experts(config: ModelConfig, index: int) -> Slices:
+    """Return all of a layer but its experts: of their tensors, which have the experts in front, none is held."""
+    shapes = layer_shapes(config.layers[index], config.hidden)
+    return {
+        name: (slice(0, 0) if name.startswith(EXPERTS) else None, *(None for _ in shape[1:]))
+        for name, shape in shapes.items()
+    }
+
+
+def slices_of_expert(config: ModelConfig, index: int, expert: int) -> Slices:
+    """Return one of a layer's experts, and nothing else of it."""
+    shapes = layer_shapes(config.layers[index], config.hidden)
+    return {
+        name: (slice(expert, expert + 1), *(None for _ in shape[1:]))
+        for name, shape in shapes.items()
+        if name.startswith(EXPERTS)
+    }
 
 
 def head_slices(config: ModelConfig, shard: Shard) -> Slices:
@@ -279,7 +301,7 @@ def _slices(
     held: Slices = {}
     for name, shape in shapes.items():
         whole: tuple[slice | None, ...] = (None,) * len(shape)
-        stack = whole[: name.startswith("mlp.experts.")]  # an expert's rows and columns come after the experts
+        stack = whole[: name.startswith(EXPERTS)]  # an expert's rows and columns come after the experts
         if name.startswith(by_rows):
             rows = _piece(shape[len(stack)], _among(shard, kv_heads) if name.startswith(_OF_KV_HEADS) else shard)
             held[name] = (*stack, rows, *whole[len(stack) + 1 :])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType
-from typing import Any, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,18 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import WeightError
 from .shapes import Shapes, embedding_shapes, head_shapes, is_buffer, layer_shapes
-from .shard import Shard, Slices, embedding_slices, head_slices, index_of, layer_slices, sliced_shapes
+from .shard import (
+    EXPERTS,
+    Shard,
+    Slices,
+    embedding_slices,
+    head_slices,
+    index_of,
+    layer_slices,
+    sliced_shapes,
+    slices_of_expert,
+    slices_without_experts,
+)
 
 Part = TypeVar("Part")
 
@@ -195,6 +206,19 @@ class WeightSource(Protocol):
     def head(self, shard: Shard | None = None) -> HeadWeights: ...
 
 
+@runtime_checkable
+class ExpertwiseSource(WeightSource, Protocol):
+    """A source that reads a layer's experts one by one, so that nobody needs to hold all of them."""
+
+    def layer_without_experts(self, index: int) -> LayerWeights:
+        """Return a layer whose stacks of experts are empty, [0, N, I]."""
+        ...
+
+    def expert(self, index: int, expert: int) -> ExpertWeights:
+        """Return one expert of a layer, as stacks of one."""
+        ...
+
+
 def sliced(weights: Part, slices: Slices) -> Part:
     """Cut what a rank holds out of a whole part, as views of it."""
     named = dict(tensors(weights))
@@ -211,6 +235,22 @@ def validate_layer(weights: LayerWeights, config: ModelConfig, index: int, shard
     layer = config.layers[index]
     shapes = layer_shapes(layer, config.hidden)
     _check(weights, sliced_shapes(shapes, layer_slices(config, index, shard)) if shard else shapes, f"layer {index}")
+
+
+def validate_without_experts(weights: LayerWeights, config: ModelConfig, index: int) -> None:
+    shapes = layer_shapes(config.layers[index], config.hidden)
+    _check(weights, sliced_shapes(shapes, slices_without_experts(config, index)), f"layer {index}")
+
+
+def validate_expert(weights: ExpertWeights, config: ModelConfig, index: int, expert: int) -> None:
+    shapes = sliced_shapes(layer_shapes(config.layers[index], config.hidden), slices_of_expert(config, index, expert))
+    named = {name.removeprefix(EXPERTS): shape for name, shape in shapes.items()}
+    _check(weights, named, f"layer {index}, expert {expert}")
+
+
+def experts_of(named: Mapping[str, Tensor]) -> ExpertWeights:
+    """Put experts together from their tensors, which have the names that they have in a layer."""
+    return assemble(ExpertWeights, {name.removeprefix(EXPERTS): tensor for name, tensor in named.items()})
 
 
 def validate_head(weights: HeadWeights, config: ModelConfig, shard: Shard | None = None) -> None:

@@ -1,6 +1,7 @@
 """`twinfer generate`: continue prompts, streaming the text."""
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -41,6 +42,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint
+    from twinfer.offload.expert_report import ExpertReport
     from twinfer.parallel.member import Member
 
 NAME, HELP = "generate", "continue prompts, streaming the text"
@@ -53,12 +55,15 @@ examples:
 with --json, one object: {"model", "path", "storage", "compute", "device",
   "outputs": [{"prompt_ids", "ids", "text", "stop"}],
   "timings": {"load_s", "compile_s", "prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s"},
-  "peak_memory_bytes"}
+  "peak_memory_bytes"}, and for a store with experts "experts": {"kept", "spare", "needed", "found", "read_bytes",
+  "prompt_bytes", "guessed", "guessed_right", "hit_rate", "bound_bytes"}
   ids    the new tokens, the end token included if it came; text leaves it out (null without a tokenizer)
   stop   "end": an end token came; "length": --max-new-tokens are there; "stop": a --stop string came
   prefill_s runs from the prompts to the first new token of each, decode_s from there to the end; both add up over
   all prompts at once. prefill_tokens_per_s counts prompt tokens, decode_tokens_per_s new tokens without the first of
   each prompt; null where there are none. peak_memory_bytes is the most this process had resident at once.
+  kept experts stay in memory, spare slots are read into; steps needed experts, and found some of them there;
+  read_bytes were read for steps, and bound_bytes would have been by a cache of that size that knows the future
 """
 
 
@@ -170,6 +175,9 @@ def _generate(
             print_json(report_of(model, args.model, generation))
         else:
             _stream(generation, len(ids), text=model.checkpoint.tokenizer is not None)
+            experts = _experts(model)
+            if experts is not None:
+                print(experts.line, file=sys.stderr)
     return 0
 
 
@@ -209,6 +217,7 @@ def report_of(model: Model, name: str, generation: Generation) -> dict[str, Any]
     """Run the generation to its end and say everything about it; the keys are described in EPILOG."""
     outputs = generation.outputs()
     timings = generation.timings
+    experts = _experts(model)
     return {
         "model": name,
         "path": model.path.value,
@@ -225,7 +234,18 @@ def report_of(model: Model, name: str, generation: Generation) -> dict[str, Any]
             "decode_tokens_per_s": timings.decode_tokens_per_s,
         },
         "peak_memory_bytes": peak_memory_bytes(),
+        **({} if experts is None else {"experts": experts.as_json()}),
     }
+
+
+def _experts(model: Model) -> "ExpertReport | None":
+    """Return what was read of experts; None for models that are no stores with experts."""
+    if model.path is not Path.OFFLOAD:
+        return None
+    from twinfer.offload.path import OffloadPath
+
+    assert isinstance(model.decoder, OffloadPath)
+    return model.decoder.experts
 
 
 def _prompts(args: argparse.Namespace) -> Sequence[str | list[int]]:

@@ -33,13 +33,17 @@ from ...spec.shard import (
     head_slices,
     layer_slices,
     sliced_shapes,
+    slices_of_expert,
+    slices_without_experts,
 )
 from ...spec.weights import (
     EmbeddingWeights,
+    ExpertWeights,
     HeadWeights,
     LayerWeights,
     WeightSource,
     assemble,
+    experts_of,
     tensors,
     validate_embedding,
     validate_head,
@@ -187,6 +191,12 @@ class TwinferFolder:
         slices = None if shard is None else layer_slices(self.config, index, shard)
         return self._read(LayerWeights, _layer_name(index), slices)
 
+    def layer_without_experts(self, index: int) -> LayerWeights:
+        return self._read(LayerWeights, _layer_name(index), slices_without_experts(self.config, index))
+
+    def expert(self, index: int, expert: int) -> ExpertWeights:
+        return experts_of(self._named(_layer_name(index), slices_of_expert(self.config, index, expert)))
+
     def head(self, shard: Shard | None = None) -> HeadWeights:
         self._check_cuts(shard)
         slices = None if shard is None else head_slices(self.config, shard)
@@ -224,6 +234,9 @@ class TwinferFolder:
             return {key: (str(each.get_dtype()), tuple(each.get_shape())) for key, each in slices.items()}
 
     def _read(self, kind: type[Part], name: str, slices: Slices | None) -> Part:
+        return assemble(kind, self._named(name, slices))
+
+    def _named(self, name: str, slices: Slices | None) -> dict[str, Tensor]:
         shapes = self._shapes[name]
         with self._opened(name) as file:
             names = {_today(key): key for key in file.keys()}  # noqa: SIM118
@@ -233,7 +246,7 @@ class TwinferFolder:
                 shapes = sliced_shapes(shapes, slices)
                 cuts = layout_slices(slices, self.storage)
                 found = {key: file.get_slice(names[key])[index] for key, index in cuts.items()}
-        return assemble(kind, decode(found, shapes, self.storage))
+        return decode(found, shapes, self.storage)
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:

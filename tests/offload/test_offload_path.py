@@ -113,15 +113,12 @@ def _mutants() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
         patch.setattr(streamer.Streamer, "sweep", sweep)
 
     def offset_dropped(patch: pytest.MonkeyPatch) -> None:
-        original = form._placed_tensor
         patch.setattr(
             form,
             "in_buffer",
-            lambda record, buffer: form._rebuilt(
+            lambda record, buffer: form.rebuilt(
                 record.form,
-                lambda each: torch.frombuffer(buffer[: original(each).nbytes], dtype=original(each).dtype).view(
-                    original(each).shape
-                ),
+                lambda placed: torch.frombuffer(buffer[: placed.nbytes], dtype=placed.dtype).view(placed.shape),
             ),
         )
         patch.setattr(streamer, "in_buffer", form.in_buffer)

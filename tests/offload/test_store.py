@@ -13,7 +13,7 @@ import pytest
 from twinfer.offload import building
 from twinfer.offload import store as store_module
 from twinfer.offload.building import build
-from twinfer.offload.store import DESCRIPTION, check, open_store
+from twinfer.offload.store import DESCRIPTION, WEIGHTS, check, open_store
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Head, Storage
 from twinfer.spec.errors import CheckpointError, RequestError
