@@ -8,6 +8,7 @@ from .cohere import COHERE
 from .cohere2 import COHERE2
 from .dbrx import DBRX
 from .distilbert import DISTILBERT
+from .dots1 import DOTS1
 from .falcon import FALCON, REFINED_WEB, REFINED_WEB_MODEL
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
@@ -88,4 +89,5 @@ FAMILIES: tuple[Family, ...] = (
     GPT_OSS,
     GLM4_MOE,
     HUNYUAN_MOE,
+    DOTS1,
 )

@@ -50,10 +50,10 @@ def _read(config: Fields) -> ParsedConfig:
     beyond = (
         Ignorable(name=f"layers.{layers + each}.*", why="guesses tokens further ahead") for each in range(further)
     )
-    return replace(parsed, table=replace(_TABLE, ignorable=(*_TABLE.ignorable, *beyond)))
+    return replace(parsed, table=replace(TABLE, ignorable=(*TABLE.ignorable, *beyond)))
 
 
-_TABLE = table(
+TABLE = table(
     *INPUT_NORMS,
     *SPLIT_QKV,
     *norm("self_attn.q_norm", "attention.query_norm", Heads.SHARED),
@@ -71,6 +71,6 @@ GLM4_MOE = Family(
     model_type="glm4_moe",
     architectures=("Glm4MoeForCausalLM", "Glm4MoeModel"),
     read=_read,
-    table=_TABLE,
+    table=TABLE,
     ignored=ROUTER_TRAINING,
 )

@@ -241,6 +241,10 @@ ARCHITECTURES = {
         further_layers=True,
         experts=Mixture(recipe="deepseek-v3", width=EXPERT_WIDTH, shared="always", leading_dense=True),
     ),
+    "dots1": Architecture(
+        qk_norm=Heads.SHARED,
+        experts=Mixture(recipe="deepseek-v3", width=EXPERT_WIDTH, shared="always", leading_dense=True),
+    ),
     "hunyuan-moe": Architecture(
         qk_norm=Heads.SHARED,
         qk_norm_rotated=True,

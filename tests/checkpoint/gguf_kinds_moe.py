@@ -116,6 +116,15 @@ def gpt_oss_keys(writer: gguf.GGUFWriter, config: Config) -> None:
 def glm_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     qwen_keys(writer, config)
     writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
+    sigmoid_keys(writer, config)
+
+
+def dots_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    qwen_keys(writer, config)
+    sigmoid_keys(writer, config)
+
+
+def sigmoid_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_expert_shared_count(config.n_shared_experts)
     writer.add_leading_dense_block_count(config.first_k_dense_replace)
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
@@ -339,6 +348,35 @@ MOE_KINDS = [
             "use_qk_norm": True,
         },
         wrong=({"mlp_norm": "ffn_norm"}, otherwise("glm4moe", shared_gate=True), {"qk_norm": None}),
+    ),
+    Kind(
+        architecture="dots1",
+        model=hf.Dots1ForCausalLM,
+        config=hf.Dots1Config,
+        options={
+            **RMS,
+            **TIED,
+            "n_routed_experts": st.sampled_from([4, 8]),
+            "num_experts_per_tok": st.sampled_from([1, 2]),
+            "moe_intermediate_size": st.integers(1, 9),
+            "n_group": st.sampled_from([1, 2]),
+            "first_k_dense_replace": st.integers(0, 2),
+            "norm_topk_prob": yes_or_no,
+            "routed_scaling_factor": st.sampled_from([1.0, 2.5]),
+            "n_shared_experts": st.sampled_from([1, 2]),
+            "sliding_window": st.none(),
+        },
+        keys=dots_keys,
+        chosen={
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.5,
+            "n_shared_experts": 2,
+            "sliding_window": None,
+        },
+        wrong=(otherwise("dots1", leading_dense=False), otherwise("dots1", shared_gate=True), {"permuted": True}),
     ),
     Kind(
         architecture="hunyuan-moe",

@@ -29,6 +29,7 @@ GLM = SIZES | {"moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_p
 OSS = LOCAL | {"head_dim": 4, "sliding_window": 4, "num_hidden_layers": 3}
 HUNYUAN = SIZES | {"num_experts": 5, "moe_topk": 3, "head_dim": 8}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 1.0, "alpha": 9.0}
+DOTS = SIZES | {"moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2}
 DBRX_INNER = {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16}
 DBRX = {"d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 20}
 
@@ -92,6 +93,21 @@ CONFIGS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             GLM | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "use_qk_norm": True},
         ],
     ),
+    "dots1": (
+        "Dots1",
+        [
+            DOTS | {"sliding_window": None, "first_k_dense_replace": 1, "attention_bias": True},
+            DOTS
+            | {
+                "n_group": 4,
+                "topk_group": 2,
+                "norm_topk_prob": True,
+                "routed_scaling_factor": 2.5,
+                "sliding_window": 4,
+                "max_window_layers": 1,
+            },
+        ],
+    ),
     "hunyuan_v1_moe": (
         "HunYuanMoEV1",
         [HUNYUAN | {"attention_bias": True, "rope_parameters": ALPHA}, HUNYUAN | {"tie_word_embeddings": True}],
@@ -114,6 +130,7 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "dbrx": {"not renormalized": router_with(renormalize=False), "not cut": attention_with(qkv_clip=None)},
     "gpt_oss": {"sinks of the wrong sign": SINKS_NEGATED, "gate and up swapped": GATE_AND_UP_SWAPPED},
     "glm4_moe": {"no groups": router_with(groups=1, kept_groups=1), "not scaled": router_with(scale=1.0)},
+    "dots1": {"no groups": router_with(groups=1, kept_groups=1), "no window": attention_with(window=None)},
     "hunyuan_v1_moe": {
         "normed before they rotate": attention_with(qk_norm_rotated=False),
         "not renormalized": router_with(renormalize=False),

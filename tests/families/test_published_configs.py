@@ -34,6 +34,7 @@ PARAMETERS: dict[str, int | str] = {
     "dbrx-instruct": 131_596_523_520,
     "distilbert-base-uncased": 66_362_880,
     "distilgpt2": 81_912_576,
+    "dots.llm1": "143B",
     "falcon-11b": "11B",
     "falcon-40b": 41_303_293_952,
     "falcon-40b-first": 41_303_293_952,

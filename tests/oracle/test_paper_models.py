@@ -19,7 +19,7 @@ def test_reduced_models_run_on_both_paths(name: str) -> None:
     source = open_checkpoint(name).source
     schedule = generation(((3, 1),), 1)
     compiled = CompiledPath(source, mode="eager", routes=True)
-    result = assert_paths_agree(Baseline.of(source), compiled, schedule)
+    result = assert_paths_agree(Baseline.of(source, runs=2), compiled, schedule)
     sparse = sum(isinstance(layer.mlp, MoeConfig) for layer in source.config.layers)
     assert (sparse, result.choices > 0) == ((15, True) if "moe" in name else (0, False))
 
