@@ -12,7 +12,8 @@ NAME, HELP = "ops", "list the ops that implementations can be held against"
 DESCRIPTION = "List every op: axes, argument names, guarantee, section of the DeepSpeed Inference paper."
 EPILOG = """\
 letters of axes: B sequences, T query tokens, S key tokens, H heads, K key/value heads, D head size, M hidden,
-  F intermediate, J = rotary size / 2, N outputs and I inputs of a linear, V vocabulary, P positions
+  F intermediate, J = rotary size / 2, N outputs and I inputs of a linear, V vocabulary, P positions; of mixtures
+  E experts and K choices of a token
 guarantees: BITWISE identical bits; BUDGET each row's error within a multiple of the eager reference's own, measured
   against float64; DISCRETE identical decisions but for ties within both budgets; STATISTICAL a tested distribution
 

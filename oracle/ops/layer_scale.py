@@ -16,12 +16,16 @@ from torch import Tensor
 from ...reference.cache import KVCache
 from ...reference.components import Components
 from ...reference.layer import layer, self_attention
+from ...reference.moe import router_logits
+from ...reference.routing import route as plain_route
 from ...spec.config import MlpConfig, NormConfig, RotaryLayout
-from ...spec.weights import LinearWeights, MlpWeights, NormWeights
+from ...spec.moe import MoeConfig
+from ...spec.weights import LinearWeights, MlpWeights, MoeWeights, NormWeights
 from ..budget import Sizes
 from ..case import Inputs
 from ..scale import Known, attention_known, exactly, linear_known, norm_known, shared, sum_known
 from .mlp import mlp_known
+from .moe_scale import moe_known
 from .positions import rotate_known
 
 
@@ -139,7 +143,17 @@ def _mlp(x_BTM: Tensor, weights: MlpWeights, config: MlpConfig, *, linear: Any) 
     return Sized.of_result(mlp_known(_as_sized(x_BTM).read, weights, config))
 
 
-_COMPONENTS = Components(norm=_norm, linear=_linear, rotate=_rotate, attention=_attention, mlp=_mlp)
+def _moe(x_BTM: Tensor, weights: MoeWeights, config: MoeConfig, *, linear: Any, mlp: Any, route: Any) -> Sized:
+    """On the experts that the truth chooses, all of which serve: layers have no near-ties left out, nor a capacity."""
+    shape = x_BTM.shape
+    x_TM = _as_sized(x_BTM).read.mapped(lambda part: part.reshape(-1, shape[-1]))
+    logit_TE = router_logits(x_TM.value, weights)
+    chosen_TK = plain_route(logit_TE, config.router, weights.choice_bias_E).expert_TK
+    out_TM = moe_known(x_TM, weights, config, chosen_TK, torch.ones_like(chosen_TK, dtype=torch.bool))
+    return Sized.of_result(out_TM.mapped(lambda part: part.view(shape)))
+
+
+_COMPONENTS = Components(norm=_norm, linear=_linear, rotate=_rotate, attention=_attention, mlp=_mlp, moe=_moe)
 
 
 def _scale(reference: Callable[..., tuple[Tensor, KVCache]], exact: Inputs) -> list[Sizes]:

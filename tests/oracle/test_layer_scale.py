@@ -11,9 +11,13 @@ from twinfer.oracle.budget import Sizes
 from twinfer.oracle.case import Case, Data, RandomPicker
 from twinfer.oracle.ops.layer_scale import Sized, scale_of_layer
 from twinfer.oracle.ops.mlp import mlp_known
+from twinfer.oracle.ops.moe_cases import moe_config, moe_inputs
+from twinfer.oracle.ops.moe_variants import all_experts
+from twinfer.oracle.resolution import off_by
 from twinfer.oracle.scale import exactly, norm_known, sum_known
 from twinfer.oracle.table import OPS
 from twinfer.reference import layer as layer_file
+from twinfer.reference.components import DEFAULT
 from twinfer.spec.config import NormPlacement, Residual
 
 LAYER = OPS["layer"]
@@ -70,3 +74,30 @@ def test_what_nobody_bounded_is_refused() -> None:
     """A new operation between the layer's parts needs its bound before anything is judged by it."""
     with pytest.raises(TypeError, match=r"nobody has said what .*exp.* rounds"):
         torch.exp(Sized.of_input(torch.ones(2, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_with_experts_has_a_bound_that_lets_right_ones_pass_and_sees_5_percent(dtype: torch.dtype) -> None:
+    """Of each recipe: experts that sum in another order are right, and ones whose result is 5 % off are not."""
+
+    def with_experts(function: Any) -> Any:
+        def moe(x_BTM: Tensor, weights: Any, config: Any, **_: Any) -> Any:
+            return function(x_BTM=x_BTM, weights=weights, config=config)
+
+        return lambda **inputs: LAYER.reference(**inputs, components=replace(DEFAULT, moe=moe))
+
+    seen = 0
+    for seed in range(12):
+        mixture = replace(OPS["moe"].cases(RandomPicker(seed)), dtype=dtype, data=Data.NORMAL)
+        mixture = replace(mixture, options={**mixture.options, "factor": None})
+        case = replace(drawn(placement="pre_norm"), dtype=dtype, seed=seed)
+        case = replace(case, sizes={**case.sizes, "M": mixture.n.M})
+        dense = LAYER.inputs(case)
+        config = replace(dense["config"], mlp=moe_config(mixture))
+        weights = replace(dense["weights"], mlp=moe_inputs(mixture)["weights"])
+        op = replace(LAYER, inputs=lambda _, new={**dense, "config": config, "weights": weights}: new)  # type: ignore[misc]
+        verdict = op.guarantee.judge(op.trial(with_experts(all_experts), case))
+        assert not verdict.failed, f"{verdict.complaint} {verdict.details} {mixture!r}"
+        wrong = with_experts(off_by(all_experts, 0.05, "all"))
+        seen += op.guarantee.judge(op.trial(wrong, case)).failed
+    assert seen >= 11
