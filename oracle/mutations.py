@@ -272,7 +272,7 @@ def _states(op: Op, inputs: list[Inputs]) -> Iterator[Made]:
     yield Family.STATE, "first_of_a_shape_wrong", lambda: _first_wrong(op)
     yield Family.STATE, "every_second_call_wrong", lambda: _second_wrong(op)
     yield Family.STATE, "seeds_random_numbers", lambda: _changing(op, lambda: torch.manual_seed(0))
-    yield Family.STATE, "turns_mkldnn_off", lambda: _changing(op, _turn_mkldnn_off)
+    yield Family.STATE, "turns_mkldnn_off", lambda: _changing(op, lambda: torch._C._set_mkldnn_enabled(False))
     yield Family.STATE, "flushes_subnormals", lambda: _changing(op, lambda: torch.set_flush_denormal(True))
     yield Family.STATE, "sets_default_dtype", lambda: _changing(op, lambda: torch.set_default_dtype(torch.float64))
     yield Family.STATE, "leaves_grad_mode", lambda: _changing(op, lambda: torch.set_grad_enabled(False))
@@ -338,10 +338,6 @@ def _second_wrong(op: Op) -> Function:
         return _wrong(out) if next(calls) % 2 else out
 
     return call
-
-
-def _turn_mkldnn_off() -> None:
-    torch.backends.mkldnn.enabled = False
 
 
 def _changing(op: Op, change: Callable[[], Any]) -> Function:

@@ -39,7 +39,7 @@ class ProcessState:
             grad_mode=torch.is_grad_enabled(),
             deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
             float32_matmul_precision=torch.get_float32_matmul_precision(),
-            mkldnn=torch.backends.mkldnn.enabled,
+            mkldnn=torch._C._get_mkldnn_enabled(),
             autocast=torch.is_autocast_enabled("cpu"),
             default_device=torch.get_default_device(),
             random_numbers=zlib.crc32(generator_state.numpy().tobytes()),
@@ -62,7 +62,7 @@ class ProcessState:
         if now.float32_matmul_precision != self.float32_matmul_precision:
             torch.set_float32_matmul_precision(self.float32_matmul_precision)
         if now.mkldnn != self.mkldnn:
-            torch.backends.mkldnn.enabled = self.mkldnn
+            torch._C._set_mkldnn_enabled(self.mkldnn)
         if now.autocast != self.autocast:
             torch.set_autocast_enabled("cpu", self.autocast)
         if now.default_device != self.default_device:

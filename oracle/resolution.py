@@ -99,12 +99,12 @@ def _cases(op: Op, dtype: torch.dtype, sizes: Mapping[str, int] | None) -> Itera
 
 
 def judged(op: Op, trial: Trial) -> list[Tensor]:
-    """The true outputs, with zeros where nothing is said of a result."""
+    """The true outputs as rounded, with zeros where nothing is said of a result."""
     assert isinstance(op.guarantee, Budget), "only errors within a budget have a size"
     sizes = op.guarantee.scale(trial.sized_inputs, trial.truth)
     pairs = zip(trial.truth, trial.eager, sizes, strict=True)
     return [
-        truth.masked_fill(each.beyond(eager.dtype), 0.0) if isinstance(each, Sizes) else truth
+        (truth.masked_fill(each.beyond(eager.dtype), 0.0) if isinstance(each, Sizes) else truth).to(eager.dtype)
         for truth, eager, each in pairs
     ]
 

@@ -25,6 +25,8 @@ from ..spec.weights import LinearWeights, NormWeights
 
 _ELEMENTS = 1000
 """Results of small cases have no more elements."""
+_LEAST_DIGITS = torch.finfo(torch.bfloat16).eps
+"""Of the dtypes that are stored."""
 _STEEPEST = 1.13
 """No activation function is steeper anywhere (GELU at x = 1.4; SILU reaches 1.10)."""
 
@@ -140,10 +142,13 @@ def activation_known(x: Known, kind: Activation) -> Known:
 
 
 def clipped_known(x: Known, least: float, most: float) -> Known:
-    """Clipping rounds nothing, and what is cut off by more than its rounding has none left."""
-    value = x.value.clamp(least, most)
-    certain = (x.value - value).abs() > 2.0**-7 * x.narrow + 2.0**-20 * x.wide
-    return Known(value, x.wide.masked_fill(certain, 0.0), x.narrow.masked_fill(certain, 0.0))
+    """Clipping rounds nothing; what was rounded before it reaches no further than before, and not past the clip.
+
+    A value counts as clipped where no rounding brings it back: beyond the clip by four roundings of either size.
+    """
+    room = 4 * (_LEAST_DIGITS * x.narrow + torch.finfo(torch.float32).eps * x.wide)
+    inside = (x.value <= most + room) & (x.value >= least - room)
+    return Known(x.value.clamp(least, most), x.wide * inside, x.narrow * inside)
 
 
 def product_known(a: Known, b: Known) -> Known:

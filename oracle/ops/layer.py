@@ -222,6 +222,7 @@ def _sinks_forgotten(inputs: Inputs) -> Inputs:
 
 def _clamp_and_offset_forgotten(inputs: Inputs) -> Inputs:
     config: LayerConfig = inputs["config"]
+    assert isinstance(config.mlp, MlpConfig), "no mixtures are drawn here"
     return {"config": replace(config, mlp=replace(config.mlp, clamp=None, up_offset=0.0))}
 
 

@@ -23,7 +23,7 @@ from ...spec.moe import MoeConfig
 from ...spec.weights import LinearWeights, MlpWeights, MoeWeights, NormWeights
 from ..budget import Sizes
 from ..case import Inputs
-from ..scale import Known, attention_known, exactly, linear_known, norm_known, shared, sum_known
+from ..scale import Known, attention_known, clamped_known, exactly, linear_known, norm_known, shared, sum_known
 from .mlp import mlp_known
 from .moe_scale import moe_known
 from .positions import rotate_known
@@ -94,9 +94,8 @@ def _moved(function: Callable[..., Tensor], args: tuple[Any, ...], options: Mapp
 
 
 def _clamped(x: Sized, least: float, most: float) -> Sized:
-    """Clipping rounds nothing, and what was rounded before it reaches no further than before."""
-    sizes = Known(x.sizes.value.clamp(least, most), x.sizes.wide, x.sizes.narrow)
-    return _sized(sizes, x.unread.clamp(least, most))
+    """The last rounding of what is clipped is that of the clip."""
+    return _sized(clamped_known(x.sizes, least, most), x.unread.clamp(least, most))
 
 
 def _times(x: Sized, factor: float) -> Sized:
