@@ -23,7 +23,7 @@ from ...spec.moe import MoeConfig
 from ...spec.weights import LinearWeights, MlpWeights, MoeWeights, NormWeights
 from ..budget import Sizes
 from ..case import Inputs
-from ..scale import Known, attention_known, clamped_known, exactly, linear_known, norm_known, shared, sum_known
+from ..scale import Known, attention_known, clipped_known, exactly, linear_known, norm_known, shared, sum_known
 from .mlp import mlp_known
 from .moe_scale import moe_known
 from .positions import rotate_known
@@ -95,7 +95,7 @@ def _moved(function: Callable[..., Tensor], args: tuple[Any, ...], options: Mapp
 
 def _clamped(x: Sized, least: float, most: float) -> Sized:
     """The last rounding of what is clipped is that of the clip."""
-    return _sized(clamped_known(x.sizes, least, most), x.unread.clamp(least, most))
+    return _sized(clipped_known(x.sizes, least, most), x.unread.clamp(least, most))
 
 
 def _times(x: Sized, factor: float) -> Sized:

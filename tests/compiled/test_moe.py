@@ -115,6 +115,39 @@ def test_each_row_is_multiplied_by_its_own_expert(case: tuple[Any, ...], storage
 
 
 @given(
+    rows=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    biased=st.booleans(),
+    storage=st.sampled_from(EXACT),
+    seed=seeds,
+)
+def test_forms_of_a_gpu_are_the_loop_over_experts(rows: list[int], biased: bool, storage: Storage, seed: int) -> None:
+    """By torch's grouped product and by masks, on this processor: exactly, in bfloat16, which holds these integers."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_ENI = torch.randint(-3, 4, (len(rows), 16, 8), generator=generator).float()
+    weight_ENI[..., 0] = 127  # an int8 scale of 1
+    bias_EN = torch.randint(-9, 10, (len(rows), 16), generator=generator).float() if biased else None
+    matrix = stack([StackedLinearWeights(weight_ENI=weight_ENI, bias_EN=bias_EN)], storage)
+    x_AI = torch.randint(-1, 2, (sum(rows), 8), generator=generator).to(torch.bfloat16)
+    x_AI[:, 0] = 0
+    rows_E = torch.tensor(rows)
+    wanted_AN = experts_module._grouped_product(x_AI, rows_E, *matrix, storage.value)
+    for form in (experts_module._by_offsets, experts_module._by_masks):
+        if len(x_AI):  # torch's wants a row
+            assert torch.equal(form(x_AI, rows_E, matrix, storage), wanted_AN)
+
+
+def test_torchs_grouped_product_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is right here; one that adds anything to its result, or is not there, is not used."""
+    right, device = experts_module._grouped_mm, torch.device("cpu")
+    assert right is not None
+    for grouped_mm, used in ((right, True), (lambda *given, **named: right(*given, **named) + 1, False), (None, False)):
+        experts_module._groups_rightly.cache_clear()
+        monkeypatch.setattr(experts_module, "_grouped_mm", grouped_mm)
+        assert experts_module._groups_rightly(device) is used
+    experts_module._groups_rightly.cache_clear()
+
+
+@given(
     seed=seeds,
     tokens=st.integers(1, 9),
     experts=st.integers(1, 6),
