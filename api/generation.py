@@ -7,10 +7,13 @@ Shapes: B prompts, V vocabulary, T tokens so far.
 """
 
 import time
+from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from itertools import pairwise
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,13 +21,14 @@ from torch import Tensor
 from twinfer.reference.sampling import Sampling, generator_for, next_token
 from twinfer.spec.ambient import CPU, pinned
 from twinfer.spec.config import ModelConfig
-from twinfer.spec.decoder import Decoder, Sequences, check_extensible, check_open
+from twinfer.spec.decoder import Decoder, Queued, Sequences, check_extensible, check_open
 from twinfer.spec.errors import RequestError
 
 from .chat import as_ids, check_several
 from .text import StopWatch, TextStream
 
 GREEDY = Sampling()
+Item = TypeVar("Item")
 
 
 class Stop(StrEnum):
@@ -217,28 +221,78 @@ class _Row:
 
 
 def _run(decoder: Decoder, rows: Sequence[_Row], reserve: int, timings: Timings) -> Generator[Event]:
-    sequences = decoder.open(len(rows), reserve)
-    try:
-        start = time.perf_counter()
-        events = _step(decoder, sequences, rows)
-        timings.prefill_s = time.perf_counter() - start
+    """Extend all rows until each has stopped, as many micro-batches of them at a time as the path has use for.
+
+    What has its next tokens is queued again at once, without waiting for the others: the paper's dynamic queue.
+    """
+    with ExitStack() as stack:
+        waiting = deque[_MicroBatch]()
+        for some in micro_batches(rows, decoder.in_flight if isinstance(decoder, Queued) else 1):
+            sequences = decoder.open(len(some), reserve)
+            stack.callback(sequences.close)
+            waiting.append(_MicroBatch(decoder, sequences, some))
         timings.prefill_tokens = sum(len(row.prompt_ids) for row in rows)
-        yield from events
-        while any(row.stop is None for row in rows):
-            start = time.perf_counter()
-            events = _step(decoder, sequences, rows)
-            timings.decode_s += time.perf_counter() - start
-            timings.decode_tokens += len(events)
+        start = time.perf_counter()
+        for each in waiting:
+            each.submit()
+        while waiting:
+            prefilling = not all(row.ids for row in rows)
+            ready = waiting.popleft()
+            events, first = ready.collect(), not ready.began
+            ready.began = True
+            if not ready.ended:
+                ready.submit()
+                waiting.append(ready)
+            seconds = time.perf_counter() - start
+            if prefilling:
+                timings.prefill_s += seconds
+            else:
+                timings.decode_s += seconds
+            timings.decode_tokens += 0 if first else len(events)
             yield from events
-    finally:
-        sequences.close()
+            start = time.perf_counter()
 
 
-def _step(decoder: Decoder, sequences: Sequences, rows: Sequence[_Row]) -> list[Event]:
-    """Extend every row that has not stopped by what is due, and let it choose."""
-    logits_BV = decoder.extend(sequences, [row.due() for row in rows]).cpu()
-    with pinned(CPU):
-        return [row.take(logits_V) for row, logits_V in zip(rows, logits_BV, strict=True) if row.stop is None]
+def micro_batches(rows: Sequence[Item], most: int) -> list[Sequence[Item]]:
+    """Divide rows into at most so many runs of neighbors, as even as can be.
+
+    >>> micro_batches("abcde", 2), micro_batches("ab", 3)
+    (['abc', 'de'], ['a', 'b'])
+    """
+    count = min(most, len(rows))
+    bounds = [place * (len(rows) // count) + min(place, len(rows) % count) for place in range(count + 1)]
+    return [rows[begin:end] for begin, end in pairwise(bounds)]
+
+
+class _MicroBatch:
+    """Rows that are extended together."""
+
+    def __init__(self, decoder: Decoder, sequences: Sequences, rows: Sequence[_Row]) -> None:
+        self.began = False
+        self._decoder, self._sequences, self._rows = decoder, sequences, rows
+        self._due: list[Tensor] = []
+        self._ticket: object = None
+
+    @property
+    def ended(self) -> bool:
+        return all(row.stop is not None for row in self._rows)
+
+    def submit(self) -> None:
+        """Begin to extend every row that has not stopped by what is due; a path that cannot begin does it later."""
+        self._due = [row.due() for row in self._rows]
+        if isinstance(self._decoder, Queued):
+            self._ticket = self._decoder.submit(self._sequences, self._due)
+
+    def collect(self) -> list[Event]:
+        """Let each row that has not stopped choose its next token."""
+        if isinstance(self._decoder, Queued):
+            logits = self._decoder.collect(self._ticket)
+        else:
+            logits = self._decoder.extend(self._sequences, self._due)
+        assert isinstance(logits, Tensor)
+        logits_BV = logits.cpu()
+        with pinned(CPU):
+            return [row.take(logits_V) for row, logits_V in zip(self._rows, logits_BV, strict=True) if row.stop is None]
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

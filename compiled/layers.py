@@ -209,9 +209,15 @@ def before_reduce(
 
     The config is a constant, so one form of these three is traced.
     """
+    if config.residual is Residual.SEQUENTIAL:
+        return before_experts(x_TM, weights, config, attention)
     read_TM = attention_input(x_TM, weights, config)
-    if config.residual is not Residual.SEQUENTIAL:
-        return x_TM, attention(read_TM) + mlp(mlp_input(x_TM, read_TM, weights, config))
+    return x_TM, attention(read_TM) + mlp(mlp_input(x_TM, read_TM, weights, config))
+
+
+def before_experts(x_TM: Tensor, weights: Layer, config: LayerConfig, attention: SubLayer) -> tuple[Tensor, Tensor]:
+    """Return the same without the MLP, also where it is parallel: experts are fed on their own."""
+    read_TM = attention_input(x_TM, weights, config)
     return read_TM if config.norm_placement is NormPlacement.STREAM_NORM else x_TM, attention(read_TM)
 
 

@@ -54,19 +54,50 @@ def mlp(x_TM: Tensor, weights: Mlp, config: MlpConfig, storage: Storage, product
 
 def moe(x_TM: Tensor, weights: Moe, config: MoeConfig, storage: Storage, product: Product) -> Tensor:
     """Serve each token by its experts; returns [T, M] in x's dtype. Nothing is dropped."""
+    routing = routed(x_TM, weights, config, product)
+    out_TM = served(x_TM, routing, weights, config, storage, product)
+    shared_TM, residual_TM = beside(x_TM, weights, config, storage, product)
+    return mixed(x_TM, out_TM, shared_TM, residual_TM, weights, product)
+
+
+def routed(x_TM: Tensor, weights: Moe, config: MoeConfig, product: Product) -> Routing:
+    """Let each token choose its experts, and note what they are where that is asked for."""
     routing = route(_wide(x_TM, weights.router, product), config.router, weights.choice_bias_E)
     if weights.chosen_PK is not None:
         weights.chosen_PK[: x_TM.shape[0]].copy_(routing.expert_TK)
-    served = _few if product is linear_decode else _many
-    out_TM = served(x_TM, routing, weights.experts, config, storage).to(x_TM.dtype)
+    return routing
+
+
+def served(
+    x_TM: Tensor, routing: Routing, weights: Moe, config: MoeConfig, storage: Storage, product: Product
+) -> Tensor:
+    """Return what the chosen experts make of each token, [T, M] in x's dtype."""
+    serve = _few if product is linear_decode else _many
+    return serve(x_TM, routing, weights.experts, config, storage).to(x_TM.dtype)
+
+
+def beside(
+    x_TM: Tensor, weights: Moe, config: MoeConfig, storage: Storage, product: Product
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what the shared MLP and the residual one make of each token, [T, M]; None for one that is not there."""
+    shared_TM = residual_TM = None
     if config.shared is not None and weights.shared is not None:
         shared_TM = mlp(x_TM, weights.shared, config.shared, storage, product)
+    if config.residual is not None and weights.residual is not None:
+        residual_TM = mlp(x_TM, weights.residual, config.residual, storage, product)
+    return shared_TM, residual_TM
+
+
+def mixed(
+    x_TM: Tensor, out_TM: Tensor, shared_TM: Tensor | None, residual_TM: Tensor | None, weights: Moe, product: Product
+) -> Tensor:
+    """Return what experts and the MLPs beside them made of x, added up or mixed; [T, M]."""
+    if shared_TM is not None:
         if weights.shared_gate is not None:
             shared_TM = torch.sigmoid(_wide(x_TM, weights.shared_gate, product)).to(x_TM.dtype) * shared_TM
         out_TM = out_TM + shared_TM
-    if config.residual is not None and weights.residual is not None and weights.coefficient is not None:
+    if residual_TM is not None and weights.coefficient is not None:
         mix_T2 = torch.softmax(_wide(x_TM, weights.coefficient, product), -1).to(x_TM.dtype)
-        residual_TM = mlp(x_TM, weights.residual, config.residual, storage, product)
         out_TM = mix_T2[:, :1] * out_TM + mix_T2[:, 1:] * residual_TM
     return out_TM
 
@@ -77,7 +108,7 @@ def _few(x_TM: Tensor, routing: Routing, experts: Mlp, config: MoeConfig, storag
     x_AM = x_TM[:, None].expand(-1, config.router.top_k, -1).flatten(0, 1).contiguous()
     inner_AF = inner(chosen_product(x_AM, expert_A, experts.up, storage), config.expert)
     out_AM = chosen_product(inner_AF, expert_A, experts.down, storage)
-    return _weighted(out_AM.view(x_TM.shape[0], -1, x_TM.shape[1]), routing.weight_TK)
+    return weighted(out_AM.view(x_TM.shape[0], -1, x_TM.shape[1]), routing.weight_TK)
 
 
 def _many(x_TM: Tensor, routing: Routing, experts: Mlp, config: MoeConfig, storage: Storage) -> Tensor:
@@ -86,10 +117,11 @@ def _many(x_TM: Tensor, routing: Routing, experts: Mlp, config: MoeConfig, stora
     x_AM = x_TM[order.choice_A // config.router.top_k]
     inner_AF = inner(grouped_product(x_AM, order.rows_E, experts.up, storage), config.expert)
     out_AM = grouped_product(inner_AF, order.rows_E, experts.down, storage)
-    return _weighted(out_AM[order.place_A.view_as(routing.expert_TK)], routing.weight_TK)
+    return weighted(out_AM[order.place_A.view_as(routing.expert_TK)], routing.weight_TK)
 
 
-def _weighted(out_TKM: Tensor, weight_TK: Tensor) -> Tensor:
+def weighted(out_TKM: Tensor, weight_TK: Tensor) -> Tensor:
+    """Return the weighted sum over a token's experts, in the weights' dtype."""
     return (out_TKM.to(weight_TK.dtype) * weight_TK[:, :, None]).sum(1)
 
 

@@ -13,7 +13,7 @@ from .watch import Doing
 
 def compile_in_turn(path: RankPath, member: Member, *, batches: bool) -> None:
     """Compile the programs, each rank in its turn; without `batches`, not those of several sequences."""
-    member.progress.doing = Doing.COMPILING
+    member.progress.enter(Doing.COMPILING)
     member.store.set_timeout(PATIENCE)
     turn, ranks = turn_of(member), member.groups.parallel.ranks
     member.store.set(f"turn/{member.rank}", str(turn))

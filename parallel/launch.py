@@ -71,11 +71,17 @@ class Job:
             self.end()
             raise
 
+    @property
+    def port(self) -> int:
+        """The port of this machine where the ranks meet."""
+        return self._store.port
+
     def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
+        del self._store  # and with it the port
 
     def end(self) -> None:
         """Kill what is left of the ranks; a rank that is halted ends too."""
@@ -108,7 +114,7 @@ class Job:
         ended = f"the job of {len(codes)} ranks ended {time.monotonic() - noticed:.1f} s after it was noticed"
         for rank, code in killed.items():
             name = signal.Signals(-code).name
-            return Ended(1, f"rank {rank} was killed by {name} while it was {self._doing(rank)}; {ended}")
+            return Ended(1, f"rank {rank} was killed by {name}; it was last seen {self._doing(rank)}; {ended}")
         for kind in Failure:
             for rank, failure in failures.items():
                 if failure is not None and failure[0] == kind:
@@ -117,7 +123,7 @@ class Job:
                         return Ended(2, why if rank == 0 else f"rank {rank}: {why}")
                     return Ended(1, f"rank {blamed} {why}; {ended}")
         rank, status = next(iter(died.items()))
-        return Ended(1, f"rank {rank} ended with status {status} while it was {self._doing(rank)}; {ended}")
+        return Ended(1, f"rank {rank} ended with status {status}; it was last seen {self._doing(rank)}; {ended}")
 
     def _failure(self, rank: int) -> tuple[str, int, str, bool] | None:
         if not self._store.check([failure_of(rank)]):

@@ -77,11 +77,12 @@ def joined(parallel: ParallelConfig, facts: Mapping[str, str], device_type: str 
             os._exit(1)
 
         watch = Watch(store.clone(), rank, ranks, progress, end)
+        progress.tell = watch.tell
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
         groups = form_groups(parallel, device_type)
         wire = Wire(groups, progress.wait)
-        progress.doing = Doing.READING
+        progress.enter(Doing.READING)
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         yield Member(rank, local_rank, groups, wire, store.clone(), progress)
     except Exception as error:

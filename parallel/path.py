@@ -130,6 +130,7 @@ class RankPath:
                 device,
                 compute,
                 of_rows=lambda absmax_N: wire.largest(absmax_N, groups.tensor),
+                of_expert_rows=lambda absmax_N: wire.largest(absmax_N, groups.slices),
                 on_part=on_step,
             )
         self._storage, self._compute = storage, compute
@@ -248,7 +249,11 @@ class RankPath:
         gained = [len(each) for each in own]
         local.make_room(max((length + more for length, more in zip(lengths, gained, strict=True)), default=0))
         found: dict[int, list[Tensor]] = {index: [] for index, more in enumerate(gained) if more}
-        for run in runs_of(lengths, own, self._storage, every_position):
+        runs = runs_of(lengths, own, self._storage, every_position)
+        for run in (*runs, *[None] * (self._most_runs(sequences, tokens, every_position) - len(runs))):
+            if run is None:
+                self._programs[Program.PREFILL].idle()
+                continue
             logits = self._run(local, lengths, run, every_position)
             if logits is None:
                 continue
@@ -258,6 +263,15 @@ class RankPath:
                 for index, logits_V in zip(dict.fromkeys(run.members), logits, strict=True):
                     found[index].append(logits_V[None])
         return [each for index in sorted(found) for each in found[index]]
+
+    def _most_runs(self, sequences: ParallelSequences, tokens: list[list[int]], every_position: bool) -> int:
+        """Return how many runs any data group has, where groups exchange rows and so must have equally many; else 0."""
+        parallel = self._parallel
+        if parallel.data == 1 or parallel.expert * parallel.expert_slices == 1:
+            return 0
+        dealt = [slice(group, None, parallel.data) for group in range(parallel.data)]
+        given = [(sequences.lengths[own], tokens[own]) for own in dealt]
+        return max(len(runs_of(*each, self._storage, every_position)) for each in given)
 
     def _run(self, local: StaticSequences, lengths: Sequence[int], run: Run, every_position: bool) -> Tensor | None:
         self._compile_alone(run.program)

@@ -4,7 +4,8 @@
 
 Each name is a piece, one graph without breaks; each bar is a collective. Nothing is fused across one (the paper's rule)
 but everything between two is, as on one device. Where sub-layers are parallel, `attend` returns the sum of both
-and there is no `feed`. A norm over all heads cuts `attend` in two (`head_norms`).
+and there is no `feed`. A norm over all heads cuts `attend` in two (`head_norms`); experts take the place of `feed` and
+`close` (`mixtures`).
 
 What it relies on: whatever differs from rank to rank is an argument (the rank's first token), never a constant, so that
 all ranks of a stage run the same programs and all but the first find them in the cache.
@@ -29,6 +30,7 @@ from ..compiled.layers import (
     attend_prompt,
     attend_step,
     attention_input,
+    before_experts,
     before_reduce,
     between_reductions,
     feed,
@@ -49,7 +51,10 @@ from ..compiled.steps import (
 )
 from ..compiled.weights import Head, Layer, Rotation
 from ..spec.config import LayerConfig, ModelConfig, QkNormSpan, Residual, Storage
+from ..spec.moe import MoeConfig
+from ..spec.parallel import ParallelConfig
 from .head_norms import Sums, centered, centers, normed, squares, sums
+from .mixtures import MixturePieces, mixture_pieces
 
 Partial = tuple[Tensor | None, Tensor]
 """What the reduced sum is added to, None where it is the piece's own x; and this rank's part of the sum."""
@@ -63,9 +68,11 @@ class LayerPieces(NamedTuple):
     attend: Callable[..., Partial]
     """(x, heads and reduced squares if normed so, weights, cache, rotary table, rows, slots, mask)."""
     feed: Callable[[Tensor, Tensor, Layer], Partial] | None
-    """(x, reduced output of attention, weights); None where sub-layers are parallel."""
+    """(x, reduced output of attention, weights); None where sub-layers are parallel, or there are experts."""
     close: Callable[[Tensor, Tensor, Layer], Tensor]
     """(x, reduced output of the MLP, weights) -> x of the next layer."""
+    mixture: MixturePieces | None
+    """What takes the place of `feed` and `close` where there are experts."""
 
 
 class RankPieces(NamedTuple):
@@ -80,9 +87,14 @@ class RankPieces(NamedTuple):
 
 
 def rank_pieces(
-    program: Program, config: ModelConfig, ranks: int, storage: Storage, piece: Piece, compute: torch.dtype
+    program: Program,
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    storage: Storage,
+    piece: Piece,
+    compute: torch.dtype,
 ) -> RankPieces:
-    """Return the pieces of a program; `config` is the rank's own, `ranks` share its layers."""
+    """Return the pieces of a program; `config` is the rank's own."""
     decodes, fixed = program is not Program.PREFILL, program in (Program.DECODE, Program.DECODE_ROWS)
     product = linear_decode if fixed else linear_prefill
     windows, rows = different_windows(config), () if fixed else (0,)
@@ -122,7 +134,7 @@ def rank_pieces(
         piece(looked_up, {"token_T": rows}),
         piece(entry, {"x_TW": rows, "position_T": rows, "start_T": starts, "slot_S": (0,)}),
         {
-            layer: _layer_pieces(layer, ranks, storage, product, piece, rows, decodes)
+            layer: _layer_pieces(layer, parallel, storage, product, piece, rows, decodes)
             for layer in dict.fromkeys(config.layers)
         },
         piece(last, {"x_TM": rows}),
@@ -132,14 +144,14 @@ def rank_pieces(
 
 def _layer_pieces(
     layer: LayerConfig,
-    ranks: int,
+    parallel: ParallelConfig,
     storage: Storage,
     product: Product,
     piece: Piece,
     rows: tuple[int, ...],
     decodes: bool,
 ) -> LayerPieces:
-    config = layer.attention
+    config, ranks, has_experts = layer.attention, parallel.tensor, isinstance(layer.mlp, MoeConfig)
 
     def attend_with(weights: Layer, cache: Cache, row_T: tuple[Tensor, ...], slot_S: Tensor, mask: Any) -> Attend:
         if decodes:
@@ -147,6 +159,9 @@ def _layer_pieces(
         return attend_prompt(weights, cache, *row_T, slot_S, mask, config)
 
     def attended(x_TM: Tensor, attention: Callable[[Tensor], Tensor], weights: Layer) -> Partial:
+        if has_experts:
+            return _of_own(x_TM, *before_experts(x_TM, weights, layer, attention))
+
         def mlp(normed_TM: Tensor) -> Tensor:
             return feed(normed_TM, weights, layer, storage, product)
 
@@ -214,8 +229,11 @@ def _layer_pieces(
         piece(attend_normed, {**of_rows, "qkv_TGD": rows, "square_2T1": rows})
         if over_ranks
         else piece(attend, of_rows),
-        piece(fed, both) if layer.residual is Residual.SEQUENTIAL else None,
+        piece(fed, both) if layer.residual is Residual.SEQUENTIAL and not has_experts else None,
         piece(close, both),
+        mixture_pieces(layer, parallel.expert * parallel.expert_slices > 1, storage, product, piece, rows)
+        if has_experts
+        else None,
     )
 
 

@@ -11,15 +11,20 @@ V vocabulary.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..compiled.compute import accumulation_dtype
 from ..compiled.head import head_prefill, scale_and_cap
 from ..compiled.layers import Cache
+from ..compiled.moe import Moe
 from ..compiled.programs import Program
 from ..compiled.steps import Piece
 from ..compiled.weights import Layer
-from ..spec.config import LayerConfig
+from ..spec.config import LayerConfig, Residual
+from ..spec.moe import MoeConfig
+from .experts import serve
+from .mixtures import MixturePieces
 from .pieces import LayerPieces, rank_pieces
 from .weights import Share
 from .wire import Wire
@@ -47,7 +52,7 @@ class RankProgram:
         self._decodes = name is not Program.PREFILL
         self._share, self._wire, self._on_layer = share, wire, on_layer
         self._vocabulary = vocabulary
-        self._pieces = rank_pieces(name, share.config, len(wire.groups.tensor), model.storage, piece, model.compute)
+        self._pieces = rank_pieces(name, share.config, wire.groups.parallel, model.storage, piece, model.compute)
 
     def begin(self, tokens: Tokens) -> Tensor:
         """Return the rows of the token table [T, W], on the first stage."""
@@ -76,6 +81,16 @@ class RankProgram:
             self._on_layer()
         return x_TM
 
+    def idle(self) -> None:
+        """Take part in the exchanges of other data groups, without tokens of its own."""
+        model, config = self._share.model, self._share.config
+        for layer, weights in zip(config.layers, model.layers, strict=True):
+            if isinstance(layer.mlp, MoeConfig) and isinstance(weights.mlp, Moe):
+                x_TM = torch.zeros(0, config.hidden, dtype=model.compute, device=model.device)
+                expert_TK = torch.zeros(0, layer.mlp.router.top_k, dtype=torch.int64, device=model.device)
+                serve(x_TM, expert_TK, weights.mlp.experts, layer.mlp, model.storage, self._wire)
+                self._on_layer()
+
     def end(self, x_TM: Tensor, tokens: Tokens, every_position: bool) -> Tensor:
         """Return logits on the last stage, [R, V]: of every row of a step, of a prefill's last token or of all."""
         model, config = self._share.model, self._share.config
@@ -97,11 +112,49 @@ class RankProgram:
         heads = self._heads(pieces, x_TM, weights, tokens)
         stream_TM, part_TM = pieces.attend(x_TM, *heads, weights, *where)
         x_TM = x_TM if stream_TM is None else stream_TM
+        if pieces.mixture is not None:
+            return self._experts(pieces.mixture, layer, x_TM, part_TM, weights, tokens)
         if pieces.feed is not None:
             stream_TM, part_TM = pieces.feed(x_TM, self._reduced(part_TM, tokens), weights)
             assert stream_TM is not None
             x_TM = stream_TM
         return pieces.close(x_TM, self._reduced(part_TM, tokens), weights)
+
+    def _experts(
+        self,
+        pieces: MixturePieces,
+        layer: LayerConfig,
+        x_TM: Tensor,
+        part_TM: Tensor,
+        weights: Layer,
+        tokens: Tokens,
+    ) -> Tensor:
+        """End a layer with experts: sums that nothing waits for yet are on their way while the rows are."""
+        assert isinstance(weights.mlp, Moe)
+        assert isinstance(layer.mlp, MoeConfig)
+        attended = self._start_reduce(part_TM, tokens)
+        sequential = layer.residual is Residual.SEQUENTIAL
+        chosen = pieces.choose(x_TM, attended() if sequential else None, weights)
+        sums = [
+            None if each is None else self._start_reduce(each, tokens)
+            for each in (chosen.shared_TM, chosen.residual_TM)
+        ]
+        if chosen.routing is None:
+            returned = chosen.served_TM
+        else:
+            given = chosen.read_TM[: tokens.rows], chosen.routing.expert_TK[: tokens.rows]
+            model = self._share.model
+            returned = serve(*given, weights.mlp.experts, layer.mlp, model.storage, self._wire)
+            returned = filled_up(returned, len(x_TM))
+        return pieces.finish(
+            x_TM if chosen.stream_TM is None else chosen.stream_TM,
+            chosen.read_TM,
+            returned,
+            None if chosen.routing is None else chosen.routing.weight_TK,
+            *(None if each is None else each() for each in sums),
+            None if sequential else attended(),
+            weights,
+        )
 
     def _heads(
         self, pieces: LayerPieces, x_TM: Tensor, weights: Layer, tokens: Tokens
@@ -116,9 +169,22 @@ class RankProgram:
         return qkv_TGD, (self._reduced(query_T1, tokens), self._reduced(key_T1, tokens))
 
     def _reduced(self, part_TM: Tensor, tokens: Tokens) -> Tensor:
-        """Return the sum over the tensor group; rows that fill up are copies of the last one before them."""
-        if tokens.rows == len(part_TM):
-            return self._wire.all_reduce(part_TM, self._wire.groups.tensor)
-        self._wire.all_reduce(part_TM[: tokens.rows], self._wire.groups.tensor)
-        part_TM[tokens.rows :] = part_TM[tokens.rows - 1]
-        return part_TM
+        return self._start_reduce(part_TM, tokens)()
+
+    def _start_reduce(self, part_TM: Tensor, tokens: Tokens) -> Callable[[], Tensor]:
+        """Begin to add up over the tensor group; returns what waits for the sum."""
+        pending = self._wire.start_all_reduce(part_TM[: tokens.rows], self._wire.groups.tensor)
+
+        def wait() -> Tensor:
+            self._wire.waited(pending)
+            part_TM[tokens.rows :] = part_TM[max(0, tokens.rows - 1)]
+            return part_TM
+
+        return wait
+
+
+def filled_up(row_TKM: Tensor, count: int) -> Tensor:
+    """Return the rows, and copies of the last one up to so many."""
+    if len(row_TKM) == count:
+        return row_TKM.contiguous()
+    return torch.cat((row_TKM, row_TKM[-1:].expand(count - len(row_TKM), *row_TKM.shape[1:])))

@@ -48,11 +48,18 @@ class Failure(StrEnum):
 
 
 class Progress:
-    """How far this rank has come; `store` is where the other ranks read it."""
+    """How far this rank has come."""
 
     def __init__(self) -> None:
         self.doing = Doing.JOINING
         self.steps = 0
+        self.tell: Callable[[], None] = lambda: None
+        """Tells the others at once; else they hear of it at the next beat."""
+
+    def enter(self, doing: Doing) -> None:
+        """Begin a part of the work that takes long."""
+        self.doing = doing
+        self.tell()
 
     def step(self) -> None:
         """Note that a layer, or a part of the weights, is done."""
@@ -84,9 +91,16 @@ class Watch:
         self._store, self._rank, self._ranks = store, rank, ranks
         self._progress, self._on_silence = progress, on_silence
         self._parent = os.getppid()
+        self._beat = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+
+    def tell(self) -> None:
+        """Tell the others how far this rank is."""
+        self._beat += 1
+        told = [self._beat, self._progress.steps, self._progress.doing.value]
+        self._store.set(sign_of(self._rank), json.dumps(told))
 
     def end(self) -> None:
         self._ended.set()
@@ -94,14 +108,11 @@ class Watch:
 
     def _watch(self) -> None:
         seen = {other: _Seen(beat_s=time.monotonic(), steps_s=time.monotonic()) for other in range(self._ranks)}
-        beat = 0
         while not self._ended.wait(_INTERVAL_S):
             if os.getppid() != self._parent:  # who started this rank is gone, and with it all that would end it
                 os._exit(1)
-            beat += 1
             try:
-                told = [beat, self._progress.steps, self._progress.doing.value]
-                self._store.set(sign_of(self._rank), json.dumps(told))
+                self.tell()
                 self._look_at_others(seen)
             except Exception:  # the store is gone: whoever kept it has ended
                 if not self._ended.is_set():
@@ -118,7 +129,7 @@ class Watch:
             if steps != last.steps or doing != Doing.COMPUTING:
                 last.steps, last.steps_s = steps, now
             if now - last.beat_s > SILENCE_S:
-                self._on_silence(other, f"gave no sign of life for {SILENCE_S:g} s; it was {doing}")
+                self._on_silence(other, f"gave no sign of life for {SILENCE_S:g} s; it was last seen {doing}")
             elif now - last.steps_s > SILENCE_S:
                 self._on_silence(other, f"hangs: it was {doing}, and got no further for {SILENCE_S:g} s")
 

@@ -22,7 +22,8 @@ from ..compiled.compute import DEFAULT
 from ..compiled.machine import return_freed_memory
 from ..compiled.packing import AbsmaxOfRows
 from ..compiled.weights import Layer, Model, find_rotations, prepare_embedding, prepare_head, prepare_layer
-from ..spec.config import ModelConfig, Storage
+from ..spec.config import LayerConfig, ModelConfig, Storage
+from ..spec.moe import MoeConfig
 from ..spec.parallel import ParallelConfig, stage_layers
 from ..spec.shard import Shard, local_layer, vocabulary_piece
 from ..spec.weights import (
@@ -54,7 +55,9 @@ class Share(NamedTuple):
 def local_config(config: ModelConfig, parallel: ParallelConfig, stage: int) -> ModelConfig:
     """Return the config by which every rank of a stage computes."""
     layers = stage_layers(len(config.layers), parallel.pipeline)[stage]
-    return replace(config, layers=tuple(local_layer(config.layers[index], parallel.tensor) for index in layers))
+    shard = parallel.shard(0)
+    cut = tuple(local_layer(config.layers[index], shard.ranks, shard.experts) for index in layers)
+    return replace(config, layers=cut)
 
 
 def prepare_share(
@@ -66,14 +69,16 @@ def prepare_share(
     compute: torch.dtype = DEFAULT,
     *,
     of_rows: AbsmaxOfRows | None = None,
+    of_expert_rows: AbsmaxOfRows | None = None,
     on_part: Callable[[], None] = lambda: None,
 ) -> Share:
     """Read a rank's share, one part at a time; `on_part` is called after each.
 
-    `of_rows` finds the absmax of whole rows from this rank's columns, together with its tensor group.
+    `of_rows` finds the absmax of whole rows from this rank's columns, together with its tensor group, and
+    `of_expert_rows` that of experts' rows, together with the ranks that hold other slices of them.
     """
     whole, place = source.config, parallel.place(rank)
-    shard = Shard(rank=place.tensor, ranks=parallel.tensor)
+    shard = parallel.shard(rank)
     piece = -(-whole.vocabulary // parallel.tensor)
     last = place.stage == parallel.pipeline - 1
     config = local_config(whole, parallel, place.stage)
@@ -91,9 +96,9 @@ def prepare_share(
     for index, layer in zip(indices, config.layers, strict=True):
         weights = source.layer(index, shard)
         validate_layer(weights, whole, index, shard)
-        if place.tensor:
-            weights = _with_zero_biases(weights, whole, index)
-        layers.append(prepare_layer(weights, layer, storage, device, compute, of_rows=of_rows))
+        weights = _with_zero_biases(weights, whole.layers[index])
+        completed = {"of_rows": of_rows, "of_expert_rows": of_expert_rows}
+        layers.append(prepare_layer(weights, layer, storage, device, compute, **completed))
         frequencies.append(weights.attention.rotary_frequency_J)
         del weights
         return_freed_memory()
@@ -126,16 +131,31 @@ def _filled(rows: Tensor, count: int) -> Tensor:
     return functional.pad(rows.detach(), (*(0, 0) * (rows.ndim - 1), 0, count - len(rows)))
 
 
-def _with_zero_biases(weights: LayerWeights, config: ModelConfig, index: int) -> LayerWeights:
-    """Give matrices that are cut by columns the bias that only rank 0 has, as zeros."""
-    layer = config.layers[index]
-    if layer.attention.output_bias:
+def _with_zero_biases(weights: LayerWeights, config: LayerConfig) -> LayerWeights:
+    """Give matrices that are cut by columns the bias that only one rank has, as zeros on the others."""
+    if config.attention.output_bias:
         attention = replace(weights.attention, output=_zero_biased(weights.attention.output))
         weights = replace(weights, attention=attention)
-    if isinstance(weights.mlp, MlpWeights) and layer.dense_mlp.bias:
-        weights = replace(weights, mlp=replace(weights.mlp, down=_zero_biased(weights.mlp.down)))
-    return weights
+    mlp = weights.mlp
+    if isinstance(mlp, MlpWeights):
+        return replace(weights, mlp=_zero_biased_mlp(mlp)) if config.dense_mlp.bias else weights
+    assert isinstance(config.mlp, MoeConfig)
+    if config.mlp.shared is not None and config.mlp.shared.bias and mlp.shared is not None:
+        mlp = replace(mlp, shared=_zero_biased_mlp(mlp.shared))
+    if config.mlp.residual is not None and config.mlp.residual.bias and mlp.residual is not None:
+        mlp = replace(mlp, residual=_zero_biased_mlp(mlp.residual))
+    down = mlp.experts.down
+    if config.mlp.expert.bias and down.bias_EN is None:
+        down = replace(down, bias_EN=down.weight_ENI.new_zeros(down.weight_ENI.shape[:2]))
+        mlp = replace(mlp, experts=replace(mlp.experts, down=down))
+    return replace(weights, mlp=mlp)
+
+
+def _zero_biased_mlp(mlp: MlpWeights) -> MlpWeights:
+    return replace(mlp, down=_zero_biased(mlp.down))
 
 
 def _zero_biased(linear: LinearWeights) -> LinearWeights:
+    if linear.bias_N is not None:
+        return linear
     return replace(linear, bias_N=linear.weight_NI.new_zeros(len(linear.weight_NI)))

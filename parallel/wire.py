@@ -8,9 +8,10 @@ of a sum on one rank and hand it to all, so that all ranks have the same bits.
 Shapes: R rows, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Work
@@ -95,6 +96,43 @@ class Wire:
         work = _all_gather(all_GRV.view(-1, width), given, group.process_group, async_op=True)
         self.waited(Pending(all_GRV, work, given))
         return all_GRV.transpose(0, 1).reshape(rows, -1)
+
+    def all_gather_rows(self, rows: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
+        """Return the rows of all ranks after each other; `lengths` says how many each has.
+
+        On the wire all are filled up to the longest.
+        """
+        if len(group) == 1:
+            return rows
+        if self._muted:
+            return rows.new_zeros(sum(lengths), *rows.shape[1:])
+        self.ledger.call(Collective.ALL_GATHER, group.ranks, rows.nbytes)
+        longest = max(lengths)
+        given = rows.new_zeros(longest, *rows.shape[1:])
+        given[: len(rows)] = rows
+        all_GN = rows.new_empty(len(group) * longest, *rows.shape[1:])
+        work = _all_gather(all_GN, given, group.process_group, async_op=True)
+        self.waited(Pending(all_GN, work, given))
+        return torch.cat([each[:length] for each, length in zip(all_GN.split(longest), lengths, strict=True)])
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], arriving: Sequence[int], group: Group) -> Tensor:
+        """Send so many rows to each rank of the group, and return those that arrive from each, after each other."""
+        if len(group) == 1:
+            return rows
+        if self._muted:
+            return rows.new_zeros(sum(arriving), *rows.shape[1:])
+        self.ledger.call(Collective.ALL_TO_ALL, group.ranks, rows.nbytes)
+        got, given = rows.new_empty(sum(arriving), *rows.shape[1:]), rows.contiguous()
+        work = dist.all_to_all_single(got, given, list(arriving), list(sent), group.process_group, async_op=True)
+        return self.waited(Pending(got, work, given))
+
+    def all_numbers(self, numbers: Sequence[int], group: Group) -> list[list[int]]:
+        """Return the numbers of all ranks; they are not counted."""
+        own = torch.tensor(numbers)
+        all_GN = own.new_empty(len(group), len(numbers))
+        self.waited(Pending(all_GN, _all_gather(all_GN.view(-1), own, group.process_group, async_op=True)))
+        table: list[list[int]] = all_GN.tolist()
+        return table
 
     def send(self, x: Tensor, target: int) -> None:
         """Begin to send x, which must not be written to."""

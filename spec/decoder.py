@@ -8,7 +8,7 @@ Shapes: B sequences, V vocabulary, T_i new tokens of sequence i.
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Literal, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -102,6 +102,27 @@ class Routed(Protocol):
     @property
     def routes(self) -> Routes:
         """The choices of the last `extend`: each new token's, its best expert first; [0, k] for none."""
+        ...
+
+
+@runtime_checkable
+class Queued(Protocol):
+    """A decoder that works on several calls at a time: `extend` in two halves.
+
+    Calls that are submitted together are for different sequences, and are collected in the order of their submission.
+    """
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls it has use for at a time: the stages of a pipeline."""
+        ...
+
+    def submit(self, sequences: Sequences, new_tokens: Sequence[Tensor], *, every_position: bool = False) -> object:
+        """Begin an extension, and return what `collect` takes. Raises as `Decoder.extend`."""
+        ...
+
+    def collect(self, ticket: Any) -> Tensor | list[Tensor]:
+        """Wait for the logits of an extension that was submitted."""
         ...
 
 

@@ -4,15 +4,16 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-PATIENCE_S = 120
+PATIENCE_S = 60
 """Longer than any case; after it the pool is taken to hang."""
 
 
@@ -26,13 +27,18 @@ class Pool:
         """Return the results of all ranks, in their order."""
         for connection in self._connections.values():
             connection.send_bytes(pickle.dumps((name, arguments)))
-        results = []
-        for rank in range(len(self._connections)):
-            assert self._connections[rank].poll(PATIENCE_S), f"rank {rank} hangs in {name}"
-            fine, result = pickle.loads(self._connections[rank].recv_bytes())
-            assert fine, result
-            results.append(result)
-        return results
+        results: dict[int, Any] = {}
+        end = time.monotonic() + PATIENCE_S
+        while len(results) < len(self._connections):
+            missing = {self._connections[rank]: rank for rank in self._connections if rank not in results}
+            ready = wait(list(missing), max(0.0, end - time.monotonic()))
+            assert ready, f"ranks {sorted(missing.values())} hang in {name}"
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                fine, result = pickle.loads(connection.recv_bytes())
+                assert fine, result  # the others may wait for this rank forever
+                results[missing[connection]] = result
+        return [results[rank] for rank in sorted(results)]
 
 
 @contextmanager

@@ -1,0 +1,160 @@
+"""A model on real ranks is the model on one: logits, their bits on every rank, and what the ranks send each other.
+
+Everything runs in float64, where only a fault is larger than a rounding.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from twinfer.oracle.trial import same_bits
+from twinfer.spec.config import LayerConfig, ModelConfig, Storage
+from twinfer.spec.moe import MoeConfig
+from twinfer.spec.parallel import Exchange, ParallelConfig
+from twinfer.spec.shard import degrees
+
+from ..families.conftest import AGREEMENT
+from .drawn import counted_by_reference, draw_calls, draw_model, on_one
+from .pool import Pool, started
+
+EXHAUSTIVE = os.environ.get("HYPOTHESIS_PROFILE") == "exhaustive"
+SEEDS = range(400, 440) if EXHAUSTIVE else range(400, 403)
+FLOAT64 = torch.float64
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Pool]:
+    with started(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Pool]:
+    with started(4) as pool:
+        yield pool
+
+
+def assert_ranks_agree(
+    pool: Pool, config: ModelConfig, seed: int, parallel: ParallelConfig, storage: Storage, batch: int = 3
+) -> None:
+    """Logits are those of one rank to a rounding, the same bits on all ranks; the ledger is the reference's."""
+    calls = draw_calls(seed, config.vocabulary, batch=batch)
+    given = {"config": config, "seed": seed, "parallel": parallel, "storage": storage, "compute": FLOAT64}
+    wanted = on_one(config, seed, storage, calls)
+    results = pool.run("extend", calls=calls, **given)
+    for rank, (logits, _) in enumerate(results):
+        assert all(same_bits(*pair) for pair in zip(logits, results[0][0], strict=True)), f"rank {rank} differs"
+    for got_BV, want_BV in zip(results[0][0], wanted, strict=True):
+        error = float((got_BV - want_BV).abs().max() / want_BV.abs().max())
+        assert error <= AGREEMENT, f"{parallel} in {storage}: {error}"
+        assert same_bits(got_BV.argmax(-1), want_BV.argmax(-1))
+    counted = counted_by_reference(config, seed, parallel, storage, calls)
+    for rank, (_, seen) in enumerate(results):
+        assert bytes_of(seen) == bytes_of(counted[rank]), f"rank {rank} of {parallel}"
+
+
+def bytes_of(counted: list[tuple[str, tuple[int, ...], int]]) -> Counter[tuple[str, tuple[int, ...]]]:
+    """Bytes by kind and group: the reference calls once a sequence, real ranks once for all that gain one token."""
+    total: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for kind, ranks, size in counted:
+        total[kind, ranks] += size
+    return +total
+
+
+@pytest.mark.parametrize("storage", Storage)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tensor_slicing(two: Pool, seed: int, storage: Storage) -> None:
+    config = draw_model(seed, wide=storage is Storage.INT4)
+    assert 2 in degrees(config, storage)
+    assert_ranks_agree(two, config, seed, ParallelConfig(tensor=2), storage)
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(pipeline=2), ParallelConfig(data=2)], ids=["pipeline", "data"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stages_and_data_groups(two: Pool, seed: int, parallel: ParallelConfig) -> None:
+    assert_ranks_agree(two, draw_model(seed, layers=2), seed, parallel, Storage.INT8)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(tensor=4), ParallelConfig(tensor=2, pipeline=2), ParallelConfig(data=2, tensor=2)],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_products_of_degrees(four: Pool, seed: int, parallel: ParallelConfig) -> None:
+    assert_ranks_agree(four, draw_model(seed, layers=3), seed, parallel, Storage.BFLOAT16)
+
+
+MIXTURES_OF_TWO = {
+    "tensor": ParallelConfig(tensor=2),
+    "expert": ParallelConfig(tensor=2, expert=2),
+    "expert of data groups": ParallelConfig(data=2, expert=2),
+    "slices": ParallelConfig(tensor=2, expert_slices=2),
+}
+MIXTURES_OF_FOUR = {
+    "expert x slices": ParallelConfig(data=2, tensor=2, expert=2, expert_slices=2),
+    "coordinated": ParallelConfig(data=2, tensor=2, expert=4, exchange=Exchange.COORDINATED),
+    "hierarchical": ParallelConfig(data=2, tensor=2, expert=4, exchange=Exchange.HIERARCHICAL),
+    "direct": ParallelConfig(data=2, tensor=2, expert=4),
+    "pipeline": ParallelConfig(pipeline=2, tensor=2, expert=2),
+}
+
+
+def mixture(seed: int) -> ModelConfig:
+    """A model whose experts 2 and 4 ranks can share."""
+    config = draw_model(seed, layers=2, experts=True)
+
+    def shareable(layer: LayerConfig) -> LayerConfig:
+        if not isinstance(layer.mlp, MoeConfig):
+            return layer
+        router = replace(layer.mlp.router, experts=4, top_k=min(2, layer.mlp.router.top_k), groups=1, kept_groups=1)
+        return replace(layer, mlp=replace(layer.mlp, router=router))
+
+    return replace(config, layers=tuple(map(shareable, config.layers)))
+
+
+@pytest.mark.parametrize("storage", [Storage.FLOAT32, Storage.INT8])
+@pytest.mark.parametrize("name", MIXTURES_OF_TWO)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mixtures(two: Pool, seed: int, name: str, storage: Storage) -> None:
+    parallel = MIXTURES_OF_TWO[name]
+    assert_ranks_agree(two, mixture(seed), seed, parallel, storage, batch=parallel.data)
+
+
+@pytest.mark.parametrize("name", MIXTURES_OF_FOUR)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mixtures_by_products_of_degrees(four: Pool, seed: int, name: str) -> None:
+    parallel = MIXTURES_OF_FOUR[name]
+    assert_ranks_agree(four, mixture(seed), seed, parallel, Storage.INT8, batch=parallel.data)
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=str)
+def test_calls_are_the_references_one_by_one(two: Pool, parallel: ParallelConfig) -> None:
+    """Of a single sequence, in their order too."""
+    config = draw_model(500, layers=2)
+    calls = draw_calls(1, config.vocabulary, batch=1)[:2]
+    given = {"config": config, "seed": 1, "parallel": parallel, "storage": Storage.FLOAT32}
+    seen = [counted for _, counted in two.run("extend", calls=calls, compute=FLOAT64, **given)]
+    assert seen == counted_by_reference(calls=calls, **given)  # type: ignore[arg-type]
+
+
+def test_every_position(two: Pool) -> None:
+    """Logits after each of the new tokens; the last row is what is returned otherwise."""
+    config = draw_model(501)
+    calls = draw_calls(1, config.vocabulary, batch=3)
+    given = {"config": config, "seed": 1, "parallel": ParallelConfig(tensor=2), "storage": Storage.INT8}
+    every = two.run("extend", calls=calls, every_position=True, compute=FLOAT64, **given)[1][0]
+    last = two.run("extend", calls=calls, compute=FLOAT64, **given)[0][0]
+    for call, rows, last_BV in zip(calls, every, last, strict=True):
+        assert [len(each_TV) for each_TV in rows] == [len(tokens) for tokens in call]
+        for each_TV, last_V in zip(rows, last_BV, strict=True):
+            assert len(each_TV) == 0 or relative(each_TV[-1], last_V) <= AGREEMENT
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
