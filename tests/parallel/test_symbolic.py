@@ -5,11 +5,12 @@ So jobs of any size run here, rank by rank: what their calls hand in is what the
 """
 
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from twinfer.compiled.experts import Sorted, sort_by_expert
 from twinfer.compiled.path import Mode
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource
+from twinfer.parallel import experts
 from twinfer.parallel.groups import form_groups
 from twinfer.parallel.ledger import Call
 from twinfer.parallel.path import RankPath
@@ -30,7 +33,7 @@ from twinfer.reference.parallel.path import ParallelReference
 from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.counts import Count, count_of
 from twinfer.spec.paper_models import PAPER_MODELS
-from twinfer.spec.parallel import ParallelConfig, stage_layers
+from twinfer.spec.parallel import Exchange, ParallelConfig, stage_layers
 from twinfer.spec.plan import rank_bytes, traffic
 from twinfer.spec.shapes import is_buffer
 from twinfer.spec.weights import tensors
@@ -101,43 +104,80 @@ def unrotated(config: ModelConfig) -> ModelConfig:
 
 
 def sent(call: Call) -> Fraction:
-    """The bytes that leave a rank: its share of a ring, or what it sends."""
+    """The bytes that leave a rank: its share of a ring, or what it has for others."""
     ranks = len(call.ranks)
-    hops = {"all_reduce": Fraction(2 * (ranks - 1), ranks), "all_gather": Fraction(ranks - 1), "send": Fraction(1)}
+    hops = {
+        "all_reduce": Fraction(2 * (ranks - 1), ranks),
+        "all_gather": Fraction(ranks - 1),
+        "all_to_all": Fraction(ranks - 1, ranks),
+        "send": Fraction(1),
+    }
     return hops[call.kind.value] * call.bytes
 
 
-@pytest.mark.parametrize(
-    ("name", "parallel", "alike"),
-    [
-        ("lm-530b", ParallelConfig(pipeline=5, tensor=8), {0: 8, 8: 24, 32: 7, 39: 1}),
-        ("gpt-13b", ParallelConfig(data=2, tensor=8), {0: 7, 7: 1, 8: 7, 15: 1}),
-    ],
-)
-def test_models_of_the_paper(name: str, parallel: ParallelConfig, alike: dict[int, int]) -> None:
-    """On the paper's GPUs: calls and bytes of all ranks are the plan's. `alike`: how many ranks are like each of these.
+def assert_plan_counts_the_same(name: str, parallel: ParallelConfig, tokens: int, alike: dict[int, int]) -> None:
+    """Calls and bytes of all ranks are the plan's. `alike` says how many ranks are like each of these.
 
-    The last rank of a stage differs from the others, since its piece of the vocabulary is shorter.
+    The last rank of a tensor group differs from the others: its piece of the vocabulary is shorter.
     """
     config = PAPER_MODELS[name].config
-    total, calls = dict.fromkeys(("all_reduce", "all_gather", "send"), Fraction()), Counter[str]()
+    total, calls = defaultdict[str, Fraction](Fraction), defaultdict[str, Fraction](Fraction)
     assert sum(alike.values()) == parallel.ranks
     for rank, count in alike.items():
-        for call in calls_of(config, parallel, rank, tokens=2):
+        for call in calls_of(config, parallel, rank, tokens):
             total[call.kind.value] += count * sent(call)
-            calls[call.kind.value] += count
-    planned = traffic(config, parallel, tokens=2, compute=torch.float32)
-    for kind, seen in total.items():
+            calls[call.kind.value] += Fraction(count, len(call.ranks))
+    planned = traffic(config, parallel, tokens=tokens, compute=torch.float32)
+    for kind in total:
         steps = [each for each in planned if each.collective == kind]
-        assert seen == sum(each.bytes for each in steps), kind
-        of_each = 2 if kind == "send" else parallel.tensor  # who takes part in a call
-        assert calls[kind] == of_each * sum(each.calls for each in steps), kind
+        assert total[kind] == sum(each.bytes for each in steps), kind
+        assert calls[kind] == sum(each.calls for each in steps), kind
+    assert total.keys() == {each.collective for each in planned}
+
+
+def test_a_dense_model_of_the_paper() -> None:
+    alike = {0: 8, 8: 24, 32: 7, 39: 1}
+    assert_plan_counts_the_same("lm-530b", ParallelConfig(pipeline=5, tensor=8), 2, alike)
 
 
 MIXTURES = {
     "8b-moe-128": ParallelConfig(data=32, tensor=4, expert=128),
     "24b-moe-128": ParallelConfig(data=32, tensor=8, expert=128, expert_slices=2),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "exchange"),
+    [
+        ("24b-moe-128", Exchange.DIRECT),
+        ("24b-moe-128", Exchange.COORDINATED),
+        ("8b-moe-128", Exchange.HIERARCHICAL),
+    ],
+)
+def test_mixtures_of_the_paper(name: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 tokens choose one of 128 experts each, all different, so every number of rows that ranks exchange is 1.
+
+    Numbers are what is told here, since nothing arrives and shapes hold no choices.
+    """
+
+    def in_turns(expert_TK: Tensor, count: int) -> Sorted:
+        return sort_by_expert((torch.arange(expert_TK.numel()) % count).view(expert_TK.shape), count)
+
+    def ones_if_numbers(collective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any) -> Tensor:
+            got = collective(*arguments)
+            return torch.ones_like(got) if got.dtype is torch.int64 else got
+
+        return call
+
+    monkeypatch.setattr(experts, "sort_by_expert", in_turns)
+    monkeypatch.setattr(Wire, "all_to_all", ones_if_numbers(Wire.all_to_all))
+    monkeypatch.setattr(Wire, "all_gather_rows", ones_if_numbers(Wire.all_gather_rows))
+    monkeypatch.setattr(Wire, "all_numbers", lambda wire, numbers, group: [[1] * len(numbers)] * len(group))
+    parallel = replace(MIXTURES[name], exchange=exchange)
+    last = parallel.ranks - 1
+    alike = {0: parallel.ranks - parallel.data, last: parallel.data}
+    assert_plan_counts_the_same(name, parallel, 128, alike)
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, "lm-530b"])
