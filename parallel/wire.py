@@ -113,7 +113,7 @@ class Wire:
         all_GN = rows.new_empty(len(group) * longest, *rows.shape[1:])
         work = _all_gather(all_GN, given, group.process_group, async_op=True)
         self.waited(Pending(all_GN, work, given))
-        return torch.cat([each[:length] for each, length in zip(all_GN.split(longest), lengths, strict=True)])
+        return torch.cat([all_GN[place * longest :][:length] for place, length in enumerate(lengths)])
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], arriving: Sequence[int], group: Group) -> Tensor:
         """Send so many rows to each rank of the group, and return those that arrive from each, after each other."""
