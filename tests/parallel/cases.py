@@ -1,9 +1,11 @@
 """What the ranks of a pool are asked to do; each function runs on all ranks with equal arguments."""
 
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
 import torch
+from mutants import MUTANTS  # beside this file
 from torch import Tensor
 
 from twinfer.compiled.path import Mode
@@ -44,3 +46,11 @@ def extend(
     sequences = path.open(len(calls[0]), 1)
     logits: list[Any] = [path.extend(sequences, call, every_position=every_position) for call in calls]
     return logits, [(call.kind.value, call.ranks, call.bytes) for call in path.wire.ledger.calls]
+
+
+def extend_with(mutant: str, **given: Any) -> tuple[list[Any], list[tuple[str, tuple[int, ...], int]]]:
+    """Do the same with a seeded fault."""
+    with ExitStack() as stack:
+        for each in MUTANTS[mutant]():
+            stack.enter_context(each)
+        return extend(**given)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from twinfer.oracle.trial import same_bits
-from twinfer.spec.config import LayerConfig, ModelConfig, Storage
+from twinfer.spec.config import LayerConfig, ModelConfig, NormConfig, NormKind, QkNormSpan, Storage
 from twinfer.spec.moe import MoeConfig
 from twinfer.spec.parallel import Exchange, ParallelConfig
 from twinfer.spec.shard import degrees
 
 from ..families.conftest import AGREEMENT
 from .drawn import counted_by_reference, draw_calls, draw_model, on_one
+from .mutants import MUTANTS
 from .pool import Pool, started
 
 EXHAUSTIVE = os.environ.get("HYPOTHESIS_PROFILE") == "exhaustive"
@@ -40,13 +41,21 @@ def four() -> Iterator[Pool]:
 
 
 def assert_ranks_agree(
-    pool: Pool, config: ModelConfig, seed: int, parallel: ParallelConfig, storage: Storage, batch: int = 3
+    pool: Pool,
+    config: ModelConfig,
+    seed: int,
+    parallel: ParallelConfig,
+    storage: Storage,
+    *,
+    batch: int = 3,
+    mutant: str | None = None,
 ) -> None:
     """Logits are those of one rank to a rounding, the same bits on all ranks; the ledger is the reference's."""
     calls = draw_calls(seed, config.vocabulary, batch=batch)
+    case = ("extend", {}) if mutant is None else ("extend_with", {"mutant": mutant})
     given = {"config": config, "seed": seed, "parallel": parallel, "storage": storage, "compute": FLOAT64}
     wanted = on_one(config, seed, storage, calls)
-    results = pool.run("extend", calls=calls, **given)
+    results = pool.run(case[0], calls=calls, **given, **case[1])
     for rank, (logits, _) in enumerate(results):
         assert all(same_bits(*pair) for pair in zip(logits, results[0][0], strict=True)), f"rank {rank} differs"
     for got_BV, want_BV in zip(results[0][0], wanted, strict=True):
@@ -131,6 +140,38 @@ def test_mixtures(two: Pool, seed: int, name: str, storage: Storage) -> None:
 def test_mixtures_by_products_of_degrees(four: Pool, seed: int, name: str) -> None:
     parallel = MIXTURES_OF_FOUR[name]
     assert_ranks_agree(four, mixture(seed), seed, parallel, Storage.INT8, batch=parallel.data)
+
+
+OF_EXPERTS = {
+    "all-to-all in another order": ParallelConfig(tensor=2, expert=2),
+    "rows not put back": ParallelConfig(tensor=2, expert=2),
+    "slices gathered backwards": ParallelConfig(tensor=2, expert_slices=2),
+}
+OF_STAGES = {"micro-batches mixed up": ParallelConfig(pipeline=2)}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_seeded_faults_are_caught(two: Pool, mutant: str) -> None:
+    parallel = {**OF_EXPERTS, **OF_STAGES}.get(mutant, ParallelConfig(tensor=2))
+    config = mixture(400) if mutant in OF_EXPERTS else everything()
+    given = two, config, 400, parallel, Storage.INT8
+    batch = 1 if mutant in OF_EXPERTS else 3
+    assert_ranks_agree(*given, batch=batch)
+    with pytest.raises(AssertionError, match=r"in int8: |differs"):
+        assert_ranks_agree(*given, batch=batch, mutant=mutant)
+
+
+def everything() -> ModelConfig:
+    """A model that has all that ranks can get wrong: biases, one key/value head, a norm over all heads, 33 tokens."""
+    config = replace(draw_model(400, layers=2), vocabulary=33)
+
+    def full(layer: LayerConfig) -> LayerConfig:
+        norm = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
+        span = {"qk_norm": norm, "qk_norm_span": QkNormSpan.ALL_HEADS}
+        attention = replace(layer.attention, kv_heads=1, qkv_bias=True, output_bias=True, window=None, **span)
+        return replace(layer, attention=attention, mlp=replace(layer.mlp, bias=True))
+
+    return replace(config, layers=tuple(map(full, config.layers)))
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=str)
