@@ -82,7 +82,7 @@ def joined(parallel: ParallelConfig, facts: Mapping[str, str], device_type: str 
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
         groups = form_groups(parallel, device_type)
-        wire = Wire(groups, progress.wait)
+        wire = Wire(groups, progress.wait, keeps_calls=False)
         progress.enter(Doing.READING)
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         yield Member(rank, local_rank, groups, wire, store.clone(), progress)

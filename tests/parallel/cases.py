@@ -54,3 +54,12 @@ def extend_with(mutant: str, **given: Any) -> tuple[list[Any], list[tuple[str, t
         for each in MUTANTS[mutant]():
             stack.enter_context(each)
         return extend(**given)
+
+
+def events(
+    config: ModelConfig, seed: int, parallel: ParallelConfig, tokens: Tensor
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return the event log of one call: what begins and what is awaited, the kind, and the ranks."""
+    path = path_of(config, seed, parallel, Storage.FLOAT32, torch.float32)
+    path.extend(path.open(1, len(tokens)), [tokens])
+    return [(step.value, call.kind.value, call.ranks) for step, call in path.wire.ledger.events]

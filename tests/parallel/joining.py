@@ -1,4 +1,4 @@
-"""A rank that joins a job of two: `python joining.py WHAT`, where rank 1 differs in that, or the model cannot be cut."""
+"""A rank of a job of two: `python joining.py WHAT`, where rank 1 differs in that, or the model cannot be cut."""
 
 import os
 import sys

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from twinfer.oracle.trial import same_bits
-from twinfer.spec.config import LayerConfig, ModelConfig, NormConfig, NormKind, QkNormSpan, Storage
+from twinfer.spec.config import (
+    LayerConfig,
+    ModelConfig,
+    NormConfig,
+    NormKind,
+    NormPlacement,
+    QkNormSpan,
+    Residual,
+    Storage,
+)
 from twinfer.spec.moe import MoeConfig
 from twinfer.spec.parallel import Exchange, ParallelConfig
 from twinfer.spec.shard import degrees
@@ -92,7 +101,7 @@ def test_stages_and_data_groups(two: Pool, seed: int, parallel: ParallelConfig) 
 @pytest.mark.parametrize(
     "parallel",
     [ParallelConfig(tensor=4), ParallelConfig(tensor=2, pipeline=2), ParallelConfig(data=2, tensor=2)],
-    ids=str,
+    ids=["tensor", "pipeline", "data"],
 )
 @pytest.mark.parametrize("seed", SEEDS)
 def test_products_of_degrees(four: Pool, seed: int, parallel: ParallelConfig) -> None:
@@ -174,7 +183,7 @@ def everything() -> ModelConfig:
     return replace(config, layers=tuple(map(full, config.layers)))
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=str)
+@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=["tensor", "pipeline"])
 def test_calls_are_the_references_one_by_one(two: Pool, parallel: ParallelConfig) -> None:
     """Of a single sequence, in their order too."""
     config = draw_model(500, layers=2)
@@ -199,3 +208,30 @@ def test_every_position(two: Pool) -> None:
 
 def relative(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
+
+
+def test_sums_are_on_their_way_while_rows_are(two: Pool) -> None:
+    """The shared MLP's all-reduce begins before rows leave, and is awaited only when they are back.
+
+    Of parallel sub-layers attention's sum is on its way as well.
+    """
+    config = mixture(400)
+    layer = config.layers[0]
+    assert isinstance(layer.mlp, MoeConfig)
+    beside = replace(layer.mlp, shared=layer.mlp.expert, shared_gate=False, residual=None)
+    layer = replace(layer, mlp=beside, norm_placement=NormPlacement.PRE_NORM, residual=Residual.PARALLEL_SHARED_NORM)
+    layer = replace(layer, attention=replace(layer.attention, qk_norm=None))
+    config = replace(config, layers=(layer,))
+    given = {"config": config, "seed": 1, "parallel": ParallelConfig(tensor=2, expert=2), "tokens": torch.arange(3)}
+    for log in two.run("events", **given):
+        assert [(step, kind) for step, kind, _ in log] == [
+            ("begins", "all_reduce"),  # rows of the token table
+            ("is awaited", "all_reduce"),
+            ("begins", "all_reduce"),  # attention
+            ("begins", "all_reduce"),  # the shared MLP
+            *[("begins", "all_to_all"), ("is awaited", "all_to_all")] * 3,  # how many rows, there, and back
+            ("is awaited", "all_reduce"),
+            ("is awaited", "all_reduce"),
+            ("begins", "all_gather"),  # logits
+            ("is awaited", "all_gather"),
+        ]
