@@ -69,7 +69,7 @@ def _in_two_steps(rows: Tensor, route: Route, wire: Wire) -> Tensor:
     table = wire.all_numbers(route.sent, groups.expert)  # table[j][i]: rows of place j for place i
     own = groups.expert.place
     home = own // width * width
-    pieces = rows.split(route.sent)
+    pieces = torch.split(rows, route.sent)
     packed = torch.cat([pieces[n * width + g] for g in range(width) for n in range(count)])
     to_place = [sum(route.sent[n * width + g] for n in range(count)) for g in range(width)]
     arriving = [sum(table[home + g][n * width + node.place] for n in range(count)) for g in range(width)]
@@ -83,8 +83,8 @@ def _in_two_steps(rows: Tensor, route: Route, wire: Wire) -> Tensor:
 
 def _runs(rows: Tensor, lengths: Sequence[Sequence[int]]) -> list[tuple[Tensor, ...]]:
     """Split rows into runs of runs of these lengths."""
-    each = rows.split([sum(inner) for inner in lengths])
-    return [run.split(list(inner)) for run, inner in zip(each, lengths, strict=True)]
+    each = torch.split(rows, [sum(inner) for inner in lengths])
+    return [torch.split(run, list(inner)) for run, inner in zip(each, lengths, strict=True)]
 
 
 def run_bounds(lengths: Sequence[int]) -> list[slice]:

@@ -59,7 +59,7 @@ def _serve_slices(
     lengths: list[int] = count_SPE.sum((1, 2)).tolist()
     all_NM = wire.all_gather_rows(row_NM, lengths, slices)
     out_NM = _multiplied(all_NM, count_SPE.flatten(0, 1), experts, config, storage)
-    return wire.all_reduce(out_NM, slices).split(lengths)[slices.place]
+    return torch.split(wire.all_reduce(out_NM, slices), lengths)[slices.place]
 
 
 def _multiplied(row_NM: Tensor, count_PE: Tensor, experts: Mlp, config: MoeConfig, storage: Storage) -> Tensor:
@@ -81,5 +81,5 @@ def _gathered(row_NM: Tensor, rows_E: list[int], own: int, wire: Wire) -> Tensor
     lengths = [sum(rows_E[expert] for expert in held) for held in of_place]
     all_NM = wire.all_gather_rows(row_NM, lengths, groups.tensor)
     numbers = [expert for held in of_place for expert in held]
-    parts = dict(zip(numbers, all_NM.split([rows_E[expert] for expert in numbers]), strict=True))
+    parts = dict(zip(numbers, torch.split(all_NM, [rows_E[expert] for expert in numbers]), strict=True))
     return torch.cat([parts[expert] for expert in range(len(rows_E))])

@@ -14,7 +14,8 @@ from math import prod
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..spec.parallel import ParallelConfig, Place
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from .member import SUPERVISED
 from .watch import Doing, Failure, failure_of, sign_of

@@ -17,7 +17,8 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..spec.errors import MachineError, RequestError, TwinferError, one_line
 from ..spec.parallel import ParallelConfig
@@ -60,7 +61,7 @@ def joined(parallel: ParallelConfig, facts: Mapping[str, str], device_type: str 
     ends this rank is written down for whoever started it.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, _, _ = next(dist.rendezvous("env://", timeout=_MEETING))
+    store, _, _ = next(rendezvous("env://", timeout=_MEETING))
     progress = Progress()
     watch = None
     try:
@@ -81,7 +82,7 @@ def joined(parallel: ParallelConfig, facts: Mapping[str, str], device_type: str 
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
         groups = form_groups(parallel, device_type)
-        wire = Wire(groups, progress.wait)
+        wire = Wire(groups, progress.wait, keeps_calls=False)
         progress.enter(Doing.READING)
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         yield Member(rank, local_rank, groups, wire, store.clone(), progress)

@@ -219,7 +219,7 @@ class RankPath:
                 logits_NV = self.wire.waited(pending)
                 own = [index for index in range(group, len(gained), self._parallel.data) if gained[index]]
                 sizes = [gained[index] if ticket.every_position else 1 for index in own]
-                for index, logits_TV in zip(own, logits_NV.split(sizes), strict=True):
+                for index, logits_TV in zip(own, torch.split(logits_NV, sizes), strict=True):
                     every[index] = logits_TV
                     sequences.last[index] = logits_TV[-1].clone()
         if ticket.every_position:

@@ -155,8 +155,10 @@ def _layer_pieces(
 
     def attend_with(weights: Layer, cache: Cache, row_T: tuple[Tensor, ...], slot_S: Tensor, mask: Any) -> Attend:
         if decodes:
-            return attend_step(weights, cache, *row_T, slot_S, mask, config)
-        return attend_prompt(weights, cache, *row_T, slot_S, mask, config)
+            write_T, position_T = row_T
+            return attend_step(weights, cache, write_T, position_T, slot_S, mask, config)
+        (write_T,) = row_T
+        return attend_prompt(weights, cache, write_T, slot_S, mask, config)
 
     def attended(x_TM: Tensor, attention: Callable[[Tensor], Tensor], weights: Layer) -> Partial:
         if has_experts:

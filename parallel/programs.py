@@ -67,17 +67,15 @@ class RankProgram:
         given = tokens.position_T, tokens.start_T, tokens.slot_S
         first = model.embedding is not None
         x_TM, positions = self._pieces.entry(x if first else None, model.embedding, model.rotations.different, *given)
-        x_TM = x_TM if first else x
+        x_TM = x if x_TM is None else x_TM
         for layer, weights, cache, place in zip(
             config.layers, model.layers, caches, model.rotations.of_layer, strict=True
         ):
             table = None if place is None else positions.tables[place]
             mask = positions.masks[self._pieces.windows.index(layer.attention.window)]
-            if self._decodes:
-                where = (positions.write_R, positions.position_R), tokens.slot_S, mask
-            else:
-                where = (positions.write_T,), positions.read_S, mask
-            x_TM = self._layer(layer, x_TM, weights, (cache, table, *where), tokens)
+            writes = (positions.write_R, positions.position_R) if self._decodes else (positions.write_T,)
+            slot_S = tokens.slot_S if self._decodes else positions.read_S
+            x_TM = self._layer(layer, x_TM, weights, (cache, table, writes, slot_S, mask), tokens)
             self._on_layer()
         return x_TM
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 SILENCE_S = 8.0
 """Seconds without a sign of life, or without progress in a layer, after which a rank counts as lost."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from .groups import Group, Groups
-from .ledger import Collective, Ledger
+from .ledger import Call, Collective, Ledger
 
 _all_gather: Callable[..., Work] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """The newer name, where torch has it."""
@@ -26,7 +26,11 @@ _all_gather: Callable[..., Work] = getattr(dist, "all_gather_single", dist.all_g
 class Pending:
     """A result that is on its way."""
 
-    def __init__(self, value: Tensor, work: Work | None, kept: Tensor | None = None) -> None:
+    def __init__(
+        self, value: Tensor, work: Work | None, kept: Tensor | None = None, *, call: Call | None = None
+    ) -> None:
+        self.call = call
+        """As what it is counted."""
         self._value, self._work, self._kept = value, work, kept
 
     @property
@@ -47,9 +51,15 @@ class Wire:
     after the other.
     """
 
-    def __init__(self, groups: Groups, on_wait: Callable[[bool], None] = lambda waiting: None) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        on_wait: Callable[[bool], None] = lambda waiting: None,
+        *,
+        keeps_calls: bool = True,
+    ) -> None:
         self.groups = groups
-        self.ledger = Ledger()
+        self.ledger = Ledger(keeps_calls)
         self._on_wait = on_wait
         self._muted = False
         self._sent: list[Pending] = []
@@ -71,8 +81,8 @@ class Wire:
         if len(group) == 1 or self._muted:
             return Pending(x, None)
         assert x.is_contiguous(), "gloo would add up what lies between the rows"
-        self.ledger.call(Collective.ALL_REDUCE, group.ranks, x.nbytes)
-        return Pending(x, dist.all_reduce(x, group=group.process_group, async_op=True))
+        call = self.ledger.call(Collective.ALL_REDUCE, group.ranks, x.nbytes)
+        return Pending(x, dist.all_reduce(x, group=group.process_group, async_op=True), call=call)
 
     def largest(self, x: Tensor, group: Group) -> Tensor:
         """Return the elementwise maximum over the group; it is not counted: weights are read by it."""
@@ -90,11 +100,11 @@ class Wire:
         rows, width = part_RV.shape
         if self._muted:
             return part_RV.repeat(1, len(group))
-        self.ledger.call(Collective.ALL_GATHER, group.ranks, counted)
+        call = self.ledger.call(Collective.ALL_GATHER, group.ranks, counted)
         all_GRV = part_RV.new_empty(len(group), rows, width)
         given = part_RV.contiguous()
         work = _all_gather(all_GRV.view(-1, width), given, group.process_group, async_op=True)
-        self.waited(Pending(all_GRV, work, given))
+        self.waited(Pending(all_GRV, work, given, call=call))
         return all_GRV.transpose(0, 1).reshape(rows, -1)
 
     def all_gather_rows(self, rows: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
@@ -106,14 +116,14 @@ class Wire:
             return rows
         if self._muted:
             return rows.new_zeros(sum(lengths), *rows.shape[1:])
-        self.ledger.call(Collective.ALL_GATHER, group.ranks, rows.nbytes)
+        call = self.ledger.call(Collective.ALL_GATHER, group.ranks, rows.nbytes)
         longest = max(lengths)
         given = rows.new_zeros(longest, *rows.shape[1:])
         given[: len(rows)] = rows
         all_GN = rows.new_empty(len(group) * longest, *rows.shape[1:])
         work = _all_gather(all_GN, given, group.process_group, async_op=True)
-        self.waited(Pending(all_GN, work, given))
-        return torch.cat([each[:length] for each, length in zip(all_GN.split(longest), lengths, strict=True)])
+        self.waited(Pending(all_GN, work, given, call=call))
+        return torch.cat([all_GN[place * longest :][:length] for place, length in enumerate(lengths)])
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], arriving: Sequence[int], group: Group) -> Tensor:
         """Send so many rows to each rank of the group, and return those that arrive from each, after each other."""
@@ -121,10 +131,10 @@ class Wire:
             return rows
         if self._muted:
             return rows.new_zeros(sum(arriving), *rows.shape[1:])
-        self.ledger.call(Collective.ALL_TO_ALL, group.ranks, rows.nbytes)
+        call = self.ledger.call(Collective.ALL_TO_ALL, group.ranks, rows.nbytes)
         got, given = rows.new_empty(sum(arriving), *rows.shape[1:]), rows.contiguous()
         work = dist.all_to_all_single(got, given, list(arriving), list(sent), group.process_group, async_op=True)
-        return self.waited(Pending(got, work, given))
+        return self.waited(Pending(got, work, given, call=call))
 
     def all_numbers(self, numbers: Sequence[int], group: Group) -> list[list[int]]:
         """Return the numbers of all ranks; they are not counted."""
@@ -147,8 +157,8 @@ class Wire:
         """Return x with its first rows as the source sends them, and copies of the last one after these."""
         if self._muted:
             return x_TM
-        self.ledger.call(Collective.SEND, (source, self.groups.rank), 0)
-        self.waited(Pending(x_TM, dist.irecv(x_TM[:rows], source)))
+        call = self.ledger.call(Collective.SEND, (source, self.groups.rank), 0)
+        self.waited(Pending(x_TM, dist.irecv(x_TM[:rows], source), call=call))
         x_TM[rows:] = x_TM[rows - 1]
         return x_TM
 
@@ -160,6 +170,8 @@ class Wire:
         return Pending(x, dist.broadcast(x, source, world.process_group, async_op=True))
 
     def waited(self, pending: Pending) -> Tensor:
+        if pending.call is not None:
+            self.ledger.awaited(pending.call)
         self._on_wait(True)
         value = pending.wait()
         self._on_wait(False)

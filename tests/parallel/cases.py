@@ -1,9 +1,11 @@
 """What the ranks of a pool are asked to do; each function runs on all ranks with equal arguments."""
 
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
 import torch
+from mutants import MUTANTS  # beside this file
 from torch import Tensor
 
 from twinfer.compiled.path import Mode
@@ -44,3 +46,20 @@ def extend(
     sequences = path.open(len(calls[0]), 1)
     logits: list[Any] = [path.extend(sequences, call, every_position=every_position) for call in calls]
     return logits, [(call.kind.value, call.ranks, call.bytes) for call in path.wire.ledger.calls]
+
+
+def extend_with(mutant: str, **given: Any) -> tuple[list[Any], list[tuple[str, tuple[int, ...], int]]]:
+    """Do the same with a seeded fault."""
+    with ExitStack() as stack:
+        for each in MUTANTS[mutant]():
+            stack.enter_context(each)
+        return extend(**given)
+
+
+def events(
+    config: ModelConfig, seed: int, parallel: ParallelConfig, tokens: Tensor
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return the event log of one call: what begins and what is awaited, the kind, and the ranks."""
+    path = path_of(config, seed, parallel, Storage.FLOAT32, torch.float32)
+    path.extend(path.open(1, len(tokens)), [tokens])
+    return [(step.value, call.kind.value, call.ranks) for step, call in path.wire.ledger.events]

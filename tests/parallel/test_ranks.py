@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 
 from twinfer.oracle.trial import same_bits
-from twinfer.spec.config import LayerConfig, ModelConfig, Storage
+from twinfer.spec.config import (
+    LayerConfig,
+    ModelConfig,
+    NormConfig,
+    NormKind,
+    NormPlacement,
+    QkNormSpan,
+    Residual,
+    Storage,
+)
 from twinfer.spec.moe import MoeConfig
 from twinfer.spec.parallel import Exchange, ParallelConfig
 from twinfer.spec.shard import degrees
 
 from ..families.conftest import AGREEMENT
 from .drawn import counted_by_reference, draw_calls, draw_model, on_one
+from .mutants import MUTANTS
 from .pool import Pool, started
 
 EXHAUSTIVE = os.environ.get("HYPOTHESIS_PROFILE") == "exhaustive"
@@ -40,13 +50,21 @@ def four() -> Iterator[Pool]:
 
 
 def assert_ranks_agree(
-    pool: Pool, config: ModelConfig, seed: int, parallel: ParallelConfig, storage: Storage, batch: int = 3
+    pool: Pool,
+    config: ModelConfig,
+    seed: int,
+    parallel: ParallelConfig,
+    storage: Storage,
+    *,
+    batch: int = 3,
+    mutant: str | None = None,
 ) -> None:
     """Logits are those of one rank to a rounding, the same bits on all ranks; the ledger is the reference's."""
     calls = draw_calls(seed, config.vocabulary, batch=batch)
+    case = ("extend", {}) if mutant is None else ("extend_with", {"mutant": mutant})
     given = {"config": config, "seed": seed, "parallel": parallel, "storage": storage, "compute": FLOAT64}
     wanted = on_one(config, seed, storage, calls)
-    results = pool.run("extend", calls=calls, **given)
+    results = pool.run(case[0], calls=calls, **given, **case[1])
     for rank, (logits, _) in enumerate(results):
         assert all(same_bits(*pair) for pair in zip(logits, results[0][0], strict=True)), f"rank {rank} differs"
     for got_BV, want_BV in zip(results[0][0], wanted, strict=True):
@@ -83,7 +101,7 @@ def test_stages_and_data_groups(two: Pool, seed: int, parallel: ParallelConfig) 
 @pytest.mark.parametrize(
     "parallel",
     [ParallelConfig(tensor=4), ParallelConfig(tensor=2, pipeline=2), ParallelConfig(data=2, tensor=2)],
-    ids=str,
+    ids=["tensor", "pipeline", "data"],
 )
 @pytest.mark.parametrize("seed", SEEDS)
 def test_products_of_degrees(four: Pool, seed: int, parallel: ParallelConfig) -> None:
@@ -133,7 +151,39 @@ def test_mixtures_by_products_of_degrees(four: Pool, seed: int, name: str) -> No
     assert_ranks_agree(four, mixture(seed), seed, parallel, Storage.INT8, batch=parallel.data)
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=str)
+OF_EXPERTS = {
+    "all-to-all in another order": ParallelConfig(tensor=2, expert=2),
+    "rows not put back": ParallelConfig(tensor=2, expert=2),
+    "slices gathered backwards": ParallelConfig(tensor=2, expert_slices=2),
+}
+OF_STAGES = {"micro-batches mixed up": ParallelConfig(pipeline=2)}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_seeded_faults_are_caught(two: Pool, mutant: str) -> None:
+    parallel = {**OF_EXPERTS, **OF_STAGES}.get(mutant, ParallelConfig(tensor=2))
+    config = mixture(400) if mutant in OF_EXPERTS else everything()
+    given = two, config, 400, parallel, Storage.INT8
+    batch = 1 if mutant in OF_EXPERTS else 3
+    assert_ranks_agree(*given, batch=batch)
+    with pytest.raises(AssertionError, match=r"in int8: |differs"):
+        assert_ranks_agree(*given, batch=batch, mutant=mutant)
+
+
+def everything() -> ModelConfig:
+    """A model that has all that ranks can get wrong: biases, one key/value head, a norm over all heads, 33 tokens."""
+    config = replace(draw_model(400, layers=2), vocabulary=33)
+
+    def full(layer: LayerConfig) -> LayerConfig:
+        norm = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
+        span = {"qk_norm": norm, "qk_norm_span": QkNormSpan.ALL_HEADS}
+        attention = replace(layer.attention, kv_heads=1, qkv_bias=True, output_bias=True, window=None, **span)
+        return replace(layer, attention=attention, mlp=replace(layer.mlp, bias=True))
+
+    return replace(config, layers=tuple(map(full, config.layers)))
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=["tensor", "pipeline"])
 def test_calls_are_the_references_one_by_one(two: Pool, parallel: ParallelConfig) -> None:
     """Of a single sequence, in their order too."""
     config = draw_model(500, layers=2)
@@ -158,3 +208,30 @@ def test_every_position(two: Pool) -> None:
 
 def relative(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
+
+
+def test_sums_are_on_their_way_while_rows_are(two: Pool) -> None:
+    """The shared MLP's all-reduce begins before rows leave, and is awaited only when they are back.
+
+    Of parallel sub-layers attention's sum is on its way as well.
+    """
+    config = mixture(400)
+    layer = config.layers[0]
+    assert isinstance(layer.mlp, MoeConfig)
+    beside = replace(layer.mlp, shared=layer.mlp.expert, shared_gate=False, residual=None)
+    layer = replace(layer, mlp=beside, norm_placement=NormPlacement.PRE_NORM, residual=Residual.PARALLEL_SHARED_NORM)
+    layer = replace(layer, attention=replace(layer.attention, qk_norm=None))
+    config = replace(config, layers=(layer,))
+    given = {"config": config, "seed": 1, "parallel": ParallelConfig(tensor=2, expert=2), "tokens": torch.arange(3)}
+    for log in two.run("events", **given):
+        assert [(step, kind) for step, kind, _ in log] == [
+            ("begins", "all_reduce"),  # rows of the token table
+            ("is awaited", "all_reduce"),
+            ("begins", "all_reduce"),  # attention
+            ("begins", "all_reduce"),  # the shared MLP
+            *[("begins", "all_to_all"), ("is awaited", "all_to_all")] * 3,  # how many rows, there, and back
+            ("is awaited", "all_reduce"),
+            ("is awaited", "all_reduce"),
+            ("begins", "all_gather"),  # logits
+            ("is awaited", "all_gather"),
+        ]
