@@ -7,6 +7,7 @@ not the interpreter with torch, which is there before (`base_bytes` says how muc
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +28,10 @@ _BLOCK_BYTES = 1 << 19
 
 LEAST_SLOTS = 2
 MOST_SLOTS = 4
-"""Buffers of the ring: with 2 one is read into while the other is used; more than 4 smooth nothing further."""
+"""Buffers of the ring: with 2 one is read into while the other is used; more than 4 smooth nothing further.
+
+Where 2 do not fit, 1 serves: nothing is read ahead then.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +98,8 @@ def plan(
     `expands`: programs run uncompiled, which writes weights out on their way. With `slots` the ring is there already.
     Raises `RequestError`, which names the smallest budget that works, where this one does not.
     """
-    given = store, config, batch, reserve, compute, expands, slots or LEAST_SLOTS
-    least = _fitting(*given, budget)
+    given = store, config, batch, reserve, compute, expands
+    least = _fitting(*given, (slots,) if slots else (LEAST_SLOTS, 1), budget)
     left = budget - least.total_bytes
     if left < 0:
         raise RequestError(
@@ -146,28 +150,23 @@ def _fitting(
     reserve: int,
     compute: torch.dtype,
     expands: bool,
-    slots: int,
+    slots: Sequence[int],
     budget: int,
 ) -> Plan:
-    """Return the least plan with the fewest layers away that fits; the smallest of all where none does."""
-    given = store, config, batch, reserve, compute, expands, slots
-    plans = []
-    for away in range(len(config.layers) + 1):
-        least = _least(*given, away)
-        if least.total_bytes <= budget:
-            return least
-        plans.append(least)
-    plans.append(_in_blocks(plans[-1], _least(*given[:5], True, slots, len(config.layers)), config, compute))
-    if plans[-1].total_bytes <= budget:
-        return plans[-1]
-    return min(plans, key=lambda one: one.total_bytes)
+    """Return the first that fits: with the fewest layers away, then fewer buffers, then blocks; else the smallest."""
+    given, layers = (store, config, batch, reserve, compute), len(config.layers)
+    plans = [_least(*given, expands, each, away) for each in slots for away in range(layers + 1)]
+    for each in slots:
+        plans.append(_in_blocks(_least(*given, True, each, layers), config, compute))
+    fitting = (each for each in plans if each.total_bytes <= budget)
+    return next(fitting, min(plans, key=lambda one: one.total_bytes))
 
 
-def _in_blocks(least: Plan, expanding: Plan, config: ModelConfig, compute: torch.dtype) -> Plan:
-    """Return a plan with no layer's caches in memory, and all computed with uncompiled."""
+def _in_blocks(least: Plan, config: ModelConfig, compute: torch.dtype) -> Plan:
+    """Return a plan with no layer's caches in memory; layers are computed with uncompiled."""
     unit, most = whole_capacity(config.layers, 1, compute), max(_token_bytes(each, compute) for each in config.layers)
     tokens = max(1, min(_BLOCK_BYTES, least.away_bytes // len(config.layers) // 8) // (unit * most)) * unit
-    changed = {"cache_bytes": BUFFERS * tokens * most, "block_tokens": tokens, "work_bytes": expanding.work_bytes}
+    changed = {"cache_bytes": BUFFERS * tokens * most, "block_tokens": tokens}
     return replace(least, **changed)
 
 
@@ -182,8 +181,9 @@ def _least(
     away: int,
 ) -> Plan:
     """Return the plan that takes least with so many layers' keys and values away."""
-    moved = [config.layers[index] for index in away_layers(len(config.layers), away)]
-    stays = [layer for index, layer in enumerate(config.layers) if index not in away_layers(len(config.layers), away)]
+    away_indices = set(away_layers(len(config.layers), away))
+    moved = [layer for index, layer in enumerate(config.layers) if index in away_indices]
+    stays = [layer for index, layer in enumerate(config.layers) if index not in away_indices]
     capacity = whole_capacity(moved, reserve, compute) if moved else max(2, reserve)
     of_layer = [batch * capacity * _token_bytes(layer, compute) for layer in moved]
     return Plan(

@@ -375,6 +375,19 @@ def test_mutants_of_blocks_are_caught(mutant: str, tmp_path: Path, monkeypatch: 
         in_blocks((model, given, 3, Storage.FLOAT32, 2), tmp_path / "mutant", monkeypatch)
 
 
+def test_nothing_is_read_ahead_where_two_buffers_do_not_fit(store: Store, expected: list[Tensor]) -> None:
+    """A budget a buffer smaller than what holds two is not refused, and the logits are the same."""
+    given = {"batch": 4, "reserve": RESERVE, "compute": torch.float32, "expands": True}
+    with pytest.raises(RequestError) as refused:
+        plan(store, MODEL, budget=1000, slots=2, **given)
+    two = int(str(refused.value).rsplit("is ", 1)[1].removesuffix(" bytes").replace(",", ""))
+    result, used = found(store, two - 1, steps())
+    assert used.slots == 1
+    assert used.total_bytes < two
+    for one, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_blocks_come_where_no_layer_fits(store: Store, expected: list[Tensor]) -> None:
     """With the smallest budget: of several blocks a sequence, and logits that differ in their last bits only."""
     budget = least(store, 600)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from twinfer.offload import building
 from twinfer.offload import store as store_module
 from twinfer.offload.building import build
-from twinfer.offload.store import DESCRIPTION, check, open_store
+from twinfer.offload.store import DESCRIPTION, WEIGHTS, check, open_store
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Head, Storage
 from twinfer.spec.errors import CheckpointError, RequestError
@@ -139,6 +140,23 @@ def test_a_build_goes_on_where_it_was_killed(moment: int, tmp_path: Path, monkey
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
     assert len(lines_told) == len(whole.records) - (len(lines) - 2)
     assert not (tmp_path / ".s.partial").exists()
+
+
+def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path) -> None:
+    """A write that the system refuses, in the midst of a record: the next build goes on, to the same bytes."""
+    built(SOURCE, tmp_path / "whole")
+    size = (tmp_path / "whole" / WEIGHTS).stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        with pytest.raises(
+            RequestError, match=r"cannot be written: File too large; [1-9]\d* of \d+ records are kept: run"
+        ):
+            built(SOURCE, tmp_path / "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    built(SOURCE, tmp_path / "s")
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
 def test_what_is_left_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
