@@ -112,7 +112,7 @@ def chosen_bytes(x_TM: Tensor, prepared: Moe, mixture: Mixture) -> int:
     """Return the stored bytes of the router and of every expert that any of the tokens chooses."""
     router = mixture.config.router
     expert_TK = route(x_TM @ prepared.router.word.t(), router).expert_TK
-    return nbytes(prepared.router) + nbytes(prepared.experts) * len(expert_TK.unique()) // router.experts
+    return nbytes(prepared.router) + nbytes(prepared.experts) * len(torch.unique(expert_TK)) // router.experts
 
 
 class CompiledMixture:

@@ -286,7 +286,7 @@ def _groups_rightly(device: torch.device) -> bool:
         found_AN = _grouped_mm(x_AI, weight_ENI.transpose(1, 2), offs=end_E)
     except RuntimeError:  # this GPU has none
         return False
-    pieces = zip(x_AI.split(rows), weight_ENI, strict=True)
+    pieces = zip(torch.split(x_AI, rows), weight_ENI, strict=True)
     return torch.equal(found_AN, torch.cat([product(x_RI, weight_NI, None) for x_RI, weight_NI in pieces]))
 
 

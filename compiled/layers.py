@@ -172,10 +172,6 @@ def encode_layer(
     return _layer(x_TM, weights, table, attend, config, storage, linear_prefill, reduce)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Query, key and value of new tokens to mixed values [T, H, D]: attention, wherever earlier ones are kept."""
-
-
 def layer_with(
     x_TM: Tensor,
     weights: Layer,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .case import Case, Inputs, RandomPicker
+from .contract_faults import contract_faults
 from .guarantees import Statistical
 from .op import PROPERTIES_EVERY, Function, Op
 from .process import ProcessState
@@ -111,7 +112,7 @@ def _generic(op: Op, cases: list[Case]) -> Iterator[Made]:
         yield from _dtypes(op, outs)
         yield from _data(op, inputs, outs)
     yield from _states(op, inputs)
-    yield from _contracts(op)
+    yield from ((Family.CONTRACT, name, make) for name, make in contract_faults(op))
 
 
 def _changed(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -347,88 +348,3 @@ def _changing(op: Op, change: Callable[[], Any]) -> Function:
         return out
 
     return call
-
-
-def _contracts(op: Op) -> Iterator[Made]:
-    yield Family.CONTRACT, "writes_to_its_input", lambda: _writing(op)
-    yield Family.CONTRACT, "one_axis_more", lambda: lambda **given: _changed_tensors(op, given, lambda out: out[None])
-    yield (
-        Family.CONTRACT,
-        "another_dtype",
-        lambda: lambda **given: _changed_tensors(op, given, lambda out: out.double()),
-    )
-    if any(op.outputs):  # an integer has no memory
-        yield Family.CONTRACT, "result_in_its_inputs_memory", lambda: _aliasing(op)
-        yield Family.CONTRACT, "result_kept_and_given_again", lambda: _given_again(op)
-
-
-def _changed_tensors(op: Op, given: Inputs, change: Callable[[Tensor], Tensor]) -> Any:
-    out = op.reference(**given)
-    return (
-        map_leaves(lambda leaf: change(leaf if isinstance(leaf, Tensor) else torch.tensor(leaf)), out)
-        if _tensors_only(out)
-        else change(torch.tensor(out))
-    )
-
-
-def _tensors_only(out: Any) -> bool:
-    return not isinstance(out, int)
-
-
-def _writing(op: Op) -> Function:
-    """As a kernel that pads or rounds in place."""
-
-    def call(**given: Any) -> Any:
-        out = op.reference(**given)
-        for leaf in leaves({name: value for name, value in given.items() if isinstance(value, Tensor)} or given):
-            if leaf.numel() and leaf.ndim:
-                leaf.view(-1)[-1:].copy_(leaf.reshape(-1)[:1]) if leaf.is_contiguous() else leaf.zero_()
-        return out
-
-    return call
-
-
-def _aliasing(op: Op) -> Function:
-    """The result is written where the first input of its shape and dtype was, whose values are put back later."""
-
-    def call(**given: Any) -> Any:
-        out = op.reference(**given)
-        first = leaves(out)[0]
-        for value in leaves(given):
-            if (
-                value.numel()
-                and value.untyped_storage().nbytes() >= first.numel() * first.element_size()
-                and first.ndim
-            ):
-                view = torch.empty(0, dtype=first.dtype).set_(value.untyped_storage(), 0, first.shape, first.stride())
-                view.copy_(first)
-                return replace_first(out, view)
-        return out  # no input is large enough
-
-    return call
-
-
-def _given_again(op: Op) -> Function:
-    """The same memory for the same values, as a view of a table."""
-    results: dict[Any, Any] = {}
-
-    def call(**given: Any) -> Any:
-        values = tuple(leaf.contiguous().view(torch.uint8).numpy().tobytes() for leaf in tensors(given) if leaf.ndim)
-        key = values, str([value for value in given.values() if not tensors(value)])
-        return results.setdefault(key, op.reference(**given))
-
-    return call
-
-
-def replace_first(out: Any, view: Tensor) -> Any:
-    """The result with another first tensor."""
-    done = False
-
-    def put(leaf: Any) -> Any:
-        nonlocal done
-        if isinstance(leaf, Tensor) and not done:
-            done = True
-            return view
-        return leaf
-
-    return map_leaves(put, out)

@@ -6,18 +6,24 @@ trial and returns a verdict.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..spec import config, mlp, moe
-from ..spec.ambient import CPU, pinned
+from ..spec.ambient import pinned
 from .case import Case, Inputs
 from .process import ProcessState
+from .tree import copied as copied
+from .tree import device_of, storages_of
+from .tree import leaves as leaves
+from .tree import map_leaves as map_leaves
+from .tree import memory as memory
+from .tree import same_bits as same_bits
+from .tree import tensors as tensors
 
 THIRD_CALL_EVERY = 3
 """Of so many cases one is called a third time."""
@@ -115,7 +121,7 @@ class Trial:
 
     def _of_reference(self, inputs: Inputs) -> Any:
         """Whatever the caller's settings of torch: under autocast eager arithmetic would be wrong by more."""
-        with pinned(_device_of(inputs)):
+        with pinned(device_of(inputs)):
             return self.reference(**inputs)
 
     @cached_property
@@ -204,12 +210,12 @@ def _called_in_turn(
     if layout in _LAYOUTS:
         given = {name: map_leaves(lambda leaf: _strided(leaf, layout), value) for name, value in given.items()}
     places, of_others, of_inputs = tensors(given), tensors(others), tensors(inputs)
-    storages = _storages(places)
+    storages = storages_of(places)
     first = candidate(**given)
     complaint = _written_to(others, given, of_others, places)
     held, values = tensors(first), [leaf.clone() for leaf in leaves(first)]
     kept = [tensor.clone() for tensor in held]
-    shares = bool(_storages(held) & storages)
+    shares = bool(storages_of(held) & storages)
     _fill(places, of_inputs)
     shares = shares or not _all_same_bits(held, kept)
     result = candidate(**{**given, **_generators(inputs)})
@@ -222,11 +228,11 @@ def _called_in_turn(
         elif any(map(_overlaps, tensors(result))):
             complaint = "two elements of a result are one in memory: the caller may write to each"
     if complaint is None and again:
-        if _storages(tensors(result)) & storages:  # which are written to next
+        if storages_of(tensors(result)) & storages:  # which are written to next
             result = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
         _fill(places, of_others)
         third = candidate(**{**given, **_generators(others)})
-        if not may_alias and _storages(held) & memory(third):
+        if not may_alias and storages_of(held) & memory(third):
             complaint = "two calls return the same memory: results belong to the caller, who may write to them"
         elif not _all_same_bits(values, leaves(third)):
             complaint = "two calls on equal inputs differ: a result depends on what was called before"
@@ -304,117 +310,7 @@ def _written_to(inputs: Inputs, given: Inputs, before: list[Tensor], after: list
     return f"writes to its argument {next(changed)}, which belongs to the caller"
 
 
-def tensors(value: Any) -> list[Tensor]:
-    """Every tensor within, in order, where it is."""
-    return [leaf.detach() for leaf in _walk(value) if isinstance(leaf, Tensor)]
-
-
-def _walk(value: Any) -> list[Any]:
-    """Every leaf, in the order of `map_leaves`."""
-    found: list[Any] = []
-    _gather(value, found)
-    return found
-
-
-def _gather(value: Any, found: list[Any]) -> None:
-    kind: type = type(value)
-    if kind is Tensor:  # most leaves are
-        found.append(value)
-        return
-    names = _field_names(kind)
-    if names is not None:
-        for name in names:
-            _gather(getattr(value, name), found)
-    elif issubclass(kind, tuple | list):
-        for item in value:
-            _gather(item, found)
-    elif issubclass(kind, dict):
-        for item in value.values():
-            _gather(item, found)
-    else:
-        found.append(value)
-
-
-_OF_CONFIGS = {module.__name__ for module in (config, mlp, moe)}
-
-
-@cache
-def _field_names(kind: type) -> tuple[str, ...] | None:
-    """The fields of a dataclass; None for any other type, and for a config, which holds no tensor and is one leaf."""
-    if not is_dataclass(kind) or kind.__module__ in _OF_CONFIGS:
-        return None
-    return tuple(field.name for field in fields(kind) if field.init)
-
-
-def memory(value: Any) -> set[int]:
-    """The addresses of the storages of every tensor that holds anything."""
-    return _storages(tensors(value))
-
-
-def _storages(found: list[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in found if tensor.numel()}
-
-
 class Guarantee(Protocol):
     """What a transformation promises; see `Bitwise`, `Budget`, `Discrete`, `Statistical`."""
 
     def judge(self, trial: Trial) -> Verdict: ...
-
-
-def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to everything that is not a dataclass, tuple, list or dict, rebuilding those around it."""
-    kind: type = type(value)
-    if kind is Tensor:  # most leaves are
-        return function(value)
-    names = _field_names(kind)
-    if names is not None:
-        return kind(**{name: map_leaves(function, getattr(value, name)) for name in names})
-    if issubclass(kind, tuple | list):
-        items = [map_leaves(function, item) for item in value]
-        return kind(*items) if hasattr(kind, "_fields") else kind(items)  # a named tuple takes one by one
-    if issubclass(kind, dict):
-        return {key: map_leaves(function, item) for key, item in value.items()}
-    return function(value)
-
-
-def leaves(value: Any) -> list[Tensor]:
-    """Every tensor within, in order, in CPU memory; an integer counts as a tensor of no axes."""
-    return [
-        leaf.detach().cpu() if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
-        for leaf in _walk(value)
-        if isinstance(leaf, Tensor) or (isinstance(leaf, int) and not isinstance(leaf, bool))
-    ]
-
-
-def _device_of(inputs: Inputs) -> torch.device:
-    """The device of the first tensor, or the CPU."""
-    return next((tensor.device for tensor in tensors(inputs)), CPU)
-
-
-def copied(inputs: Inputs) -> Inputs:
-    """The same inputs in memory of their own."""
-
-    def copy(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Generator):
-            return leaf.clone_state()
-        return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-    return {name: map_leaves(copy, value) for name, value in inputs.items()}
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits: NaN equals itself, and 0.0 is not -0.0.
-
-    >>> same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
-    True
-    >>> same_bits(torch.tensor(0.0), torch.tensor(-0.0))
-    False
-    """
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(_as_bits(a), _as_bits(b))
-
-
-def _as_bits(value: Tensor) -> Tensor:
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return value.contiguous().view(words[value.element_size()])

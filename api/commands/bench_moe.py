@@ -156,7 +156,9 @@ def measured(args: argparse.Namespace, about: "Run") -> "Iterator[Timed]":
     if "layer" in parts:
         peers = None
         if find_spec("twinfer.bench.peers") is not None:
-            from twinfer.bench.peers.mixtures import peers_of as peers
+            from twinfer.bench.peers.mixtures import peers_of
+
+            peers = peers_of
         for name in args.mixture or MIXTURES:
             say(f"layer {name}")
             yield from moe.layer(MIXTURES[name], args.tokens or moe.TOKENS, storages, about, peers)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import HashStore
 from torch.nn import functional
 
 from ...spec.weights import MoeWeights
@@ -94,7 +95,7 @@ def deepspeed_layer(mixture: Mixture, weights: MoeWeights) -> Layer:
         deepspeed: Any = import_module("deepspeed")
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # one rank sends nothing: no need to build it
         if not torch.distributed.is_initialized():
-            store = torch.distributed.HashStore()
+            store = HashStore()
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         deepspeed.init_distributed("gloo")
         layers: Any = import_module("deepspeed.moe.layer")

@@ -15,7 +15,7 @@ from ...reference.routing import Routing
 from ...spec.decoder import Path
 from ...spec.moe import CapacityConfig, DropOrder
 from .. import fast_moe as fast
-from ..case import ADDED, DTYPES, Case, Data, Inputs, Picker, activations
+from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..guarantees import Discrete
 from ..op import Function, Op
 from ..properties import assert_same_bits, call, repeats_itself
@@ -74,7 +74,7 @@ def drawn_routing(pick: Picker, op: str) -> Case:
             "order": pick.choice([order.value for order in DropOrder]),
             "favored": pick.choice(["none", "one", "few"]),
         },
-        data=pick.choice(ADDED),
+        data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )

@@ -24,10 +24,9 @@ from .attention import (
     ATTENTION,
     attention_cases,
     attention_inputs,
-    ignores_unseen_keys,
     running_softmax,
-    stays_between_values,
 )
+from .attention_laws import ignores_unseen_keys, stays_between_values
 
 
 def shaped_cases(pick: Picker) -> Case:
