@@ -12,7 +12,10 @@ from .watch import Doing
 
 
 def compile_in_turn(path: RankPath, member: Member, *, batches: bool) -> None:
-    """Compile the programs, each rank in its turn; without `batches`, not those of several sequences."""
+    """Compile the programs, each rank in its turn, and wait until all have.
+
+    Without `batches`, those of several sequences are left out.
+    """
     member.progress.enter(Doing.COMPILING)
     member.store.set_timeout(PATIENCE)
     turn, ranks = turn_of(member), member.groups.parallel.ranks
@@ -25,6 +28,8 @@ def compile_in_turn(path: RankPath, member: Member, *, batches: bool) -> None:
             member.store.wait(before, PATIENCE)
         path.compile(name)
         member.store.set(f"compiled/{name}/{member.rank}", "")
+    member.store.set(f"ready/{member.rank}", "")
+    member.store.wait([f"ready/{rank}" for rank in range(ranks)], PATIENCE)
 
 
 def turn_of(member: Member) -> int:
