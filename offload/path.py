@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..compiled.compute import DEFAULT
 from ..compiled.linear import PASS_ROWS, passes
-from ..compiled.machine import check_compiler
+from ..compiled.machine import check_compiler, return_freed_memory
 from ..compiled.path import Mode
 from ..compiled.programs import Pieces, Program
 from ..compiled.sequences import StaticSequences
@@ -343,6 +343,8 @@ class OffloadPath:
             for each in pending:
                 if index < len(layers):
                     each.call.layer(layers[index], part, sequences.caches[index], of_layer[index])
+                    if self._experts is not None:
+                        return_freed_memory()  # copies of experts are large, and would lie between what stays
                     if index == len(layers) - 1:
                         each.call.leave(self.resident)
                 elif each.last or every_position:
