@@ -23,7 +23,7 @@ from torch import Tensor
 from ..compiled.compute import DEFAULT
 from ..compiled.layers import Cache
 from ..compiled.linear import PASS_ROWS, passes
-from ..compiled.machine import check_compiler
+from ..compiled.machine import check_compiler, return_freed_memory
 from ..compiled.path import Mode
 from ..compiled.programs import Pieces, Program
 from ..compiled.sequences import StaticSequences
@@ -372,6 +372,8 @@ class OffloadPath:
                             else:
                                 attend = partial(cache.attend, index, part, layers[index].attention, each.spans)
                                 each.call.layer_with(layers[index], part, attend, of_layer[index], self._store.storage)
+                    if self._experts is not None:
+                        return_freed_memory()  # copies of experts are large, and would lie between what stays
                 if index == len(layers) - 1:
                     for each in pending:
                         each.call.leave(self.resident)
