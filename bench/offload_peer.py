@@ -1,7 +1,7 @@
 """Beside ours, accelerate's disk offload, cold: `python -m twinfer.bench.offload_peer STORES MODEL`.
 
 STORES is a folder with MODEL-float32 and MODEL-int8, which `offload_settings` builds where they are missing. The peer
-is the module of transformers with the same weights, in float32, the only storage that its CPU path computes in as fast.
+is the module of transformers with the same weights, in float32 (its int8 is not for disks and CPUs).
 Before each of its steps the page cache forgets its files; ours are read past the cache anyway. Steps are taken in turn.
 """
 

@@ -124,11 +124,8 @@ class OffloadPath:
     @property
     def events(self) -> list[Event]:
         """What was read, written and computed with of late."""
-        return (
-            []
-            if self._streamer is None
-            else sorted([*self._streamer.events, *self._kv_events], key=lambda each: each.end_s)
-        )
+        streamed = [] if self._streamer is None else self._streamer.events
+        return sorted([*streamed, *self._kv_events], key=lambda each: each.end_s)
 
     @property
     def experts(self) -> ExpertReport | None:

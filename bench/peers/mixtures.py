@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 from torch.nn import functional
 
 from ...spec.weights import MoeWeights
