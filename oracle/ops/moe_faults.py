@@ -200,7 +200,6 @@ FAULTS: Mapping[str, Function] = {
         f"router_{fault}": _routed_by(fault)
         for fault in (
             "renormalization_forgotten",
-            "ties_to_the_higher_index",
             "scaling_forgotten",
             "softmax_over_all_for_the_chosen",
             "choice_bias_in_the_weights",
