@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import open_model
 from ..checkpoint.upcycle import Upcycled
 from ..compiled.path import CompiledPath
 from ..offload.expert_report import fewest
@@ -100,9 +101,7 @@ def table(source: WeightSource, ids: Sequence[int]) -> dict[str, Any]:
 
 def main(model: str, text: Path) -> None:
     """Print the table of one model as JSON."""
-    from ..loading import open_checkpoint  # the command line's own way to find models
-
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model)
     assert checkpoint.tokenizer is not None
     ids = checkpoint.tokenizer.encode(text.read_text(encoding="utf-8"))[: min(TOKENS, checkpoint.config.context)]
     print(json.dumps({"model": model, **table(checkpoint.source, ids)}, indent=1))

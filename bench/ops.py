@@ -140,7 +140,7 @@ def _judged(result: Any, setting: Setting, prepared: Prepared, truth: Function) 
     if sum(leaf.numel() for value in prepared.inputs.values() for leaf in leaves(value)) > AFFORDABLE:
         return None
     op = setting.op
-    return op.guarantee.judge(Trial(prepared.case, prepared.inputs, truth, lambda **_: result, op.outputs))
+    return op.guarantee.judge(Trial(prepared.case, prepared.inputs, truth, lambda **_: result, op.outputs, once=True))
 
 
 def _remembered(reference: Function) -> Function:

@@ -10,7 +10,7 @@ from twinfer.commands import bench, offload
 from twinfer.commands import parser as parser_file
 from twinfer.commands.main import main
 
-SHARED = {"__init__", "main", "command", "console", "options", "parser", "bench_options"}
+SHARED = {"__init__", "main", "command", "console", "options", "parser", "bench_options", "degrees"}
 PARENTS = (bench, offload)
 FOLDER = Path(parser_file.__file__).parent
 
