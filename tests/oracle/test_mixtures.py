@@ -169,7 +169,7 @@ def test_tables_keep_a_nan_where_it_is_and_one_hot_forms_do_not(name: str) -> No
     """Reference and compiled twin under the option; a one-hot form breaks it, and is right by default."""
     strict, plain = OPS[name].under("unseen=nan"), OPS[name]
     one_hot = plain.variants[{"dispatch": "by_loop", "combine": "one_hot"}[name]]
-    cases = [drawn(plain, 0, number)[0] for number in range(12)]
+    cases = [drawn(plain, 0, number)[0] for number in range(24)]
     for case in cases:
         for function in (plain.reference, *(twin for twins in plain.fast.values() for twin in twins)):
             assert_obeys(strict, function, case)
