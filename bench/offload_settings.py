@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import open_model
 from ..compiled.path import CompiledPath
 from ..offload.building import build
 from ..offload.measuring import Speeds, best_batch, compute, measure, predict
@@ -95,9 +96,7 @@ def source_of(model: str) -> WeightSource:
     """Return a model's weights, by the name that a setting has."""
     if model == "wide":
         return RandomSource(wide(), 5)
-    from ..loading import open_checkpoint
-
-    return open_checkpoint(model, lambda line: None).source
+    return open_model(model).source
 
 
 def store_of(folder: Path, setting: Setting) -> tuple[Store, float | None]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..checkpoint.config_json import from_json
 from ..offload.events import Event, Kind, overlap_s, seconds
 from ..offload.path import OffloadPath
-from ..store_source import StoreSource
-from ..stores import open_store_model
+from ..offload.store import open_store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,9 +54,8 @@ def _line(event: Event) -> str:
 
 def main(folder: Path, budget: int, file: Path) -> None:
     """Run and write the chart."""
-    checkpoint = open_store_model(folder)
-    assert isinstance(checkpoint.source, StoreSource)
-    path = OffloadPath(checkpoint.source.store, checkpoint.config, budget=budget, mode="eager")
+    store = open_store(folder)
+    path = OffloadPath(store, from_json(store.model["config"], str(folder)), budget=budget, mode="eager")
     state = path.open(1, 8)
     for token in range(3):
         before = len(path.events)

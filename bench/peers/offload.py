@@ -1,8 +1,7 @@
-"""accelerate's disk offload beside ours, cold, one sequence: `python -m twinfer.bench.offload_peer STORES MODEL`.
+"""accelerate's disk offload beside ours, cold, one sequence: `python -m twinfer.bench.peers.offload STORES MODEL`.
 
 STORES is a folder with MODEL-float32 and MODEL-int8, which `offload_settings` builds where they are missing. The peer
 is the module of transformers with the same weights, in float32 (its int8 is not for disks and CPUs).
-
 Before each of its steps the page cache forgets its files; ours are read past the cache anyway. Steps are taken in turn.
 """
 
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 
-from ..offload.path import OffloadPath
-from ..spec.config import Storage
-from .offload_settings import MB, Setting, source_of, store_of
-from .peers.exported import transformers_llama
+from ...offload.path import OffloadPath
+from ...spec.config import Storage
+from ..offload_settings import MB, Setting, source_of, store_of
+from .exported import transformers_llama
 
 PROMPT = (504, 3575, 282, 4649, 314)
 STEPS = 5
