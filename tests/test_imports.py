@@ -42,7 +42,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 """Installed packages that a package may import; the standard library is free."""
 PEERS = {
     *("numpy", "gguf", "tokenizers"),  # what the same model is written with for others
-    *("transformers", "accelerate", "llama_cpp", "ctranslate2", "deepspeed"),  # those others
+    *("transformers", "llama_cpp", "ctranslate2", "deepspeed", "accelerate"),  # those others
 }
 """What bench/peers may import besides: it is run from a checkout, with the extra `peers`, and is not in the wheel."""
 

@@ -1,4 +1,4 @@
-"""Beside ours, accelerate's disk offload, cold: `python -m twinfer.bench.peers.offload STORES MODEL`.
+"""accelerate's disk offload beside ours, cold, one sequence: `python -m twinfer.bench.peers.offload STORES MODEL`.
 
 STORES is a folder with MODEL-float32 and MODEL-int8, which `offload_settings` builds where they are missing. The peer
 is the module of transformers with the same weights, in float32 (its int8 is not for disks and CPUs).
