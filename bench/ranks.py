@@ -164,6 +164,7 @@ def step(rounds: int) -> Iterator[Figure]:
                 {
                     "step": lambda: two.seconds("step", batch),  # noqa: B023
                     "alone": lambda: two.seconds_alone(batch),  # noqa: B023
+                    "together": lambda: two.seconds("step_alone", batch),  # noqa: B023
                     "collective": lambda: two.seconds("collective", batch, count),  # noqa: B023
                 },
                 rounds,
@@ -174,7 +175,8 @@ def step(rounds: int) -> Iterator[Figure]:
                 value=median_ratio(times["step"], parts),
                 wanted=1.15,
                 at_most=True,
-                note=f"{ms(times['step'])}; alone {ms(times['alone'])}, {count} collectives of "
+                note=f"{ms(times['step'])}; alone {ms(times['alone'])}, both ranks at once without what is sent "
+                f"{ms(times['together'])}; {count} collectives of "
                 f"{ms(times['collective'])}",
             )
 
