@@ -53,7 +53,11 @@ def _conventions_that_hold(op: Op, candidate: Function, case: Case, arithmetic: 
     for option in op.conventions:
         if option not in op.chosen:
             other = op.under(option)
-            if not other.guarantee.judge(other.trial(candidate, case, arithmetic)).failed:
+            try:
+                fails = other.guarantee.judge(other.trial(candidate, case, arithmetic)).failed
+            except Exception:  # of a candidate that does not take what this option hands it
+                continue
+            if not fails:
                 held.append(f"convention this case holds with --option {option}")
     sums_in_16_bits = arithmetic is Arithmetic.WIDE and isinstance(op.guarantee, Budget) and case.dtype.itemsize == 2
     if sums_in_16_bits and not op.guarantee.judge(op.trial(candidate, case, Arithmetic.NARROW)).failed:

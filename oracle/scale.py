@@ -152,11 +152,14 @@ def clipped_known(x: Known, least: float, most: float) -> Known:
 
 
 def product_known(a: Known, b: Known) -> Known:
-    def through(size_a: Tensor, size_b: Tensor) -> Tensor:
-        return root(size_a * b.value, a.value * size_b)
+    """The product of two results. Where both are sums that cancel to nothing, what is left is their errors' product."""
+
+    def through(size_a: Tensor, size_b: Tensor, unit: float) -> Tensor:
+        return root(size_a * b.value, a.value * size_b, 4 * unit * size_a * size_b)
 
     value = a.value * b.value
-    return Known(value, root(value, through(a.wide, b.wide)), through(a.narrow, b.narrow))
+    wide = root(value, through(a.wide, b.wide, torch.finfo(torch.float32).eps))
+    return Known(value, wide, through(a.narrow, b.narrow, torch.finfo(torch.bfloat16).eps / 2))
 
 
 def sum_known(a: Known, b: Known) -> Known:

@@ -125,7 +125,12 @@ COMBINE = Op(
     cases=combine_cases,
     inputs=combine_inputs,
     guarantee=Budget(rows="T", scale=_combine_scale, exact_on_integers=True),
-    properties=(repeats_itself, permuting_tokens_permutes_rows, what_was_dropped_adds_nothing),
+    properties=(repeats_itself, permuting_tokens_permutes_rows),
+    conventions={
+        "unseen=nan": {
+            "properties": (repeats_itself, permuting_tokens_permutes_rows, what_was_dropped_adds_nothing),
+        }
+    },
     variants={"one_hot": _one_hot, "slot_by_slot": _added_slot_by_slot},
     mutants={
         "weights_forgotten": changed(combine, lambda inputs: {"weight_TK": torch.ones_like(inputs["weight_TK"])}),

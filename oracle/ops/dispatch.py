@@ -319,7 +319,7 @@ DISPATCH = Op(
     cases=dispatch_cases,
     inputs=dispatch_inputs,
     guarantee=_DECIDED,
-    properties=(repeats_itself, enough_places_drop_nothing, nan_stays_in_its_slots),
+    properties=(repeats_itself, enough_places_drop_nothing),
     variants={"by_loop": _by_loop},
     mutants={
         "drop_order_swapped": changed(
@@ -347,9 +347,10 @@ DISPATCH = Op(
         "rows_through_float16": _rows_in(torch.float16),
     },
     conventions={
+        "unseen=nan": {"properties": (repeats_itself, enough_places_drop_nothing, nan_stays_in_its_slots)},
         "ties=any": {
             "guarantee": Discrete(regret=_kept_otherwise, scale=_nothing_rounds, exact_on_integers=False),
-        }
+        },
     },
     flops=lambda n: 0,
     bytes=lambda n: 4 * 2 * n.T * n.K * n.M + 20 * n.T * n.K + 8 * n.E,

@@ -92,8 +92,10 @@ def recipes() -> Mapping[str, Convention]:
 
 
 def _by_loop(*, logit_TE: Tensor, config: RouterConfig, choice_bias_E: Tensor | None) -> Routing:
-    """Python's own sort, on float32 scores."""
+    """Python's own sort, on float32 scores; it has no place for NaN."""
     wide_TE = logit_TE.float()
+    if wide_TE.isnan().any():
+        raise ValueError("a logit is NaN")
     score_TE = _score(wide_TE, config)
     if config.score is Score.SOFTMAX:
         score_TE = torch.exp(wide_TE - wide_TE.logsumexp(-1, keepdim=True))

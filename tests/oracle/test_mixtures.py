@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.oracle.assertion import Mismatch, assert_matches_reference
+from twinfer.oracle.assertion import Mismatch, assert_matches_reference, assert_obeys
 from twinfer.oracle.case import Case, Data, Inputs
 from twinfer.oracle.op import Function, Op
 from twinfer.oracle.ops.moe_cases import GateUp, of_fused
@@ -162,6 +162,49 @@ def test_errors_of_2_percent_in_bfloat16_are_seen() -> None:
         cases = [replace(case, options={**case.options, "factor": None}) for case in cases]
         seen = [op.guarantee.judge(op.trial(off_by(op.reference, error, "all"), case)).failed for case in cases]
         assert sum(seen) >= 11, f"{dtype}: {sum(seen)} of 12"
+
+
+@pytest.mark.parametrize("name", ["dispatch", "combine"])
+def test_tables_keep_a_nan_where_it_is_and_one_hot_forms_do_not(name: str) -> None:
+    """Reference and compiled twin under the option; a one-hot form breaks it, and is right by default."""
+    strict, plain = OPS[name].under("unseen=nan"), OPS[name]
+    one_hot = plain.variants[{"dispatch": "by_loop", "combine": "one_hot"}[name]]
+    cases = [drawn(plain, 0, number)[0] for number in range(24)]
+    for case in cases:
+        for function in (plain.reference, *(twin for twins in plain.fast.values() for twin in twins)):
+            assert_obeys(strict, function, case)
+        assert_obeys(plain, one_hot, case)
+    assert any(breaks(strict, one_hot, case) for case in cases)
+
+
+def breaks(op: Op, function: Function, case: Case) -> bool:
+    try:
+        assert_obeys(op, function, case)
+    except Mismatch:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["route", "dispatch", "combine", "moe"])
+def test_right_implementations_obey_the_properties(name: str) -> None:
+    """A property that a right one breaks would be a false alarm."""
+    for number in range(10):
+        for variant in OPS[name].variants.values():
+            assert_obeys(OPS[name], variant, drawn(OPS[name], 0, number)[0])
+
+
+def test_errors_that_multiply_where_both_factors_vanish_are_no_fault() -> None:
+    """Of gate and up that are zero in truth, float32 leaves two roundings, and their product."""
+    case = replace(
+        CASE,
+        sizes={"B": 2, "T": 2, "M": 14, "F": 4, "E": 1, "K": 1},
+        options={**CASE.options, "kind": "gelu"},
+        data=Data.CANCELING,
+        dtype=torch.bfloat16,
+        seed=1050157631,
+    )
+    op = OPS["moe"]
+    assert not op.guarantee.judge(op.trial(op.variants["all_experts"], case)).failed
 
 
 def test_a_router_that_hides_nan_breaks_a_property() -> None:
