@@ -219,7 +219,7 @@ def _filter_regret(score: Callable[[Inputs], Tensor]) -> Callable[[Inputs, list[
 
 def _running_sum(exact: Inputs) -> Tensor:
     """A sum of V probabilities, which never exceeds 1, rounds V times: equal ones alike, and others at random."""
-    equal_N = exact["logits_V"].unique(return_counts=True)[1]
+    equal_N: Tensor = exact["logits_V"].unique(return_counts=True)[1]
     return equal_N.double().square().sum().sqrt()
 
 
