@@ -95,7 +95,10 @@ WITHOUT_RECORD: Mapping[str, str] = MappingProxyType(
         "twinfer.reference.moe.router_logits": "a linear map in float32, which has a record",
         "twinfer.reference.routing.choice_weights": "the weights that route returns, for choices that are given",
         **dict.fromkeys(
-            (f"twinfer.reference.layer.{name}" for name in ("normed", "added_to", "joined", "heads", "attend")),
+            (
+                f"twinfer.reference.layer.{name}"
+                for name in ("normed", "each_head_normed", "added_to", "joined", "heads", "attend")
+            ),
             "a step of the layer or of its attention, which have records",
         ),
         **dict.fromkeys(

@@ -218,8 +218,9 @@ def _filter_regret(score: Callable[[Inputs], Tensor]) -> Callable[[Inputs, list[
 
 
 def _running_sum(exact: Inputs) -> Tensor:
-    """A sum of V probabilities rounds V times, at random; it never exceeds 1."""
-    return torch.tensor(float(len(exact["logits_V"]))).sqrt()
+    """A sum of V probabilities, which never exceeds 1, rounds V times: equal ones alike, and others at random."""
+    equal_N: Tensor = exact["logits_V"].unique(return_counts=True)[1]
+    return equal_N.double().square().sum().sqrt()
 
 
 def _one(exact: Inputs) -> Tensor:

@@ -85,6 +85,12 @@ def of_torch(case: Case) -> Case:
     return replace(case, options={**case.options, "kind": "gelu_tanh" if kind == "gelu_sigmoid" else kind})
 
 
+def plain_mlp(case: Case) -> Case:
+    """As `of_torch`, and nothing is cut or added before the product with the gate."""
+    case = of_torch(case)
+    return replace(case, options={**case.options, "clamp": None, "up_offset": 0.0})
+
+
 def quick_gelu(case: Case) -> Case:
     return replace(case, options={**case.options, "kind": "gelu_sigmoid"})
 
@@ -168,10 +174,13 @@ def as_llama(case: Case) -> Case:
         "alibi": False,
         "causal": True,
         "softcap": None,
+        "sinks": False,
         "qkv_clip": None,
         "qk_norm": None,
         "kind": "silu",
         "gated": True,
+        "clamp": None,
+        "up_offset": 0.0,
         "bias": False,
     }
     heads = case.n.H
@@ -202,7 +211,8 @@ def llama_layer(attention: str) -> Callable[..., Any]:
             rms_norm_eps=config.norm.epsilon,
             attn_implementation=attention,
         )
-        layer = LlamaDecoderLayer(made, 0).to(x_BTM.dtype).eval()
+        with torch.random.fork_rng(devices=[]):  # weights are drawn, and then replaced
+            layer = LlamaDecoderLayer(made, 0).to(x_BTM.dtype).eval()
         own, mlp = layer.self_attn, layer.mlp
         for module, part in (
             *((own.q_proj, weights.attention.query), (own.k_proj, weights.attention.key)),
@@ -237,7 +247,7 @@ PUBLIC = (
     Public(op="rms_norm", name="LlamaRMSNorm", function=llama_rms_norm),
     Public(op="activation", name="torch gelu, silu, relu", function=hf_activation, change=of_torch),
     Public(op="activation", name="QuickGELUActivation", function=hf_activation, change=quick_gelu, narrow=True),
-    Public(op="mlp", name="LlamaMLP, GPT2MLP", function=hf_mlp, change=of_torch),
+    Public(op="mlp", name="LlamaMLP, GPT2MLP", function=hf_mlp, change=plain_mlp),
     Public(op="attention", name="torch attention, math", function=sdpa(SDPBackend.MATH)),
     Public(op="attention", name="torch attention, flash", function=sdpa(SDPBackend.FLASH_ATTENTION)),
     Public(

@@ -70,9 +70,12 @@ def _gpt_oss(hidden: int, width: int, config: Any) -> Any:
 
 
 def _deepseek(hidden: int, width: int, config: Any) -> Any:
+    """Its shared experts draw weights when they are made, which are then replaced."""
     groups = {"n_group": config.groups, "topk_group": config.kept_groups}
     more = {"routed_scaling_factor": config.scale, "norm_topk_prob": True, "n_shared_experts": 1}
-    return deepseek.DeepseekV3MoE(_config(transformers.DeepseekV3Config, hidden, width, config, **groups, **more))
+    made = _config(transformers.DeepseekV3Config, hidden, width, config, **groups, **more)
+    with torch.random.fork_rng(devices=[]):
+        return deepseek.DeepseekV3MoE(made)
 
 
 def router_of(make: Callable[..., Any]) -> Callable[..., Any]:
