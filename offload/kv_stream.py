@@ -127,7 +127,7 @@ def away_layers(layers: int, count: int, rank: int | None = None) -> list[int]:
     moves layers of its own parity first, and while one moves a layer the other computes one that stays.
 
     >>> away_layers(6, 2), away_layers(6, 2, rank=0), away_layers(6, 2, rank=1), away_layers(6, 4, rank=0)
-    ([2, 5], [2, 4], [3, 5], [0, 2, 4, 5])
+    ([2, 5], [0, 4], [1, 5], [0, 2, 4, 5])
     """
     if rank is None:
         return _spread(list(range(layers)), count)

@@ -155,7 +155,7 @@ def test_machines_see_broken_slots(name: str, broken: Callable[..., object]) -> 
     machine = type("Machine", (SlotsMachine,), {"slots_class": _mutant(name, broken)})
     case = machine.TestCase  # type: ignore[attr-defined]
     case.settings = settings(
-        max_examples=300, stateful_step_count=40, database=None, phases=[Phase.generate], report_multiple_bugs=False
+        max_examples=3000, stateful_step_count=40, database=None, phases=[Phase.generate], report_multiple_bugs=False
     )
     with pytest.raises((AssertionError, KeyError, IndexError)):
         case().runTest()

@@ -179,7 +179,7 @@ def _mutants() -> dict[str, Callable[[Patch], None]]:
     def sum_reordered(patch: Patch) -> None:
         patch.setattr(
             moe,
-            "_weighted",
+            "weighted",
             lambda out_TKM, weight_TK: functools.reduce(
                 torch.add, reversed((out_TKM * weight_TK[:, :, None]).unbind(1))
             ),
