@@ -105,13 +105,13 @@ class ExpertCache:
     def attached(self, index: int, layer: Layer, *, example: bool = False) -> Layer:
         """Return a layer of the model whose experts come from here; one without experts is as it was.
 
-        Those of an example, by which pieces are compiled, are what lies in slot 0.
+        Those of an example, by which pieces are compiled or timed, are what lies in slot 0: nothing is read.
         """
         place = self._layers.get(index)
         if place is None:
             return layer
         assert isinstance(layer.mlp, Moe)
-        if place.place not in self._routers:
+        if not example and place.place not in self._routers:
             self._routers[place.place] = _copied(layer.mlp.router)
         matrices = self._matrices[place.place]
         fetcher = self._examples.setdefault(index, _Example(matrices)) if example else place

@@ -360,7 +360,7 @@ class OffloadPath:
         with sequences.sweep(spans):
             for index, part in enumerate(self._parts()):
                 if self._experts is not None and index < len(layers):
-                    part = self._experts.attached(index, part)
+                    part = self._experts.attached(index, part, example=self._still)
                 if index < len(layers):
                     with sequences.layer(index) as cache:
                         for each in pending:
@@ -377,8 +377,7 @@ class OffloadPath:
                 if index >= len(layers):
                     for each in pending:
                         if each.last or every_position:
-                            every = (self._config, self._store.storage) if every_position else None
-                            each.call.score(part, every=every)
+                            each.call.score(part, every=(self._config, self._store.storage) if every_position else None)
 
     def _parts(self) -> Iterator[Any]:
         assert self._streamer is not None

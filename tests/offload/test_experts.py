@@ -26,12 +26,13 @@ from twinfer.offload import store as store_module
 from twinfer.offload.expert_cache import ExpertCache
 from twinfer.offload.expert_slots import Slots, State
 from twinfer.offload.path import OffloadPath
+from twinfer.offload.plan import plan
 from twinfer.offload.store import Store, check, open_store
 from twinfer.offload.uses import Expert, Policy, Uses
 from twinfer.oracle.models import RandomSource, draw_moe_config
 from twinfer.oracle.strategies import drawn
 from twinfer.spec.config import LayerConfig, MlpConfig, ModelConfig, Storage
-from twinfer.spec.errors import CheckpointError
+from twinfer.spec.errors import CheckpointError, RequestError
 from twinfer.spec.moe import MoeConfig, RouterConfig, Score
 from twinfer.stores import build_store
 
@@ -438,3 +439,45 @@ def test_uses_expect_what_was_used_often_and_of_late() -> None:
     held = [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert uses.first_to_go(held, set()) == (1, 1)
     assert uses.first_to_go([(0, 0), (1, 0)], set()) == (1, 0)
+
+
+def test_experts_are_read_while_keys_and_values_are_away(tmp_path: Path) -> None:
+    """With layers' keys and values in a file, and slots for no more experts than a step needs: the same bits."""
+    model = replace(mixtures(), context=1024)
+    source = RandomSource(model, 3)
+    store, steps = built(source, tmp_path / "s"), _steps(model, 4, 3)
+    wanted: dict[str, Any] = {"batch": 4, "reserve": 600, "compute": torch.float32, "expands": True}
+    budget = next(each for each in itertools.count(200_000, 20_000) if _is_whole(store, model, each, wanted))
+    results = []
+    for decoder in (offloaded(store, model, budget), resident(source)):
+        sequences = decoder.open(4, 600)
+        results.append([decoder.extend(sequences, step) for step in steps])
+        if isinstance(decoder, OffloadPath):
+            assert decoder.plan is not None
+            assert decoder.plan.away_layers > 0
+            assert decoder.experts is not None
+            assert decoder.experts.read_bytes > 0
+            decoder.close()
+    assert same(*results)
+
+
+def _is_whole(store: Store, model: ModelConfig, budget: int, given: dict[str, Any]) -> bool:
+    """Return whether a budget works with layers' keys and values brought in whole."""
+    try:
+        return plan(store, model, budget=budget, **given).block_tokens == 0
+    except RequestError:
+        return False
+
+
+def test_timing_what_computing_takes_reads_no_expert(tmp_path: Path) -> None:
+    """Nor do its steps count as steps of the model."""
+    model = mixtures()
+    decoder = offloaded(built(RandomSource(model, 3), tmp_path / "s"), model)
+    sequences = decoder.open(1, 30)
+    with decoder.still():
+        decoder.extend(sequences, [torch.tensor([1])])
+    assert decoder.experts is not None
+    assert (decoder.experts.needed, decoder.experts.read_bytes, decoder.experts.prompt_bytes) == (0, 0, 0)
+    decoder.extend(sequences, [torch.tensor([1])])
+    assert decoder.experts.needed > 0
+    decoder.close()
