@@ -1,4 +1,4 @@
-"""What plans predict beside what is then measured: `python -m twinfer.bench.offload_settings FOLDER [SETTING...]`.
+"""Predictions of plans beside measurements: `python -m twinfer.bench.offload_settings FOLDER [SETTING...]`.
 
 Stores are built in FOLDER where they are missing. For each setting a plan is made and speeds are measured, as
 `twinfer offload plan` does, then prompts and steps are timed, speeds once more, and the prediction is the mean of both:

@@ -39,7 +39,7 @@ STEPS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a process loads."""
+    """The model that a process loads, and the degrees by which it is divided."""
 
     model: str
     parallel: ParallelConfig | None = None

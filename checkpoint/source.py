@@ -53,7 +53,7 @@ class FileSource:
             self._plan = plan(table, config, store, buffers, first_position)
         self._buffers = buffers
         self.table = {name: str(shape) for name, shape in store.shapes.items()}
-        """What the file holds, by its own names."""
+        """The shape of every tensor in the file, by its own name, for ranks to compare."""
         self.notes = tuple(dict.fromkeys(notes))
         """What whoever opens the model should know, though nothing is wrong."""
 

@@ -28,7 +28,7 @@ UP, DOWN = 0, 1
 
 
 class Fetcher(Protocol):
-    """What brings one layer's experts into memory."""
+    """The part of an offloading path that brings one layer's experts into memory."""
 
     def slots(self, expert_TK: Tensor, x_TM: Tensor) -> Tensor:
         """Return where each chosen expert lies, in memory from now until the next call; `x_TM` chose them."""

@@ -15,7 +15,7 @@ class Kind(StrEnum):
     KV_READ = "kv read"
     """A layer's keys and values were brought in."""
     KV_WRITE = "kv write"
-    """What a layer gained was written back."""
+    """New keys and values of a layer were written back."""
     KV_WAIT = "kv wait"
     """The computation waited for a layer's keys and values."""
 

@@ -60,7 +60,7 @@ class ExpertCache:
         self._file, self._guess = file, guess
         self._guessing = Guessing()
         self._likeliest: Expert | None = None
-        """Of the next layer, if it is not in memory."""
+        """The expert that the next layer probably needs, if it is not in memory."""
         self._ended: tuple[int, float] | None = None
         """The layer that a step of one sequence fetched for last, and when it was there."""
         layers = [index for index, layer in enumerate(config.layers) if isinstance(layer.mlp, MoeConfig)]

@@ -21,7 +21,7 @@ from ..mixtures import Mixture
 from ..reasons import reason
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-"""Of transformers' experts."""
+"""Ways in which transformers computes experts."""
 MOST_COPIED = 2**27
 """Numbers that batched_mm may copy: it gives every choice a matrix of its own, 44 s for 64 tokens of Mixtral."""
 

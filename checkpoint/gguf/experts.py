@@ -1,4 +1,4 @@
-"""What the keys of a GGUF file say of a model's experts, by what its architecture leaves open.
+"""Experts as the keys of a GGUF file describe them, where the architecture leaves something open.
 
 Where a key and what other readers compute differ, the key counts: `expert_weights_norm` is the model's own
 `norm_topk_prob`, though readers of OLMoE and Qwen's files take no notice of it.

@@ -178,7 +178,7 @@ class TwinferFolder:
             for part, shapes in self._shapes.items()
             for name, shape in shapes.items()
         }
-        """What the folder holds."""
+        """The shape and storage of every tensor in the folder, by name, for ranks to compare."""
         self._check()
 
     def embedding(self, shard: Shard | None = None) -> EmbeddingWeights:

@@ -1,6 +1,8 @@
 """Small models in stores, and what must hold of them."""
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from twinfer.spec.config import (
     Storage,
 )
 from twinfer.spec.decoder import Decoder
+from twinfer.spec.moe import MoeConfig, RouterConfig, Score
 
 BUDGET = 50 << 20
 
@@ -47,6 +50,19 @@ def config(layers: int = 5, head: Head = Head.UNTIED) -> ModelConfig:
     )
 
 
+def mixtures(layers: int = 4, experts: int = 6, top_k: int = 3) -> ModelConfig:
+    """Return the small model with experts in all layers but the first."""
+    model = config(layers)
+    router = RouterConfig(experts=experts, top_k=top_k, score=Score.SOFTMAX_OF_CHOSEN)
+
+    def mixture(layer: LayerConfig) -> LayerConfig:
+        assert isinstance(layer.mlp, MlpConfig)
+        return replace(layer, mlp=MoeConfig(router=router, expert=layer.mlp))
+
+    first, *others = model.layers
+    return replace(model, layers=(first, *map(mixture, others)))
+
+
 def built(source: RandomSource, folder: Path, storage: Storage = Storage.FLOAT32) -> Store:
     build(source, folder, storage, model={"name": "m"}, files={}, identity=1, report=lambda line: None)
     return open_store(folder)
@@ -57,6 +73,11 @@ def schedule(model: ModelConfig, batch: int, seed: int) -> list[list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = [[(row * 3 + seed) % 9 + 1 for row in range(batch)], [1] * batch, [1] * batch, [0] * (batch - 1) + [2]]
     return [[torch.randint(model.vocabulary, (n,), generator=generator) for n in each] for each in lengths]
+
+
+def steps_of(model: ModelConfig, batch: int, seed: int) -> list[list[Tensor]]:
+    """Return two schedules, one after the other."""
+    return list(itertools.chain(*(schedule(model, batch, seed + each) for each in range(2))))
 
 
 def logits(decoder: Decoder, steps: Sequence[Sequence[Tensor]], *, every: bool = False) -> list[Tensor]:

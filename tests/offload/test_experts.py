@@ -3,8 +3,6 @@
 import functools
 import itertools
 import json
-import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 
 from twinfer.commands.main import main
 from twinfer.compiled import moe
@@ -22,21 +19,19 @@ from twinfer.compiled.linear import multiplies_fast
 from twinfer.compiled.packing import Matrix
 from twinfer.loading import open_checkpoint
 from twinfer.offload import expert_cache, path
-from twinfer.offload import store as store_module
 from twinfer.offload.expert_cache import ExpertCache
 from twinfer.offload.expert_slots import Slots, State
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
-from twinfer.offload.store import Store, check, open_store
+from twinfer.offload.store import Store
 from twinfer.offload.uses import Expert, Policy, Uses
 from twinfer.oracle.models import RandomSource, draw_moe_config
 from twinfer.oracle.strategies import drawn
-from twinfer.spec.config import LayerConfig, MlpConfig, ModelConfig, Storage
+from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.errors import CheckpointError, RequestError
-from twinfer.spec.moe import MoeConfig, RouterConfig, Score
 from twinfer.stores import build_store
 
-from .small import BUDGET, built, config, logits, offloaded, resident, same, schedule
+from .small import BUDGET, built, logits, mixtures, offloaded, resident, same, steps_of
 
 Patch = pytest.MonkeyPatch
 
@@ -74,10 +69,6 @@ def _keeping(patch: Patch, kept: int, *, guess: bool | None = False, policy: Pol
     patch.setattr(path, "ExpertCache", Cache)
 
 
-def _steps(model: ModelConfig, batch: int, seed: int) -> list[list[Tensor]]:
-    return list(itertools.chain(*(schedule(model, batch, seed + each) for each in range(2))))
-
-
 @settings(max_examples=max(12, settings.default.max_examples // 4))
 @given(case=cases)
 def test_logits_are_those_of_resident_experts_to_the_bit(
@@ -88,7 +79,7 @@ def test_logits_are_those_of_resident_experts_to_the_bit(
     model, seed, storage, batch, kept, guess, policy, every, piece = case
     source = RandomSource(model, seed)
     store = built(source, tmp_path_factory.mktemp("store") / "s", storage)
-    steps = _steps(model, batch, seed)
+    steps = steps_of(model, batch, seed)
     every = every and multiplies_fast(torch.zeros(1))
     with Patch.context() as patch:
         _keeping(patch, kept, guess=guess, policy=policy)
@@ -97,19 +88,6 @@ def test_logits_are_those_of_resident_experts_to_the_bit(
         found = logits(decoder, steps, every=every)
         decoder.close()
     assert same(found, logits(resident(source, storage), steps, every=every))
-
-
-def mixtures(layers: int = 4, experts: int = 6, top_k: int = 3) -> ModelConfig:
-    """Return the small model with experts in all layers but the first."""
-    model = config(layers)
-    router = RouterConfig(experts=experts, top_k=top_k, score=Score.SOFTMAX_OF_CHOSEN)
-
-    def mixture(layer: LayerConfig) -> LayerConfig:
-        assert isinstance(layer.mlp, MlpConfig)
-        return replace(layer, mlp=MoeConfig(router=router, expert=layer.mlp))
-
-    first, *others = model.layers
-    return replace(model, layers=(first, *map(mixture, others)))
 
 
 def _mutants() -> dict[str, Callable[[Patch], None]]:
@@ -221,7 +199,7 @@ def _agrees(folder: Path, mutant: Callable[[Patch], None] | None) -> bool:
     """Return whether the logits are those of resident experts; a rule that breaks counts as no."""
     model = mixtures()
     source = RandomSource(model, 3)
-    store, steps = built(source, folder), _steps(model, 2, 3)
+    store, steps = built(source, folder), steps_of(model, 2, 3)
     expected = logits(resident(source), steps)
     with Patch.context() as patch:
         _keeping(patch, 5)
@@ -334,80 +312,13 @@ def test_wrong_guesses_evict_nothing(tmp_path: Path, monkeypatch: Patch) -> None
     assert 0 < report.guessed_right < report.guessed
 
 
-def _flip(store: Store, place: int) -> None:
-    with store.weights.open("r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 4]))
-
-
-@pytest.mark.parametrize("storage", [Storage.FLOAT32, Storage.INT8])
-def test_a_flipped_bit_names_layer_and_expert(storage: Storage, tmp_path: Path) -> None:
-    """By the check, and by a run whose tokens choose the expert, in steps and in prompts."""
-    model = mixtures(layers=2)
-    store = built(RandomSource(model, 1), tmp_path / "s", storage)
-    pick = random.Random(0)
-    for part, name in enumerate(("up", "down")):
-        expert = pick.randrange(6)
-        record = store.experts[1][expert][part]
-        place = record.offset + pick.choice([each for each in record.tensors() if each.nbytes]).offset
-        _flip(store, place)
-        said = f"layer 1, expert {expert}, {name}, .* is damaged"
-        with pytest.raises(CheckpointError, match=said):
-            check(store)
-        for steps in (_steps(model, 2, 0), [[torch.tensor([token])] for token in range(25)]):
-            decoder = offloaded(store, model)
-            with pytest.raises(CheckpointError, match=said):
-                logits(decoder, steps)
-            decoder.close()
-        _flip(store, place)
-    check(store)
-
-
-def test_a_read_that_fails_is_told_and_can_be_tried_again(tmp_path: Path, monkeypatch: Patch) -> None:
-    """The error names layer and expert; once the disk works again, so do new sequences."""
-    model = mixtures(layers=2)
-    source = RandomSource(model, 1)
-    store, steps = built(source, tmp_path / "s"), _steps(model, 2, 0)
-    first = min(up.offset for up, _ in store.experts[1])
-    last = max(down.offset + down.nbytes for _, down in store.experts[1])
-    fails = True
-
-    def read(descriptor: int, buffers: Any, offset: int) -> int:
-        if fails and first <= offset < last:
-            raise OSError(5, "Input/output error")
-        return os.preadv(descriptor, buffers, offset)
-
-    decoder = offloaded(store, model)
-    monkeypatch.setattr(decoder._file, "_read", read)
-    for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"layer 1, expert [0-5], up cannot be read: Input/output error"):
-            logits(decoder, steps)
-    fails = False
-    assert same(logits(decoder, steps), logits(resident(source), steps))
-    decoder.close()
-
-
-def test_truncated_and_older_stores_are_refused(tmp_path: Path, monkeypatch: Patch) -> None:
-    """Whether the experts' end is missing, or the store was written when layers held them."""
-    store = built(RandomSource(mixtures(), 1), tmp_path / "s")
-    whole = store.weights.stat().st_size
-    os.truncate(store.weights, store.experts[-1][-1][1].offset)
-    with pytest.raises(CheckpointError, match=f"must have {whole:,}"):
-        open_store(store.folder)
-    monkeypatch.setattr(store_module, "FORMAT", 3)
-    with pytest.raises(CheckpointError, match=r"built for format 2; here it is 3: .* twinfer offload build m "):
-        open_store(store.folder)
-
-
 def test_sequences_opened_later_find_another_number_of_slots(tmp_path: Path) -> None:
     """A batch, then one sequence, then a larger batch on one path: each gives the resident logits."""
     model = mixtures()
     source = RandomSource(model, 3)
     decoder, fixed = offloaded(built(source, tmp_path / "s"), model), resident(source)
     for batch in (3, 1, 6):
-        steps = _steps(model, batch, batch)
+        steps = steps_of(model, batch, batch)
         assert same(logits(decoder, steps), logits(fixed, steps))
     decoder.close()
 
@@ -445,7 +356,7 @@ def test_experts_are_read_while_keys_and_values_are_away(tmp_path: Path) -> None
     """With layers' keys and values in a file, and slots for no more experts than a step needs: the same bits."""
     model = replace(mixtures(), context=1024)
     source = RandomSource(model, 3)
-    store, steps = built(source, tmp_path / "s"), _steps(model, 4, 3)
+    store, steps = built(source, tmp_path / "s"), steps_of(model, 4, 3)
     wanted: dict[str, Any] = {"batch": 4, "reserve": 600, "compute": torch.float32, "expands": True}
     budget = next(each for each in itertools.count(200_000, 20_000) if _is_whole(store, model, each, wanted))
     results = []
