@@ -1,5 +1,6 @@
 """The guarantees that are not error budgets: identical bits, identical decisions, a tested distribution."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -92,8 +93,9 @@ class Statistical:
     """A distribution: the candidate is called `samples` times, and its counts are held against the true probabilities.
 
     The op must take a `generator` and return an integer. Pearson's chi-square over the outcomes expected at least five
-    times (the rest pooled); fails below `significance`, so a right implementation fails once in about 1 / significance
-    cases. What is too faint for one case shows in all of them together: `pooled`.
+    times, the rest pooled, and judged exactly where all of it is expected more rarely; fails below `significance`, so a
+    right implementation fails once in about 1 / significance cases. What is too faint for one case shows in all of them
+    together: `pooled`.
     """
 
     probability: Callable[[Inputs], Tensor]
@@ -167,13 +169,37 @@ def chi_square_p_value(count_V: Tensor, probability_V: Tensor) -> float:
     >>> round(chi_square_p_value(torch.tensor([60.0, 40.0]), torch.tensor([0.5, 0.5])), 4)
     0.0455
     """
-    expected_V = probability_V.double() * count_V.double().sum()
+    total = int(count_V.sum())
+    expected_V = probability_V.double() * total
     often = expected_V >= 5
-    expected = torch.cat([expected_V[often], expected_V[~often].sum()[None]])
-    counted = torch.cat([count_V[often], count_V[~often].sum()[None]]).double()
-    counted, expected = counted[expected > 0], expected[expected > 0]
+    counted, expected = count_V[often].double(), expected_V[often]
+    rest, rest_expected = int(count_V[~often].sum()), float(expected_V[~often].sum())
+    if rest_expected >= 5:
+        counted, expected = (
+            torch.cat([each, each.new_tensor([more])]) for each, more in ((counted, rest), (expected, rest_expected))
+        )
+    elif rest_expected > 0 and len(expected):  # chi-square says nothing of a count so rare, so it is judged exactly
+        of_rest = _at_least(rest, total, rest_expected / total)
+        return min(1.0, 2 * min(of_rest, _p_value(counted, expected * counted.sum() / expected.sum())))
+    return _p_value(counted, expected)
+
+
+def _p_value(counted: Tensor, expected: Tensor) -> float:
     if len(expected) < 2:
         return 1.0
     statistic = ((counted - expected) ** 2 / expected).sum()
     freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+def _at_least(count: int, total: int, probability: float) -> float:
+    """The probability that of so many draws at least `count` hit what has this probability.
+
+    >>> round(_at_least(2, 3, 0.5), 6), _at_least(0, 3, 0.5)
+    (0.5, 1.0)
+    """
+    if count == 0:
+        return 1.0
+    hits = torch.arange(count, total + 1, dtype=torch.float64)
+    ways = torch.lgamma(torch.tensor(total + 1.0).double()) - torch.lgamma(hits + 1) - torch.lgamma(total - hits + 1)
+    return float((ways + hits * math.log(probability) + (total - hits) * math.log1p(-probability)).exp().sum())

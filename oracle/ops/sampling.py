@@ -188,7 +188,7 @@ def _more_draws(case: Case, pick: Picker) -> Case:
     if pick.integer(0, 15) < 15:
         return replace(larger, options={**larger.options, "samples": 300})
     sizes = {**larger.sizes, "V": pick.choice((1000, 2049, 4097))}
-    return replace(larger, sizes=sizes, data=Data.NORMAL, options={**larger.options, "samples": 100_000})
+    return replace(larger, sizes=sizes, data=Data.NORMAL, options={**larger.options, "samples": 100_000, "tail": False})
 
 
 def _more_samples(case: Case, pick: Picker) -> Case:

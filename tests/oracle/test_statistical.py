@@ -1,5 +1,6 @@
 """What draws of many cases show together, and each of them does not."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 from twinfer.oracle.case import Case, RandomPicker
-from twinfer.oracle.guarantees import Statistical
+from twinfer.oracle.check import check_op
+from twinfer.oracle.guarantees import Statistical, chi_square_p_value
 from twinfer.oracle.search import drawn
 from twinfer.oracle.table import OPS
 from twinfer.oracle.trial import Trial
@@ -57,3 +59,20 @@ def test_draws_of_a_check_are_enough_for_3_percent_and_not_for_ever(op: str) -> 
     assert 3e4 < sum(samples) < 1e6
     assert max(samples) == (100_000 if op == "draw" else 200)
     assert OPS[op].cases(RandomPicker(0)).options.get("samples") is None
+
+
+def test_two_hits_of_a_long_tail_are_no_alarm() -> None:
+    """2 of 40 draws hit outcomes of 0.0022 together, which happens once in 270; chi-square said once in 10**10."""
+    probability_V = torch.tensor([0.99777, *[0.00223 / 24] * 24], dtype=torch.float64)
+    count_V = torch.zeros(25)
+    count_V[0], count_V[7], count_V[11] = 38, 1, 1
+    rare = sum(math.comb(40, hits) * 0.00223**hits * 0.99777 ** (40 - hits) for hits in range(2, 41))
+    assert chi_square_p_value(count_V, probability_V) == pytest.approx(2 * rare, rel=1e-9)
+    assert check_op("draw", OPS["draw"].reference, 400).holds
+
+
+def test_a_tail_hit_ten_times_as_often_as_it_should_is_seen() -> None:
+    """20 of 1000 draws hit outcomes that are expected twice."""
+    probability_V = torch.tensor([0.998, *[0.002 / 10] * 10], dtype=torch.float64)
+    count_V = torch.tensor([980.0, *[2.0] * 10])
+    assert chi_square_p_value(count_V, probability_V) < 1e-9
