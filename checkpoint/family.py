@@ -14,6 +14,7 @@ from torch import Tensor
 from ..spec.config import Activation, Head, ModelConfig, NormConfig, NormKind
 from ..spec.errors import CheckpointError, ConfigError
 from .fields import Fields
+from .not_computed import NOT_COMPUTED
 from .plan import Buffers, TensorStore
 from .rotary_fields import Rotation
 from .source import FileSource
@@ -188,6 +189,10 @@ def find(families: tuple[Family, ...], config: Fields) -> Family:
                 )
             return family
     refuse_latent_attention(config)
+    if reason := NOT_COMPUTED.get(model_type):
+        raise CheckpointError(
+            f"{config.where}model_type is {model_type!r}, which cannot be read: {reason}; it must be one of: {known}"
+        )
     if not model_type and not classes:
         raise CheckpointError(f"{config.where}model_type is missing; the families known here are: {known}")
     raise CheckpointError(

@@ -140,6 +140,8 @@ def _kept_shape(shapes: list[tuple[int, ...]], entry: Stored, skip: int, head_si
         return (head_size,)
     if entry.heads is Heads.STACKED:
         return rows // head_size, head_size
+    if entry.one_row:
+        return 1, rows
     stacked = (rows + skip, *shapes[0][1:])
     return stacked[::-1] if entry.transposed else stacked
 

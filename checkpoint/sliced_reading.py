@@ -46,6 +46,9 @@ def _rows(store: TensorStore, reading: Reading, row_N: Tensor, columns: tuple[sl
     sorted_N = row_N.sort().values
     pieces = []
     for run in _runs(sorted_N + reading.skip):
+        if reading.stored.one_row:
+            pieces.append(_read(store, name, (slice(0, 1), run)).flatten())
+            continue
         cuts = (run, *columns)
         piece = _read(store, name, cuts[::-1] if reading.stored.transposed else cuts)
         pieces.append(piece.transpose(0, -1) if reading.stored.transposed else piece)

@@ -117,7 +117,7 @@ class FileSource:
             tensor = tensor.transpose(0, -1)
         if reading.stored.heads is Heads.SHARED:
             tensor = tensor.repeat(sum(reading.fills.values()) // len(tensor))
-        if reading.stored.heads is Heads.STACKED:
+        if reading.stored.heads is Heads.STACKED or reading.stored.one_row:
             tensor = tensor.flatten()
         return tensor[reading.skip :]
 

@@ -67,6 +67,8 @@ class Stored:
     reorder: Reorder | None = None
     experts: Experts | None = None
     """How the file keeps the experts of a layer; the other fields speak of one expert. None for what is no expert's."""
+    one_row: bool = False
+    """Whether numbers [N] are kept as a matrix of one row, [1, N]."""
     interleaved: bool = False
     """Whether the rows of an expert's several weights are interleaved: first of each, second of each."""
 

@@ -9,7 +9,9 @@ from .cohere2 import COHERE2
 from .dbrx import DBRX
 from .distilbert import DISTILBERT
 from .dots1 import DOTS1
+from .ernie4_5_moe import ERNIE4_5_MOE
 from .falcon import FALCON, REFINED_WEB, REFINED_WEB_MODEL
+from .flex_olmo import FLEX_OLMO
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
@@ -20,11 +22,12 @@ from .gpt_neo import GPT_NEO
 from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
-from .granite import GRANITE, GRANITE_MOE
+from .granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
 from .hunyuan_moe import HUNYUAN_MOE
 from .internlm2 import INTERNLM2
 from .llama import LLAMA, MISTRAL
 from .megatron_gpt import MEGATRON_GPT
+from .minimax_m2 import MINIMAX_M2
 from .mixtral import MIXTRAL
 from .mpt import MPT
 from .olmo2 import OLMO2
@@ -39,6 +42,7 @@ from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 from .roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from .smollm3 import SMOLLM3
+from .solar_open import SOLAR_OPEN
 from .stablelm import STABLELM
 from .starcoder2 import STARCODER2
 
@@ -84,10 +88,15 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_MOE,
     OLMOE,
     GRANITE_MOE,
+    GRANITE_MOE_SHARED,
     PHIMOE,
     DBRX,
     GPT_OSS,
     GLM4_MOE,
     HUNYUAN_MOE,
     DOTS1,
+    ERNIE4_5_MOE,
+    FLEX_OLMO,
+    MINIMAX_M2,
+    SOLAR_OPEN,
 )

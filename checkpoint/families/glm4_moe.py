@@ -14,8 +14,9 @@ from ..moe_fields import ROUTER_AND_EXPERTS, ROUTER_TRAINING
 from ..table import Heads, Ignorable, linear, norm, tensor
 
 
-def _read(config: Fields) -> ParsedConfig:
-    chooses = RouterConfig(
+def chosen_by_sigmoid(config: Fields) -> RouterConfig:
+    """The router: a sigmoid of each logit, a bias for the choice, groups, and weights that are scaled."""
+    return RouterConfig(
         experts=config.integer("n_routed_experts", 128),
         top_k=config.integer("num_experts_per_tok", 8),
         score=Score.SIGMOID,
@@ -25,6 +26,10 @@ def _read(config: Fields) -> ParsedConfig:
         groups=config.integer("n_group", 1),
         kept_groups=config.integer("topk_group", 1),
     )
+
+
+def _read(config: Fields) -> ParsedConfig:
+    chooses = chosen_by_sigmoid(config)
     first = config.integer("first_k_dense_replace", 1, least=0)
     width, shared = config.integer("moe_intermediate_size", 1408), config.integer("n_shared_experts", 1)
     own_norm = rms_norm(config, default=1e-5)

@@ -1,6 +1,7 @@
 """Granite 3, dense and with experts: LLaMA's, with four factors, on tokens, scores, what layers add, and logits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ...spec.config import MlpConfig
 from ...spec.moe import MoeConfig, router
@@ -42,26 +43,52 @@ GRANITE = Family(
 
 
 def _read_moe(config: Fields) -> ParsedConfig:
+    return _read_experts(config, shared=0)
+
+
+def _read_experts(config: Fields, *, shared: int) -> ParsedConfig:
+    """Read a mixture whose shared MLP is so wide; 0 for none."""
     chooses = router(
         "mixtral", experts=config.integer("num_local_experts", 8), top_k=config.integer("num_experts_per_tok", 2)
     )
-    return _read_with(config, mlp_bias=False, feed=lambda index, plain: MoeConfig(router=chooses, expert=plain))
 
+    def feed(index: int, plain: MlpConfig) -> MoeConfig:
+        return MoeConfig(router=chooses, expert=plain, shared=replace(plain, width=shared) if shared else None)
+
+    return _read_with(config, mlp_bias=False, feed=feed)
+
+
+_MOE_TABLE = table(
+    *INPUT_NORMS,
+    *SPLIT_QKV,
+    *linear("self_attn.o_proj", "attention.output"),
+    *linear("block_sparse_moe.router.layer", "mlp.router"),
+    *linear("block_sparse_moe.router", "mlp.router"),
+    *experts("block_sparse_moe.input_linear", *GATE_UP, form=Experts.STACKED),
+    *experts("block_sparse_moe.output_linear", "mlp.experts.down", form=Experts.STACKED),
+    *experts("block_sparse_moe.experts.gate_up_proj", *GATE_UP, form=Experts.STACKED, endings=("", "_bias")),
+    *experts("block_sparse_moe.experts.down_proj", "mlp.experts.down", form=Experts.STACKED, endings=("", "_bias")),
+)
 
 GRANITE_MOE = Family(
     model_type="granitemoe",
     architectures=("GraniteMoeForCausalLM", "GraniteMoeModel"),
     read=_read_moe,
-    table=table(
-        *INPUT_NORMS,
-        *SPLIT_QKV,
-        *linear("self_attn.o_proj", "attention.output"),
-        *linear("block_sparse_moe.router.layer", "mlp.router"),
-        *linear("block_sparse_moe.router", "mlp.router"),
-        *experts("block_sparse_moe.input_linear", *GATE_UP, form=Experts.STACKED),
-        *experts("block_sparse_moe.output_linear", "mlp.experts.down", form=Experts.STACKED),
-        *experts("block_sparse_moe.experts.gate_up_proj", *GATE_UP, form=Experts.STACKED, endings=("", "_bias")),
-        *experts("block_sparse_moe.experts.down_proj", "mlp.experts.down", form=Experts.STACKED, endings=("", "_bias")),
+    table=_MOE_TABLE,
+    ignored=ROUTER_TRAINING,
+)
+
+GRANITE_MOE_SHARED = Family(
+    model_type="granitemoeshared",
+    architectures=("GraniteMoeSharedForCausalLM", "GraniteMoeSharedModel"),
+    read=lambda config: _read_experts(config, shared=config.integer("shared_intermediate_size", 0, least=0)),
+    table=replace(
+        _MOE_TABLE,
+        layer=(
+            *_MOE_TABLE.layer,
+            *linear("shared_mlp.input_linear", "mlp.shared.gate", "mlp.shared.up"),
+            *linear("shared_mlp.output_linear", "mlp.shared.down"),
+        ),
     ),
     ignored=ROUTER_TRAINING,
 )

@@ -33,6 +33,27 @@ def _swapped(weights: LayerWeights) -> LayerWeights:
 GATE_AND_UP_SWAPPED: dict[str, Any] = {"on_layer": _swapped}
 
 
+def _shared_swapped(weights: LayerWeights) -> LayerWeights:
+    mlp = weights.mlp
+    assert isinstance(mlp, MoeWeights)
+    shared = mlp.shared
+    assert shared is not None
+    assert shared.gate is not None
+    return replace(weights, mlp=replace(mlp, shared=replace(shared, gate=shared.up, up=shared.gate)))
+
+
+def _choice_bias_zero(weights: LayerWeights) -> LayerWeights:
+    mlp = weights.mlp
+    if not isinstance(mlp, MoeWeights):
+        return weights
+    assert mlp.choice_bias_E is not None
+    return replace(weights, mlp=replace(mlp, choice_bias_E=0 * mlp.choice_bias_E))
+
+
+SHARED_SWAPPED: dict[str, Any] = {"on_layer": _shared_swapped}
+CHOICE_BIAS_ZERO: dict[str, Any] = {"on_layer": _choice_bias_zero}
+
+
 def _shared_gate_at_half(weights: LayerWeights) -> LayerWeights:
     mlp = weights.mlp
     assert isinstance(mlp, MoeWeights)

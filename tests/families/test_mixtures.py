@@ -9,8 +9,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from twinfer.spec.moe import Score
 
-from .experts_family import GATE_AND_UP_SWAPPED, SHARED_GATE_AT_HALF, SINKS_NEGATED, router_with
-from .llama_family import attention_with
+from .experts_family import (
+    CHOICE_BIAS_ZERO,
+    GATE_AND_UP_SWAPPED,
+    SHARED_GATE_AT_HALF,
+    SHARED_SWAPPED,
+    SINKS_NEGATED,
+    router_with,
+)
+from .llama_family import attention_with, layers_with, other_layout
 
 SIZES: dict[str, Any] = {
     "vocab_size": 20,
@@ -30,6 +37,8 @@ OSS = LOCAL | {"head_dim": 4, "sliding_window": 4, "num_hidden_layers": 3}
 HUNYUAN = SIZES | {"num_experts": 5, "moe_topk": 3, "head_dim": 8}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 1.0, "alpha": 9.0}
 DOTS = SIZES | {"moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2}
+ERNIE = SIZES | {"moe_intermediate_size": 8, "moe_num_experts": 6, "moe_k": 3, "head_dim": 8}
+SOLAR = SIZES | {"moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 3, "head_dim": 8}
 DBRX_INNER = {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16}
 DBRX = {"d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 20}
 
@@ -108,6 +117,30 @@ CONFIGS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             },
         ],
     ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        [
+            ERNIE | {"num_hidden_layers": 5, "moe_layer_end_index": 3, "moe_layer_interval": 2, "use_bias": True},
+            ERNIE | {"num_hidden_layers": 3, "moe_num_shared_experts": 1, "tie_word_embeddings": False},
+            ERNIE | {"moe_layer_start_index": 0, "moe_num_shared_experts": 0},
+        ],
+    ),
+    "flex_olmo": ("FlexOlmo", [OLMOE | {"norm_topk_prob": True, "attention_bias": True}, OLMOE]),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        [LOCAL, LOCAL | {"shared_intermediate_size": 10, "residual_multiplier": 0.5, "attention_bias": True}],
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        [LOCAL | {"head_dim": 4, "tie_word_embeddings": True}, LOCAL | {"head_dim": 8, "rotary_dim": 4}],
+    ),
+    "solar_open": (
+        "SolarOpen",
+        [
+            SOLAR | {"n_shared_experts": 2, "norm_topk_prob": False, "attention_bias": True},
+            SOLAR | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+        ],
+    ),
     "hunyuan_v1_moe": (
         "HunYuanMoEV1",
         [HUNYUAN | {"attention_bias": True, "rope_parameters": ALPHA}, HUNYUAN | {"tie_word_embeddings": True}],
@@ -131,6 +164,18 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "gpt_oss": {"sinks of the wrong sign": SINKS_NEGATED, "gate and up swapped": GATE_AND_UP_SWAPPED},
     "glm4_moe": {"no groups": router_with(groups=1, kept_groups=1), "not scaled": router_with(scale=1.0)},
     "dots1": {"no groups": router_with(groups=1, kept_groups=1), "no window": attention_with(window=None)},
+    "ernie4_5_moe": {
+        "not renormalized": router_with(renormalize=False),
+        "bias of the choice left out": CHOICE_BIAS_ZERO,
+        "halves that rotate": layers_with(other_layout),
+    },
+    "flex_olmo": {"renormalized": router_with(renormalize=True), "gate and up swapped": GATE_AND_UP_SWAPPED},
+    "granitemoeshared": {
+        "softmax of all": router_with(score=Score.SOFTMAX),
+        "shared gate and up swapped": SHARED_SWAPPED,
+    },
+    "minimax_m2": {"softmax": router_with(score=Score.SOFTMAX), "bias of the choice left out": CHOICE_BIAS_ZERO},
+    "solar_open": {"no groups": router_with(groups=1, kept_groups=1), "not scaled": router_with(scale=1.0)},
     "hunyuan_v1_moe": {
         "normed before they rotate": attention_with(qk_norm_rotated=False),
         "not renormalized": router_with(renormalize=False),
@@ -144,8 +189,9 @@ def made(family: str, which: int) -> tuple[type[PreTrainedModel], PreTrainedConf
     return getattr(transformers, f"{name}ForCausalLM"), config
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("family", "which"), [(family, which) for family in CONFIGS for which in range(len(CONFIGS[family][1]))]
+)
 def test_mixtures(family: str, which: int, agrees: Callable[..., None]) -> None:
     kind, config = made(family, which)
     agrees(kind, config, 7 + which)

@@ -35,12 +35,14 @@ PARAMETERS: dict[str, int | str] = {
     "distilbert-base-uncased": 66_362_880,
     "distilgpt2": 81_912_576,
     "dots.llm1": "143B",
+    "ernie-4.5-21b-a3b": "21.8B",
     "falcon-11b": "11B",
     "falcon-40b": 41_303_293_952,
     "falcon-40b-first": 41_303_293_952,
     "falcon-7b": 6_921_720_704,
     "falcon-7b-first": 6_921_720_704,
     "falcon-rw-1b": 1_311_625_216,
+    "flexolmo-7x7b": "33B",
     "galactica-6.7b": "6.7B",
     "gemma-2-9b": 9_241_705_984,
     "gemma-2b": 2_506_172_416,
@@ -61,6 +63,7 @@ PARAMETERS: dict[str, int | str] = {
     "llama-3.2-1b-unsloth": 1_235_814_400,
     "llama-3.1-8b": 8_030_261_248,
     "llama-7b": 6_738_415_616,
+    "minimax-m2": "229B",
     "mistral-7b": 7_241_732_096,
     "mistral-nemo-12b": 12_247_782_400,
     "mixtral-8x7b": 46_702_792_704,
@@ -86,6 +89,7 @@ PARAMETERS: dict[str, int | str] = {
     "roberta-base": 124_055_040,
     "smollm2-135m": 134_515_008,
     "smollm3-3b": 3_075_098_624,
+    "solar-open-100b": "103B",
     "stable-diffusion-text-encoder": 123_060_480,
     "stablelm-2-1_6b": 1_644_515_328,
     "stablelm-2-12b": "12B",
@@ -130,10 +134,11 @@ def test_published_configs_are_understood_to_the_last_parameter(name: str) -> No
 
 
 def test_every_published_file_is_tried_and_every_family_has_one() -> None:
-    """But Megatron's GPT, whose checkpoints come with Megatron's arguments, which nobody published as config.json."""
+    """But Megatron's GPT, whose checkpoints come with Megatron's arguments, which nobody published as config.json, and
+    Granite MoE with a shared MLP, of which no model was published."""
     assert {path.stem for path in PUBLISHED.iterdir()} == set(PARAMETERS)
     assert {published(name)["model_type"] for name in PARAMETERS} == {
-        family.model_type for family in FAMILIES if family.model_type != "megatron_gpt"
+        family.model_type for family in FAMILIES if family.model_type not in ("megatron_gpt", "granitemoeshared")
     }
 
 
