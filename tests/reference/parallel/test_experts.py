@@ -231,8 +231,10 @@ def test_a_swapped_residual_mix_is_caught() -> None:
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"data": 3, "expert": 3}, r"expert is 3, but layer 1 has 8 experts, .* nearest that works is 2"),
-        ({"data": 5, "expert_slices": 5}, r"expert_slices is 5, but layer 1 has experts of width 24, .* works is 4"),
+        ({"data": 3, "expert": 3}, r"expert is 3, but layer 1 has 8 experts, .* nearest that works is 1$"),
+        ({"data": 12, "expert": 3}, r"expert is 3, but layer 1 has 8 experts, .* nearest that works is 2$"),
+        ({"data": 5, "expert_slices": 5}, r"expert_slices is 5, but layer 1 has experts of width 24, .* works is 1$"),
+        ({"data": 20, "expert_slices": 5}, r"expert_slices is 5, but layer 1 has experts of width 24, .* works is 4$"),
         ({"data": 2, "tensor": 2, "expert": 1, "exchange": Exchange.COORDINATED}, "whole tensor groups; .* direct"),
     ],
 )
