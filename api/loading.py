@@ -137,7 +137,7 @@ def load(
     chosen_path = _choose(Path, path, "path")
     given_storage = None if storage is None else _choose(Storage, dtype_name(storage), "storage")
     chosen_compute = _choose(Compute, dtype_name(compute), "compute")
-    chosen_device = _device(device)
+    chosen_device = find_device(device)
     start = time.perf_counter()
     checkpoint = _opened(model, context, report)
     chosen_storage = given_storage or checkpoint.storage or Storage.FLOAT32
@@ -234,7 +234,8 @@ def _choose(kind: type[Choice], value: str, what: str) -> Choice:
         raise RequestError(f"{what} is {value!r}; it must be one of {', '.join(kind)}") from None
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; raises a `TwinferError` where this machine has none."""
     present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     try:
         device = torch.device(name)

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .paths import Built, Order
 
@@ -12,9 +12,21 @@ if TYPE_CHECKING:
 
 
 def digest(checkpoint: "Checkpoint") -> str:
-    """Return a digest of a model's config and of the names and shapes of its tensors, which all ranks must share."""
-    table = getattr(checkpoint.source, "table", {})
-    return hashlib.sha256(f"{checkpoint.config} {sorted(table.items())}".encode()).hexdigest()[:16]
+    """Return a digest of a model's config and of its files' tables of tensors, which all ranks must share.
+
+    A table is taken as the bytes that the file has: names, dtypes or quantized formats, shapes, and where tensors lie.
+    """
+    found = hashlib.sha256(repr(checkpoint.config).encode())
+    if isinstance(checkpoint.source, Tabled):
+        found.update(checkpoint.source.tensor_table())
+    return found.hexdigest()[:16]
+
+
+@runtime_checkable
+class Tabled(Protocol):
+    """A source over files that say which tensors they hold."""
+
+    def tensor_table(self) -> bytes: ...
 
 
 def build(order: Order, member: "Member") -> Built:

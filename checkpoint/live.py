@@ -47,6 +47,10 @@ class LiveModule:
         self._tensors: dict[str, Any] = dict(module.state_dict())
         self.shapes: Mapping[str, tuple[int, ...]] = {name: _shape(each) for name, each in self._tensors.items()}
 
+    def tensor_table(self) -> bytes:
+        dtypes = {name: getattr(tensor, "dtype", None) for name, tensor in self._tensors.items()}
+        return repr([(name, dtypes[name], shape) for name, shape in self.shapes.items()]).encode()
+
     def unreadable(self, name: str) -> str | None:
         tensor = self._tensors[name]
         if type(tensor) not in (Tensor, torch.nn.Parameter):

@@ -35,6 +35,10 @@ class TensorStore(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
+    def tensor_table(self) -> bytes:
+        """Return all that the file says of its tensors besides their values, as it stands there."""
+        ...
+
     def unreadable(self, name: str) -> str | None:
         """Why the tensor cannot be read as floats, told from the header alone; None if it can."""
         ...

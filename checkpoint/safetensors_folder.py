@@ -29,7 +29,8 @@ class SafetensorsFolder:
         self._file_of: dict[str, Any] = {}
         self._dtypes: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for path, expected in _files(folder).items():
+        self._paths = _files(folder)
+        for path, expected in self._paths.items():
             file = _opened(path)
             names = set(file.keys())
             if absent := sorted(expected - names):
@@ -47,6 +48,9 @@ class SafetensorsFolder:
                 self._file_of[name] = file
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
+    def tensor_table(self) -> bytes:
+        return b"".join(header_of(path) for path in self._paths)
+
     def unreadable(self, name: str) -> str | None:
         dtype = self._dtypes[name]
         return None if dtype in FLOATS else f"kept as {dtype}; only {', '.join(FLOATS)} can be read"
@@ -58,6 +62,12 @@ class SafetensorsFolder:
     def read_slice(self, name: str, cuts: tuple[slice, ...]) -> Tensor:
         tensor: Tensor = self._file_of[name].get_slice(name)[cuts]
         return tensor
+
+
+def header_of(path: Path) -> bytes:
+    """Return a safetensors file's header, which says what tensors it holds: a length of eight bytes, then JSON."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:

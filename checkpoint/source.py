@@ -52,10 +52,12 @@ class FileSource:
         with pinned(CPU):
             self._plan = plan(table, config, store, buffers, first_position)
         self._buffers = buffers
-        self.table = {name: str(shape) for name, shape in store.shapes.items()}
-        """The shape of every tensor in the file, by its own name, for ranks to compare."""
         self.notes = tuple(dict.fromkeys(notes))
         """What whoever opens the model should know, though nothing is wrong."""
+
+    def tensor_table(self) -> bytes:
+        """Return what the file says of all its tensors, for ranks to compare."""
+        return self._store.tensor_table()
 
     def embedding(self, shard: Shard | None = None) -> EmbeddingWeights:
         slices = None if shard is None else embedding_slices(self.config, shard)

@@ -82,8 +82,8 @@ class ParallelConfig:
             )
         if self.exchange is not Exchange.DIRECT and self.expert % self.tensor:
             raise RequestError(
-                f"ParallelConfig.exchange is {self.exchange}, whose expert groups are whole tensor groups; expert is "
-                f" {self.expert}, which does not divide by tensor = {self.tensor}: take exchange = direct"
+                f"exchange is {self.exchange}, whose expert groups are whole tensor groups; expert is {self.expert}, "
+                f"which does not divide by tensor = {self.tensor}: take exchange = direct"
             )
 
     @property
@@ -150,8 +150,8 @@ def check_parallel(config: ModelConfig, parallel: ParallelConfig, storage: Stora
     """Raise `RequestError`, naming the nearest degree that works, unless the model can be divided that way."""
     if parallel.pipeline > len(config.layers):
         raise RequestError(
-            f"ParallelConfig.pipeline is {parallel.pipeline}, but the model has {len(config.layers)} layers and every "
-            f"stage needs one; the nearest that works is {len(config.layers)}"
+            f"pipeline is {parallel.pipeline}, but the model has {len(config.layers)} layers and every stage needs "
+            f"one; the nearest that works is {len(config.layers)}"
         )
     experts = parallel.expert * parallel.expert_slices
     if experts > 1 and not any(isinstance(layer.mlp, MoeConfig) for layer in config.layers):
@@ -159,4 +159,6 @@ def check_parallel(config: ModelConfig, parallel: ParallelConfig, storage: Stora
             f"expert * expert_slices is {parallel.expert} * {parallel.expert_slices}, but the model has no experts; "
             "the only degrees that work are 1 * 1"
         )
-    check_ranks(config, parallel.tensor, storage, parallel.shard(0).experts)
+    check_ranks(
+        config, parallel.tensor, storage, parallel.shard(0).experts, name="tensor", stage_ranks=parallel.stage_ranks
+    )

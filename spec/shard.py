@@ -28,6 +28,7 @@ A vocabulary need not divide: of 1001 tokens the ranks hold 251, 251, 251 and 24
 """
 
 from dataclasses import dataclass, replace
+from math import gcd, isqrt
 
 from .config import INT4_GROUP, LayerConfig, ModelConfig, Storage
 from .errors import RequestError
@@ -221,35 +222,47 @@ def degrees(config: ModelConfig, storage: Storage | None = None, experts: Expert
 
 
 def check_ranks(
-    config: ModelConfig, ranks: int, storage: Storage | None = None, experts: ExpertShard | None = None
+    config: ModelConfig,
+    ranks: int,
+    storage: Storage | None = None,
+    experts: ExpertShard | None = None,
+    *,
+    name: str = "ranks",
+    stage_ranks: int | None = None,
 ) -> None:
     """Raise `RequestError`, naming the nearest number that can, unless that number of ranks can share the model.
 
     With `experts`, the same for the ranks that share those: they need not be a multiple of `ranks`, nor divide it.
+    `name` is what the number is called where it was given; of `stage_ranks`, nearest numbers of ranks that share
+    experts are divisors.
     """
     if ranks < 1:
-        raise RequestError(f"ranks is {ranks}; it must be at least 1")
+        raise RequestError(f"{name} is {ranks}; it must be at least 1")
     refusal = _refusal(config, ranks, storage, experts)
     if refusal is not None:
-        nearest = min(degrees(config, storage, experts), key=lambda other: abs(other - ranks))
-        raise RequestError(f"ranks is {ranks}, but {refusal}; the nearest number that can share it is {nearest}")
+        able = degrees(config, storage, experts)
+        distance = min(abs(other - ranks) for other in able)
+        nearest = " or ".join(str(other) for other in able if abs(other - ranks) == distance)
+        raise RequestError(f"{name} is {ranks}, but {refusal}; the nearest number that can share it is {nearest}")
     if experts is not None:
-        _check_experts(config, experts, storage)
+        _check_experts(config, experts, storage, stage_ranks or experts.ranks * experts.slices)
 
 
-def _check_experts(config: ModelConfig, shard: ExpertShard, storage: Storage | None) -> None:
+def _check_experts(config: ModelConfig, shard: ExpertShard, storage: Storage | None, stage_ranks: int) -> None:
     for index, layer in enumerate(config.layers):
         if not isinstance(layer.mlp, MoeConfig):
             continue
         experts, width, slices = layer.mlp.router.experts, layer.mlp.expert.width, shard.slices
         if experts % shard.ranks:
+            nearest = nearest_divisor(gcd(experts, stage_ranks // shard.slices), shard.ranks)
             raise RequestError(
                 f"expert is {shard.ranks}, but layer {index} has {experts} experts, which do not divide by it; the "
-                f"nearest that works is {nearest_divisor(experts, shard.ranks)}"
+                f"nearest that works is {nearest}"
             )
         if not _can_slice(width, slices, storage):
             only = f", and int4 is cut at multiples of {INT4_GROUP} only" if storage is Storage.INT4 else ""
-            able = (each for each in range(1, width + 1) if _can_slice(width, each, storage))
+            whole = gcd(width, stage_ranks // shard.ranks)
+            able = (each for each in range(1, whole + 1) if whole % each == 0 and _can_slice(width, each, storage))
             raise RequestError(
                 f"expert_slices is {slices}, but layer {index} has experts of width {width}, which cannot be cut "
                 f"so{only}; the nearest that works is {min(able, key=lambda each: abs(each - slices))}"
@@ -267,7 +280,8 @@ def nearest_divisor(size: int, wanted: int) -> int:
     >>> nearest_divisor(12, 5), nearest_divisor(8, 100)
     (4, 8)
     """
-    return min((each for each in range(1, size + 1) if size % each == 0), key=lambda each: abs(each - wanted))
+    small = [each for each in range(1, isqrt(size) + 1) if size % each == 0]
+    return min(*small, *(size // each for each in small), key=lambda each: (abs(each - wanted), each))
 
 
 def _refusal(config: ModelConfig, ranks: int, storage: Storage | None, experts: ExpertShard | None) -> str | None:

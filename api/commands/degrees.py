@@ -8,12 +8,16 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
+
 from twinfer.spec.config import Storage
 from twinfer.spec.decoder import Decoder, Path
 from twinfer.spec.errors import RequestError
 from twinfer.spec.parallel import Exchange, ParallelConfig, check_parallel
 
+from ..loading import find_device
 from ..ranks import digest
+from ..store_source import StoreSource
 from .options import positive
 
 if TYPE_CHECKING:
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
     from twinfer.parallel.member import Member
 
 FAST = Path.COMPILED
+
+MOST_RANKS = 256
+"""Processes that are started on one machine at most; who asks for more has mistyped."""
 
 
 def add_degrees(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +69,28 @@ def check_request(checkpoint: "Checkpoint", parallel: ParallelConfig, args: argp
         raise RequestError(f"--path is {args.path}; many ranks run the path {FAST}")
     if args.prompts_file == "-":
         raise RequestError("--prompts-file is -, but standard input is no rank's; give a file")
+    if parallel.ranks > MOST_RANKS and not in_job():
+        raise RequestError(
+            f"data * pipeline * tensor is {parallel.ranks}; at most {MOST_RANKS} ranks are started on one machine, so "
+            "start them with torchrun on several"
+        )
+    if isinstance(checkpoint.source, StoreSource):
+        raise RequestError(f"{checkpoint.name} is a store, which one process streams; give the model it was built from")
+    if args.memory_budget is not None:
+        raise RequestError("--memory-budget bounds a store, which one process streams; ranks hold shares of a model")
+    _check_device(args.device, parallel)
     storage = args.storage or checkpoint.storage or Storage.FLOAT32
     check_parallel(checkpoint.config, parallel, Storage(storage))
+
+
+def _check_device(name: str, parallel: ParallelConfig) -> None:
+    if find_device(name).index is not None:
+        raise RequestError(f"--device is {name}; of many ranks each takes a GPU of its own: give cuda")
+    if name == "cuda" and not in_job() and parallel.ranks > torch.cuda.device_count():
+        raise RequestError(
+            f"data * pipeline * tensor is {parallel.ranks}, but this machine has {torch.cuda.device_count()} GPUs, of "
+            "which each rank takes one"
+        )
 
 
 def start_ranks(words: list[str], parallel: ParallelConfig) -> int:

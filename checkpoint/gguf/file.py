@@ -132,6 +132,9 @@ class GgufFile:
         self._header.fields.clear()
         return values
 
+    def tensor_table(self) -> bytes:
+        return b"".join(part.tobytes() for tensor in self._tensors.values() for part in tensor.field.parts)
+
     def read(self, name: str) -> Tensor:
         tensor, shape = self._tensors[name], self.shapes[name]
         if len(tensor.shape) < 2:

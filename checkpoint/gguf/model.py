@@ -51,6 +51,7 @@ class _Without:
     def __init__(self, file: GgufFile, names: tuple[str, ...]):
         self.where = file.where
         self.shapes = {name: shape for name, shape in file.shapes.items() if name not in names}
+        self.tensor_table = file.tensor_table
         self.read = file.read
         self.read_slice = file.read_slice
         self.unreadable = file.unreadable

@@ -51,6 +51,7 @@ from ...spec.weights import (
 )
 from ..config_json import from_json, to_json
 from ..fields import Fields
+from ..safetensors_folder import header_of
 from ..source import cut, limited
 from ..synced import sync
 from ..tokenizer import Tokenizer, read_tokenizer
@@ -173,13 +174,11 @@ class TwinferFolder:
         self._folder = folder
         self._shapes: dict[str, Shapes] = {"embedding": embedding_shapes(config), "head": head_shapes(config)}
         self._shapes |= {_layer_name(i): layer_shapes(each, config.hidden) for i, each in enumerate(config.layers)}
-        self.table = {
-            f"{part}: {name}": f"{shape} in {self.storage}"
-            for part, shapes in self._shapes.items()
-            for name, shape in shapes.items()
-        }
-        """The shape and storage of every tensor in the folder, by name, for ranks to compare."""
         self._check()
+
+    def tensor_table(self) -> bytes:
+        """Return what the files say of all their tensors, for ranks to compare."""
+        return b"".join(header_of(self._folder / f"{name}{ENDING}") for name in self._shapes)
 
     def embedding(self, shard: Shard | None = None) -> EmbeddingWeights:
         self._check_cuts(shard)

@@ -70,7 +70,7 @@ def test_stages_storage_and_exchange_are_passed_on(storage: Storage, capsys: pyt
         ("24b-moe-128 --gpus 8 --pipeline 0", "--pipeline is 0; it must be at least 1"),
         ("24b-moe-128 --gpus 8 --tensor -1", "--tensor is -1; it must be at least 1"),
         ("24b-moe-128 --gpus 256 --tensor 7", "--gpus is 256, which does not divide by .* = 1 * 7; .* stage is 8"),
-        ("24b-moe-128 --gpus 256 --tensor 128", "ranks is 128, but layer 0 has 64 query heads, .* it is 64"),
+        ("24b-moe-128 --gpus 256 --tensor 128", "tensor is 128, but layer 0 has 64 query heads, .* it is 64"),
         ("24b-moe-128 --gpus 256 --expert 100", "100 * 1, but a stage has .* = 256 ranks, .* works is 128 * 1"),
         ("24b-moe-128 --gpus 256 --expert 256", "expert is 256, but layer 1 has 128 experts, .* that works is 128"),
         ("24b-moe-128 --gpus 3 --expert-slices 3", "expert_slices is 3, but layer 1 has experts of width 32768, .* 2"),

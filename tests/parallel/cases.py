@@ -5,16 +5,22 @@ from functools import cache
 from typing import Any
 
 import torch
-from mutants import MUTANTS  # beside this file
+from exact import ExactSource, without_norms  # beside this file
+from mutants import MUTANTS
+from stored import differing
 from torch import Tensor
 
+from twinfer.checkpoint import open_model
 from twinfer.compiled.path import Mode
 from twinfer.oracle.models import RandomSource
+from twinfer.parallel.experts import serve
 from twinfer.parallel.groups import Groups, form_groups
 from twinfer.parallel.path import RankPath
 from twinfer.parallel.wire import Wire
 from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.moe import MoeConfig
 from twinfer.spec.parallel import ParallelConfig
+from twinfer.spec.weights import WeightSource
 
 CPU = torch.device("cpu")
 
@@ -27,8 +33,16 @@ def groups_of(parallel: ParallelConfig) -> Groups:
 def path_of(
     config: ModelConfig, seed: int, parallel: ParallelConfig, storage: Storage, compute: torch.dtype
 ) -> RankPath:
+    return path_over(RandomSource(config, seed), parallel, storage, compute)
+
+
+def source_of(model: ModelConfig | str, seed: int) -> WeightSource:
+    """Weights of a built-in model, or drawn ones."""
+    return open_model(model).source if isinstance(model, str) else RandomSource(model, seed)
+
+
+def path_over(source: WeightSource, parallel: ParallelConfig, storage: Storage, compute: torch.dtype) -> RankPath:
     wire = Wire(groups_of(parallel))
-    source = RandomSource(config, seed)
     return RankPath(source, wire, storage=storage, compute=compute, device=CPU, mode=Mode.EAGER)
 
 
@@ -63,3 +77,51 @@ def events(
     path = path_of(config, seed, parallel, Storage.FLOAT32, torch.float32)
     path.extend(path.open(1, len(tokens)), [tokens])
     return [(step.value, call.kind.value, call.ranks) for step, call in path.wire.ledger.events]
+
+
+def extend_exactly(
+    config: ModelConfig,
+    seed: int,
+    parallel: ParallelConfig,
+    storage: Storage,
+    calls: list[list[Tensor]],
+    compute: torch.dtype,
+    mutant: str | None = None,
+) -> list[Any]:
+    """Return the logits of each call on a model without roundings."""
+    with ExitStack() as stack:
+        stack.enter_context(without_norms())
+        for each in () if mutant is None else MUTANTS[mutant]():
+            stack.enter_context(each)
+        path = path_over(ExactSource(config, seed, storage), parallel, storage, compute)
+        sequences = path.open(len(calls[0]), 1)
+        return [path.extend(sequences, call) for call in calls]
+
+
+def serve_exactly(
+    config: ModelConfig,
+    seed: int,
+    parallel: ParallelConfig,
+    storage: Storage,
+    rows: list[Tensor],
+    chosen: list[Tensor],
+    compute: torch.dtype,
+) -> Tensor:
+    """Return what experts make of the rows of this rank's data group, [T, K, M]."""
+    path = path_over(ExactSource(config, seed, storage), parallel, storage, compute)
+    layer, data = path.share.config.layers[0], path.wire.groups.place.data
+    assert isinstance(layer.mlp, MoeConfig)
+    experts = path.share.model.layers[0].mlp.experts  # type: ignore[index]
+    return serve(rows[data].to(compute), chosen[data], experts, layer.mlp, storage, path.wire)
+
+
+def cell(
+    model: ModelConfig | str, seed: int, parallel: ParallelConfig, storage: Storage, calls: list[list[Tensor]]
+) -> tuple[list[Tensor], list[tuple[str, tuple[int, ...], int]], list[str]]:
+    """Return the logits of each call in float64, the ledger, and what is not stored as one rank stores it."""
+    source = source_of(model, seed)
+    path = path_over(source, parallel, storage, torch.float64)
+    sequences = path.open(len(calls[0]), 1)
+    logits = [path.extend(sequences, call) for call in calls]
+    counted = [(call.kind.value, call.ranks, call.bytes) for call in path.wire.ledger.calls]
+    return logits, counted, differing(path, source, storage)

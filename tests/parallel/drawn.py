@@ -1,5 +1,6 @@
 """Models and degrees for real ranks: small, and of every convention."""
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -7,11 +8,13 @@ from torch import Tensor
 
 from twinfer.compiled.path import CompiledPath, Mode
 from twinfer.oracle.case import Picker, RandomPicker
-from twinfer.oracle.models import RandomSource, draw_moe
+from twinfer.oracle.models import draw_moe
 from twinfer.reference.parallel.path import ParallelReference
-from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.config import LayerConfig, ModelConfig, Storage
 from twinfer.spec.mlp import MlpConfig
+from twinfer.spec.moe import MoeConfig
 from twinfer.spec.parallel import ParallelConfig
+from twinfer.spec.weights import WeightSource
 
 from ..shards import shareable
 
@@ -41,6 +44,19 @@ def draw_model(seed: int, *, layers: int = 1, experts: bool = False, wide: bool 
     return replace(config, layers=tuple(each))
 
 
+def draw_mixture(seed: int, *, wide: bool = False) -> ModelConfig:
+    """A model whose experts 2 and 4 ranks can share."""
+    config = draw_model(seed, layers=2, experts=True, wide=wide)
+
+    def shareable(layer: LayerConfig) -> LayerConfig:
+        if not isinstance(layer.mlp, MoeConfig):
+            return layer
+        router = replace(layer.mlp.router, experts=4, top_k=min(2, layer.mlp.router.top_k), groups=1, kept_groups=1)
+        return replace(layer, mlp=replace(layer.mlp, router=router))
+
+    return replace(config, layers=tuple(map(shareable, config.layers)))
+
+
 def draw_calls(seed: int, vocabulary: int, *, batch: int) -> Calls:
     """Prompts of several lengths, a step of all sequences, and a call that gives some nothing and some more."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,18 +73,18 @@ def draw_calls(seed: int, vocabulary: int, *, batch: int) -> Calls:
     return [[some(count) for count in of_call] for of_call in lengths]
 
 
-def on_one(config: ModelConfig, seed: int, storage: Storage, calls: Calls) -> list[Tensor]:
+def on_one(source: WeightSource, storage: Storage, calls: Calls) -> list[Tensor]:
     """The logits of the compiled path, not compiled."""
-    path = CompiledPath(RandomSource(config, seed), storage=storage, compute=torch.float64, mode=Mode.EAGER)
+    path = CompiledPath(source, storage=storage, compute=torch.float64, mode=Mode.EAGER)
     sequences = path.open(len(calls[0]), 1)
     return [path.extend(sequences, call) for call in calls]
 
 
 def counted_by_reference(
-    config: ModelConfig, seed: int, parallel: ParallelConfig, storage: Storage, calls: Calls
+    source: WeightSource, parallel: ParallelConfig, storage: Storage, calls: Calls
 ) -> list[Counted]:
     """What each rank hands in, call by call, by the ledger of the one-process program."""
-    path = ParallelReference(RandomSource(config, seed), parallel, storage=storage, compute=torch.float64)
+    path = ParallelReference(source, parallel, storage=storage, compute=torch.float64)
     sequences = path.open(len(calls[0]), 1)
     for call in calls:
         path.extend(sequences, call)
@@ -80,3 +96,11 @@ def counted_by_reference(
         ]
         for rank in range(parallel.ranks)
     ]
+
+
+def bytes_of(counted: Counted) -> Counter[tuple[str, tuple[int, ...]]]:
+    """Bytes by kind and group: the reference calls once a sequence, real ranks once for all that gain one token."""
+    total: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for kind, ranks, size in counted:
+        total[kind, ranks] += size
+    return +total

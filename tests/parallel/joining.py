@@ -1,4 +1,7 @@
-"""A rank of a job of two: `python joining.py WHAT`, where rank 1 differs in that, or the model cannot be cut."""
+"""A rank of a job of two: `python joining.py WHAT [MODEL ...]`, where rank 1 differs in that, or heads cannot be cut.
+
+Each rank opens the model that is named for it.
+"""
 
 import os
 import sys
@@ -6,11 +9,13 @@ from typing import Any
 
 import torch
 
+from twinfer.checkpoint import open_model
 from twinfer.compiled.path import Mode
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.parallel.member import joined
 from twinfer.parallel.path import RankPath
+from twinfer.ranks import digest
 from twinfer.spec.parallel import ParallelConfig
 
 
@@ -21,9 +26,13 @@ class Unread(RandomSource):
         raise AssertionError("weights are read")
 
 
-what, rank = sys.argv[1], int(os.environ["RANK"])
+what, models = sys.argv[1], sys.argv[2:]
+rank = int(os.environ["RANK"])
 if what == "torch" and rank == 1:
     torch.__version__ = "9.9"  # type: ignore[assignment]
-with joined(ParallelConfig(tensor=2), {"a model with the digest": str(rank) if what == "digest" else "0"}) as member:
+facts = {"twinfer": "9.9" if what == "twinfer" and rank == 1 else "1.0"}
+if models:
+    facts["a model with the digest"] = digest(open_model(models[rank]))
+with joined(ParallelConfig(tensor=2), facts) as member:
     config = draw_model_config(RandomPicker(40))  # of 9 heads
     RankPath(Unread(config), member.wire, device=torch.device("cpu"), mode=Mode.EAGER)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any
 from unittest.mock import patch
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from twinfer.oracle.models import RandomSource
 from twinfer.parallel import experts, path, pieces, programs, weights
+from twinfer.parallel.exchange import Route
 from twinfer.parallel.groups import Group
 from twinfer.parallel.wire import Pending, Wire
 from twinfer.spec.shard import Shard
-from twinfer.spec.weights import LayerWeights
+from twinfer.spec.weights import LayerWeights, MoeWeights
 
 Patches = list[Any]
 _layer = RandomSource.layer
@@ -96,6 +98,30 @@ def _own_slice(self: Wire, rows: Tensor, lengths: list[int], group: Group) -> Te
     return every.flip(0)
 
 
+def _mix_swapped(source: RandomSource, index: int, shard: Shard, held: LayerWeights) -> LayerWeights:
+    mlp = held.mlp
+    if not isinstance(mlp, MoeWeights) or mlp.coefficient is None:
+        return held
+    matrix = mlp.coefficient
+    assert matrix.bias_N is not None
+    swapped = replace(matrix, weight_NI=matrix.weight_NI.flip(0), bias_N=matrix.bias_N.flip(0))
+    return replace(held, mlp=replace(mlp, coefficient=swapped))
+
+
+def _kept_instead_of_returned(swap: Any) -> Any:
+    """Of numbers, rows and results, which travel in turn, results stay with whoever computed them."""
+    calls = count()
+
+    def wrong(rows: Tensor, route: Route, wire: Wire) -> Tensor:
+        if next(calls) % 3 < 2:
+            return swap(rows, route, wire)
+        kept = rows.new_zeros(sum(route.arriving), *rows.shape[1:])
+        kept[: len(rows)] = rows[: len(kept)]
+        return kept
+
+    return wrong
+
+
 def _unsorted(order_of: Any) -> Any:
     def sort(expert_TK: Tensor, count: int) -> Any:
         order = order_of(expert_TK, count)
@@ -118,5 +144,7 @@ MUTANTS: dict[str, Callable[[], Patches]] = {
     "micro-batches mixed up": lambda: [patch.object(path, "runs_of", _members_mixed_up)],
     "all-to-all in another order": lambda: [patch.object(Wire, "all_to_all", _next_piece_first)],
     "rows not put back": lambda: [patch.object(experts, "sort_by_expert", _unsorted(experts.sort_by_expert))],
+    "combined before the return": lambda: [patch.object(experts, "swap", _kept_instead_of_returned(experts.swap))],
+    "residual mix swapped": lambda: _in_layer(_mix_swapped),
     "slices gathered backwards": lambda: [patch.object(Wire, "all_gather_rows", _own_slice)],
 }

@@ -4,14 +4,13 @@ Everything runs in float64, where only a fault is larger than a rounding.
 """
 
 import os
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from twinfer.oracle.models import RandomSource
 from twinfer.oracle.trial import same_bits
 from twinfer.spec.config import (
     LayerConfig,
@@ -28,25 +27,13 @@ from twinfer.spec.parallel import Exchange, ParallelConfig
 from twinfer.spec.shard import degrees
 
 from ..families.conftest import AGREEMENT
-from .drawn import counted_by_reference, draw_calls, draw_model, on_one
+from .drawn import bytes_of, counted_by_reference, draw_calls, draw_mixture, draw_model, on_one
 from .mutants import MUTANTS
-from .pool import Pool, started
+from .pool import Pool
 
 EXHAUSTIVE = os.environ.get("HYPOTHESIS_PROFILE") == "exhaustive"
 SEEDS = range(400, 440) if EXHAUSTIVE else range(400, 402)
 FLOAT64 = torch.float64
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Pool]:
-    with started(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Pool]:
-    with started(4) as pool:
-        yield pool
 
 
 def assert_ranks_agree(
@@ -63,7 +50,8 @@ def assert_ranks_agree(
     calls = draw_calls(seed, config.vocabulary, batch=batch)
     case = ("extend", {}) if mutant is None else ("extend_with", {"mutant": mutant})
     given = {"config": config, "seed": seed, "parallel": parallel, "storage": storage, "compute": FLOAT64}
-    wanted = on_one(config, seed, storage, calls)
+    source = RandomSource(config, seed)
+    wanted = on_one(source, storage, calls)
     results = pool.run(case[0], calls=calls, **given, **case[1])
     for rank, (logits, _) in enumerate(results):
         assert all(same_bits(*pair) for pair in zip(logits, results[0][0], strict=True)), f"rank {rank} differs"
@@ -71,17 +59,9 @@ def assert_ranks_agree(
         error = float((got_BV - want_BV).abs().max() / want_BV.abs().max())
         assert error <= AGREEMENT, f"{parallel} in {storage}: {error}"
         assert same_bits(got_BV.argmax(-1), want_BV.argmax(-1))
-    counted = counted_by_reference(config, seed, parallel, storage, calls)
+    counted = counted_by_reference(source, parallel, storage, calls)
     for rank, (_, seen) in enumerate(results):
         assert bytes_of(seen) == bytes_of(counted[rank]), f"rank {rank} of {parallel}"
-
-
-def bytes_of(counted: list[tuple[str, tuple[int, ...], int]]) -> Counter[tuple[str, tuple[int, ...]]]:
-    """Bytes by kind and group: the reference calls once a sequence, real ranks once for all that gain one token."""
-    total: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    for kind, ranks, size in counted:
-        total[kind, ranks] += size
-    return +total
 
 
 @pytest.mark.parametrize("storage", Storage)
@@ -123,51 +103,67 @@ MIXTURES_OF_FOUR = {
 }
 
 
-def mixture(seed: int) -> ModelConfig:
-    """A model whose experts 2 and 4 ranks can share."""
-    config = draw_model(seed, layers=2, experts=True)
-
-    def shareable(layer: LayerConfig) -> LayerConfig:
-        if not isinstance(layer.mlp, MoeConfig):
-            return layer
-        router = replace(layer.mlp.router, experts=4, top_k=min(2, layer.mlp.router.top_k), groups=1, kept_groups=1)
-        return replace(layer, mlp=replace(layer.mlp, router=router))
-
-    return replace(config, layers=tuple(map(shareable, config.layers)))
-
-
 @pytest.mark.parametrize("storage", [Storage.FLOAT32, Storage.INT8])
 @pytest.mark.parametrize("name", MIXTURES_OF_TWO)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mixtures(two: Pool, seed: int, name: str, storage: Storage) -> None:
     parallel = MIXTURES_OF_TWO[name]
-    assert_ranks_agree(two, mixture(seed), seed, parallel, storage, batch=parallel.data)
+    assert_ranks_agree(two, draw_mixture(seed), seed, parallel, storage, batch=parallel.data)
 
 
 @pytest.mark.parametrize("name", MIXTURES_OF_FOUR)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mixtures_by_products_of_degrees(four: Pool, seed: int, name: str) -> None:
     parallel = MIXTURES_OF_FOUR[name]
-    assert_ranks_agree(four, mixture(seed), seed, parallel, Storage.INT8, batch=parallel.data)
+    assert_ranks_agree(four, draw_mixture(seed), seed, parallel, Storage.INT8, batch=parallel.data)
+
+
+def test_fewer_sequences_than_groups(two: Pool) -> None:
+    """One group has none, takes part in every exchange all the same, and sends no rows."""
+    assert_ranks_agree(two, draw_mixture(400), 400, ParallelConfig(data=2, expert=2), Storage.INT8, batch=1)
 
 
 OF_EXPERTS = {
     "all-to-all in another order": ParallelConfig(tensor=2, expert=2),
     "rows not put back": ParallelConfig(tensor=2, expert=2),
+    "combined before the return": ParallelConfig(tensor=2, expert=2),
+    "residual mix swapped": ParallelConfig(tensor=2, expert=2),
     "slices gathered backwards": ParallelConfig(tensor=2, expert_slices=2),
 }
 OF_STAGES = {"micro-batches mixed up": ParallelConfig(pipeline=2)}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_seeded_faults_are_caught(two: Pool, mutant: str) -> None:
-    parallel = {**OF_EXPERTS, **OF_STAGES}.get(mutant, ParallelConfig(tensor=2))
-    config = mixture(400) if mutant in OF_EXPERTS else everything()
-    given = two, config, 400, parallel, Storage.INT8
-    batch = 1 if mutant in OF_EXPERTS else 3
+def assert_caught(pool: Pool, mutant: str, parallel: ParallelConfig) -> None:
+    """Without the fault ranks agree, with it they do not."""
+    config = residual_mixture() if mutant in OF_EXPERTS else everything()
+    given = pool, config, 400, parallel, Storage.INT8
+    batch = parallel.data if mutant in OF_EXPERTS else 3
     assert_ranks_agree(*given, batch=batch)
     with pytest.raises(AssertionError, match=r"in int8: |differs"):
         assert_ranks_agree(*given, batch=batch, mutant=mutant)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_seeded_faults_are_caught(two: Pool, mutant: str) -> None:
+    assert_caught(two, mutant, {**OF_EXPERTS, **OF_STAGES}.get(mutant, ParallelConfig(tensor=2)))
+
+
+@pytest.mark.skipif(not EXHAUSTIVE, reason="six ranks are many for the default profile")
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_seeded_faults_are_caught_at_unequal_degrees(six: Pool, mutant: str) -> None:
+    """Of 2 stages of 3 ranks; of experts, 2 data groups of 3 ranks that hold halves of them in thirds."""
+    mixed = ParallelConfig(data=2, tensor=3, expert=2, expert_slices=3)
+    assert_caught(six, mutant, mixed if mutant in OF_EXPERTS else ParallelConfig(pipeline=2, tensor=3))
+
+
+def residual_mixture() -> ModelConfig:
+    """A mixture in every layer, with an MLP beside the experts, mixed by learned weights."""
+    config = draw_mixture(400)
+    layer = next(each for each in config.layers if isinstance(each.mlp, MoeConfig))
+    assert isinstance(layer.mlp, MoeConfig)
+    mlp = replace(layer.mlp, shared=None, shared_gate=False, residual=layer.mlp.expert)
+    attention = replace(layer.attention, kv_heads=1)
+    return replace(config, layers=(replace(layer, mlp=mlp, attention=attention),) * len(config.layers))
 
 
 def everything() -> ModelConfig:
@@ -190,7 +186,7 @@ def test_calls_are_the_references_one_by_one(two: Pool, parallel: ParallelConfig
     calls = draw_calls(1, config.vocabulary, batch=1)[:2]
     given = {"config": config, "seed": 1, "parallel": parallel, "storage": Storage.FLOAT32}
     seen = [counted for _, counted in two.run("extend", calls=calls, compute=FLOAT64, **given)]
-    assert seen == counted_by_reference(calls=calls, **given)  # type: ignore[arg-type]
+    assert seen == counted_by_reference(RandomSource(config, 1), parallel, Storage.FLOAT32, calls)
 
 
 def test_every_position(two: Pool) -> None:
@@ -215,7 +211,7 @@ def test_sums_are_on_their_way_while_rows_are(two: Pool) -> None:
 
     Of parallel sub-layers attention's sum is on its way as well.
     """
-    config = mixture(400)
+    config = draw_mixture(400)
     layer = config.layers[0]
     assert isinstance(layer.mlp, MoeConfig)
     beside = replace(layer.mlp, shared=layer.mlp.expert, shared_gate=False, residual=None)

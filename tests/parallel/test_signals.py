@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .processes import lives
+
 RUN = """
 import sys
 from twinfer.parallel.launch import Job
@@ -45,11 +47,3 @@ def test_ranks_do_not_outlive_who_started_them() -> None:
     while time.monotonic() < end and any(map(lives, pids)):
         time.sleep(0.2)
     assert not [pid for pid in pids if lives(pid)]
-
-
-def lives(pid: int) -> bool:
-    """Whether the process is there and no zombie."""
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False

@@ -208,11 +208,33 @@ def test_mutants_are_caught(mutant: Mutant | None, monkeypatch: pytest.MonkeyPat
     assert bool(differing(FULL, [8] * FULL.data)) == (mutant is not None)
 
 
+def test_a_swapped_residual_mix_is_caught() -> None:
+    """The experts' output weighed as the MLP's beside them, and the other way round, on every rank."""
+    source, parallel = IntegerSourceOfModels(mixture("deepseek-v3", 3), 3), replace(FULL, pipeline=2)
+    path = ParallelReference(source, parallel, compute=torch.float64)
+    one = ReferencePath(source, compute=torch.float64)
+    assert disagreement(one, path, 3, batch=5) <= AGREEMENT
+    mixtures = [(held, layer.mlp) for held in path.job.weights[1] for layer in held.layers]
+    assert len(mixtures) == parallel.stage_ranks
+    for rank, (held, mlp) in enumerate(mixtures):
+        assert isinstance(mlp, MoeWeights)
+        assert mlp.coefficient is not None
+        assert mlp.coefficient.bias_N is not None
+        swapped = replace(
+            mlp.coefficient, weight_NI=mlp.coefficient.weight_NI.flip(0), bias_N=mlp.coefficient.bias_N.flip(0)
+        )
+        layers = tuple(replace(layer, mlp=replace(mlp, coefficient=swapped)) for layer in held.layers)
+        path.job.weights[1][rank] = replace(held, layers=layers)  # type: ignore[index]
+    assert disagreement(one, path, 3, batch=5) > 1000 * AGREEMENT
+
+
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"data": 3, "expert": 3}, r"expert is 3, but layer 1 has 8 experts, .* nearest that works is 2"),
-        ({"data": 5, "expert_slices": 5}, r"expert_slices is 5, but layer 1 has experts of width 24, .* works is 4"),
+        ({"data": 3, "expert": 3}, r"expert is 3, but layer 1 has 8 experts, .* nearest that works is 1$"),
+        ({"data": 12, "expert": 3}, r"expert is 3, but layer 1 has 8 experts, .* nearest that works is 2$"),
+        ({"data": 5, "expert_slices": 5}, r"expert_slices is 5, but layer 1 has experts of width 24, .* works is 1$"),
+        ({"data": 20, "expert_slices": 5}, r"expert_slices is 5, but layer 1 has experts of width 24, .* works is 4$"),
         ({"data": 2, "tensor": 2, "expert": 1, "exchange": Exchange.COORDINATED}, "whole tensor groups; .* direct"),
     ],
 )

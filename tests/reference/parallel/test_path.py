@@ -286,7 +286,7 @@ def test_mutants_are_caught(mutant: Mutant | None, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("degrees_given", "message"),
     [
-        ({"tensor": 5}, r"ranks is 5, but layer 0 has 12 query heads, .* nearest number that can share it is 4"),
+        ({"tensor": 5}, r"tensor is 5, but layer 0 has 12 query heads, .* nearest number that can share it is 4 or 6$"),
         ({"pipeline": 4}, r"pipeline is 4, but the model has 3 layers .* nearest that works is 3"),
         ({"data": 0}, r"ParallelConfig\.data is 0; it must be at least 1"),
         (
