@@ -4,10 +4,9 @@
     stage, replica, slice, node, place     the same ranks of a stage by what they hold of the experts
 
 An expert group is `node` and `place` together: within it nodes are tensor groups, where they divide it; else it is
-one node. A dimension of one rank has no group: who is alone calls nobody.
+one node. A dimension of one rank has no group: who is alone calls nobody. All dimensions together are the whole job.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
@@ -65,43 +64,51 @@ class Groups:
 
 def form_groups(parallel: ParallelConfig, device_type: str) -> Groups:
     """Form the groups of a job whose processes have joined torch.distributed; every rank calls this."""
-    rank = dist.get_rank()
-    dense = _mesh(device_type, ("stage", "data", "tensor"), (parallel.pipeline, parallel.data, parallel.tensor))
     node = parallel.tensor if parallel.expert % parallel.tensor == 0 else parallel.expert
     replicas = parallel.stage_ranks // (parallel.expert * parallel.expert_slices)
-    sizes = (parallel.pipeline, replicas, parallel.expert_slices, parallel.expert // node, node)
-    of_experts = _mesh(device_type, ("stage", "replica", "slice", "node", "place"), sizes)
-    world = tuple(range(parallel.ranks))
-    expert = None if parallel.expert == 1 else of_experts["node", "place"]._flatten("expert").get_group()
+    dense = _mesh(device_type, stage=parallel.pipeline, data=parallel.data, tensor=parallel.tensor)
+    of_experts = _mesh(
+        device_type,
+        stage=parallel.pipeline,
+        replica=replicas,
+        slice=parallel.expert_slices,
+        node=parallel.expert // node,
+        place=node,
+    )
     return Groups(
         parallel=parallel,
-        rank=rank,
-        world=Group(world, rank, None if len(world) == 1 else _patient(dist.group.WORLD)),
-        tensor=_group(dense, "tensor", rank),
-        expert=Group((rank,), 0, None) if expert is None else _as_group(_patient(expert), rank),
-        slices=_group(of_experts, "slice", rank),
-        nodes=_group(of_experts, "node", rank),
-        node=_group(of_experts, "place", rank),
+        rank=dist.get_rank(),
+        world=_group(dense, "stage", "data", "tensor"),
+        tensor=_group(dense, "tensor"),
+        expert=_group(of_experts, "node", "place"),
+        slices=_group(of_experts, "slice"),
+        nodes=_group(of_experts, "node"),
+        node=_group(of_experts, "place"),
     )
 
 
-def _mesh(device_type: str, names: tuple[str, ...], sizes: tuple[int, ...]) -> DeviceMesh:
-    ranks = torch.arange(prod(sizes)).view(sizes)
-    return DeviceMesh(device_type, ranks, mesh_dim_names=names)
+def _mesh(device_type: str, **sizes: int) -> DeviceMesh | None:
+    """Lay the ranks out by dimensions of more than one: a group of one would keep a thread of its own awake."""
+    wide = {name: size for name, size in sizes.items() if size > 1}
+    if not wide:
+        return None
+    ranks = torch.arange(prod(wide.values())).view(*wide.values())
+    return DeviceMesh(device_type, ranks, mesh_dim_names=tuple(wide))
 
 
-def _group(mesh: DeviceMesh, name: str, rank: int) -> Group:
-    if mesh[name].size() == 1:
+def _group(mesh: DeviceMesh | None, *names: str) -> Group:
+    """The ranks along some dimensions of the mesh, this one among them."""
+    here = [name for name in mesh.mesh_dim_names or () if name in names] if mesh is not None else []
+    rank = dist.get_rank()
+    if mesh is None or not here:
         return Group((rank,), 0, None)
-    return _as_group(_patient(mesh.get_group(name)), rank)
-
-
-def _as_group(process_group: ProcessGroup, rank: int) -> Group:
-    ranks: Sequence[int] = dist.get_process_group_ranks(process_group)
-    return Group(tuple(ranks), tuple(ranks).index(rank), process_group)
-
-
-def _patient(process_group: ProcessGroup | None) -> ProcessGroup:
-    assert process_group is not None
+    if len(here) == mesh.ndim:
+        process_group = dist.group.WORLD
+    elif len(here) == 1:
+        process_group = mesh.get_group(here[0])
+    else:
+        process_group = mesh[tuple(here)]._flatten("_".join(here)).get_group()
+    assert process_group is not None, "who forms groups has joined the job"
     dist.distributed_c10d._set_pg_timeout(PATIENCE, process_group)
-    return process_group
+    ranks = tuple(dist.get_process_group_ranks(process_group))
+    return Group(ranks, ranks.index(rank), process_group)
