@@ -63,3 +63,13 @@ def events(
     path = path_of(config, seed, parallel, Storage.FLOAT32, torch.float32)
     path.extend(path.open(1, len(tokens)), [tokens])
     return [(step.value, call.kind.value, call.ranks) for step, call in path.wire.ledger.events]
+
+
+def sums(parallel: ParallelConfig, sizes: tuple[int, ...]) -> tuple[Tensor | int, ...]:
+    """Return sums of tensors full of ones, twos and so on by rank; and how many of them went through shared memory."""
+    groups = groups_of(parallel)
+    wire, shared = Wire(groups), groups.tensor.sums
+    assert shared is not None
+    before = shared.begun
+    found = [wire.all_reduce(torch.full((size,), 1.0 + groups.rank), groups.tensor) for size in sizes]
+    return (*found, shared.begun - before)
