@@ -7,7 +7,7 @@ An expert group is `node` and `place` together: within it nodes are tensor group
 one node. A dimension of one rank has no group: who is alone calls nobody. All dimensions together are the whole job.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import prod
 
@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..spec.parallel import ParallelConfig, Place
+from .shared_sums import SharedSums, shared_sums
 
 PATIENCE = timedelta(hours=24)
 """The time that a collective waits for a rank. That one hangs is found out elsewhere (`watch`), from its progress: a
@@ -33,6 +34,8 @@ class Group:
     """Of this rank among them."""
     process_group: ProcessGroup | None
     """None for a rank that is alone."""
+    sums: SharedSums | None = None
+    """Faster sums, where the ranks share a host."""
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -79,9 +82,9 @@ def form_groups(parallel: ParallelConfig, device_type: str) -> Groups:
         parallel=parallel,
         rank=dist.get_rank(),
         world=_group(dense, "stage", "data", "tensor"),
-        tensor=_group(dense, "tensor"),
+        tensor=_with_sums(_group(dense, "tensor")),
         expert=_group(of_experts, "node", "place"),
-        slices=_group(of_experts, "slice"),
+        slices=_with_sums(_group(of_experts, "slice")),
         nodes=_group(of_experts, "node"),
         node=_group(of_experts, "place"),
     )
@@ -112,3 +115,10 @@ def _group(mesh: DeviceMesh | None, *names: str) -> Group:
     dist.distributed_c10d._set_pg_timeout(PATIENCE, process_group)
     ranks = tuple(dist.get_process_group_ranks(process_group))
     return Group(ranks, ranks.index(rank), process_group)
+
+
+def _with_sums(group: Group) -> Group:
+    """Return the group with faster sums, if its ranks can have them."""
+    if group.process_group is None or dist.get_backend(group.process_group) != "gloo":
+        return group
+    return replace(group, sums=shared_sums(group.process_group, group.place, len(group)))

@@ -3,7 +3,7 @@
 Why it is faster than it looks: sums are made in place, in the memory of the product that they complete, and those that
 the next step does not need yet are only started (`start_all_reduce`). What it relies on: every rank of a group issues
 the same calls in the same order, whatever its caches, timing or compiler do; gloo's and NCCL's rings add up each piece
-of a sum on one rank and hand it to all, so that all ranks have the same bits.
+of a sum on one rank and hand it to all, and shared sums are added in one order, so that all ranks have the same bits.
 
 Shapes: R rows, V vocabulary.
 """
@@ -18,6 +18,7 @@ from torch.distributed import Work
 
 from .groups import Group, Groups
 from .ledger import Call, Collective, Ledger
+from .shared_sums import SharedSum
 
 _all_gather: Callable[..., Work] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """The newer name, where torch has it."""
@@ -27,7 +28,7 @@ class Pending:
     """A result that is on its way."""
 
     def __init__(
-        self, value: Tensor, work: Work | None, kept: Tensor | None = None, *, call: Call | None = None
+        self, value: Tensor, work: Work | SharedSum | None, kept: Tensor | None = None, *, call: Call | None = None
     ) -> None:
         self.call = call
         """As what it is counted."""
@@ -82,6 +83,8 @@ class Wire:
             return Pending(x, None)
         assert x.is_contiguous(), "gloo would add up what lies between the rows"
         call = self.ledger.call(Collective.ALL_REDUCE, group.ranks, x.nbytes)
+        if group.sums is not None and x.nbytes <= group.sums.most_bytes:
+            return Pending(x, group.sums.start(x), call=call)
         return Pending(x, dist.all_reduce(x, group=group.process_group, async_op=True), call=call)
 
     def largest(self, x: Tensor, group: Group) -> Tensor:

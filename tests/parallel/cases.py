@@ -125,3 +125,13 @@ def cell(
     logits = [path.extend(sequences, call) for call in calls]
     counted = [(call.kind.value, call.ranks, call.bytes) for call in path.wire.ledger.calls]
     return logits, counted, differing(path, source, storage)
+
+
+def sums(parallel: ParallelConfig, sizes: tuple[int, ...]) -> tuple[Tensor | int, ...]:
+    """Return sums of tensors full of ones, twos and so on by rank; and how many of them went through shared memory."""
+    groups = groups_of(parallel)
+    wire, shared = Wire(groups), groups.tensor.sums
+    assert shared is not None
+    before = shared.begun
+    found = [wire.all_reduce(torch.full((size,), 1.0 + groups.rank), groups.tensor) for size in sizes]
+    return (*found, shared.begun - before)

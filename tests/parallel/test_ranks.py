@@ -231,3 +231,11 @@ def test_sums_are_on_their_way_while_rows_are(two: Pool) -> None:
             ("begins", "all_gather"),  # logits
             ("is awaited", "all_gather"),
         ]
+
+
+def test_ranks_of_one_host_share_memory(two: Pool) -> None:
+    """Ranks of one host add up through shared memory what fits into a slot, and the rest through gloo."""
+    for small, large, shared in two.run("sums", parallel=ParallelConfig(tensor=2), sizes=(3, 300_000)):
+        assert small.tolist() == [3.0] * 3
+        assert large.tolist() == [3.0] * 300_000
+        assert shared == 1  # the first of the two
