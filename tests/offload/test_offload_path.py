@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from twinfer.compiled.linear import multiplies_fast
-from twinfer.offload import calls, form, path, streamer, table
+from twinfer.offload import calls, form, passes, path, streamer, table
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
 from twinfer.offload.sequences import Away
@@ -53,7 +53,7 @@ def test_logits_are_those_of_the_compiled_path_to_the_bit(
     every = every and multiplies_fast(torch.zeros(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path, "Streamer", lambda *given: Streamer(*given[:2], slots, piece=max(piece, form.PAGE)))
-        patch.setattr(path, "call_bytes", lambda *given: BUDGET // flight)
+        patch.setattr(passes, "call_bytes", lambda *given: BUDGET // flight)
         moved = [index for index in range(len(model.layers)) if away >> index & 1]
         patch.setattr(path.OffloadPath, "_away", lambda self, plan: Away(moved, 0))
         decoder = offloaded(store, model)
