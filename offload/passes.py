@@ -43,7 +43,7 @@ def _decode_calls(
         inputs = torch.tensor([ids, positions, starts]), slot_S
         call = Call(programs.get(name), inputs, shared=(slot_S,), last_only=False)
         spans = [Span(row, sequences.lengths[row], sequences.lengths[row] + 1) for row in dict.fromkeys(of_pass)]
-        nbytes = call_bytes(programs.example.config, len(given), len(slot_S))
+        nbytes = call_bytes(programs.example.store, programs.example.config, len(given), len(slot_S))
         pending.append(Pending(call, ids, of_pass, spans, True, nbytes))
     return pending
 
@@ -59,6 +59,6 @@ def _prefill_calls(
         begin, end = end, end + len(piece_T)
         slot_S = torch.arange(end)
         call = Call(program, (piece_T, slot_S[begin:], start_1, slot_S), last_only=True)
-        nbytes = call_bytes(programs.example.config, len(piece_T), end)
+        nbytes = call_bytes(programs.example.store, programs.example.config, len(piece_T), end)
         pending.append(Pending(call, piece_T.tolist(), [row], [Span(row, begin, end)], end == stop, nbytes))
     return pending

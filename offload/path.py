@@ -30,6 +30,7 @@ from ..spec.ambient import CPU
 from ..spec.config import ModelConfig
 from ..spec.errors import CheckpointError, RequestError
 from .calls import Pending, in_sweeps
+from .cutting import owned
 from .direct import DirectFile, aligned_buffer
 from .events import Event
 from .expert_cache import ExpertCache
@@ -40,7 +41,7 @@ from .passes import calls_of
 from .plan import Plan, most_batch, plan
 from .programs import Example, StreamedPrograms
 from .sequences import Away, TieredSequences
-from .store import Store
+from .store import Store, kinds
 from .streamer import KEPT, Streamer, damaged
 from .table import DiskTable
 
@@ -254,37 +255,56 @@ class OffloadPath:
         """Take the calls through all layers and the head, in one pass over the store."""
         assert self._streamer is not None
         self._streamer.check_process()
-        of_layer, layers = self.resident.rotations.of_layer, self._config.layers
+        layers = self._config.layers
         for each in pending:
             table, numbers = self._table.rows(each.tokens)
             each.call.enter(table, self.resident, numbers)
         spans = [span for each in pending for span in each.spans]
         with sequences.sweep(spans):
-            for index, part in enumerate(self._parts()):
-                if self._experts is not None and index < len(layers):
-                    part = self._experts.attached(index, part, example=self._still)
-                if index < len(layers):
-                    with sequences.layer(index) as cache:
-                        for each in pending:
-                            if isinstance(cache, Cache):
-                                each.call.layer(layers[index], part, cache, of_layer[index])
-                            else:
-                                attend = partial(cache.attend, index, part, layers[index].attention, each.spans)
-                                each.call.layer_with(layers[index], part, attend, of_layer[index], self._store.storage)
-                    if self._experts is not None:
-                        return_freed_memory()  # copies of experts are large, and would lie between what stays
-                if index == len(layers) - 1:
-                    for each in pending:
-                        each.call.leave(self.resident)
-                if index >= len(layers):
-                    for each in pending:
-                        if each.last or every_position:
-                            each.call.score(part, every=(self._config, self._store.storage) if every_position else None)
+            parts = self._parts()
+            for index in range(len(layers)):
+                self._layer(index, parts, sequences, pending)
+            for each in pending:
+                each.call.leave(self.resident)
+            for block in parts:
+                for each in pending:
+                    if each.last or every_position:
+                        each.call.score(block, every=(self._config, self._store.storage) if every_position else None)
+
+    def _layer(self, index: int, parts: Iterator[Any], sequences: TieredSequences, pending: list[Pending]) -> None:
+        """Take the calls through a layer, whose records are the next ones."""
+        layer, place = self._config.layers[index], self.resident.rotations.of_layer[index]
+        part = next(parts)
+        if self._experts is not None:
+            part = self._experts.attached(index, part, example=self._still)
+        with sequences.layer(index) as cache:
+            for each in pending:
+                if isinstance(cache, Cache):
+                    each.call.layer(layer, part, cache, place)
+                else:
+                    attend = partial(cache.attend, index, part, layer.attention, each.spans)
+                    each.call.layer_with(layer, part, attend, place, self._store.storage)
+        if self._experts is not None:
+            return_freed_memory()  # copies of experts are large, and would lie between what stays
+        ups, downs = self._store.mlp[index]
+        if not ups:
+            return
+        norm = owned(part.mlp_output_norm)
+        for _ in ups:
+            block = next(parts)
+            for each in pending:
+                each.call.up(layer, block)
+        for _ in downs:
+            block = next(parts)
+            for each in pending:
+                each.call.down(layer, block)
+        for each in pending:
+            each.call.finish(layer, norm)
 
     def _parts(self) -> Iterator[Any]:
         assert self._streamer is not None
         if self._still:
-            return self._streamer.still_sweep([*self._config.layers, *(0 for _ in self._store.head)])
+            return self._streamer.still_sweep(kinds(self._store, self._config))
         return self._streamer.sweep()
 
     def _take(self, done: Pending, last_BV: Tensor, every: list[list[Tensor]] | None) -> None:

@@ -8,7 +8,7 @@ Shapes: R sequences that gain one token, T prompt tokens of one sequence, S key 
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,10 @@ from ..compiled.steps import Piece, eager
 from ..spec.ambient import CPU
 from ..spec.config import ModelConfig, Storage
 from .calls import Call, StreamedProgram, streamed_program
+from .cutting import owned
 from .direct import DirectFile, aligned_buffer
 from .expert_cache import ExpertCache
-from .form import Resident, in_buffer
+from .form import Record, Resident, in_buffer
 from .store import Store
 from .table import DiskTable
 
@@ -97,16 +98,25 @@ class StreamedPrograms:
             step_3R = torch.stack([0 * start_R, 0 * start_R, start_R])
             call = Call(program, (step_3R, slot_S), shared=(slot_S,), last_only=False)
         buffer = aligned_buffer(max(record.nbytes for record in store.schedule))
+
+        def read(record: Record) -> Any:
+            file.read_into(buffer[: record.nbytes], record.offset, record.name)
+            return in_buffer(record, buffer)
+
         call.enter(table, resident)
         for layer, cache in zip(different, caches, strict=True):
             index = config.layers.index(layer)
-            record = store.layers[index]
-            file.read_into(buffer[: record.nbytes], record.offset, record.name)
-            weights = in_buffer(record, buffer)
+            weights = read(store.layers[index])
             if experts is not None:
                 weights = experts.attached(index, weights, example=True)
             call.layer(layer, weights, cache, resident.rotations.of_layer[index])
+            ups, downs = store.mlp[index]
+            if ups:
+                norm = owned(weights.mlp_output_norm)
+                for record in ups:
+                    call.up(layer, read(record))
+                for record in downs:
+                    call.down(layer, read(record))
+                call.finish(layer, norm)
         call.leave(resident)
-        record = store.head[0]
-        file.read_into(buffer[: record.nbytes], record.offset, record.name)
-        call.score(in_buffer(record, buffer))
+        call.score(read(store.head[0]))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from twinfer.compiled.linear import multiplies_fast
-from twinfer.offload import calls, form, passes, path, streamer, table
+from twinfer.offload import calls, cutting, form, passes, path, streamer, table
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
 from twinfer.offload.sequences import Away
@@ -33,6 +33,7 @@ cases = drawn(
         pick.choice([False, True]),
         pick.choice([2, 3, 512]),
         pick.choice([0, 2**16 - 1, pick.integer(0, 2**16 - 1)]),
+        pick.choice([1, cutting.LEAST]),
     )
 )
 
@@ -40,15 +41,17 @@ cases = drawn(
 @settings(max_examples=max(10, settings.default.max_examples // 4))
 @given(case=cases)
 def test_logits_are_those_of_the_compiled_path_to_the_bit(
-    case: tuple[ModelConfig, int, Storage, int, int, int, bool, int, int], tmp_path_factory: pytest.TempPathFactory
+    case: tuple[ModelConfig, int, Storage, int, int, int, bool, int, int, int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """For drawn configs, storages, batches, buffers, sizes of reads, and layers whose keys and values lie in a file.
 
-    The calls of a step go in one sweep or several.
+    The calls of a step go in one sweep or several; a dense layer is one record or several.
     """
-    model, seed, storage, batch, slots, piece, every, flight, away = case
+    model, seed, storage, batch, slots, piece, every, flight, away, least = case
     source = RandomSource(model, seed)
-    store = built(source, tmp_path_factory.mktemp("store") / "s", storage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "LEAST", least)
+        store = built(source, tmp_path_factory.mktemp("store") / "s", storage)
     steps = schedule(model, batch, seed)
     every = every and multiplies_fast(torch.zeros(1))
     with pytest.MonkeyPatch.context() as patch:
