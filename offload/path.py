@@ -30,8 +30,10 @@ from ..spec.ambient import CPU
 from ..spec.config import ModelConfig
 from ..spec.errors import CheckpointError, RequestError
 from .calls import Pending, in_sweeps
+from .copies import copies_for
 from .cutting import owned
 from .direct import DirectFile, aligned_buffer
+from .dram import Dram
 from .events import Event
 from .expert_cache import ExpertCache
 from .expert_report import ExpertReport
@@ -52,7 +54,8 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class OffloadPath:
     """Implements `twinfer.spec.decoder.Decoder` for a store, on the CPU.
 
-    `budget` bounds in bytes what it allocates; `open` decides how (`plan`) and refuses what does not fit. Raises
+    `budget` bounds in bytes what it allocates; `open` decides how (`plan`) and refuses what does not fit. `dram_budget`
+    bounds the memory in which records stay, from where they are copied instead of read from the disk. Raises
     `RequestError` for an unknown compute dtype or mode, `MachineError` where there is no C++ compiler, and
     `CheckpointError` where the store is damaged. `report` gets a line of text about whatever takes long, and says where
     the file system knows no direct reads.
@@ -64,6 +67,7 @@ class OffloadPath:
         config: ModelConfig,
         *,
         budget: int,
+        dram_budget: int = 0,
         compute: torch.dtype = DEFAULT,
         mode: Mode | str = Mode.COMPILED,
         report: Callable[[str], None] | None = None,
@@ -79,9 +83,13 @@ class OffloadPath:
             raise CheckpointError(
                 f"{store.folder} holds {len(store.layers)} layers; its config has {len(config.layers)}"
             )
+        if dram_budget < 0:
+            raise RequestError(f"the DRAM budget is {dram_budget} bytes; it must be 0 or more")
         if mode != Mode.EAGER:
             check_compiler(CPU)
-        self._store, self._config, self._budget, self._compute = store, config, budget, compute
+        self._store, self._config, self._compute = store, config, compute
+        self._budget, self._dram_budget = budget, dram_budget
+        self._dram = Dram(copies_for(CPU))
         self._mode, self._report = Mode(mode), report or (lambda line: None)
         self._streamer: Streamer | None = None
         self._plan(batch=1, reserve=min(2, config.context))
@@ -133,6 +141,7 @@ class OffloadPath:
             self._streamer.close()
         if self._experts is not None:
             self._experts.close()
+        self._dram.want(())
         self._table.close()
         self._file.close()
 
@@ -224,7 +233,7 @@ class OffloadPath:
     def _plan(self, batch: int, reserve: int) -> Plan:
         """Plan with the ring that is there, or where that leaves too little with a smaller one."""
         given: dict[str, Any] = {"budget": self._budget, "batch": batch, "reserve": reserve, "compute": self._compute}
-        given["expands"] = self._mode is Mode.EAGER
+        given |= {"expands": self._mode is Mode.EAGER, "dram_budget": self._dram_budget}
         if self._streamer is not None:
             with contextlib.suppress(RequestError):
                 made = plan(self._store, self._config, **given, slots=self._streamer.slots)
@@ -238,7 +247,8 @@ class OffloadPath:
             self._streamer.close()
             self._streamer = None
         if self._streamer is None:
-            self._streamer = Streamer(self._file, self._store.schedule, made.slots)
+            self._dram.want(made.dram_records)
+            self._streamer = Streamer(self._file, self._store.schedule, made.slots, self._dram)
         if self._experts is not None:
             self._experts.resize(kept=made.experts_kept, spare=made.experts_spare)
 

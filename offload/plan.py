@@ -17,6 +17,7 @@ from ..compiled.linear import PASS_ROWS
 from ..spec.config import LayerConfig, MlpConfig, ModelConfig
 from ..spec.errors import RequestError
 from ..spec.moe import MoeConfig
+from .dram import spread
 from .expert_cache import most_at_once, slot_bytes
 from .kv_stream import BUFFERS, away_layers, whole_capacity
 from .store import Store
@@ -49,7 +50,13 @@ class Plan:
     store_bytes: int
     """On the disk."""
     step_bytes: int
-    """Read from the disk in each sweep through the layers."""
+    """Read from the disk in each sweep through the layers, once DRAM holds what it keeps."""
+    dram_budget: int
+    dram_records: tuple[int, ...]
+    """The places in the schedule of what DRAM keeps."""
+    dram_bytes: int
+    copied_bytes: int
+    """Copied into the ring in each sweep: from DRAM."""
     ring_bytes: int
     resident_bytes: int
     experts_kept: int
@@ -89,6 +96,10 @@ class Plan:
         """Return all fields and their sum."""
         return {**asdict(self), "total_bytes": self.total_bytes}
 
+    def fetch_s(self, disk: float, copies: float) -> float:
+        """Return how long a sweep's reads and copies take by bytes a second; they go on at once."""
+        return max(self.step_bytes / disk, self.copied_bytes / copies)
+
 
 def plan(
     store: Store,
@@ -100,8 +111,9 @@ def plan(
     compute: torch.dtype,
     expands: bool,
     slots: int | None = None,
+    dram_budget: int = 0,
 ) -> Plan:
-    """Spend a budget on a batch of sequences.
+    """Spend a budget on a batch of sequences, and that of DRAM on records of the schedule.
 
     `expands`: programs run uncompiled, which writes weights out on their way. With `slots` the ring is there already.
     Raises `RequestError`, which names the smallest budget that works, where this one does not.
@@ -119,7 +131,17 @@ def plan(
     flight = min(left, max(0, whole - least.flight_bytes))
     more = 0 if slots else min(MOST_SLOTS - least.slots, (left - flight) // record)
     spent = _with(least, budget=budget, slots=least.slots + more, flight=least.flight_bytes + flight)
-    return with_experts(spent, store, config)
+    return _with_dram(with_experts(spent, store, config), store, dram_budget)
+
+
+def _with_dram(spent: Plan, store: Store, room: int) -> Plan:
+    """Keep in DRAM what fits there."""
+    sizes = [record.nbytes for record in store.schedule]
+    records = spread(sizes, room)
+    kept = sum(sizes[index] for index in records)
+    step = spent.step_bytes - kept
+    dram: dict[str, Any] = {"dram_records": records, "dram_bytes": kept, "copied_bytes": kept}
+    return replace(spent, dram_budget=room, step_bytes=step, **dram)
 
 
 def with_experts(spent: Plan, store: Store, config: ModelConfig) -> Plan:
@@ -245,6 +267,10 @@ def _least(
         slots=slots,
         store_bytes=store.nbytes,
         step_bytes=sum(record.nbytes for record in store.schedule) + chosen_bytes(store, config, batch),
+        dram_budget=0,
+        dram_records=(),
+        dram_bytes=0,
+        copied_bytes=0,
         ring_bytes=slots * max(record.nbytes for record in store.schedule),
         resident_bytes=store.resident.nbytes,
         experts_kept=0,
