@@ -247,17 +247,18 @@ def mlp_input(x_TM: Tensor, read_TM: Tensor, weights: Layer, config: LayerConfig
 
 def between_reductions(x_TM: Tensor, out_TM: Tensor, weights: Layer, config: LayerConfig) -> tuple[Tensor, Tensor]:
     """Return what the MLP's output is added to, and what the MLP reads; `out_TM` is attention's output."""
-    x_TM = _joined(x_TM, out_TM, weights.attention_output_norm, config)
+    x_TM = joined(x_TM, out_TM, weights.attention_output_norm, config)
     read_TM = _normed(x_TM, weights.mlp_norm, config)
     return read_TM if config.norm_placement is NormPlacement.STREAM_NORM else x_TM, read_TM
 
 
 def after_reduce(x_TM: Tensor, out_TM: Tensor, weights: Layer, config: LayerConfig) -> Tensor:
     """Return the layer's output; `out_TM` is the MLP's, or that of both sub-layers."""
-    return _joined(x_TM, out_TM, weights.mlp_output_norm, config)
+    return joined(x_TM, out_TM, weights.mlp_output_norm, config)
 
 
-def _joined(x_TM: Tensor, out_TM: Tensor, norm: Norm | None, config: LayerConfig) -> Tensor:
+def joined(x_TM: Tensor, out_TM: Tensor, norm: Norm | None, config: LayerConfig) -> Tensor:
+    """Return a sub-layer's output added to what it is added to, normed where the config says."""
     if config.norm_placement is NormPlacement.POST_NORM:
         return _normed(_sum(x_TM, out_TM, config), norm, config)
     return _sum(x_TM, _normed(out_TM, norm, config), config)

@@ -26,7 +26,7 @@ from ..spec.weights import (
 )
 from .form import Record, written
 from .locked import locked
-from .parts import Part, experts_in, parts
+from .parts import Part, experts_in, mlp_records, parts
 from .store import DESCRIPTION, WEIGHTS, as_json, described, layout
 
 _JOURNAL = "journal"
@@ -150,13 +150,18 @@ def _finish(
     files: Mapping[str, str],
     journal: _Journal,
 ) -> int:
-    of_kind: dict[str, list[Record]] = {kind: [] for kind in ("layers", "experts", "head", "table", "resident")}
+    of_kind: dict[str, list[Record]] = {kind: [] for kind in ("layers", "mlp", "experts", "head", "table", "resident")}
     for kind, record in journal.records:
         of_kind[kind].append(record)
     table = of_kind["table"] or None
     pairs = iter(zip(of_kind["experts"][::2], of_kind["experts"][1::2], strict=True))
     experts = [[next(pairs) for _ in range(experts_in(layer))] for layer in config.layers]
-    text = described(storage, model, of_kind["resident"][0], of_kind["layers"], experts, of_kind["head"], table)
+    blocks = iter(of_kind["mlp"])
+    mlp = [
+        [[next(blocks) for _ in range(count)] for count in mlp_records(layer, config.hidden, storage)]
+        for layer in config.layers
+    ]
+    text = described(storage, model, of_kind["resident"][0], of_kind["layers"], mlp, experts, of_kind["head"], table)
     for name, content in {**files, DESCRIPTION: text}.items():
         with (partial / name).open("w", encoding="utf-8") as file:
             file.write(content)

@@ -22,6 +22,7 @@ from ..compiled.embedding import Embedding, Product, embed
 from ..compiled.head import head_prefill, scale_and_cap
 from ..compiled.layers import Attend, Cache, layer_with
 from ..compiled.linear import linear_decode, linear_prefill
+from ..compiled.norms import Norm
 from ..compiled.packing import Matrix
 from ..compiled.programs import Program
 from ..compiled.steps import (
@@ -37,6 +38,8 @@ from ..compiled.steps import (
 )
 from ..compiled.weights import Head, Layer
 from ..spec.config import LayerConfig, ModelConfig, Storage
+from .cut_pieces import cut_pieces
+from .cutting import NO_MATRIX, Halfway, attended, lacks_mlp
 from .form import Resident
 from .kv_stream import Span
 
@@ -48,6 +51,12 @@ class StreamedProgram(NamedTuple):
     """Takes the tokens' table, what stays in memory, and the call's inputs; returns x and what all layers share."""
     layer: Callable[..., Tensor]
     """As `compiled.steps.Parts` has it."""
+    attention: Callable[..., Halfway]
+    """As `layer`, up to the MLP, for a layer whose MLP has records of its own."""
+    up: Callable[[LayerConfig, Tensor, Matrix], Tensor]
+    down: Callable[[LayerConfig, Tensor, Matrix], Tensor]
+    """Both take a block, and return some of their numbers for each token."""
+    finish: Callable[[LayerConfig, Halfway, Tensor, Norm | None], Tensor]
     leave: Callable[[Tensor, Resident], Tensor]
     """Returns what the head multiplies."""
     score: Callable[[Tensor, Matrix], Tensor]
@@ -87,7 +96,7 @@ def streamed_program(
         return x_TM, prefill_positions(rotations, windows, position_T, start_1, slot_S, compute)
 
     def leave(x_TM: Tensor, resident: Resident) -> Tensor:
-        head = Head(resident.head_norm, resident.reduction, _NO_MATRIX)
+        head = Head(resident.head_norm, resident.reduction, NO_MATRIX)
         return for_projection(x_TM, head, config, storage, product)
 
     def score(hidden_RW: Tensor, block: Matrix) -> Tensor:
@@ -100,11 +109,13 @@ def streamed_program(
     else:
         enter = others(enter_decode, {"table": (0,), "step_3R": (1,) if many else (), "slot_S": (0,)})
     return StreamedProgram(
-        enter, parts.layer, others(leave, {"x_TM": rows}), others(score, {"hidden_RW": (0,) if many else ()}), product
+        enter,
+        parts.layer,
+        *cut_pieces(config, storage, others, name),
+        others(leave, {"x_TM": rows}),
+        others(score, {"hidden_RW": (0,) if many else ()}),
+        product,
     )
-
-
-_NO_MATRIX = Matrix(torch.empty(0), None, None, None, None, 0)
 
 
 class Call:
@@ -123,6 +134,9 @@ class Call:
         self._inputs, self._shared, self._last_only = inputs, shared, last_only
         self._x: Tensor | None = None
         self._positions: Any = None
+        self._half: Halfway | None = None
+        self._inner: list[Tensor] = []
+        self._out: list[Tensor] = []
         self.hidden: Tensor | None = None
         self._blocks: list[Tensor] = []
         self._every: list[Tensor] = []
@@ -142,17 +156,42 @@ class Call:
         self._x, self._positions = self._program.enter(table, resident, first, *others)
 
     def layer(self, config: LayerConfig, weights: Layer, cache: Cache, place: int | None) -> None:
-        """Go through a layer; `place` is that of its rotation."""
-        self._x = self._program.layer(config, self._x, weights, cache, place, self._positions, *self._shared)
+        """Go through a layer, up to its MLP where that has records of its own; `place` is that of its rotation."""
+        given = config, self._x, weights, cache, place, self._positions, *self._shared
+        if lacks_mlp(weights):
+            self._half = self._program.attention(*given)
+        else:
+            self._x = self._program.layer(*given)
 
     def layer_with(
         self, config: LayerConfig, weights: Layer, attend: Attend, place: int | None, storage: Storage
     ) -> None:
-        """Go through a layer, uncompiled, whose keys and values are not in memory."""
+        """Do the same, uncompiled, for a layer whose keys and values are not in memory."""
         assert self._x is not None
         table = None if place is None else self._positions.tables[place]
-        product = self._program.product
-        self._x = layer_with(self._x, weights, table, attend, config=config, storage=storage, product=product)
+        given: dict[str, Any] = {"config": config, "storage": storage, "product": self._program.product}
+        if lacks_mlp(weights):
+            self._half = attended(self._x, weights, table, attend, **given)
+        else:
+            self._x = layer_with(self._x, weights, table, attend, **given)
+
+    def up(self, config: LayerConfig, block: Matrix) -> None:
+        """Go through a block of an MLP's up."""
+        assert self._half is not None
+        self._inner.append(self._program.up(config, self._half.read_TM, block))
+
+    def down(self, config: LayerConfig, block: Matrix) -> None:
+        """Go through a block of an MLP's down; all blocks of the up come before."""
+        if len(self._inner) > 1:
+            self._inner = [torch.cat(self._inner, 1)]
+        self._out.append(self._program.down(config, self._inner[0], block))
+
+    def finish(self, config: LayerConfig, norm: Norm | None) -> None:
+        """End a layer whose MLP had records of its own; `norm` is that of its output."""
+        assert self._half is not None
+        out_TM = self._out[0] if len(self._out) == 1 else torch.cat(self._out, 1)
+        self._x = self._program.finish(config, self._half, out_TM, norm)
+        self._half, self._inner, self._out = None, [], []
 
     def leave(self, resident: Resident) -> None:
         """Go through what stands between the layers and the head."""

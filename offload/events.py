@@ -8,6 +8,8 @@ from typing import NamedTuple
 class Kind(StrEnum):
     READ = "read"
     """A piece of a record was read from the disk."""
+    COPY = "copy"
+    """A record was copied from DRAM, or to a device; there, only the asking for it."""
     USE = "use"
     """A record was computed with."""
     WAIT = "wait"

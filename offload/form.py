@@ -123,16 +123,20 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, flat.numpy()))
 
 
-def in_buffer(record: Record, buffer: memoryview) -> Any:
-    """Return the part that a record describes, its tensors lying in this buffer, each with a storage of its own.
+def in_buffer(record: Record, buffer: memoryview | Tensor) -> Any:
+    """Return the part that a record describes, its tensors lying in this buffer.
 
-    So no tensor has an offset that a kernel could drop.
+    In host memory each has a storage of its own, so no tensor has an offset that a kernel could drop; in that of a
+    device they are views.
     """
 
     def found(placed: Placed) -> Tensor:
         if placed.nbytes == 0:
-            return torch.empty(placed.shape, dtype=placed.dtype)
+            device = buffer.device if isinstance(buffer, Tensor) else None
+            return torch.empty(placed.shape, dtype=placed.dtype, device=device)
         raw = buffer[placed.offset : placed.offset + placed.nbytes]
+        if isinstance(raw, Tensor):
+            return raw.view(placed.dtype).view(placed.shape)
         return torch.frombuffer(cast(Any, raw), dtype=placed.dtype).view(placed.shape)
 
     return rebuilt(record.form, found)

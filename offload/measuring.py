@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..compiled.linear import PASS_ROWS, product
+from ..spec.ambient import CPU
+from .copies import copies_for
 from .direct import DirectFile, aligned_buffer
 from .events import Kind
 from .path import OffloadPath
@@ -36,6 +38,8 @@ class Speeds:
     """Bytes a second, read directly, as the streamer reads."""
     memory: float
     """Bytes a second, read by one sum."""
+    copies: float
+    """Bytes a second, from DRAM into a buffer of the ring."""
     gemm: float
     """Float operations a second of a product of many rows."""
     direct: bool
@@ -70,7 +74,7 @@ def measure(store: Store) -> Speeds:
     """Measure for about a second each."""
     file = DirectFile(store.weights)
     try:
-        return Speeds(disk=_disk(store, file), memory=_memory(), gemm=_gemm(), direct=file.direct)
+        return Speeds(disk=_disk(store, file), memory=_memory(), copies=_copies(), gemm=_gemm(), direct=file.direct)
     finally:
         file.close()
 
@@ -109,7 +113,7 @@ def predict(plan: Plan, speeds: Speeds, computed: Computed) -> Prediction:
 
     The prompts of a batch share the weights of a sweep as far as the plan has room for what they are on their way.
     """
-    fetch_s = plan.step_bytes / speeds.disk
+    fetch_s = plan.fetch_s(speeds.disk, speeds.copies)
     step_s = max(computed.step_s, fetch_s + computed.kv_s)
     together = max(1, plan.flight_bytes // plan.prompt_bytes)
     sweeps = -(-plan.batch // together)
@@ -172,6 +176,17 @@ def _disk(store: Store, file: DirectFile) -> float:
 def _memory() -> float:
     tensor = torch.frombuffer(aligned_buffer(64 << 20), dtype=torch.float32).fill_(1.0)
     return _rate(tensor.nbytes, lambda: tensor.sum())
+
+
+def _copies() -> float:
+    copies = copies_for(CPU)
+    source, target = copies.host_buffer(64 << 20), copies.device_buffer(64 << 20)
+
+    def copy() -> None:
+        copies.copy(0, target, source)
+        copies.settle(0)
+
+    return _rate(len(source), copy)
 
 
 def _gemm() -> float:

@@ -4,7 +4,6 @@ Nothing is read before it is prepared, and what was prepared is forgotten once i
 time, or one expert where the source reads them one by one.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from ..compiled.experts import one_expert
 from ..compiled.moe import Mlp
 from ..compiled.packing import ROWS, Matrix, Quantized, pack, quantize
 from ..compiled.weights import (
+    Layer,
     find_rotations,
     prepare_embedding,
     prepare_experts,
@@ -25,10 +25,9 @@ from ..compiled.weights import (
     prepared_norm,
 )
 from ..spec.ambient import CPU
-from ..spec.config import INT4_GROUP, Head, LayerConfig, ModelConfig, Storage
+from ..spec.config import INT4_GROUP, Head, LayerConfig, MlpConfig, ModelConfig, Storage
 from ..spec.moe import MoeConfig
-from ..spec.shapes import is_matrix, layer_shapes
-from ..spec.shard import EXPERTS, index_of, slices_of_expert, slices_without_experts
+from ..spec.shard import index_of, slices_of_expert, slices_without_experts
 from ..spec.weights import (
     ExpertWeights,
     ExpertwiseSource,
@@ -44,18 +43,18 @@ from ..spec.weights import (
     validate_layer,
     validate_without_experts,
 )
+from .cutting import BITS, Blocks, block_bytes, blocks_of, down_block, up_block, without_mlp
 from .form import Resident, bytes_of
 
-_BITS = {Storage.FLOAT32: 32, Storage.BFLOAT16: 16, Storage.INT8: 8, Storage.INT4: 4}
-_LEAST_BLOCK = 1 << 16
-"""Bytes of the smallest layer that blocks of the head are half of: below, a read costs more than what it brings."""
+_LEAST_BLOCK = 1 << 15
+"""Bytes of the smallest blocks of the head: below, a read costs more than what it brings."""
 
 
 class Part(NamedTuple):
     """What becomes a record."""
 
     kind: str
-    """layers, experts, head, table or resident."""
+    """layers, mlp, experts, head, table or resident."""
     name: str
     prepare: Callable[[], Any]
 
@@ -65,7 +64,13 @@ def parts(source: WeightSource, storage: Storage) -> Iterator[Part]:
     config = source.config
     blocks = _Blocks(source, storage)
     for index in range(len(config.layers)):
-        yield Part("layers", f"layer {index}", lambda index=index: blocks.layer(index))  # type: ignore[misc]
+        cuts = blocks_of(config.layers[index], config.hidden, storage)
+        cut = "" if cuts is None else ", attention"
+        yield Part("layers", f"layer {index}{cut}", lambda index=index: blocks.layer(index))  # type: ignore[misc]
+        for part, count in cuts._asdict().items() if cuts is not None else ():
+            for place in range(count):
+                name = f"layer {index}, {part}" + (f" {place + 1} of {count}" if count > 1 else "")
+                yield Part("mlp", name, lambda at=(index, part, place): blocks.mlp(*at))  # type: ignore[misc]
         for expert in range(experts_in(config.layers[index])):
             for place, part in enumerate(("up", "down")):
                 name = f"layer {index}, expert {expert}, {part}"
@@ -88,8 +93,10 @@ class _Blocks:
         self._whole: tuple[str, Quantized, Tensor | None] | None = None
         self._experts = source if isinstance(source, ExpertwiseSource) else _Layerwise(source)
         self._expert: tuple[int, int, Mlp] | None = None
-        least = max(_LEAST_BLOCK, max(_layer_bytes(source.config, index, storage) for index in _indices(source.config)))
-        most = max(ROWS, least * 4 // (_BITS[storage] * _padded(source.config.table_width)))
+        self._cut: tuple[int, Layer] | None = None
+        config = source.config
+        largest = max(block_bytes(layer, config.hidden, storage) for layer in config.layers)
+        most = max(ROWS, max(_LEAST_BLOCK, largest) * 8 // (BITS[storage] * _padded(config.table_width)))
         self.count = -(-source.config.vocabulary // most)
         self.rows = -(-source.config.vocabulary // self.count // ROWS) * ROWS
 
@@ -99,10 +106,33 @@ class _Blocks:
         return self._config.head is Head.TIED
 
     def layer(self, index: int) -> Any:
-        """Prepare a layer but for its experts."""
+        """Prepare a layer but for its experts, and but for its MLP where that has records of its own."""
         weights = self._without_experts(index)
         self._note_frequency(index, weights.attention.rotary_frequency_J)
-        return prepare_layer(weights, self._config.layers[index], self._storage, CPU)
+        config = self._config.layers[index]
+        layer = prepare_layer(weights, config, self._storage, CPU)
+        if blocks_of(config, self._config.hidden, self._storage) is None:
+            return layer
+        self._cut = index, layer
+        return without_mlp(layer)
+
+    def mlp(self, index: int, part: str, place: int) -> Matrix:
+        """Prepare a block of an MLP's up or down."""
+        config = self._config.layers[index]
+        if self._cut is None or self._cut[0] != index:  # a run that was killed had read it
+            self.layer(index)
+        cuts = blocks_of(config, self._config.hidden, self._storage)
+        assert self._cut is not None
+        assert cuts is not None
+        layer = self._cut[1]
+        assert isinstance(layer.mlp, Mlp)
+        assert isinstance(config.mlp, MlpConfig)
+        if part == "up":
+            return up_block(layer.mlp.up, config.mlp, place, cuts.up)
+        block = down_block(layer.mlp.down, place, cuts.down)
+        if place == cuts.down - 1:
+            self._cut = None
+        return block
 
     def expert(self, index: int, expert: int, place: int) -> Matrix:
         """Prepare an expert, of which one matrix at a time becomes a record."""
@@ -230,15 +260,13 @@ def checksums_of(block: Matrix) -> list[int]:
     return found
 
 
-def _layer_bytes(config: ModelConfig, index: int, storage: Storage) -> int:
-    whole = layer_shapes(config.layers[index], config.hidden)
-    shapes = {name: shape for name, shape in whole.items() if not name.startswith(EXPERTS)}
-    bits = {name: _BITS[storage] if is_matrix(name) else 32 for name in shapes}
-    return sum(bits[name] * math.prod(shape) for name, shape in shapes.items()) // 8
-
-
 def experts_in(layer: LayerConfig) -> int:
     return layer.mlp.router.experts if isinstance(layer.mlp, MoeConfig) else 0
+
+
+def mlp_records(layer: LayerConfig, hidden: int, storage: Storage) -> Blocks:
+    """Return how many records of their own a layer's up and down are; 0 where its first record holds them."""
+    return blocks_of(layer, hidden, storage) or Blocks(0, 0)
 
 
 def _padded(inputs: int) -> int:

@@ -13,7 +13,6 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -22,27 +21,29 @@ from torch import Tensor
 
 from ..compiled.compute import DEFAULT
 from ..compiled.layers import Cache
-from ..compiled.linear import PASS_ROWS, passes
 from ..compiled.machine import check_compiler, return_freed_memory
 from ..compiled.path import Mode
-from ..compiled.programs import Pieces, Program
-from ..compiled.sequences import StaticSequences
-from ..compiled.steps import Piece, eager
+from ..compiled.programs import Program
 from ..compiled.turn import Turn
 from ..spec import decoder as protocol
 from ..spec.ambient import CPU
-from ..spec.config import ModelConfig, Storage
+from ..spec.config import ModelConfig
 from ..spec.errors import CheckpointError, RequestError
-from .calls import Call, Pending, StreamedProgram, in_sweeps, streamed_program
+from .calls import Pending, in_sweeps
+from .copies import copies_for
+from .cutting import owned
 from .direct import DirectFile, aligned_buffer
+from .dram import Dram
 from .events import Event
 from .expert_cache import ExpertCache
 from .expert_report import ExpertReport
 from .form import Resident, faulty, in_buffer
-from .kv_stream import Span, away_layers
-from .plan import PREFILL_TOKENS, Plan, call_bytes, most_batch, plan
+from .kv_stream import away_layers
+from .passes import calls_of
+from .plan import Plan, most_batch, plan
+from .programs import Example, StreamedPrograms
 from .sequences import Away, TieredSequences
-from .store import Store
+from .store import Store, kinds
 from .streamer import KEPT, Streamer, damaged
 from .table import DiskTable
 
@@ -53,7 +54,8 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class OffloadPath:
     """Implements `twinfer.spec.decoder.Decoder` for a store, on the CPU.
 
-    `budget` bounds in bytes what it allocates; `open` decides how (`plan`) and refuses what does not fit. Raises
+    `budget` bounds in bytes what it allocates; `open` decides how (`plan`) and refuses what does not fit. `dram_budget`
+    bounds the memory in which records stay, from where they are copied instead of read from the disk. Raises
     `RequestError` for an unknown compute dtype or mode, `MachineError` where there is no C++ compiler, and
     `CheckpointError` where the store is damaged. `report` gets a line of text about whatever takes long, and says where
     the file system knows no direct reads.
@@ -65,6 +67,7 @@ class OffloadPath:
         config: ModelConfig,
         *,
         budget: int,
+        dram_budget: int = 0,
         compute: torch.dtype = DEFAULT,
         mode: Mode | str = Mode.COMPILED,
         report: Callable[[str], None] | None = None,
@@ -80,9 +83,13 @@ class OffloadPath:
             raise CheckpointError(
                 f"{store.folder} holds {len(store.layers)} layers; its config has {len(config.layers)}"
             )
+        if dram_budget < 0:
+            raise RequestError(f"the DRAM budget is {dram_budget} bytes; it must be 0 or more")
         if mode != Mode.EAGER:
             check_compiler(CPU)
-        self._store, self._config, self._budget, self._compute = store, config, budget, compute
+        self._store, self._config, self._compute = store, config, compute
+        self._budget, self._dram_budget = budget, dram_budget
+        self._dram = Dram(copies_for(CPU))
         self._mode, self._report = Mode(mode), report or (lambda line: None)
         self._streamer: Streamer | None = None
         self._plan(batch=1, reserve=min(2, config.context))
@@ -98,12 +105,8 @@ class OffloadPath:
         self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
         """That of the sequences opened last."""
-        self._programs: dict[Program, StreamedProgram] = {}
-        self._uncompiled: set[Program] = set()
-        for name in self._names():
-            self._programs[name] = self._made(name)
-        if self._mode is not Mode.EAGER:
-            self._uncompiled = set(self._programs)
+        example = Example(store, config, compute, self._file, self._table, self.resident, self._experts)
+        self._programs = StreamedPrograms(example, self._mode, self._report)
 
     @property
     def config(self) -> ModelConfig:
@@ -138,6 +141,7 @@ class OffloadPath:
             self._streamer.close()
         if self._experts is not None:
             self._experts.close()
+        self._dram.want(())
         self._table.close()
         self._file.close()
 
@@ -149,8 +153,7 @@ class OffloadPath:
         begin_s = time.perf_counter()
         later = set() if batches else {Program.DECODE_ROWS, Program.DECODE_MANY}
         with self._turn:
-            for name in [each for each in self._programs if each not in later]:
-                self._program(name)
+            self._programs.compile(later)
         return time.perf_counter() - begin_s
 
     def most_batch(self, reserve: int, *, away: bool = True) -> int:
@@ -205,11 +208,7 @@ class OffloadPath:
             gained = [len(each) for each in tokens]
             longest = max(length + more for length, more in zip(lengths, gained, strict=True))
             sequences.make_room(longest, lambda capacity: self._grown(len(lengths), capacity))
-            single = [row for row, more in enumerate(gained) if more == 1]
-            pending = self._decode_calls(sequences, single, [tokens[row][0] for row in single])
-            for row, more in enumerate(gained):
-                if more > 1:
-                    pending += self._prefill_calls(sequences, row, tokens[row])
+            pending = calls_of(self._programs, sequences, tokens)
             assert self.plan is not None
             last_BV = sequences.last_BV.clone()
             every: list[list[Tensor]] = [[] for _ in tokens]
@@ -234,7 +233,7 @@ class OffloadPath:
     def _plan(self, batch: int, reserve: int) -> Plan:
         """Plan with the ring that is there, or where that leaves too little with a smaller one."""
         given: dict[str, Any] = {"budget": self._budget, "batch": batch, "reserve": reserve, "compute": self._compute}
-        given["expands"] = self._mode is Mode.EAGER
+        given |= {"expands": self._mode is Mode.EAGER, "dram_budget": self._dram_budget}
         if self._streamer is not None:
             with contextlib.suppress(RequestError):
                 made = plan(self._store, self._config, **given, slots=self._streamer.slots)
@@ -248,7 +247,8 @@ class OffloadPath:
             self._streamer.close()
             self._streamer = None
         if self._streamer is None:
-            self._streamer = Streamer(self._file, self._store.schedule, made.slots)
+            self._dram.want(made.dram_records)
+            self._streamer = Streamer(self._file, self._store.schedule, made.slots, self._dram)
         if self._experts is not None:
             self._experts.resize(kept=made.experts_kept, spare=made.experts_spare)
 
@@ -261,128 +261,60 @@ class OffloadPath:
         resident: Resident = in_buffer(record, buffer)
         return resident
 
-    def _names(self) -> list[Program]:
-        many = [Program.DECODE_MANY] if self._store.storage is Storage.FLOAT32 else []
-        return [Program.PREFILL, Program.DECODE, Program.DECODE_ROWS, *many]
-
-    def _made(self, name: Program) -> StreamedProgram:
-        described = f"{name} {self._store.storage} {self._compute} {self._config}"
-        layers = self._pieces(name, described)  # described as the compiled path's are: they are the same pieces
-        others = self._pieces(name, f"streamed {described}")
-        return streamed_program(name, self._config, self._store.storage, self._compute, layers, others)
-
-    def _pieces(self, name: Program, described: str) -> Piece:
-        if self._mode is Mode.EAGER:
-            return eager
-
-        def on_compile(reason: str) -> None:
-            self._report(f"compiling {name} ({reason})")
-
-        return Pieces(described, on_compile, keep_guards=self._mode is Mode.GUARDED)
-
-    def _program(self, name: Program) -> StreamedProgram:
-        """Return a program, compiled: its pieces have met an example of each different layer."""
-        program = self._programs[name]
-        if name in self._uncompiled:
-            self._compile(name, program)
-            self._uncompiled.discard(name)
-        return program
-
-    def _compile(self, name: Program, program: StreamedProgram) -> None:
-        """Run each piece on an example, whose dynamic dims differ in size from each other."""
-        rows = {Program.DECODE_ROWS: PASS_ROWS, Program.DECODE_MANY: PASS_ROWS + 2}.get(name, 1)
-        tokens, slots, capacity = 160, 224, 352
-        different = dict.fromkeys(self._config.layers)
-        part = replace(self._config, layers=tuple(different))
-        caches = StaticSequences(part, rows, capacity, CPU, self._compute).caches
-        start_R, slot_S = torch.arange(rows) * capacity, torch.arange(slots)
-        table, _ = self._table.rows([row * len(self._store.table) for row in range(20)])
-        if name is Program.PREFILL:
-            token_T, position_T = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens) % self._config.context
-            call = Call(program, (token_T, position_T, start_R, slot_S), last_only=True)
-        else:
-            step_3R = torch.stack([0 * start_R, 0 * start_R, start_R])
-            call = Call(program, (step_3R, slot_S), shared=(slot_S,), last_only=False)
-        buffer = aligned_buffer(max(record.nbytes for record in self._store.schedule))
-        call.enter(table, self.resident)
-        for layer, cache in zip(different, caches, strict=True):
-            index = self._config.layers.index(layer)
-            record = self._store.layers[index]
-            self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
-            weights = in_buffer(record, buffer)
-            if self._experts is not None:
-                weights = self._experts.attached(index, weights, example=True)
-            call.layer(layer, weights, cache, self.resident.rotations.of_layer[index])
-        call.leave(self.resident)
-        record = self._store.head[0]
-        self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
-        call.score(in_buffer(record, buffer))
-
-    def _decode_calls(self, sequences: TieredSequences, rows: list[int], tokens: list[int]) -> list[Pending]:
-        """Return the passes of a decode step, in which rows run out as in the compiled path."""
-        pending = []
-        for given in passes(len(rows), self._store.storage) if rows else []:
-            of_pass = [rows[each] for each in given]
-            positions = [sequences.lengths[row] for row in of_pass]
-            starts = [row * sequences.capacity for row in of_pass]
-            ids = [tokens[each] for each in given]
-            name = {1: Program.DECODE, PASS_ROWS: Program.DECODE_ROWS}.get(len(given), Program.DECODE_MANY)
-            slot_S = torch.arange(max(2, max(positions) + 1))
-            inputs = torch.tensor([ids, positions, starts]), slot_S
-            call = Call(self._program(name), inputs, shared=(slot_S,), last_only=False)
-            spans = [Span(row, sequences.lengths[row], sequences.lengths[row] + 1) for row in dict.fromkeys(of_pass)]
-            nbytes = call_bytes(self._config, len(given), len(slot_S))
-            pending.append(Pending(call, ids, of_pass, spans, True, nbytes))
-        return pending
-
-    def _prefill_calls(self, sequences: TieredSequences, row: int, tokens: list[int]) -> list[Pending]:
-        """Return the pieces of a prompt, which go through each layer one after the other."""
-        program, pending = self._program(Program.PREFILL), []
-        end, stop = sequences.lengths[row], sequences.lengths[row] + len(tokens)
-        start_1 = torch.tensor([row * sequences.capacity])
-        for piece_T in torch.tensor(tokens).tensor_split(-(-len(tokens) // PREFILL_TOKENS)):
-            begin, end = end, end + len(piece_T)
-            slot_S = torch.arange(end)
-            call = Call(program, (piece_T, slot_S[begin:], start_1, slot_S), last_only=True)
-            nbytes = call_bytes(self._config, len(piece_T), end)
-            pending.append(Pending(call, piece_T.tolist(), [row], [Span(row, begin, end)], end == stop, nbytes))
-        return pending
-
     def _sweep(self, sequences: TieredSequences, pending: list[Pending], every_position: bool) -> None:
         """Take the calls through all layers and the head, in one pass over the store."""
         assert self._streamer is not None
         self._streamer.check_process()
-        of_layer, layers = self.resident.rotations.of_layer, self._config.layers
+        layers = self._config.layers
         for each in pending:
             table, numbers = self._table.rows(each.tokens)
             each.call.enter(table, self.resident, numbers)
         spans = [span for each in pending for span in each.spans]
         with sequences.sweep(spans):
-            for index, part in enumerate(self._parts()):
-                if self._experts is not None and index < len(layers):
-                    part = self._experts.attached(index, part, example=self._still)
-                if index < len(layers):
-                    with sequences.layer(index) as cache:
-                        for each in pending:
-                            if isinstance(cache, Cache):
-                                each.call.layer(layers[index], part, cache, of_layer[index])
-                            else:
-                                attend = partial(cache.attend, index, part, layers[index].attention, each.spans)
-                                each.call.layer_with(layers[index], part, attend, of_layer[index], self._store.storage)
-                    if self._experts is not None:
-                        return_freed_memory()  # copies of experts are large, and would lie between what stays
-                if index == len(layers) - 1:
-                    for each in pending:
-                        each.call.leave(self.resident)
-                if index >= len(layers):
-                    for each in pending:
-                        if each.last or every_position:
-                            each.call.score(part, every=(self._config, self._store.storage) if every_position else None)
+            parts = self._parts()
+            for index in range(len(layers)):
+                self._layer(index, parts, sequences, pending)
+            for each in pending:
+                each.call.leave(self.resident)
+            for block in parts:
+                for each in pending:
+                    if each.last or every_position:
+                        each.call.score(block, every=(self._config, self._store.storage) if every_position else None)
+
+    def _layer(self, index: int, parts: Iterator[Any], sequences: TieredSequences, pending: list[Pending]) -> None:
+        """Take the calls through a layer, whose records are the next ones."""
+        layer, place = self._config.layers[index], self.resident.rotations.of_layer[index]
+        part = next(parts)
+        if self._experts is not None:
+            part = self._experts.attached(index, part, example=self._still)
+        with sequences.layer(index) as cache:
+            for each in pending:
+                if isinstance(cache, Cache):
+                    each.call.layer(layer, part, cache, place)
+                else:
+                    attend = partial(cache.attend, index, part, layer.attention, each.spans)
+                    each.call.layer_with(layer, part, attend, place, self._store.storage)
+        if self._experts is not None:
+            return_freed_memory()  # copies of experts are large, and would lie between what stays
+        ups, downs = self._store.mlp[index]
+        if not ups:
+            return
+        norm = owned(part.mlp_output_norm)
+        for _ in ups:
+            block = next(parts)
+            for each in pending:
+                each.call.up(layer, block)
+        for _ in downs:
+            block = next(parts)
+            for each in pending:
+                each.call.down(layer, block)
+        for each in pending:
+            each.call.finish(layer, norm)
 
     def _parts(self) -> Iterator[Any]:
         assert self._streamer is not None
         if self._still:
-            return self._streamer.still_sweep([*self._config.layers, *(0 for _ in self._store.head)])
+            return self._streamer.still_sweep(kinds(self._store, self._config))
         return self._streamer.sweep()
 
     def _take(self, done: Pending, last_BV: Tensor, every: list[list[Tensor]] | None) -> None:

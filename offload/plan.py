@@ -6,7 +6,6 @@ token that shares a read saves a whole one (the paper's section VI-A). The budge
 not the interpreter with torch, which is there before (`base_bytes` says how much that is).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,13 +14,14 @@ import torch
 
 from ..compiled.compute import accumulation_dtype
 from ..compiled.linear import PASS_ROWS
-from ..spec.config import LayerConfig, ModelConfig, Storage
+from ..spec.config import LayerConfig, MlpConfig, ModelConfig
 from ..spec.errors import RequestError
 from ..spec.moe import MoeConfig
-from ..spec.shapes import layer_shapes
+from .dram import spread
 from .expert_cache import most_at_once, slot_bytes
 from .kv_stream import BUFFERS, away_layers, whole_capacity
 from .store import Store
+from .work import work_bytes
 
 PREFILL_TOKENS = 512
 """Tokens of a prompt that go through a layer at once, as in the compiled path."""
@@ -50,7 +50,13 @@ class Plan:
     store_bytes: int
     """On the disk."""
     step_bytes: int
-    """Read from the disk in each sweep through the layers."""
+    """Read from the disk in each sweep through the layers, once DRAM holds what it keeps."""
+    dram_budget: int
+    dram_records: tuple[int, ...]
+    """The places in the schedule of what DRAM keeps."""
+    dram_bytes: int
+    copied_bytes: int
+    """Copied into the ring in each sweep: from DRAM."""
     ring_bytes: int
     resident_bytes: int
     experts_kept: int
@@ -90,6 +96,10 @@ class Plan:
         """Return all fields and their sum."""
         return {**asdict(self), "total_bytes": self.total_bytes}
 
+    def fetch_s(self, disk: float, copies: float) -> float:
+        """Return how long a sweep's reads and copies take by bytes a second; they go on at once."""
+        return max(self.step_bytes / disk, self.copied_bytes / copies)
+
 
 def plan(
     store: Store,
@@ -101,8 +111,9 @@ def plan(
     compute: torch.dtype,
     expands: bool,
     slots: int | None = None,
+    dram_budget: int = 0,
 ) -> Plan:
-    """Spend a budget on a batch of sequences.
+    """Spend a budget on a batch of sequences, and that of DRAM on records of the schedule.
 
     `expands`: programs run uncompiled, which writes weights out on their way. With `slots` the ring is there already.
     Raises `RequestError`, which names the smallest budget that works, where this one does not.
@@ -116,11 +127,21 @@ def plan(
             f"store; the smallest that works is {least.total_bytes:,} bytes"
         )
     record = least.ring_bytes // least.slots
-    whole = batch * call_bytes(config, min(reserve, PREFILL_TOKENS), reserve) * -(-reserve // PREFILL_TOKENS)
+    whole = batch * call_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve) * -(-reserve // PREFILL_TOKENS)
     flight = min(left, max(0, whole - least.flight_bytes))
     more = 0 if slots else min(MOST_SLOTS - least.slots, (left - flight) // record)
     spent = _with(least, budget=budget, slots=least.slots + more, flight=least.flight_bytes + flight)
-    return with_experts(spent, store, config)
+    return _with_dram(with_experts(spent, store, config), store, dram_budget)
+
+
+def _with_dram(spent: Plan, store: Store, room: int) -> Plan:
+    """Keep in DRAM what fits there."""
+    sizes = [record.nbytes for record in store.schedule]
+    records = spread(sizes, room)
+    kept = sum(sizes[index] for index in records)
+    step = spent.step_bytes - kept
+    dram: dict[str, Any] = {"dram_records": records, "dram_bytes": kept, "copied_bytes": kept}
+    return replace(spent, dram_budget=room, step_bytes=step, **dram)
 
 
 def with_experts(spent: Plan, store: Store, config: ModelConfig) -> Plan:
@@ -181,10 +202,19 @@ def most_batch(
     return most
 
 
-def call_bytes(config: ModelConfig, tokens: int, slots: int) -> int:
-    """Return what tokens of a sequence take on their way: hidden vectors twice, and masks over the slots they read."""
+def call_bytes(store: Store, config: ModelConfig, tokens: int, slots: int) -> int:
+    """Return what tokens of a sequence take on their way: hidden vectors, and masks over the slots they read.
+
+    Hidden vectors are there twice; in a layer that is cut three times besides, and the MLP's inner numbers.
+    """
     windows = len({layer.attention.window for layer in config.layers})
-    return 4 * tokens * (2 * config.hidden + windows * slots)
+    widths = [
+        layer.mlp.width + 3 * config.hidden
+        for layer, (ups, _) in zip(config.layers, store.mlp, strict=True)
+        if ups and isinstance(layer.mlp, MlpConfig)
+    ]
+    halfway = max(widths, default=0)
+    return 4 * tokens * (2 * config.hidden + windows * slots + halfway)
 
 
 def _fitting(
@@ -237,6 +267,10 @@ def _least(
         slots=slots,
         store_bytes=store.nbytes,
         step_bytes=sum(record.nbytes for record in store.schedule) + chosen_bytes(store, config, batch),
+        dram_budget=0,
+        dram_records=(),
+        dram_bytes=0,
+        copied_bytes=0,
         ring_bytes=slots * max(record.nbytes for record in store.schedule),
         resident_bytes=store.resident.nbytes,
         experts_kept=0,
@@ -248,9 +282,9 @@ def _least(
         away_bytes=sum(of_layer),
         block_tokens=0,
         logits_bytes=4 * batch * config.vocabulary * accumulation_dtype(compute).itemsize,
-        work_bytes=_work_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve, expands, min(batch, PASS_ROWS)),
-        flight_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),
-        prompt_bytes=call_bytes(config, min(reserve, PREFILL_TOKENS), reserve),
+        work_bytes=work_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve, expands, min(batch, PASS_ROWS)),
+        flight_bytes=call_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve),
+        prompt_bytes=call_bytes(store, config, min(reserve, PREFILL_TOKENS), reserve),
     )
 
 
@@ -262,47 +296,3 @@ def _with(least: Plan, *, budget: int, slots: int, flight: int) -> Plan:
     values = asdict(least)
     values |= {"budget": budget, "slots": slots, "ring_bytes": least.ring_bytes // least.slots * slots}
     return Plan(**{**values, "flight_bytes": flight})
-
-
-def _work_bytes(store: Store, config: ModelConfig, tokens: int, slots: int, expands: bool, rows: int) -> int:
-    """Return what a layer, or a block of the head, makes on its way at most, in float32.
-
-    Of many tokens: activations of every width at once, and scores of a block of queries. Of weights: a packed matrix is
-    expanded for a product of many rows; uncompiled, also what each of its steps makes.
-    """
-    most = 0
-    for layer in dict.fromkeys(config.layers):
-        shapes = layer_shapes(layer, config.hidden).values()
-        matrices = [(shape[0], shape[1]) for shape in shapes if len(shape) == 2]
-        experts = [(shape[1], shape[2]) for shape in shapes if len(shape) == 3]
-        top_k = layer.mlp.router.top_k if isinstance(layer.mlp, MoeConfig) else 0
-        widths = sum(outputs for outputs, _ in matrices) + 4 * config.hidden
-        largest = max(outputs * inputs for outputs, inputs in _merged(matrices))
-        scores = layer.attention.heads * min(tokens, 128) * slots
-        widths += top_k * (sum(outputs for outputs, _ in experts) + 3 * config.hidden)
-        copied = 0
-        if experts:
-            one = max(outputs * inputs for outputs, inputs in _merged(experts))
-            largest = max(largest, one)
-            copied = 2 * rows * top_k * one if expands else 0  # the weights of a pass's choices, and their products
-        most = max(
-            most, 4 * (2 * tokens * widths + 2 * scores + max(copied, largest * _copies(store.storage, expands)))
-        )
-    block = math.prod(store.head[0].tensors()[0].shape) * _weights_a_word(store.storage)
-    return max(most, 4 * block * _copies(store.storage, expands))
-
-
-def _merged(matrices: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return shapes as they are prepared: those of equal inputs may be one matrix, so they count as one."""
-    inputs = {shape[1] for shape in matrices}
-    return [(sum(shape[0] for shape in matrices if shape[1] == each), each) for each in inputs]
-
-
-def _copies(storage: Storage, expands: bool) -> int:
-    if storage is Storage.FLOAT32:
-        return 1
-    return 4 if expands else 2
-
-
-def _weights_a_word(storage: Storage) -> int:
-    return {Storage.FLOAT32: 1, Storage.BFLOAT16: 2, Storage.INT8: 4, Storage.INT4: 8}[storage]

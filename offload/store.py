@@ -4,8 +4,9 @@
     weights.bin     records, one after the other, each of whole pages
     tokenizer.json  where the model has a tokenizer (whoever builds the store puts it there)
 
-`schedule` is what a step goes through: the layers, then the head in blocks of rows. Of a mixture of experts the layer's
-record holds what every token needs; each expert is two records behind each other, its up (with its gate) and its down.
+`schedule` is what a step goes through: the layers, then the head in blocks of rows. A dense layer is several records,
+attention and blocks of its MLP (`cutting`), unless it is small. Of a mixture of experts the layer's record holds what
+every token needs; each expert is two records behind each other, its up (with its gate) and its down.
 A token table that is not the head lies in blocks of its own, of which single rows are looked up. Layers are packed for
 one processor's vectors, by one version of torch and of this package; a store says which, and is refused where they are
 others.
@@ -15,7 +16,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from ..compiled.packing import ROWS
-from ..spec.config import Storage
+from ..spec.config import ModelConfig, Storage
 from ..spec.errors import CheckpointError
 from .direct import DirectFile, aligned_buffer
 from .form import Record, faulty
@@ -31,7 +32,7 @@ from .streamer import damaged
 
 DESCRIPTION = "store.json"
 WEIGHTS = "weights.bin"
-FORMAT = 2
+FORMAT = 3
 
 
 def layout() -> dict[str, Any]:
@@ -55,6 +56,9 @@ class Store:
     """What the builder said of the model; nothing here reads it."""
     resident: Record
     layers: tuple[Record, ...]
+    """The first record of each."""
+    mlp: tuple[tuple[tuple[Record, ...], tuple[Record, ...]], ...]
+    """For each layer the blocks of its up and of its down; none where its first record holds all of it."""
     experts: tuple[tuple[tuple[Record, Record], ...], ...]
     """For each layer those of its experts, up and down; none for a layer with one MLP."""
     head: tuple[Record, ...]
@@ -65,13 +69,14 @@ class Store:
     @property
     def schedule(self) -> tuple[Record, ...]:
         """The records of a step, in order."""
-        return self.layers + self.head
+        layers = ((first, *ups, *downs) for first, (ups, downs) in zip(self.layers, self.mlp, strict=True))
+        return (*(record for layer in layers for record in layer), *self.head)
 
     @property
     def records(self) -> tuple[Record, ...]:
         """All records, each once."""
         experts = (record for layer in self.experts for expert in layer for record in expert)
-        return (self.resident, *self.layers, *experts, *self.head, *(() if self.table == self.head else self.table))
+        return (self.resident, *self.schedule, *experts, *(() if self.table == self.head else self.table))
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +86,16 @@ class Store:
     @property
     def weights(self) -> Path:
         return self.folder / WEIGHTS
+
+
+def kinds(store: Store, config: ModelConfig) -> list[Hashable]:
+    """Return for each record of the schedule what it is of; records of one kind have one form."""
+    of_layers = (
+        (layer, place)
+        for layer, (ups, downs) in zip(config.layers, store.mlp, strict=True)
+        for place in ("first", *("up" for _ in ups), *("down" for _ in downs))
+    )
+    return [*of_layers, *("head" for _ in store.head)]
 
 
 def is_store(path: Path) -> bool:
@@ -93,6 +108,7 @@ def described(
     model: dict[str, Any],
     resident: Record,
     layers: Sequence[Record],
+    mlp: Sequence[Sequence[Sequence[Record]]],
     experts: Sequence[Sequence[Sequence[Record]]],
     head: Sequence[Record],
     table: Sequence[Record] | None,
@@ -104,6 +120,7 @@ def described(
         "model": model,
         "resident": as_json(resident),
         "layers": [as_json(each) for each in layers],
+        "mlp": [[[as_json(each) for each in part] for part in layer] for layer in mlp],
         "experts": [[[as_json(each) for each in expert] for expert in layer] for layer in experts],
         "head": [as_json(each) for each in head],
         "table": None if table is None else [as_json(each) for each in table],
@@ -135,6 +152,7 @@ def open_store(folder: Path) -> Store:
         model=parts["model"],
         resident=_record(parts["resident"]),
         layers=tuple(map(_record, parts["layers"])),
+        mlp=tuple((tuple(map(_record, ups)), tuple(map(_record, downs))) for ups, downs in parts["mlp"]),
         experts=tuple(tuple((_record(up), _record(down)) for up, down in layer) for layer in parts["experts"]),
         head=head,
         table=head if parts["table"] is None else tuple(map(_record, parts["table"])),

@@ -5,6 +5,9 @@ share each record in pieces: several requests at a time are what a disk needs to
 schedule's last record come the first ones again, so the disk does not rest between steps either. The memory is that of
 the ring, whatever the model's size.
 
+What DRAM keeps (`dram`) is copied into the ring instead, by the same threads. How bytes get there depends on the device
+(`copies`).
+
 Each record's checksums are verified when it is first read; a read that failed is raised where its record is next.
 """
 
@@ -17,7 +20,9 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..spec.errors import CheckpointError, MachineError, RequestError
-from .direct import DirectFile, aligned_buffer
+from .copies import Inline
+from .direct import DirectFile
+from .dram import Dram, Source
 from .events import Event, Kind
 from .form import Record, faulty, in_buffer
 from .ring import Ring
@@ -41,11 +46,15 @@ class _Piece(NamedTuple):
 class _Reading:
     """What the threads share. It does not know the streamer, so that this can be forgotten and end them."""
 
-    def __init__(self, file: DirectFile, records: Sequence[Record], slots: int, piece: int) -> None:
+    def __init__(self, file: DirectFile, records: Sequence[Record], slots: int, piece: int, dram: Dram) -> None:
         self.file, self.records, self.piece = file, records, piece
+        self.dram, self.copies = dram, dram.copies
         self.ring = Ring(slots)
         size = max(record.nbytes for record in records)
-        self.buffers = [aligned_buffer(size) for _ in range(slots)]
+        self.buffers = [self.copies.device_buffer(size) for _ in range(slots)]
+        self.staging = [self.copies.host_buffer(size) for _ in range(slots if self.copies.staged else 0)]
+        self.sources: dict[int, Source] = {}
+        """For each ticket that is being read, where its bytes come from."""
         self.changed = threading.Condition()
         self.pieces: deque[_Piece] = deque()
         self.left: dict[int, int] = {}
@@ -62,7 +71,10 @@ class _Reading:
         while (ticket := self.ring.claim()) is not None:
             index = ticket % len(self.records)
             nbytes = self.records[index].nbytes
-            begins = range(0, nbytes, self.piece)
+            source = self.sources[ticket] = self.dram.tier.source(index)
+            if source is Source.FILL:
+                self.dram.buffer(index, nbytes)
+            begins = range(0, nbytes, nbytes if source is Source.COPY else self.piece)
             self.left[ticket] = len(begins)
             self.pieces += [_Piece(ticket, index, begin, min(begin + self.piece, nbytes)) for begin in begins]
         self.changed.notify_all()
@@ -83,30 +95,73 @@ class _Reading:
                 self.left[piece.ticket] -= 1
                 if self.left[piece.ticket] > 0:
                     continue
-            if not self.dropping and piece.ticket not in self.failures and piece.record not in self.verified:
-                self._verify(piece)
-            with self.changed:
-                del self.left[piece.ticket]
-                self.ring.filled(piece.ticket)
-                self.changed.notify_all()
+            self._end(piece)
 
     def _read(self, piece: _Piece) -> Exception | None:
         record, slot = self.records[piece.record], self.ring.slot(piece.ticket)
+        if self.sources[piece.ticket] is Source.COPY:
+            return None
         begin_s = time.perf_counter()
         try:
-            self.file.read_into(self.buffers[slot][piece.begin : piece.end], record.offset + piece.begin, record.name)
+            self.copies.settle(slot)
+            self.file.read_into(self._host(piece)[piece.begin : piece.end], record.offset + piece.begin, record.name)
         except Exception as error:
             return error
         self.events.append(Event(Kind.READ, piece.record, slot, begin_s, time.perf_counter()))
         return None
 
-    def _verify(self, piece: _Piece) -> None:
+    def _host(self, piece: _Piece) -> memoryview:
+        """Return the memory that the record is read into, or lies in."""
+        record, slot = self.records[piece.record], self.ring.slot(piece.ticket)
+        if self.sources[piece.ticket] is not Source.DISK:
+            return self.dram.buffer(piece.record, record.nbytes)
+        buffer = self.staging[slot] if self.staging else self.buffers[slot]
+        assert isinstance(buffer, memoryview)
+        return buffer
+
+    def _end(self, piece: _Piece) -> None:
+        """Bring a record into its slot, all of whose bytes were read, unless that failed."""
+        source, slot, tier = self.sources[piece.ticket], self.ring.slot(piece.ticket), self.dram.tier
+        whole = not self.dropping and piece.ticket not in self.failures
+        if whole and piece.record not in self.verified:
+            whole = self._verify(piece)
+        if source is Source.FILL:
+            with self.changed:
+                (tier.filled if whole else tier.failed)(piece.record)
+        if whole and (source is not Source.DISK or self.staging):
+            begin_s, record = time.perf_counter(), self.records[piece.record]
+            self.copies.copy(slot, self.buffers[slot], self._host(piece)[: record.nbytes])
+            self.events.append(Event(Kind.COPY, piece.record, slot, begin_s, time.perf_counter()))
+        with self.changed:
+            del self.left[piece.ticket], self.sources[piece.ticket]
+            self.ring.filled(piece.ticket)
+            self.changed.notify_all()
+        if source is Source.COPY or (source is Source.FILL and whole):
+            self.copies.settle(slot)
+            with self.changed:
+                tier.copied(piece.record)
+
+    def _verify(self, piece: _Piece) -> bool:
+        """Return whether a record is what was written; where it is not, that is its failure."""
         record = self.records[piece.record]
-        fault = faulty(record, self.buffers[self.ring.slot(piece.ticket)])
+        fault = faulty(record, self._host(piece))
         if fault is None:
             self.verified.add(piece.record)
-            return
+            return True
         self.failures[piece.ticket] = damaged(self.file, record, fault)
+        return False
+
+    def read_now(self, index: int, slot: int) -> None:
+        """Read a record into a slot while nothing else is read."""
+        record, buffer = self.records[index], self.buffers[slot]
+        self.copies.settle(slot)
+        host = self.staging[slot] if self.staging else buffer
+        assert isinstance(host, memoryview)
+        self.file.read_into(host[: record.nbytes], record.offset, record.name)
+        if self.staging:
+            self.copies.leave(slot)
+            self.copies.copy(slot, buffer, host[: record.nbytes])
+            self.copies.arrive(slot)
 
     def close(self) -> None:
         with self.changed:
@@ -124,13 +179,20 @@ def damaged(file: DirectFile, record: Record, tensor: str) -> CheckpointError:
 class Streamer:
     """Goes through the records of a file in order, again and again, with `slots` of them in memory.
 
-    Reading begins at once. One sweep at a time; `close` ends the threads.
+    Reading begins at once. One sweep at a time; `close` ends the threads. `dram` outlives it.
     """
 
     def __init__(
-        self, file: DirectFile, records: Sequence[Record], slots: int, *, workers: int = WORKERS, piece: int = PIECE
+        self,
+        file: DirectFile,
+        records: Sequence[Record],
+        slots: int,
+        dram: Dram | None = None,
+        *,
+        workers: int = WORKERS,
+        piece: int = PIECE,
     ) -> None:
-        self._reading = reading = _Reading(file, records, slots, piece)
+        self._reading = reading = _Reading(file, records, slots, piece, dram or Dram(Inline()))
         self._parts: dict[tuple[int, int], Any] = {}
         self._process = os.getpid()
         self.slots = slots
@@ -166,6 +228,7 @@ class Streamer:
                 begin_s = time.perf_counter()
                 yield self._part(index, slot)
                 reading.events.append(Event(Kind.USE, index, slot, begin_s, time.perf_counter()))
+                reading.copies.leave(slot)
                 with reading.changed:
                     reading.ring.release(ticket)
                     reading.claim()
@@ -185,10 +248,8 @@ class Streamer:
             for index, kind in enumerate(kinds):
                 if kind not in held:
                     slot = len(held) if len(held) < self.slots else held.pop(next(iter(held)))[1]
-                    begin_s, record = time.perf_counter(), self._reading.records[index]
-                    self._reading.file.read_into(
-                        self._reading.buffers[slot][: record.nbytes], record.offset, record.name
-                    )
+                    begin_s = time.perf_counter()
+                    self._reading.read_now(index, slot)
                     held[kind] = index, slot
                     self._reading.events.append(Event(Kind.WAIT, index, slot, begin_s, time.perf_counter()))
                 yield self._part(*held[kind])
@@ -209,6 +270,10 @@ class Streamer:
         if os.getpid() == self._process:
             for thread in self._threads:
                 thread.join()
+            reading = self._reading
+            reading.copies.finish()
+            while reading.staging:
+                reading.copies.free(reading.staging.pop())
 
     def _wait(self, index: int) -> int:
         """Return the ticket of the next record once its bytes are there."""
@@ -223,6 +288,7 @@ class Streamer:
         reading.events.append(Event(Kind.WAIT, index, reading.ring.slot(ticket), begin_s, time.perf_counter()))
         if failure is not None:
             raise failure
+        reading.copies.arrive(reading.ring.slot(ticket))
         return ticket
 
     def _part(self, index: int, slot: int) -> Any:
@@ -237,6 +303,8 @@ class Streamer:
         reading = self._reading
         with reading.changed:
             if not reading.closed:
+                for slot in range(self.slots):  # what was computed may still be read by the device
+                    reading.copies.leave(slot)
                 reading.failures.clear()
                 reading.ring.reset()
                 reading.claim()

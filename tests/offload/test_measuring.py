@@ -58,7 +58,7 @@ def test_while_it_measures_each_kind_of_layer_is_read_once(decoder: OffloadPath)
 def test_a_prediction_is_the_longer_of_reading_and_computing(store: Store) -> None:
     """For a step and for prompts; prompts that do not go together read all weights again."""
     made = plan(store, MODEL, budget=1 << 30, batch=8, reserve=100, compute=torch.float32, expands=True)
-    speeds = Speeds(disk=made.step_bytes / 2.0, memory=1.0, gemm=1.0, direct=True)
+    speeds = Speeds(disk=made.step_bytes / 2.0, memory=1.0, copies=1e12, gemm=1.0, direct=True)
     computed = Computed(step_s=0.5, prompt_s=0.125, prompt_tokens=100, kv_s=0.25)
     found = predict(made, speeds, computed)
     assert (found.step_s, found.token_s, found.hiding_tokens) == (2.25, 2.25 / 8, 32)
@@ -81,7 +81,9 @@ def chosen(
         away_s = kv_s if path.plan.away_layers else 0.0
         return Computed(step_s=0.1 + batch / 100, prompt_s=1.0, prompt_tokens=reserve, kv_s=away_s)
 
-    speeds = Speeds(disk=sum(record.nbytes for record in store.schedule) / 2.0, memory=1.0, gemm=1.0, direct=True)
+    speeds = Speeds(
+        disk=sum(record.nbytes for record in store.schedule) / 2.0, memory=1.0, copies=1e12, gemm=1.0, direct=True
+    )
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "compute", computed)
         patch.setattr(measuring, "measure", lambda store: speeds)

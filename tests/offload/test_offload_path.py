@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 
 from twinfer.compiled.linear import multiplies_fast
-from twinfer.offload import calls, form, path, streamer, table
+from twinfer.offload import calls, cutting, form, passes, path, streamer, table
+from twinfer.offload.copies import Staged, ThreadLane
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
 from twinfer.offload.sequences import Away
@@ -33,6 +34,9 @@ cases = drawn(
         pick.choice([False, True]),
         pick.choice([2, 3, 512]),
         pick.choice([0, 2**16 - 1, pick.integer(0, 2**16 - 1)]),
+        pick.choice([1, cutting.LEAST]),
+        pick.choice([0, pick.integer(0, 1 << 18), 1 << 30]),
+        pick.choice([False, True]),
     )
 )
 
@@ -40,23 +44,31 @@ cases = drawn(
 @settings(max_examples=max(10, settings.default.max_examples // 4))
 @given(case=cases)
 def test_logits_are_those_of_the_compiled_path_to_the_bit(
-    case: tuple[ModelConfig, int, Storage, int, int, int, bool, int, int], tmp_path_factory: pytest.TempPathFactory
+    case: tuple[ModelConfig, int, Storage, int, int, int, bool, int, int, int, int, bool],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """For drawn configs, storages, batches, buffers, sizes of reads, and layers whose keys and values lie in a file.
 
-    The calls of a step go in one sweep or several.
+    The calls of a step go in one sweep or several; a dense layer is one record or several. Any
+    part of the records stays in DRAM; and bytes get into the buffers by themselves or by a lane, from host buffers.
     """
-    model, seed, storage, batch, slots, piece, every, flight, away = case
+    model, seed, storage, batch, slots, piece, every, flight, away, least, room, lane = case
     source = RandomSource(model, seed)
-    store = built(source, tmp_path_factory.mktemp("store") / "s", storage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "LEAST", least)
+        store = built(source, tmp_path_factory.mktemp("store") / "s", storage)
     steps = schedule(model, batch, seed)
     every = every and multiplies_fast(torch.zeros(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(path, "Streamer", lambda *given: Streamer(*given[:2], slots, piece=max(piece, form.PAGE)))
-        patch.setattr(path, "call_bytes", lambda *given: BUDGET // flight)
+        patch.setattr(
+            path, "Streamer", lambda *given: Streamer(*given[:2], slots, *given[3:], piece=max(piece, form.PAGE))
+        )
+        patch.setattr(passes, "call_bytes", lambda *given: BUDGET // flight)
         moved = [index for index in range(len(model.layers)) if away >> index & 1]
         patch.setattr(path.OffloadPath, "_away", lambda self, plan: Away(moved, 0))
-        decoder = offloaded(store, model)
+        if lane:
+            patch.setattr(path, "copies_for", lambda device: Staged(ThreadLane()))
+        decoder = OffloadPath(store, model, budget=BUDGET, dram_budget=room, mode="eager")
         found = logits(decoder, steps, every=every)
         decoder.close()
     assert same(found, logits(resident(source, storage), steps, every=every))
@@ -125,11 +137,11 @@ def _mutants() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
 
     def piece_misplaced(patch: pytest.MonkeyPatch) -> None:
         def read(self: Any, piece: Any) -> None:
-            record, buffer = self.records[piece.record], self.buffers[self.ring.slot(piece.ticket)]
-            self.file.read_into(buffer[piece.begin : piece.end], record.offset, record.name)
+            record, host = self.records[piece.record], self._host(piece)
+            self.file.read_into(host[piece.begin : piece.end], record.offset, record.name)
 
         patch.setattr(streamer._Reading, "_read", read)
-        patch.setattr(streamer._Reading, "_verify", lambda self, piece: None)
+        patch.setattr(streamer._Reading, "_verify", lambda self, piece: True)
         patch.setattr(path, "Streamer", lambda *given: Streamer(*given, piece=form.PAGE))
 
     def stale_rows(patch: pytest.MonkeyPatch) -> None:
