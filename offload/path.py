@@ -23,7 +23,7 @@ from torch import Tensor
 from ..compiled.compute import DEFAULT
 from ..compiled.layers import Cache
 from ..compiled.linear import PASS_ROWS, passes
-from ..compiled.machine import check_compiler, return_freed_memory
+from ..compiled.machine import check_compiler, return_freed_memory, return_large_pieces_when_freed
 from ..compiled.path import Mode
 from ..compiled.programs import Pieces, Program
 from ..compiled.sequences import StaticSequences
@@ -86,6 +86,7 @@ class OffloadPath:
         self._mode, self._report = Mode(mode), report or (lambda line: None)
         self._streamer: Streamer | None = None
         self._plan(batch=1, reserve=min(2, config.context))
+        return_large_pieces_when_freed()
         self._turn = Turn(CPU, compiled=self._mode is not Mode.EAGER)
         self._file = DirectFile(store.weights, direct=direct)
         if not self._file.direct:
@@ -98,12 +99,8 @@ class OffloadPath:
         self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
         """That of the sequences opened last."""
-        self._programs: dict[Program, StreamedProgram] = {}
-        self._uncompiled: set[Program] = set()
-        for name in self._names():
-            self._programs[name] = self._made(name)
-        if self._mode is not Mode.EAGER:
-            self._uncompiled = set(self._programs)
+        self._programs = {name: self._made(name) for name in self._names()}
+        self._uncompiled = set() if self._mode is Mode.EAGER else set(self._programs)
 
     @property
     def config(self) -> ModelConfig:
