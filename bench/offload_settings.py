@@ -164,9 +164,9 @@ def multiplied(config: ModelConfig) -> int:
 
 def _predicted(path: OffloadPath, setting: Setting, batch: int) -> tuple[Speeds, Any]:
     speeds = measure(path.store)
-    computed = compute(path, batch, setting.reserve, setting.prompt)
+    step, prompts = compute(path, batch, setting.reserve, setting.prompt)
     assert path.plan is not None
-    return speeds, predict(path.plan, speeds, computed)
+    return speeds, predict(path.store, path.plan, speeds, step, prompts)
 
 
 def _timed(decoders: Sequence[Decoder], setting: Setting, batch: int) -> tuple[int, float, list[list[float]]]:
