@@ -101,6 +101,7 @@ def source_of(model: str) -> WeightSource:
 
 def store_of(folder: Path, setting: Setting) -> tuple[Store, float | None]:
     """Return a setting's store, and the seconds that building it took if it was missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     place, begin_s = folder / f"{setting.model}-{setting.storage}", time.perf_counter()
     if place.exists():
         return open_store(place), None

@@ -51,17 +51,17 @@ def run(args: argparse.Namespace) -> int:
     from twinfer.offload.measuring import best_batch, compute, measure, predict
     from twinfer.offload.path import OffloadPath
 
-    from ..stores import open_store_model
+    from ..store_source import StoreSource
+    from ..stores import check_budget, open_store_model
 
     before = peak_memory_bytes()
     with waiting() as report:
         checkpoint = open_store_model(args.store)
-        config = checkpoint.config
-        arithmetic = Compute(dtype_name(args.compute)).dtype
-        reserve = min(args.tokens, config.context)
-        store = checkpoint.source.store  # type: ignore[attr-defined]
-        path = OffloadPath(store, config, budget=args.memory_budget, compute=arithmetic, report=report)
-        path.open(1 if args.batch == "auto" else args.batch, reserve).close()  # refuses before minutes of compiling
+        source, config, compute_in = checkpoint.source, checkpoint.config, Compute(dtype_name(args.compute))
+        assert isinstance(source, StoreSource)
+        store, reserve = source.store, min(args.tokens, config.context)
+        check_budget(source, args.memory_budget, 1 if args.batch == "auto" else args.batch, reserve, compute_in)
+        path = OffloadPath(store, config, budget=args.memory_budget, compute=compute_in.dtype, report=report)
         path.compile()
         batch = best_batch(path, reserve, _ANY) if args.batch == "auto" else args.batch
         speeds, (step, prompts) = measure(store), compute(path, batch, reserve)
