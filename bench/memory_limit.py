@@ -70,7 +70,7 @@ def compared(case: Case, folder: Path) -> dict[str, Any]:
     store = open_store(folder)
     assert DirectFile(store.weights).direct, "the folder's file system knows no direct reads"
     report = of_limited_process(case.module, folder)
-    speeds = measure(store)
+    speeds = measure(store, report["plan"]["slots"])
     ids, _, bits = generated(CompiledPath(case.source, storage=case.storage, mode="eager"))
     median_s = sorted(report["step_s"][1:])[(NEW_TOKENS - 1) // 2]
     return report | {

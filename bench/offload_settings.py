@@ -164,9 +164,9 @@ def multiplied(config: ModelConfig) -> int:
 
 
 def _predicted(path: OffloadPath, setting: Setting, batch: int) -> tuple[Speeds, Any]:
-    speeds = measure(path.store)
     step, prompts = compute(path, batch, setting.reserve, setting.prompt)
     assert path.plan is not None
+    speeds = measure(path.store, path.plan.slots)
     return speeds, predict(path.store, path.plan, speeds, step, prompts)
 
 

@@ -94,11 +94,14 @@ class Prediction:
     hiding_tokens: float
 
 
-def measure(store: Store) -> Speeds:
-    """Measure for about a second each."""
+def measure(store: Store, slots: int) -> Speeds:
+    """Measure for about a second each; the disk with a ring of so many buffers, on which its rate depends.
+
+    Of records smaller than a piece one is read by one thread: with two buffers two threads read, with four all do.
+    """
     file = DirectFile(store.weights)
     try:
-        return Speeds(disk=_disk(store, file), memory=_memory(), gemm=_gemm(), direct=file.direct)
+        return Speeds(disk=_disk(store, file, slots), memory=_memory(), gemm=_gemm(), direct=file.direct)
     finally:
         file.close()
 
@@ -131,6 +134,7 @@ def compute_step(path: OffloadPath, batch: int, reserve: int) -> Step:
     with path.still():
         sequences = path.open(batch, reserve)
         sequences.advance([max(0, reserve // 2 - _RUNS)] * batch, sequences.last_BV)
+        sequences.rewrite()
         steps = [_still(path, sequences, given_BT[:, at, None]) for at in range(_RUNS)]
         sequences.close()
     computing, kv_s = min(steps, key=lambda each: each[0].total_s)
@@ -223,7 +227,9 @@ def best_batch(path: OffloadPath, reserve: int, prompts: int) -> int:
     is the least one. F grows with B, so it is measured again at what it yields. More sequences than memory holds move
     keys and values to the disk, which is done where the step is predicted to yield more tokens a second.
     """
-    speeds = measure(path.store)
+    path.open(1, reserve).close()
+    assert path.plan is not None
+    speeds = measure(path.store, path.plan.slots)
     here, most = (min(prompts, path.most_batch(reserve, away=away)) for away in (False, True))
 
     def hiding(batch: int) -> tuple[int, float]:
@@ -247,9 +253,9 @@ def best_batch(path: OffloadPath, reserve: int, prompts: int) -> int:
     return -(-prompts // runs)
 
 
-def _disk(store: Store, file: DirectFile) -> float:
+def _disk(store: Store, file: DirectFile, slots: int) -> float:
     """Sweep over the store without computing, for about a second."""
-    streamer = Streamer(file, store.schedule, 2)
+    streamer = Streamer(file, store.schedule, slots)
     begin_s, done = time.perf_counter(), 0
     try:
         while time.perf_counter() - begin_s < _ENOUGH_S:

@@ -64,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
         path = OffloadPath(store, config, budget=args.memory_budget, compute=compute_in.dtype, report=report)
         path.compile()
         batch = best_batch(path, reserve, _ANY) if args.batch == "auto" else args.batch
-        speeds, (step, prompts) = measure(store), compute(path, batch, reserve)
+        step, prompts = compute(path, batch, reserve)
         planned = path.plan
         assert planned is not None
+        speeds = measure(store, planned.slots)
         predicted = predict(store, planned, speeds, step, prompts)
         path.close()
     if args.json:

@@ -1,6 +1,7 @@
 """What a plan predicts follows from what was measured, and a batch is as large as hides the reads."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 
 from twinfer.offload import measuring
 from twinfer.offload.calls import Call
+from twinfer.offload.kv_stream import KvStream
 from twinfer.offload.measuring import (
     Prediction,
     Prompts,
@@ -25,6 +27,7 @@ from twinfer.offload.measuring import (
 )
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
+from twinfer.offload.sequences import Away
 from twinfer.offload.store import Store
 from twinfer.oracle.models import RandomSource
 
@@ -77,6 +80,24 @@ def test_seconds_of_computing_are_divided_by_where_they_pass(decoder: OffloadPat
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     computing = compute_step(decoder, 1, 20).computing
     assert computing == Sweep(layers_s=len(MODEL.layers), head_s=10 * len(decoder.store.head), rest_s=100)
+
+
+def test_what_is_read_back_while_it_is_timed_lies_on_the_disk(decoder: OffloadPath, monkeypatch: Patch) -> None:
+    """Pages of a file that were never written cost no read: keys and values are written before they are timed."""
+    monkeypatch.setattr(OffloadPath, "_away", lambda self, plan: Away(range(len(MODEL.layers)), 0))
+    original, written = KvStream._read, []
+
+    def read(self: Any, layer: int) -> None:
+        for part in self._places[layer].held(self._spans):
+            begin = self._places[layer].offset + part.start
+            written.append(os.lseek(self._file._descriptor, begin, os.SEEK_HOLE) > begin)
+        original(self, layer)
+
+    monkeypatch.setattr(KvStream, "_read", read)
+    step = compute_step(decoder, 2, 200)
+    assert step.kv_s > 0
+    assert len(written) >= 2 * len(MODEL.layers)
+    assert all(written)
 
 
 def test_while_it_measures_each_kind_of_layer_is_read_once(decoder: OffloadPath) -> None:
@@ -139,7 +160,7 @@ def chosen(store: Store, monkeypatch: Patch, *, budget: int = 1 << 30, prompts: 
     speeds = Speeds(disk=sum(record.nbytes for record in store.schedule) / 2.0, memory=1.0, gemm=1.0, direct=True)
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "compute_step", computed)
-        patch.setattr(measuring, "measure", lambda store: speeds)
+        patch.setattr(measuring, "measure", lambda store, slots: speeds)
         found = best_batch(decoder, 2048, prompts)
     decoder.close()
     return found
