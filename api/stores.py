@@ -12,10 +12,12 @@ from twinfer.checkpoint.native.convert import about_model
 from twinfer.checkpoint.source import limited
 from twinfer.checkpoint.tokenizer import read_tokenizer
 from twinfer.offload.building import build
+from twinfer.offload.plan import plan
 from twinfer.offload.store import DESCRIPTION, open_store
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import CheckpointError, RequestError
 
+from .paths import Compute
 from .store_source import StoreSource
 
 _TOKENIZER = "tokenizer.json"
@@ -53,3 +55,9 @@ def open_store_model(folder: Path, context: int | None = None) -> Checkpoint:
             raise CheckpointError(f"{folder} lacks {_TOKENIZER}; {_REMEDY}")
         tokenizer = read_tokenizer(path, _REMEDY)
     return described_checkpoint(about, StoreSource(store, config), tokenizer, store.storage, str(folder))
+
+
+def check_budget(source: StoreSource, budget: int, batch: int, reserve: int, compute: Compute) -> None:
+    """Raise `RequestError`, which names the smallest budget that works, before anything is allocated or compiled."""
+    given = {"batch": batch, "reserve": min(reserve, source.config.context)}
+    plan(source.store, source.config, budget=budget, **given, compute=compute.dtype, expands=False)

@@ -101,6 +101,7 @@ def source_of(model: str) -> WeightSource:
 
 def store_of(folder: Path, setting: Setting) -> tuple[Store, float | None]:
     """Return a setting's store, and the seconds that building it took if it was missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     place, begin_s = folder / f"{setting.model}-{setting.storage}", time.perf_counter()
     if place.exists():
         return open_store(place), None
@@ -163,10 +164,10 @@ def multiplied(config: ModelConfig) -> int:
 
 
 def _predicted(path: OffloadPath, setting: Setting, batch: int) -> tuple[Speeds, Any]:
-    speeds = measure(path.store)
-    computed = compute(path, batch, setting.reserve, setting.prompt)
+    step, prompts = compute(path, batch, setting.reserve, setting.prompt)
     assert path.plan is not None
-    return speeds, predict(path.plan, speeds, computed)
+    speeds = measure(path.store, path.plan.slots)
+    return speeds, predict(path.store, path.plan, speeds, step, prompts)
 
 
 def _timed(decoders: Sequence[Decoder], setting: Setting, batch: int) -> tuple[int, float, list[list[float]]]:

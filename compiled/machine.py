@@ -14,6 +14,9 @@ import torch
 
 from ..spec.errors import MachineError, RequestError
 
+_M_MMAP_THRESHOLD = -3
+"""The number that glibc's malloc.h gives the least size of a piece that is mapped by itself."""
+
 
 def checked_device(device: str | torch.device) -> torch.device:
     """The device, if tensors can be made on it. Raises `RequestError` or `MachineError`, which say why not."""
@@ -73,6 +76,18 @@ def return_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large_pieces_when_freed() -> None:
+    """Have the C library map each piece of 1 MiB or more by itself from now on, so that freeing it gives it back.
+
+    glibc raises that limit, up to 32 MiB, to the size of what was freed last, and keeps such pieces from then on: gaps
+    between them grow past a memory limit that all of them together are far below. Only glibc on Linux is told so.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _first_line(error: BaseException) -> str:

@@ -183,5 +183,11 @@ class TieredSequences:
         self._lengths = [length + more for length, more in zip(self._lengths, gained, strict=True)]
         self.last_BV = last_BV
 
+    def rewrite(self) -> None:
+        """Write anew what lies in the file: pages that were never written are read without the disk."""
+        for layer in range(len(self._config.layers)):
+            if layer not in self._tiers.here:
+                self._tiers.put(layer, self._tiers.get(layer, self._lengths), self.capacity, self._lengths)
+
     def _made(self, tokens: int, away: Away) -> _Tiers:
         return _Tiers(self._config, self._batch, tokens, self._compute, away, self._folder, self._log)

@@ -16,6 +16,8 @@ from ..chat import DATE, prompt_ids
 from ..generation import Generation, Output, check_prompts, check_stops
 from ..loading import Model, load, open_checkpoint
 from ..memory import peak_memory_bytes
+from ..paths import Compute
+from ..store_source import StoreSource
 from .console import print_json, waiting
 from .degrees import (
     add_degrees,
@@ -160,6 +162,11 @@ def _generate(
     with waiting() as report:
         how = args.path, args.storage, args.compute, device_of(args, member)
         budget = args.memory_budget
+        if budget is not None and member is None and isinstance(checkpoint.source, StoreSource):
+            from ..stores import check_budget
+
+            at_once = {None: len(ids), "auto": 1}.get(args.batch, args.batch)
+            check_budget(checkpoint.source, budget, at_once, _reserve(args, ids), Compute(args.compute))
         model = load(checkpoint, *how, batches=len(ids) > 1, memory_budget=budget, report=report, member=member)
     if member is not None and not member.leads:
         follow_leader(model.decoder, member)
@@ -190,7 +197,7 @@ def _run_batches(args: argparse.Namespace, model: Model, ids: Sequence[Sequence[
         options = {"stop": args.stop, "sampling": sampling, "seed": args.seed, "numbers": numbers}
         return model.generate(prompts, max_new_tokens=args.max_new_tokens, **options).finished()
 
-    reserve = max(len(prompt) for prompt in ids) + args.max_new_tokens
+    reserve = _reserve(args, ids)
     batch = len(ids) if args.batch is None else args.batch
     if batch == "auto":
         batch = _batch(model, reserve, len(ids))
@@ -200,6 +207,10 @@ def _run_batches(args: argparse.Namespace, model: Model, ids: Sequence[Sequence[
         ran = run_batches(args.output, ids, request, batch, some, report)
     print(f"{args.output}: {len(ids)} results, {ran} of them new, {batch} at a time")
     return 0
+
+
+def _reserve(args: argparse.Namespace, ids: Sequence[Sequence[int]]) -> int:
+    return max(len(prompt) for prompt in ids) + int(args.max_new_tokens)
 
 
 def _batch(model: Model, reserve: int, prompts: int) -> int:

@@ -21,8 +21,8 @@ example:
 The budget is for what a run takes besides the interpreter with torch. The smallest one that works is named where the
 given one does not. Programs are compiled if they are not kept from an earlier run, since computing is measured too.
 
-with --json, one object: {"plan": bytes for each purpose, "speeds", "computed", "prediction",
-  "interpreter_bytes"}
+with --json, one object: {"plan": bytes for each purpose, "speeds", "step" and "prompts": seconds of computing,
+  "prediction", "interpreter_bytes", "processor"}
 """
 
 
@@ -51,30 +51,32 @@ def run(args: argparse.Namespace) -> int:
     from twinfer.offload.measuring import best_batch, compute, measure, predict
     from twinfer.offload.path import OffloadPath
 
-    from ..stores import open_store_model
+    from ..store_source import StoreSource
+    from ..stores import check_budget, open_store_model
 
     before = peak_memory_bytes()
     with waiting() as report:
         checkpoint = open_store_model(args.store)
-        config = checkpoint.config
-        arithmetic = Compute(dtype_name(args.compute)).dtype
-        reserve = min(args.tokens, config.context)
-        store = checkpoint.source.store  # type: ignore[attr-defined]
-        path = OffloadPath(store, config, budget=args.memory_budget, compute=arithmetic, report=report)
-        path.open(1 if args.batch == "auto" else args.batch, reserve).close()  # refuses before minutes of compiling
+        source, config, compute_in = checkpoint.source, checkpoint.config, Compute(dtype_name(args.compute))
+        assert isinstance(source, StoreSource)
+        store, reserve = source.store, min(args.tokens, config.context)
+        check_budget(source, args.memory_budget, 1 if args.batch == "auto" else args.batch, reserve, compute_in)
+        path = OffloadPath(store, config, budget=args.memory_budget, compute=compute_in.dtype, report=report)
         path.compile()
         batch = best_batch(path, reserve, _ANY) if args.batch == "auto" else args.batch
-        speeds, computed = measure(store), compute(path, batch, reserve)
+        step, prompts = compute(path, batch, reserve)
         planned = path.plan
         assert planned is not None
-        predicted = predict(planned, speeds, computed)
+        speeds = measure(store, planned.slots)
+        predicted = predict(store, planned, speeds, step, prompts)
         path.close()
     if args.json:
         print_json(
             {
                 "plan": planned.as_json(),
                 "speeds": asdict(speeds),
-                "computed": asdict(computed),
+                "step": asdict(step),
+                "prompts": asdict(prompts),
                 "prediction": asdict(predicted),
                 "interpreter_bytes": before,
                 "processor": platform.processor() or platform.machine(),
@@ -86,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
     how = "directly" if speeds.direct else "through the page cache: this file system knows no direct reads"
     print(f"disk {speeds.disk / 1e9:.2f} GB/s, read {how}; memory {speeds.memory / 1e9:.1f} GB/s; ", end="")
     print(f"products {speeds.gemm / 1e9:.0f} GFLOP/s")
-    print(f"computing a decode step of {planned.batch} takes {computed.step_s:.3f} s, ", end="")
-    print(f"a prompt of {computed.prompt_tokens} tokens {computed.prompt_s:.3f} s")
+    print(f"computing a decode step of {planned.batch} takes {step.computing.total_s:.3f} s, ", end="")
+    print(f"{prompts.count} x {prompts.tokens} tokens of prompts {prompts.computing.total_s:.3f} s")
     print(f"a decode step of {planned.batch}: {predicted.step_s:.3f} s, {predicted.token_s:.4f} s a token")
     print(f"a prompt token: {predicted.prompt_token_s:.5f} s")
     print(f"reads are hidden from {predicted.hiding_tokens:.0f} tokens a step on")
