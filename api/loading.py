@@ -118,6 +118,7 @@ def load(
     memory_budget: int | None = None,
     report: Report | None = None,
     member: "Member | None" = None,
+    routes: bool = False,
 ) -> Model:
     """Make a model ready to run on a path.
 
@@ -129,7 +130,8 @@ def load(
     for any prompt and batch size; without `batches`, what only several prompts at once need is compiled when they come.
     `report` is called with a line about whatever takes long. A store (made by twinfer offload build) runs on the path
     offload, whatever is named, within `memory_budget` bytes besides the interpreter. With `member` (`twinfer.ranks`)
-    this process is one rank of a job, all of which call this.
+    this process is one rank of a job, all of which call this. With `routes`, a path that can reports which experts it
+    chose (`twinfer.spec.decoder.Routed`): the reference always does, the compiled path then compiles other programs.
 
     Raises a `TwinferError` that says what would be right: for a value that is none of these, a model that cannot be
     used, or a machine that lacks what the path needs.
@@ -155,6 +157,7 @@ def load(
         batches=batches,
         report=report,
         memory_budget=memory_budget,
+        routes=routes,
     )
     built = BUILDERS[chosen_path](order) if member is None else build(order, member)
     return Model(

@@ -48,6 +48,8 @@ class Order:
     report: Report | None
     memory_budget: int | None = None
     """Bytes, for a store."""
+    routes: bool = False
+    """Whether the path is to report which experts it chose; `spec.decoder.Routed`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,6 +81,7 @@ def _compiled(order: Order) -> Built:
         compute=order.compute.dtype,
         device=order.device,
         report=order.report,
+        routes=order.routes and bool(order.source.config.mixtures),
     )
     return Built(decoder=path, compile_s=path.compile(batches=order.batches))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference.path import ReferencePath
 from ..reference.routing import route
 from ..spec.decoder import Routes
-from ..spec.moe import MoeConfig, Score
+from ..spec.moe import Score
 from .routes import Forced, RouteTie, allowed_scores, judge_choice, logit_errors, nearest_call, on_an_edge, ranking
 
 
@@ -32,8 +32,7 @@ class Steering:
     """Holds the reference's routers, of the truth and of each eager run, and turns them."""
 
     def __init__(self, truth: ReferencePath, eager: Sequence[ReferencePath]) -> None:
-        layers = enumerate(truth.config.layers)
-        self.layers = {index: layer.mlp for index, layer in layers if isinstance(layer.mlp, MoeConfig)}
+        self.layers = truth.config.mixtures
         """The mixtures, by the index of their layer."""
         self._forced = [Forced() for _ in (truth, *eager)]
         steered = [

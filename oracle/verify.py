@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import islice
 from operator import add
+from typing import Any
 
 import torch
 
@@ -88,7 +89,8 @@ def verify(
     tell = report or (lambda line: None)
     if candidate is None:
         tell(f"preparing the compiled path, weights kept in {storage}")
-        candidate = CompiledPath(source, storage=storage, compute=compute, device=device, report=report)
+        given: dict[str, Any] = {"storage": storage, "compute": compute, "device": device}
+        candidate = CompiledPath(source, **given, report=report, routes=bool(source.config.mixtures))
     tell("preparing the reference in float64, and in the candidate's arithmetic")
     baseline = Baseline.of(source, storage=storage, compute=compute, device=device)
 

@@ -276,6 +276,11 @@ class ModelConfig:
         return self.head is not Head.NONE and all(layer.attention.causal for layer in self.layers)
 
     @property
+    def mixtures(self) -> dict[int, MoeConfig]:
+        """The mixtures of experts, by the index of their layer."""
+        return {index: layer.mlp for index, layer in enumerate(self.layers) if isinstance(layer.mlp, MoeConfig)}
+
+    @property
     def table_width(self) -> int:
         """Elements of a row of the token table, W."""
         return self.hidden if self.embedding_size is None else self.embedding_size

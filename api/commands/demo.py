@@ -133,7 +133,7 @@ def admissible_tie(model: str, storage: str, prompt: list[int], new_tokens: int)
     from twinfer.oracle.paths import free_run
 
     with waiting() as report:
-        loaded = load(model, "compiled", storage, batches=False, report=report)
+        loaded = load(model, "compiled", storage, batches=False, report=report, routes=True)
         baseline = Baseline.of(loaded.checkpoint.source, storage=loaded.storage)
         runs = [free_run(baseline, path, prompt, new_tokens) for path in (baseline.eager[0], loaded.decoder)]
     ties = [str(run.tie) for run in runs if run.tie is not None]

@@ -17,9 +17,10 @@ NAME, HELP = "verify", "compare the paths on this machine"
 DESCRIPTION = "Hold the compiled path against the reference on this machine: the whole model, then op by op."
 EPILOG = """\
 Both paths run on the same stored weights. The whole model is taken through drawn schedules (ragged batches, chunked
-prompts, growth, sequences given nothing), fed the same tokens on both paths, and judged after each step; then every op
-with a fast twin is judged by itself on drawn cases. Nothing but rounding may differ, and by no more than a bound that
-comes from float64 truth. `twinfer ops --help` explains the guarantees.
+prompts, growth, sequences given nothing), fed the same tokens on both paths, and judged after each step. A router's
+choice of experts is judged too, and both references follow it where rounding explains it. Then every op with a fast
+twin is judged by itself on drawn cases. Nothing but rounding may differ, and by no more than a bound that comes from
+float64 truth. `twinfer ops --help` explains the guarantees.
 
 exit status: 0 if everything holds, 1 if not
 
@@ -32,7 +33,8 @@ with --json, one object: {"model", "storage", "compute", "device", "holds",
   rows           positions judged; decisions: greedy choices compared, one a row of logits
   ties           greedy choices that differ, within what rounding allows: {"step", "sequence", "position", "chosen",
                  "best", "gap", "allowed"}, the gap being between the logits of both tokens
-  choices        choices of experts compared, one a token and layer with experts, of a path that reports them
+  choices        choices of experts compared, one a token and layer with experts, of a path that reports them, as the
+                 compiled path does here; a path that does not leaves it at 0
   route_ties     choices of experts that differ, or might, within what rounding allows: as ties, and "layer"; chosen
                  and best are lists of experts, and chosen is null of a path that does not report its choices
   left_out       rows not judged: they stand behind a near-tie of a router, of a path that does not report its choices
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     with waiting() as report:
         checkpoint = open_checkpoint(args.model, report, context=args.context)
-        model = load(checkpoint, "compiled", args.storage, args.compute, args.device, report=report)
+        model = load(checkpoint, "compiled", args.storage, args.compute, args.device, report=report, routes=True)
         result = verify(
             checkpoint.source,
             storage=model.storage,
@@ -111,8 +113,11 @@ def _tell(model: str, result: "VerifyResult") -> None:
         f"{_verdict(paths.holds)}  whole model, {through}: {paths.rows} rows, "
         f"largest error / bound {paths.largest_ratio:.2f}; {len(paths.ties)} admissible ties"
     )
-    if paths.choices or paths.left_out:
-        print(f"  {paths.choices} choices of experts; {paths.left_out} rows behind near-ties were left out")
+    if paths.choices:
+        near = f"{sum(tie.chosen is not None for tie in paths.route_ties)} are others than the truth's, within rounding"
+        print(f"  {paths.choices} choices of experts were compared, as the path reports them; {near}")
+    if paths.left_out:
+        print(f"  {paths.left_out} rows stand behind near-ties of a router and were left out")
     for line in [*map(str, paths.ties), *map(str, paths.route_ties), *paths.failures]:
         print(f"  {line}")
     if greedy is not None:

@@ -2,17 +2,23 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 
+import twinfer.compiled.path
+import twinfer.oracle.verify as oracle_verify
 from twinfer import load
 from twinfer.commands import check as check_command
 from twinfer.commands import ops as ops_command
 from twinfer.commands import verify as verify_command
 from twinfer.commands.main import main
+from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.check import check_op, ops_table
+from twinfer.oracle.models import RandomSource, draw_moe
 from twinfer.oracle.paths import FreeRun, PathComparison, Tie
 from twinfer.oracle.routes import RouteTie
+from twinfer.oracle.schedule import Close, Extend, Open
 from twinfer.oracle.table import OPS
 from twinfer.oracle.verify import OpVerdict, VerifyResult
 from twinfer.reference.components import DEFAULT
@@ -146,7 +152,7 @@ def test_verify_tells_a_right_path_from_a_wrong_one(right, tiny, opens, monkeypa
 
     components = DEFAULT if right else replace(DEFAULT, attention=attention)
 
-    def load_candidate(checkpoint, path, *how, report):
+    def load_candidate(checkpoint, path, *how, report, routes):
         model = load(checkpoint, "reference", *how)
         return replace(model, decoder=ReferencePath(checkpoint.source, storage=model.storage, components=components))
 
@@ -163,3 +169,27 @@ def test_verify_tells_a_right_path_from_a_wrong_one(right, tiny, opens, monkeypa
     assert main(words) == (0 if right else 1)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == ("everything holds" if right else "NOT everything holds")
+
+
+@pytest.mark.parametrize("mixture", [True, False])
+def test_verify_judges_every_choice_that_the_compiled_path_makes(mixture, tiny, opens, monkeypatch, capsys):
+    """As many choices as tokens, in a model whose second layer has experts; a dense model has none to report."""
+    config = tiny.config
+    if mixture:
+        dense, other = config.layers
+        config = replace(config, layers=(dense, replace(other, mlp=draw_moe(RandomPicker(1), other.mlp))))
+    opens(replace(tiny, source=RandomSource(config), config=config))
+    compiled = twinfer.compiled.path.CompiledPath
+    monkeypatch.setattr(twinfer.compiled.path, "CompiledPath", partial(compiled, mode="eager"))
+    monkeypatch.setattr(oracle_verify, "OPS", {})
+    words = ["verify", "tiny", "--schedules", "2", "--cases", "1"]
+    assert main([*words, "--json"]) == 0
+    paths = json.loads(capsys.readouterr().out)["paths"]
+    schedules = [eval(drawn, {"Open": Open, "Extend": Extend, "Close": Close}) for drawn in paths["schedules"]]
+    steps = [step for drawn in schedules for step in drawn if isinstance(step, Extend)]
+    tokens = sum(len(new) for step in steps for new in step.new_tokens)
+    assert paths["choices"] == (tokens if mixture else 0)
+    assert paths["left_out"] == 0
+    assert main(words) == 0
+    told = f"  {tokens} choices of experts were compared, as the path reports them; 0 are others than the truth's"
+    assert (told in capsys.readouterr().out) == mixture

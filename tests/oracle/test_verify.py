@@ -1,6 +1,7 @@
 """`verify` holds a right path to be right, and says what is wrong with a wrong one."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor
 
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle import verify as room
+from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.case import RandomPicker
-from twinfer.oracle.models import RandomSource, draw_encoder_config, draw_model_config
+from twinfer.oracle.models import RandomSource, draw_encoder_config, draw_model_config, draw_moe_config
 from twinfer.oracle.op import Fast
+from twinfer.oracle.schedule import Extend
 from twinfer.oracle.table import OPS
 from twinfer.oracle.verify import verify, verify_ops
 from twinfer.spec.config import Storage
@@ -70,3 +73,23 @@ def test_a_wrong_fast_twin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not verdict.holds
     assert (verdict.op, verdict.function) == ("activation", "doubled")
     assert "Case(op='activation'" in str(verdict.complaint)
+
+
+def test_the_path_that_verify_makes_reports_its_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is given none: all choices of a model with experts are compared, and no row is left out."""
+    monkeypatch.setattr(room, "CompiledPath", partial(CompiledPath, mode="eager"))
+    monkeypatch.setattr(room, "OPS", {})
+    result = verify(RandomSource(draw_moe_config(RandomPicker(3)), 3), schedules=2, cases=1)
+    assert result.holds, result.model.failures
+    tokens = sum(
+        len(new) for drawn in result.drawn for step in drawn if isinstance(step, Extend) for new in step.new_tokens
+    )
+    assert result.model.choices == tokens * len(draw_moe_config(RandomPicker(3)).mixtures)
+
+
+def test_no_model_is_judged_by_one_eager_run() -> None:
+    """One is off too little by luck; of the widths of trained decoders that ship, six."""
+    for hidden, runs in ((128, 6), (576, 3)):
+        config = replace(draw_model_config(RandomPicker(1)), hidden=hidden)
+        for compute in (torch.float32, torch.bfloat16):
+            assert len(Baseline.of(RandomSource(config), compute=compute).eager) == runs
