@@ -194,12 +194,12 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def host_buffer(self, nbytes: int) -> memoryview:
         """Return memory that the GPU reads by itself. Raises `MachineError` where the system does not lock it."""
         buffer = aligned_buffer(nbytes)
-        failed = int(torch.cuda.cudart().cudaHostRegister(_address(buffer), nbytes, 0))
+        failed = int(torch.cuda.cudart().cudaHostRegister(_address(buffer), nbytes, 0))  # type: ignore[no-untyped-call]
         if failed:
             raise MachineError(
                 f"{nbytes:,} bytes of memory cannot be pinned for {self.device} (CUDA error {failed}); "
@@ -208,7 +208,7 @@ class CudaLane:
         return buffer
 
     def free(self, buffer: memoryview) -> None:
-        torch.cuda.cudart().cudaHostUnregister(_address(buffer))
+        torch.cuda.cudart().cudaHostUnregister(_address(buffer))  # type: ignore[no-untyped-call]
 
     def run(self, copy: Callable[[], object], after: Any) -> Any:
         with torch.cuda.stream(self._stream):

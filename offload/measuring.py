@@ -121,7 +121,7 @@ def compute(path: OffloadPath, batch: int, reserve: int, prompt: int | None = No
     step = compute_step(path, batch, reserve)
     assert path.plan is not None
     tokens = min(prompt or reserve, PREFILL_TOKENS)
-    together = max(1, path.plan.flight_bytes // call_bytes(path.config, tokens, tokens))
+    together = max(1, path.plan.flight_bytes // call_bytes(path.store, path.config, tokens, tokens))
     count = max(1, min(batch, together, PREFILL_TOKENS // tokens))
     given_BT = _drawn(path, count, tokens)
     with path.still():
