@@ -87,7 +87,7 @@ def streamed_program(
         return x_TM, prefill_positions(rotations, windows, position_T, start_1, slot_S, compute)
 
     def leave(x_TM: Tensor, resident: Resident) -> Tensor:
-        head = Head(resident.head_norm, resident.reduction, _NO_MATRIX)
+        head = Head(resident.head_norm, resident.reduction, NO_MATRIX)
         return for_projection(x_TM, head, config, storage, product)
 
     def score(hidden_RW: Tensor, block: Matrix) -> Tensor:
@@ -104,7 +104,8 @@ def streamed_program(
     )
 
 
-_NO_MATRIX = Matrix(torch.empty(0), None, None, None, None, 0)
+NO_MATRIX = Matrix(torch.empty(0), None, None, None, None, 0)
+"""A matrix that nothing reads, where its rows come by themselves."""
 
 
 class Call:

@@ -25,7 +25,7 @@ from ..compiled.weights import (
     prepared_norm,
 )
 from ..spec.ambient import CPU
-from ..spec.config import INT4_GROUP, Head, LayerConfig, ModelConfig, Storage
+from ..spec.config import INT4_GROUP, Head, ModelConfig, Storage
 from ..spec.moe import MoeConfig
 from ..spec.shapes import is_matrix, layer_shapes
 from ..spec.shard import EXPERTS, index_of, slices_of_expert, slices_without_experts
@@ -45,6 +45,7 @@ from ..spec.weights import (
     validate_without_experts,
 )
 from .form import Resident, bytes_of
+from .rank_source import RankSource
 
 _BITS = {Storage.FLOAT32: 32, Storage.BFLOAT16: 16, Storage.INT8: 8, Storage.INT4: 4}
 _LEAST_BLOCK = 1 << 16
@@ -66,7 +67,7 @@ def parts(source: WeightSource, storage: Storage) -> Iterator[Part]:
     blocks = _Blocks(source, storage)
     for index in range(len(config.layers)):
         yield Part("layers", f"layer {index}", lambda index=index: blocks.layer(index))  # type: ignore[misc]
-        for expert in range(experts_in(config.layers[index])):
+        for expert in range(experts_of_layer(source, index)):
             for place, part in enumerate(("up", "down")):
                 name = f"layer {index}, expert {expert}, {part}"
                 yield Part("experts", name, lambda at=(index, expert, place): blocks.expert(*at))  # type: ignore[misc]
@@ -102,7 +103,8 @@ class _Blocks:
         """Prepare a layer but for its experts."""
         weights = self._without_experts(index)
         self._note_frequency(index, weights.attention.rotary_frequency_J)
-        return prepare_layer(weights, self._config.layers[index], self._storage, CPU)
+        of_rows = self._source.of_rows(index) if isinstance(self._source, RankSource) else None
+        return prepare_layer(weights, self._config.layers[index], self._storage, CPU, of_rows=of_rows)
 
     def expert(self, index: int, expert: int, place: int) -> Matrix:
         """Prepare an expert, of which one matrix at a time becomes a record."""
@@ -110,7 +112,8 @@ class _Blocks:
             self._expert = None
             weights = self._experts.expert(index, expert)
             validate_expert(weights, self._config, index, expert)
-            self._expert = index, expert, prepare_experts(weights, self._storage, CPU)
+            of_rows = self._source.of_expert_rows(index, expert) if isinstance(self._source, RankSource) else None
+            self._expert = index, expert, prepare_experts(weights, self._storage, CPU, of_rows)
         matrix = one_expert(self._expert[2][place], 0)
         if place == 1:
             self._expert = None
@@ -237,8 +240,12 @@ def _layer_bytes(config: ModelConfig, index: int, storage: Storage) -> int:
     return sum(bits[name] * math.prod(shape) for name, shape in shapes.items()) // 8
 
 
-def experts_in(layer: LayerConfig) -> int:
-    return layer.mlp.router.experts if isinstance(layer.mlp, MoeConfig) else 0
+def experts_of_layer(source: WeightSource, index: int) -> int:
+    """Return how many experts of a layer a source has; a rank's has some of them."""
+    if isinstance(source, RankSource):
+        return source.experts(index)
+    mlp = source.config.layers[index].mlp
+    return mlp.router.experts if isinstance(mlp, MoeConfig) else 0
 
 
 def _padded(inputs: int) -> int:

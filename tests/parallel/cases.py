@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from mutants import MUTANTS  # beside this file
+from streamed import stream
 from torch import Tensor
 
 from twinfer.compiled.path import Mode
@@ -63,3 +64,8 @@ def events(
     path = path_of(config, seed, parallel, Storage.FLOAT32, torch.float32)
     path.extend(path.open(1, len(tokens)), [tokens])
     return [(step.value, call.kind.value, call.ranks) for step, call in path.wire.ledger.events]
+
+
+def extend_streamed(parallel: ParallelConfig, **given: Any) -> dict[str, Any]:
+    """Return what `stream` does, for these degrees."""
+    return stream(groups_of(parallel), **given)
