@@ -4,7 +4,8 @@ import hashlib
 import time
 from typing import TYPE_CHECKING
 
-from .paths import Built, Order
+from .paths import Built, Order, budget_of
+from .store_source import StoreSource
 
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 def digest(checkpoint: "Checkpoint") -> str:
     """Return a digest of a model's config and of the names and shapes of its tensors, which all ranks must share."""
     table = getattr(checkpoint.source, "table", {})
+    if isinstance(checkpoint.source, StoreSource):
+        from .stores import shares_in
+
+        table = {str(rank): store.digest for rank, store in shares_in(checkpoint.source).stores.items()}
     return hashlib.sha256(f"{checkpoint.config} {sorted(table.items())}".encode()).hexdigest()[:16]
 
 
@@ -23,15 +28,32 @@ def build(order: Order, member: "Member") -> Built:
     from twinfer.parallel.leading import Leader
     from twinfer.parallel.path import RankPath
 
-    path = RankPath(
-        order.source,
-        member.wire,
-        storage=order.storage,
-        compute=order.compute.dtype,
-        device=order.device,
-        report=order.report if member.leads else None,
-        on_step=member.progress.step,
-    )
+    report = order.report if member.leads else None
+    path: RankPath
+    if isinstance(order.source, StoreSource):
+        from twinfer.offload.rank_path import StreamedRankPath
+
+        from .stores import shares_in
+
+        path = StreamedRankPath(
+            shares_in(order.source),
+            order.source.config,
+            member.wire,
+            budget=budget_of(order),
+            compute=order.compute.dtype,
+            report=report,
+            on_step=member.progress.step,
+        )
+    else:
+        path = RankPath(
+            order.source,
+            member.wire,
+            storage=order.storage,
+            compute=order.compute.dtype,
+            device=order.device,
+            report=report,
+            on_step=member.progress.step,
+        )
     start = time.perf_counter()
     compile_in_turn(path, member, batches=order.batches)
     return Built(decoder=Leader(path, member) if member.leads else path, compile_s=time.perf_counter() - start)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from twinfer.checkpoint import Checkpoint
 from twinfer.checkpoint.config_json import from_json, to_json
@@ -12,20 +13,52 @@ from twinfer.checkpoint.native.convert import about_model
 from twinfer.checkpoint.source import limited
 from twinfer.checkpoint.tokenizer import read_tokenizer
 from twinfer.offload.building import build
-from twinfer.offload.store import DESCRIPTION, open_store
+from twinfer.offload.shares import (
+    SHARES,
+    Shares,
+    build_shares,
+    check_degrees,
+    cuts_layers,
+    is_shares,
+    open_shares,
+    whole_as_shares,
+)
+from twinfer.offload.store import DESCRIPTION, Store, open_store
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import CheckpointError, RequestError
+from twinfer.spec.parallel import ParallelConfig
 
 from .store_source import StoreSource
 
 _TOKENIZER = "tokenizer.json"
 _REMEDY = "build the store again"
 
+ONE = ParallelConfig()
+"""The degrees of a job of one rank."""
 
-def build_store(checkpoint: Checkpoint, folder: Path, storage: Storage, report: Callable[[str], None]) -> int:
+
+def shares_in(source: StoreSource) -> Shares:
+    """Return what ranks read of a store; one of a whole model is read by stages and data groups."""
+    store = source.store
+    return store if isinstance(store, Shares) else whole_as_shares(store)
+
+
+def check_ranks_of_store(source: StoreSource, parallel: ParallelConfig) -> None:
+    """Raise `RequestError`, which has the command that makes another store, for one that was built for other ranks."""
+    check_degrees(shares_in(source), parallel)
+
+
+def build_store(
+    checkpoint: Checkpoint,
+    folder: Path,
+    storage: Storage,
+    report: Callable[[str], None],
+    parallel: ParallelConfig = ONE,
+) -> int:
     """Write a model as a store; returns the bytes of its weights. Raises as `offload.building.build` does.
 
-    Weights that are kept in a storage already are built in that one.
+    With degrees that cut layers it has a share for each rank; stages and data groups read any store. Weights that are
+    kept in a storage already are built in that one.
     """
     if checkpoint.storage not in (None, storage):
         raise RequestError(
@@ -35,16 +68,19 @@ def build_store(checkpoint: Checkpoint, folder: Path, storage: Storage, report: 
     tokenizer = checkpoint.tokenizer
     model = {**about_model(checkpoint), "config": to_json(checkpoint.config), "tokenizer": tokenizer is not None}
     files = {} if tokenizer is None else {_TOKENIZER: tokenizer.inner.to_str()}
-    identity = [checkpoint.name, files]
-    return build(checkpoint.source, folder, storage, model=model, files=files, identity=identity, report=report)
+    given: dict[str, Any] = {"model": model, "files": files, "identity": [checkpoint.name, files], "report": report}
+    if cuts_layers(parallel):
+        return build_shares(checkpoint.source, folder, storage, parallel, **given)
+    return build(checkpoint.source, folder, storage, **given)
 
 
 def open_store_model(folder: Path, context: int | None = None) -> Checkpoint:
     """Open a store as a model, its `source` a `StoreSource`; raises `TwinferError` where it is damaged or foreign."""
-    store = open_store(folder)
-    about = Fields(json.loads(json.dumps(store.model)), f"{folder / DESCRIPTION}: model.")
+    store: Store | Shares = open_shares(folder) if is_shares(folder) else open_store(folder)
+    description = folder / (SHARES if is_shares(folder) else DESCRIPTION)
+    about = Fields(json.loads(json.dumps(store.model)), f"{description}: model.")
     section = about.section("config")
-    config = from_json(section.values if section else None, f"{folder / DESCRIPTION}: config")
+    config = from_json(section.values if section else None, f"{description}: config")
     config = limited(config, context)
     tokenizer = None
     if about.flag("tokenizer"):

@@ -76,9 +76,9 @@ def check_degrees(shares: Shares, parallel: ParallelConfig) -> None:
     same = all(getattr(built, name) == getattr(parallel, name) for name in ("tensor", "expert", "expert_slices"))
     if same and all(_key(parallel.place(rank)) in holders for rank in range(parallel.ranks)):
         return
-    was, asked = (options_of(replace(each, pipeline=1)) for each in (built, parallel))
+    was, asked = (options_of(replace(each, pipeline=1)) or "whole layers on each rank" for each in (built, parallel))
     raise RequestError(
-        f"{shares.folder} was built for {was or 'one rank'}, and {asked or 'one rank'} is asked for; make another "
+        f"{shares.folder} was built for {was}, and {asked} is asked for; run it as it was built, or make another "
         f"store: {build_command(shares.model, shares.storage, parallel)}"
     )
 
@@ -86,7 +86,8 @@ def check_degrees(shares: Shares, parallel: ParallelConfig) -> None:
 def build_command(model: dict[str, Any], storage: Storage, parallel: ParallelConfig) -> str:
     """Return the command that makes a store for jobs of these degrees."""
     name = model.get("name", "MODEL")
-    return f"twinfer offload build {name} OTHER-STORE --storage {storage} {options_of(replace(parallel, pipeline=1))}"
+    options = options_of(replace(parallel, pipeline=1))
+    return f"twinfer offload build {name} OTHER-STORE --storage {storage} {options}".rstrip()
 
 
 def options_of(parallel: ParallelConfig) -> str:

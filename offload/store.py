@@ -50,6 +50,8 @@ class Store:
     """A store that is open: its records are known, none is read yet."""
 
     folder: Path
+    digest: str
+    """Of its description, which has the checksum of each tensor."""
     storage: Storage
     model: dict[str, Any]
     """What the builder said of the model; nothing here reads it."""
@@ -131,6 +133,7 @@ def open_store(folder: Path) -> Store:
     head = tuple(map(_record, parts["head"]))
     store = Store(
         folder=folder,
+        digest=found,
         storage=Storage(parts["storage"]),
         model=parts["model"],
         resident=_record(parts["resident"]),

@@ -14,6 +14,7 @@ from twinfer.spec.errors import RequestError
 from twinfer.spec.parallel import Exchange, ParallelConfig, check_parallel
 
 from ..ranks import digest
+from ..store_source import StoreSource
 from .options import positive
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ def check_request(checkpoint: "Checkpoint", parallel: ParallelConfig, args: argp
         raise RequestError("--prompts-file is -, but standard input is no rank's; give a file")
     storage = args.storage or checkpoint.storage or Storage.FLOAT32
     check_parallel(checkpoint.config, parallel, Storage(storage))
+    if isinstance(checkpoint.source, StoreSource):
+        from ..stores import check_ranks_of_store
+
+        check_ranks_of_store(checkpoint.source, parallel)
 
 
 def start_ranks(words: list[str], parallel: ParallelConfig) -> int:
