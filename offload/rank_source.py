@@ -131,4 +131,8 @@ class NoWeights:
     def embedding(self, shard: Shard | None = None) -> NoReturn:
         raise AssertionError("the weights are in a store")
 
-    layer = head = embedding
+    def layer(self, index: int, shard: Shard | None = None) -> NoReturn:
+        raise AssertionError("the weights are in a store")
+
+    def head(self, shard: Shard | None = None) -> NoReturn:
+        raise AssertionError("the weights are in a store")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from mutants import MUTANTS  # beside this file
-from streamed import stream
+from streamed import differing, stream
 from torch import Tensor
 
 from twinfer.compiled.path import Mode
@@ -69,3 +69,11 @@ def events(
 def extend_streamed(parallel: ParallelConfig, **given: Any) -> dict[str, Any]:
     """Return what `stream` does, for these degrees."""
     return stream(groups_of(parallel), **given)
+
+
+def differing_layers(
+    config: ModelConfig, seed: int, parallel: ParallelConfig, storage: Storage, folder: str
+) -> list[str]:
+    """Return what `differing` does."""
+    resident = path_of(config, seed, parallel, storage, torch.float32)
+    return differing(groups_of(parallel), resident, folder)
