@@ -52,7 +52,7 @@ def assert_as_resident(
     storage: Storage,
     folder: Path,
     *,
-    budget: int = BUDGET,
+    away: int = 0,
     batch: int = 3,
     every_position: bool = False,
     mutant: str | None = None,
@@ -61,7 +61,7 @@ def assert_as_resident(
     calls = draw_calls(SEED, model.vocabulary, batch=batch)
     case = {"config": model, "parallel": parallel, "calls": calls, "every_position": every_position}
     resident = pool.run("extend", seed=SEED, storage=storage, **case)
-    streamed = pool.run("extend_streamed", folder=str(folder), budget=budget, mutant=mutant, **case)
+    streamed = pool.run("extend_streamed", folder=str(folder), budget=BUDGET, away=away, mutant=mutant, **case)
     for rank, ((wanted, counted), found) in enumerate(zip(resident, streamed, strict=True)):
         assert "error" not in found, found["error"]
         for got, want in zip(found["logits"], wanted, strict=True):
@@ -125,22 +125,6 @@ def test_mixtures_read_chosen_experts(two: Pool, name: str, tmp_path: Path) -> N
     assert all(any("expert" in what for what, _, _ in each["reads"]) for each in ranks)
 
 
-def tight(model: ModelConfig, folder: Path, away: int) -> int:
-    """Return a budget with which so many layers' keys and values lie in a file."""
-    shares = open_shares(folder)
-    given: dict[str, Any] = {"batch": 3, "reserve": 40, "compute": torch.float32, "expands": True}
-    for budget in range(100_000, 5_000_000, 1000):
-        try:
-            made = plan_of_rank(
-                shares.of_rank(TENSOR, 0), local_config(model, TENSOR, 0), TENSOR, 0, budget=budget, **given
-            )
-        except RequestError:
-            continue
-        if made.away_layers == away:
-            return budget
-    raise AssertionError("no budget moves so many layers away")
-
-
 def moved(ranks: list[dict[str, Any]], layers: int) -> list[list[int]]:
     """Return, for each layer, the ranks that moved its keys and values."""
     of_rank = [{each.record for each in rank["events"] if each.kind is Kind.KV_READ} for rank in ranks]
@@ -148,17 +132,14 @@ def moved(ranks: list[dict[str, Any]], layers: int) -> list[list[int]]:
 
 
 def assert_taking_turns(pool: Pool, model: ModelConfig, folder: Path, mutant: str | None = None) -> None:
-    budget = tight(model, folder, 3)
-    ranks = assert_as_resident(pool, model, TENSOR, Storage.FLOAT32, folder, budget=budget, mutant=mutant)
+    ranks = assert_as_resident(pool, model, TENSOR, Storage.FLOAT32, folder, away=3, mutant=mutant)
     assert moved(ranks, 6) == link_use(2, 6), "both at once"
 
 
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Path]:
-    """A model whose layers have large caches, and its store for two ranks."""
-    model = config(layers=6)
-    attention = replace(model.layers[0].attention, heads=8, kv_heads=8, head_size=16)
-    model = replace(model, layers=(replace(model.layers[0], attention=attention),) * 6, vocabulary=200)
+    """A model, and its store for two ranks."""
+    model = replace(config(layers=6), vocabulary=200)
     return model, shares_of(model, SEED, Storage.FLOAT32, TENSOR, tmp_path_factory.mktemp("paired") / "s")
 
 
@@ -191,9 +172,10 @@ def test_seeded_faults_of_whole_layers_are_caught(
     two: Pool, mutant: str, parallel: ParallelConfig, tmp_path: Path
 ) -> None:
     """Each changes logits, or is refused by a checksum."""
-    folder = built(RandomSource(config(), SEED), tmp_path / "s").folder
+    model = config(layers=4)
+    folder = built(RandomSource(model, SEED), tmp_path / "s").folder
     with pytest.raises(AssertionError, match=r"has other logits|is damaged"):
-        assert_as_resident(two, config(), parallel, Storage.FLOAT32, folder, mutant=mutant)
+        assert_as_resident(two, model, parallel, Storage.FLOAT32, folder, mutant=mutant)
 
 
 def test_scales_are_of_whole_rows(two: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,7 @@ from twinfer.spec.config import ModelConfig
 from twinfer.spec.errors import CheckpointError
 from twinfer.spec.parallel import ParallelConfig
 
-_of_rank, _away = Shares.of_rank, rank_path.away_layers
+_of_rank, _away, _plan = Shares.of_rank, rank_path.away_layers, rank_path.plan_of_rank
 _gather = dist.all_gather_into_tensor
 _layer = rank_path.TieredSequences.layer
 
@@ -41,9 +42,10 @@ def stream(
     calls: list[list[Tensor]],
     budget: int,
     every_position: bool = False,
+    away: int = 0,
     mutant: str | None = None,
 ) -> dict[str, Any]:
-    """Extend one batch from a store.
+    """Extend one batch from a store, the keys and values of `away` layers in a file.
 
     Returns the logits of each call; what this rank handed in to collectives (`counted`); what it read, as a record's
     name, the first byte and how many (`reads`); and the event log. Or what was refused, on all ranks (`error`).
@@ -55,8 +57,12 @@ def stream(
         reads.append((what, offset, len(buffer)))
         read_into(self, buffer, offset, what)
 
+    def planned(*given: Any, **others: Any) -> Any:
+        return replace(_plan(*given, **others), away_layers=away)
+
     with ExitStack() as stack:
         stack.enter_context(patch.object(DirectFile, "read_into", counting))
+        stack.enter_context(patch.object(rank_path, "plan_of_rank", planned))
         for each in MUTANTS[mutant]() if mutant else ():
             stack.enter_context(each)
         wire = Wire(groups)
