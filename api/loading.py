@@ -191,7 +191,7 @@ def open_checkpoint(model: str, report: Report | None = None, *, context: int | 
     """Open a folder, a .gguf file, or a built-in name; raises `TwinferError` where that fails."""
     from twinfer.checkpoint import open_model
 
-    if (FilePath(model) / "store.json").is_file():
+    if any((FilePath(model) / name).is_file() for name in ("store.json", "shares.json")):
         from .stores import open_store_model
 
         return open_store_model(FilePath(model), context)

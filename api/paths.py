@@ -88,23 +88,35 @@ def _compiled(order: Order) -> Built:
 
 def _offload(order: Order) -> Built:
     from twinfer.offload.path import OffloadPath
+    from twinfer.offload.store import Store
+
+    from .stores import ONE, check_ranks_of_store
 
     if not isinstance(order.source, StoreSource):
         raise RequestError("the path offload runs a store; make one of the model: twinfer offload build MODEL STORE")
+    budget, store = budget_of(order), order.source.store
+    check_ranks_of_store(order.source, ONE)
+    assert isinstance(store, Store)
+    path = OffloadPath(
+        store,
+        order.source.config,
+        budget=budget,
+        compute=order.compute.dtype,
+        report=order.report,
+    )
+    return Built(decoder=path, compile_s=path.compile(batches=order.batches))
+
+
+def budget_of(order: Order) -> int:
+    """Return the memory budget of a store's run; raises `RequestError` for an order that no store can meet."""
+    assert isinstance(order.source, StoreSource)
     if order.memory_budget is None:
         raise RequestError("a store runs within a memory budget, which is not given; give one, such as 512MB")
     if order.device.type != "cpu":
         raise RequestError(f"device is {str(order.device)!r}; a store runs on cpu")
     if order.storage is not order.source.store.storage:
         raise RequestError(f"storage is {order.storage}; this store is in {order.source.store.storage}")
-    path = OffloadPath(
-        order.source.store,
-        order.source.config,
-        budget=order.memory_budget,
-        compute=order.compute.dtype,
-        report=order.report,
-    )
-    return Built(decoder=path, compile_s=path.compile(batches=order.batches))
+    return order.memory_budget
 
 
 BUILDERS: dict[Path, Callable[[Order], Built]] = {

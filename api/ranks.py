@@ -4,7 +4,8 @@ import hashlib
 import time
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from .paths import Built, Order
+from .paths import Built, Order, budget_of
+from .store_source import StoreSource
 
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint
@@ -19,6 +20,11 @@ def digest(checkpoint: "Checkpoint") -> str:
     found = hashlib.sha256(repr(checkpoint.config).encode())
     if isinstance(checkpoint.source, Tabled):
         found.update(checkpoint.source.tensor_table())
+    if isinstance(checkpoint.source, StoreSource):
+        from .stores import shares_in
+
+        stores = shares_in(checkpoint.source).stores
+        found.update(repr({rank: store.digest for rank, store in stores.items()}).encode())
     return found.hexdigest()[:16]
 
 
@@ -35,15 +41,32 @@ def build(order: Order, member: "Member") -> Built:
     from twinfer.parallel.leading import Leader
     from twinfer.parallel.path import RankPath
 
-    path = RankPath(
-        order.source,
-        member.wire,
-        storage=order.storage,
-        compute=order.compute.dtype,
-        device=order.device,
-        report=order.report if member.leads else None,
-        on_step=member.progress.step,
-    )
+    report = order.report if member.leads else None
+    path: RankPath
+    if isinstance(order.source, StoreSource):
+        from twinfer.offload.rank_path import StreamedRankPath
+
+        from .stores import shares_in
+
+        path = StreamedRankPath(
+            shares_in(order.source),
+            order.source.config,
+            member.wire,
+            budget=budget_of(order),
+            compute=order.compute.dtype,
+            report=report,
+            on_step=member.progress.step,
+        )
+    else:
+        path = RankPath(
+            order.source,
+            member.wire,
+            storage=order.storage,
+            compute=order.compute.dtype,
+            device=order.device,
+            report=report,
+            on_step=member.progress.step,
+        )
     start = time.perf_counter()
     compile_in_turn(path, member, batches=order.batches)
     return Built(decoder=Leader(path, member) if member.leads else path, compile_s=time.perf_counter() - start)

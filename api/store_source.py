@@ -7,13 +7,14 @@ from twinfer.spec.errors import RequestError
 from twinfer.spec.shard import Shard
 
 if TYPE_CHECKING:
+    from twinfer.offload.shares import Shares
     from twinfer.offload.store import Store
 
 
 class StoreSource:
     """A `WeightSource` in name: what a store holds is prepared already, and is streamed as it is."""
 
-    def __init__(self, store: "Store", config: ModelConfig) -> None:
+    def __init__(self, store: "Store | Shares", config: ModelConfig) -> None:
         self.store = store
         self.config = config
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from twinfer.checkpoint import Checkpoint
 from twinfer.checkpoint.config_json import from_json, to_json
@@ -13,9 +14,19 @@ from twinfer.checkpoint.source import limited
 from twinfer.checkpoint.tokenizer import read_tokenizer
 from twinfer.offload.building import build
 from twinfer.offload.plan import plan
-from twinfer.offload.store import DESCRIPTION, open_store
+from twinfer.offload.shares import (
+    SHARES,
+    Shares,
+    build_shares,
+    check_degrees,
+    is_shares,
+    open_shares,
+    whole_as_shares,
+)
+from twinfer.offload.store import DESCRIPTION, Store, open_store
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import CheckpointError, RequestError
+from twinfer.spec.parallel import ParallelConfig
 
 from .paths import Compute
 from .store_source import StoreSource
@@ -23,10 +34,31 @@ from .store_source import StoreSource
 _TOKENIZER = "tokenizer.json"
 _REMEDY = "build the store again"
 
+ONE = ParallelConfig()
+"""The degrees of a job of one rank."""
 
-def build_store(checkpoint: Checkpoint, folder: Path, storage: Storage, report: Callable[[str], None]) -> int:
+
+def shares_in(source: StoreSource) -> Shares:
+    """Return what ranks read of a store; one of a whole model is read by stages and data groups."""
+    store = source.store
+    return store if isinstance(store, Shares) else whole_as_shares(store)
+
+
+def check_ranks_of_store(source: StoreSource, parallel: ParallelConfig) -> None:
+    """Raise `RequestError`, which has the command that makes another store, for one that was built for other ranks."""
+    check_degrees(shares_in(source), parallel)
+
+
+def build_store(
+    checkpoint: Checkpoint,
+    folder: Path,
+    storage: Storage,
+    report: Callable[[str], None],
+    parallel: ParallelConfig = ONE,
+) -> int:
     """Write a model as a store; returns the bytes of its weights. Raises as `offload.building.build` does.
 
+    For several ranks it has a share for each, in which layers are whole; stages and data groups read the same one.
     Weights that are kept in a storage already are built in that one.
     """
     if checkpoint.storage not in (None, storage):
@@ -37,16 +69,19 @@ def build_store(checkpoint: Checkpoint, folder: Path, storage: Storage, report: 
     tokenizer = checkpoint.tokenizer
     model = {**about_model(checkpoint), "config": to_json(checkpoint.config), "tokenizer": tokenizer is not None}
     files = {} if tokenizer is None else {_TOKENIZER: tokenizer.inner.to_str()}
-    identity = [checkpoint.name, files]
-    return build(checkpoint.source, folder, storage, model=model, files=files, identity=identity, report=report)
+    given: dict[str, Any] = {"model": model, "files": files, "identity": [checkpoint.name, files], "report": report}
+    if parallel.ranks > 1:
+        return build_shares(checkpoint.source, folder, storage, parallel, **given)
+    return build(checkpoint.source, folder, storage, **given)
 
 
 def open_store_model(folder: Path, context: int | None = None) -> Checkpoint:
     """Open a store as a model, its `source` a `StoreSource`; raises `TwinferError` where it is damaged or foreign."""
-    store = open_store(folder)
-    about = Fields(json.loads(json.dumps(store.model)), f"{folder / DESCRIPTION}: model.")
+    store: Store | Shares = open_shares(folder) if is_shares(folder) else open_store(folder)
+    description = folder / (SHARES if is_shares(folder) else DESCRIPTION)
+    about = Fields(json.loads(json.dumps(store.model)), f"{description}: model.")
     section = about.section("config")
-    config = from_json(section.values if section else None, f"{folder / DESCRIPTION}: config")
+    config = from_json(section.values if section else None, f"{description}: config")
     config = limited(config, context)
     tokenizer = None
     if about.flag("tokenizer"):
@@ -60,4 +95,5 @@ def open_store_model(folder: Path, context: int | None = None) -> Checkpoint:
 def check_budget(source: StoreSource, budget: int, batch: int, reserve: int, compute: Compute) -> None:
     """Raise `RequestError`, which names the smallest budget that works, before anything is allocated or compiled."""
     given = {"batch": batch, "reserve": min(reserve, source.config.context)}
+    assert isinstance(source.store, Store), "the plans of ranks are made by the ranks"
     plan(source.store, source.config, budget=budget, **given, compute=compute.dtype, expands=False)

@@ -26,7 +26,7 @@ from ..spec.weights import (
 )
 from .form import Record, written
 from .locked import locked
-from .parts import Part, experts_in, mlp_records, parts
+from .parts import Part, experts_of_layer, mlp_records, parts
 from .store import DESCRIPTION, WEIGHTS, as_json, described, layout
 
 _JOURNAL = "journal"
@@ -72,7 +72,7 @@ def build(
     """
     config = source.config
     check_extensible(config)
-    _check_place(folder)
+    check_place(folder)
     partial = folder.absolute().parent / f".{folder.name}.partial"
     try:
         partial.mkdir(exist_ok=True)
@@ -90,12 +90,13 @@ def build(
                     f"{folder} cannot be written: {error.strerror or error}; {len(journal.records)} of {len(planned)} "
                     f"records are kept: run the same command again to go on, or remove {partial}"
                 ) from None
-            return _finish(partial, folder, config, storage, model, files, journal)
+            return _finish(partial, folder, source, storage, model, files, journal)
     except OSError as error:
         raise RequestError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
-def _check_place(folder: Path) -> None:
+def check_place(folder: Path) -> None:
+    """Raise `RequestError` where a store cannot be made."""
     parent = folder.absolute().parent
     if folder.exists() or folder.is_symlink():
         raise RequestError(f"{folder} is there already; give a folder that does not exist yet")
@@ -144,7 +145,7 @@ def _append(weights: Path, journal: _Journal, part: Part) -> None:
 def _finish(
     partial: Path,
     folder: Path,
-    config: ModelConfig,
+    source: WeightSource,
     storage: Storage,
     model: dict[str, Any],
     files: Mapping[str, str],
@@ -155,12 +156,10 @@ def _finish(
         of_kind[kind].append(record)
     table = of_kind["table"] or None
     pairs = iter(zip(of_kind["experts"][::2], of_kind["experts"][1::2], strict=True))
-    experts = [[next(pairs) for _ in range(experts_in(layer))] for layer in config.layers]
+    indices = range(len(source.config.layers))
+    experts = [[next(pairs) for _ in range(experts_of_layer(source, index))] for index in indices]
     blocks = iter(of_kind["mlp"])
-    mlp = [
-        [[next(blocks) for _ in range(count)] for count in mlp_records(layer, config.hidden, storage)]
-        for layer in config.layers
-    ]
+    mlp = [[[next(blocks) for _ in range(count)] for count in mlp_records(source, index, storage)] for index in indices]
     text = described(storage, model, of_kind["resident"][0], of_kind["layers"], mlp, experts, of_kind["head"], table)
     for name, content in {**files, DESCRIPTION: text}.items():
         with (partial / name).open("w", encoding="utf-8") as file:
@@ -169,12 +168,13 @@ def _finish(
             os.fsync(file.fileno())
     journal.file.unlink()
     os.rename(partial, folder)
-    _sync(folder)
-    _sync(folder.absolute().parent)
+    sync_folder(folder)
+    sync_folder(folder.absolute().parent)
     return journal.end
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
     with contextlib.suppress(PermissionError):  # Windows opens no folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:

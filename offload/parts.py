@@ -25,7 +25,7 @@ from ..compiled.weights import (
     prepared_norm,
 )
 from ..spec.ambient import CPU
-from ..spec.config import INT4_GROUP, Head, LayerConfig, MlpConfig, ModelConfig, Storage
+from ..spec.config import INT4_GROUP, Head, MlpConfig, ModelConfig, Storage
 from ..spec.moe import MoeConfig
 from ..spec.shard import index_of, slices_of_expert, slices_without_experts
 from ..spec.weights import (
@@ -45,6 +45,7 @@ from ..spec.weights import (
 )
 from .cutting import BITS, Blocks, block_bytes, blocks_of, down_block, up_block, without_mlp
 from .form import Resident, bytes_of
+from .rank_source import RankSource
 
 _LEAST_BLOCK = 1 << 15
 """Bytes of the smallest blocks of the head: below, a read costs more than what it brings."""
@@ -64,14 +65,14 @@ def parts(source: WeightSource, storage: Storage) -> Iterator[Part]:
     config = source.config
     blocks = _Blocks(source, storage)
     for index in range(len(config.layers)):
-        cuts = blocks_of(config.layers[index], config.hidden, storage)
+        cuts = cuts_of(source, index, storage)
         cut = "" if cuts is None else ", attention"
         yield Part("layers", f"layer {index}{cut}", lambda index=index: blocks.layer(index))  # type: ignore[misc]
         for part, count in cuts._asdict().items() if cuts is not None else ():
             for place in range(count):
                 name = f"layer {index}, {part}" + (f" {place + 1} of {count}" if count > 1 else "")
                 yield Part("mlp", name, lambda at=(index, part, place): blocks.mlp(*at))  # type: ignore[misc]
-        for expert in range(experts_in(config.layers[index])):
+        for expert in range(experts_of_layer(source, index)):
             for place, part in enumerate(("up", "down")):
                 name = f"layer {index}, expert {expert}, {part}"
                 yield Part("experts", name, lambda at=(index, expert, place): blocks.expert(*at))  # type: ignore[misc]
@@ -110,8 +111,9 @@ class _Blocks:
         weights = self._without_experts(index)
         self._note_frequency(index, weights.attention.rotary_frequency_J)
         config = self._config.layers[index]
-        layer = prepare_layer(weights, config, self._storage, CPU)
-        if blocks_of(config, self._config.hidden, self._storage) is None:
+        of_rows = self._source.of_rows(index) if isinstance(self._source, RankSource) else None
+        layer = prepare_layer(weights, config, self._storage, CPU, of_rows=of_rows)
+        if cuts_of(self._source, index, self._storage) is None:
             return layer
         self._cut = index, layer
         return without_mlp(layer)
@@ -121,7 +123,7 @@ class _Blocks:
         config = self._config.layers[index]
         if self._cut is None or self._cut[0] != index:  # a run that was killed had read it
             self.layer(index)
-        cuts = blocks_of(config, self._config.hidden, self._storage)
+        cuts = cuts_of(self._source, index, self._storage)
         assert self._cut is not None
         assert cuts is not None
         layer = self._cut[1]
@@ -140,7 +142,8 @@ class _Blocks:
             self._expert = None
             weights = self._experts.expert(index, expert)
             validate_expert(weights, self._config, index, expert)
-            self._expert = index, expert, prepare_experts(weights, self._storage, CPU)
+            of_rows = self._source.of_expert_rows(index, expert) if isinstance(self._source, RankSource) else None
+            self._expert = index, expert, prepare_experts(weights, self._storage, CPU, of_rows)
         matrix = one_expert(self._expert[2][place], 0)
         if place == 1:
             self._expert = None
@@ -260,13 +263,24 @@ def checksums_of(block: Matrix) -> list[int]:
     return found
 
 
-def experts_in(layer: LayerConfig) -> int:
-    return layer.mlp.router.experts if isinstance(layer.mlp, MoeConfig) else 0
+def experts_of_layer(source: WeightSource, index: int) -> int:
+    """Return how many experts of a layer a source has; a rank's has some of them."""
+    if isinstance(source, RankSource):
+        return source.experts(index)
+    mlp = source.config.layers[index].mlp
+    return mlp.router.experts if isinstance(mlp, MoeConfig) else 0
 
 
-def mlp_records(layer: LayerConfig, hidden: int, storage: Storage) -> Blocks:
+def cuts_of(source: WeightSource, index: int, storage: Storage) -> Blocks | None:
+    """Return how a layer is cut; a rank's share, of which the programs take a whole layer, is not."""
+    if isinstance(source, RankSource):
+        return None
+    return blocks_of(source.config.layers[index], source.config.hidden, storage)
+
+
+def mlp_records(source: WeightSource, index: int, storage: Storage) -> Blocks:
     """Return how many records of their own a layer's up and down are; 0 where its first record holds them."""
-    return blocks_of(layer, hidden, storage) or Blocks(0, 0)
+    return cuts_of(source, index, storage) or Blocks(0, 0)
 
 
 def _padded(inputs: int) -> int:

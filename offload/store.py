@@ -51,6 +51,8 @@ class Store:
     """A store that is open: its records are known, none is read yet."""
 
     folder: Path
+    digest: str
+    """Of its description, which has the checksum of each tensor."""
     storage: Storage
     model: dict[str, Any]
     """What the builder said of the model; nothing here reads it."""
@@ -148,6 +150,7 @@ def open_store(folder: Path) -> Store:
     head = tuple(map(_record, parts["head"]))
     store = Store(
         folder=folder,
+        digest=found,
         storage=Storage(parts["storage"]),
         model=parts["model"],
         resident=_record(parts["resident"]),
@@ -189,14 +192,19 @@ def _record(values: dict[str, Any]) -> Record:
     return Record(**values)
 
 
-def _check_layout(folder: Path, parts: dict[str, Any]) -> None:
-    here, there = layout(), parts["layout"]
+def differing_layout(there: dict[str, Any]) -> str | None:
+    """Return what a store was built for that is otherwise here, in words; None where nothing is."""
+    here = layout()
     wrong = next((key for key in here if there.get(key) != here[key]), None)
+    return None if wrong is None else f"built for {wrong} {there.get(wrong)!r}; here it is {here[wrong]!r}"
+
+
+def _check_layout(folder: Path, parts: dict[str, Any]) -> None:
+    wrong = differing_layout(parts["layout"])
     if wrong is not None:
         name, storage = parts["model"].get("name", "MODEL"), parts["storage"]
         raise CheckpointError(
-            f"{folder} was built for {wrong} {there.get(wrong)!r}; here it is {here[wrong]!r}: remove it and run "
-            f"twinfer offload build {name} {folder} --storage {storage}"
+            f"{folder} was {wrong}: remove it and run twinfer offload build {name} {folder} --storage {storage}"
         )
 
 

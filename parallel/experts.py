@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..compiled.experts import grouped_product, sort_by_expert
+from ..compiled.fetching import DOWN, UP, fetched_product
 from ..compiled.mlp import inner
-from ..compiled.moe import Mlp
+from ..compiled.moe import Moe
 from ..spec.config import Storage
 from ..spec.moe import MoeConfig
 from ..spec.parallel import Exchange
@@ -26,8 +27,8 @@ from .exchange import Route, places_of, run_bounds, swap
 from .wire import Wire
 
 
-def serve(x_TM: Tensor, expert_TK: Tensor, experts: Mlp, config: MoeConfig, storage: Storage, wire: Wire) -> Tensor:
-    """Return what its experts make of each token, [T, K, M]; `experts` and `config` are this rank's share."""
+def serve(x_TM: Tensor, expert_TK: Tensor, weights: Moe, config: MoeConfig, storage: Storage, wire: Wire) -> Tensor:
+    """Return what its experts make of each token, [T, K, M]; `weights` and `config` are this rank's share."""
     groups, total = wire.groups, config.router.experts
     own = total // groups.parallel.expert
     order = sort_by_expert(expert_TK, total)
@@ -41,7 +42,7 @@ def serve(x_TM: Tensor, expert_TK: Tensor, experts: Mlp, config: MoeConfig, stor
     count_PE = swap(told_PE, even, wire)
     route = Route(told_PE.sum(1).tolist(), count_PE.sum(1).tolist())
     arrived_NM = swap(torch.cat([x_AM[bounds_E[expert]] for expert in going]), route, wire)
-    served_NM = _serve_slices(arrived_NM, count_PE, experts, config, storage, wire)
+    served_NM = _serve_slices(arrived_NM, count_PE, weights, config, storage, wire)
     returned_NM = swap(served_NM, route.back, wire)
     if groups.parallel.exchange is Exchange.COORDINATED:
         returned_NM = _gathered(returned_NM, rows_E, own, wire)
@@ -49,26 +50,34 @@ def serve(x_TM: Tensor, expert_TK: Tensor, experts: Mlp, config: MoeConfig, stor
 
 
 def _serve_slices(
-    row_NM: Tensor, count_PE: Tensor, experts: Mlp, config: MoeConfig, storage: Storage, wire: Wire
+    row_NM: Tensor, count_PE: Tensor, weights: Moe, config: MoeConfig, storage: Storage, wire: Wire
 ) -> Tensor:
     """Return what this rank's experts make of the rows that arrived, complete over all slices of them."""
     slices = wire.groups.slices
     if len(slices) == 1:
-        return _multiplied(row_NM, count_PE, experts, config, storage)
+        return _multiplied(row_NM, count_PE, weights, config, storage)
     count_SPE = wire.all_gather_rows(count_PE, [len(count_PE)] * len(slices), slices).view(len(slices), *count_PE.shape)
     lengths: list[int] = count_SPE.sum((1, 2)).tolist()
     all_NM = wire.all_gather_rows(row_NM, lengths, slices)
-    out_NM = _multiplied(all_NM, count_SPE.flatten(0, 1), experts, config, storage)
+    out_NM = _multiplied(all_NM, count_SPE.flatten(0, 1), weights, config, storage)
     return torch.split(wire.all_reduce(out_NM, slices), lengths)[slices.place]
 
 
-def _multiplied(row_NM: Tensor, count_PE: Tensor, experts: Mlp, config: MoeConfig, storage: Storage) -> Tensor:
+def _multiplied(row_NM: Tensor, count_PE: Tensor, weights: Moe, config: MoeConfig, storage: Storage) -> Tensor:
     """Feed rows through this rank's slice of their experts: of peer p there are count[p][e] for each expert e."""
     own = count_PE.shape[1]
     expert_N = torch.arange(own).repeat(len(count_PE)).repeat_interleave(count_PE.flatten())
     order = sort_by_expert(expert_N[:, None].to(row_NM.device), own)
-    inner_NF = inner(grouped_product(row_NM[order.choice_A], order.rows_E, experts.up, storage), config.expert)
-    return grouped_product(inner_NF, order.rows_E, experts.down, storage)[order.place_A]
+    inner_NF = inner(_product(row_NM[order.choice_A], order.rows_E, weights, UP, storage), config.expert)
+    return _product(inner_NF, order.rows_E, weights, DOWN, storage)[order.place_A]
+
+
+def _product(x_AI: Tensor, rows_E: Tensor, weights: Moe, part: int, storage: Storage) -> Tensor:
+    """Return rows sorted by expert, each times the matrix of its own, which may have to be fetched."""
+    matrix = weights.experts[part]
+    if weights.fetcher_1 is None:
+        return grouped_product(x_AI, rows_E, matrix, storage)
+    return fetched_product(x_AI, rows_E, weights.fetcher_1, part, matrix.outputs, storage)
 
 
 def _gathered(row_NM: Tensor, rows_E: list[int], own: int, wire: Wire) -> Tensor:

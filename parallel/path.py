@@ -11,8 +11,8 @@ Graphs are not recorded: a step would have to be recorded in pieces, between the
 Shapes: B sequences, R of them that gain one token, T tokens, N rows of results, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -32,17 +32,26 @@ from ..spec.errors import RequestError
 from ..spec.parallel import check_parallel
 from ..spec.weights import WeightSource
 from .programs import RankProgram, Tokens
-from .weights import prepare_share
+from .weights import Share, prepare_share
 from .wire import Pending, Wire
 
 _PREFILL_TOKENS = 512
 """The longest piece of a prompt that is prefilled at once."""
 
 
+class LocalSequences(Protocol):
+    """The sequences of a data group, with the heads and layers of one rank."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
 class ParallelSequences:
     """Implements `twinfer.spec.decoder.Sequences`: the keys and values that this rank holds of a batch's sequences."""
 
-    def __init__(self, owner: "RankPath", batch: int, local: StaticSequences) -> None:
+    def __init__(self, owner: "RankPath", batch: int, local: LocalSequences) -> None:
         self.owner = owner
         self.local = local
         """Those of its data group, with the heads and layers of its own."""
@@ -122,21 +131,26 @@ class RankPath:
         self._report = report or (lambda line: None)
         self._on_step = on_step
         with pinned(device):
-            self.share = prepare_share(
-                source,
-                self._parallel,
-                groups.rank,
-                storage,
-                device,
-                compute,
-                of_rows=lambda absmax_N: wire.largest(absmax_N, groups.tensor),
-                of_expert_rows=lambda absmax_N: wire.largest(absmax_N, groups.slices),
-                on_part=on_step,
-            )
+            self.share = self._prepared(source, storage, compute)
         self._storage, self._compute = storage, compute
         self._turn = Turn(device, compiled=mode is not Mode.EAGER)
         self._programs = {name: self._made(name) for name in self._names()}
         self._uncompiled = set() if mode is Mode.EAGER else set(self._programs)
+
+    def _prepared(self, source: WeightSource, storage: Storage, compute: torch.dtype) -> Share:
+        """Return this rank's share of the weights."""
+        wire, groups = self.wire, self.wire.groups
+        return prepare_share(
+            source,
+            self._parallel,
+            groups.rank,
+            storage,
+            self._device,
+            compute,
+            of_rows=lambda absmax_N: wire.largest(absmax_N, groups.tensor),
+            of_expert_rows=lambda absmax_N: wire.largest(absmax_N, groups.slices),
+            on_part=self._on_step,
+        )
 
     @property
     def config(self) -> ModelConfig:
@@ -169,10 +183,13 @@ class RankPath:
 
     def open(self, batch: int, reserve: int) -> ParallelSequences:
         protocol.check_open(self._config, self.max_batch, batch, reserve)
-        own = len(range(self._place.data, batch, self._parallel.data))
         with self._turn:
-            local = StaticSequences(self.share.config, own, reserve, self._device, self._compute)
-        return ParallelSequences(self, batch, local)
+            return ParallelSequences(self, batch, self._opened(batch, reserve))
+
+    def _opened(self, batch: int, reserve: int) -> LocalSequences:
+        """Return those of a batch that the data group has, with what this rank holds of them."""
+        own = len(range(self._place.data, batch, self._parallel.data))
+        return StaticSequences(self.share.config, own, reserve, self._device, self._compute)
 
     @overload
     def extend(
@@ -243,18 +260,9 @@ class RankPath:
 
     def _run_all(self, sequences: ParallelSequences, tokens: list[list[int]], every_position: bool) -> list[Tensor]:
         """Do the runs of this rank's data group; returns logits in the order of its sequences, on the last stage."""
-        own = tokens[self._place.data :: self._parallel.data]
-        local = sequences.local
-        lengths = sequences.lengths[self._place.data :: self._parallel.data]
-        gained = [len(each) for each in own]
-        local.make_room(max((length + more for length, more in zip(lengths, gained, strict=True)), default=0))
+        gained = [len(each) for each in tokens[self._place.data :: self._parallel.data]]
         found: dict[int, list[Tensor]] = {index: [] for index, more in enumerate(gained) if more}
-        runs = runs_of(lengths, own, self._storage, every_position)
-        for run in (*runs, *[None] * (self._most_runs(sequences, tokens, every_position) - len(runs))):
-            if run is None:
-                self._programs[Program.PREFILL].idle()
-                continue
-            logits = self._run(local, lengths, run, every_position)
+        for run, logits in self._done(sequences, tokens, every_position):
             if logits is None:
                 continue
             if run.program is Program.PREFILL:
@@ -263,6 +271,20 @@ class RankPath:
                 for index, logits_V in zip(dict.fromkeys(run.members), logits, strict=True):
                     found[index].append(logits_V[None])
         return [each for index in sorted(found) for each in found[index]]
+
+    def _done(
+        self, sequences: ParallelSequences, tokens: list[list[int]], every_position: bool
+    ) -> Iterator[tuple[Run, Tensor | None]]:
+        """Do the runs one after the other; yields each with its logits, where this rank has them."""
+        group, groups, local = self._place.data, self._parallel.data, sequences.local
+        lengths, own = sequences.lengths[group::groups], tokens[group::groups]
+        assert isinstance(local, StaticSequences)
+        local.make_room(max((length + len(each) for length, each in zip(lengths, own, strict=True)), default=0))
+        runs = runs_of(lengths, own, self._storage, every_position)
+        for run in runs:
+            yield run, self._run(local, lengths, run, every_position)
+        for _ in range(len(runs), self._most_runs(sequences, tokens, every_position)):
+            self._programs[Program.PREFILL].idle()
 
     def _most_runs(self, sequences: ParallelSequences, tokens: list[list[int]], every_position: bool) -> int:
         """Return how many runs any data group has, where groups exchange rows and so must have equally many; else 0."""
@@ -274,22 +296,23 @@ class RankPath:
         return max(len(runs_of(*each, self._storage, every_position)) for each in given)
 
     def _run(self, local: StaticSequences, lengths: Sequence[int], run: Run, every_position: bool) -> Tensor | None:
-        self._compile_alone(run.program)
+        self._check_compiled(run.program)
         program, parallel, stage = self._programs[run.program], self._parallel, self._place.stage
-        tokens = self._tokens_of(local, lengths, run)
-        if stage == 0:
-            x = program.begin(tokens)
-        else:
-            room_TM = torch.empty(len(tokens.token_T), self._config.hidden, dtype=self._compute, device=self._device)
-            x = self.wire.receive(room_TM, tokens.rows, self.wire.groups.neighbor(-1))
+        tokens = self._tokens_of(local.capacity, lengths, run)
+        x = program.begin(tokens) if stage == 0 else self._received(tokens)
         x = program.through(x, local.caches, tokens)
         if stage + 1 < parallel.pipeline:
             self.wire.send(x[: tokens.rows], self.wire.groups.neighbor(1))
             return None
         return program.end(x, tokens, every_position) if run.ends else None
 
-    def _tokens_of(self, local: StaticSequences, lengths: Sequence[int], run: Run) -> Tokens:
-        starts = [member * local.capacity for member in run.members]
+    def _received(self, tokens: Tokens) -> Tensor:
+        """Return what the stage before sends."""
+        room_TM = torch.empty(len(tokens.token_T), self._config.hidden, dtype=self._compute, device=self._device)
+        return self.wire.receive(room_TM, tokens.rows, self.wire.groups.neighbor(-1))
+
+    def _tokens_of(self, capacity: int, lengths: Sequence[int], run: Run) -> Tokens:
+        starts = [member * capacity for member in run.members]
         if run.program is Program.PREFILL:
             (new,) = run.tokens
             positions = list(range(run.first, run.first + len(new)))
@@ -303,7 +326,7 @@ class RankPath:
         )
         return Tokens(token_T, position_T, start_T, torch.arange(slots, device=self._device), rows)
 
-    def _compile_alone(self, name: Program) -> None:
+    def _check_compiled(self, name: Program) -> None:
         if name in self._uncompiled:
             raise RequestError(f"the program {name} is not compiled; compile it on all ranks before it is used")
 
@@ -330,20 +353,23 @@ class RankPath:
 
     def _try(self, name: Program) -> None:
         """Run a program on an example whose dynamic dims differ from each other in size, as the compiled path does."""
+        given, rows, capacity = self._example(name)
+        local = StaticSequences(self.share.config, rows, capacity, self._device, self._compute)
+        program = self._programs[name]
+        x = program.begin(given) if self._place.stage == 0 else self._received(given)
+        x = program.through(x, local.caches, given)
+        if self._place.stage == self._parallel.pipeline - 1:
+            program.end(x, given, every_position=False)
+
+    def _example(self, name: Program) -> tuple[Tokens, int, int]:
+        """Return tokens to try a program on, for how many sequences they are, and of what capacity."""
         rows = {Program.DECODE_ROWS: PASS_ROWS, Program.DECODE_MANY: PASS_ROWS + 2}.get(name, 1)
         tokens, slots, capacity = 160, 224, 352
-        local = StaticSequences(self.share.config, rows, capacity, self._device, self._compute)
         count = tokens if name is Program.PREFILL else rows
         nothing_T = torch.zeros(count, dtype=torch.int64, device=self._device)
         position_T = torch.arange(count, device=self._device) % self._config.context
         start_R = torch.arange(rows, device=self._device) * capacity
-        given = Tokens(nothing_T, position_T, start_R, torch.arange(slots, device=self._device), count)
-        program = self._programs[name]
-        hidden_TM = torch.zeros(count, self._config.hidden, dtype=self._compute, device=self._device)
-        x = program.begin(given) if self._place.stage == 0 else hidden_TM
-        x = program.through(x, local.caches, given)
-        if self._place.stage == self._parallel.pipeline - 1:
-            program.end(x, given, every_position=False)
+        return Tokens(nothing_T, position_T, start_R, torch.arange(slots, device=self._device), count), rows, capacity
 
 
 def runs_of(lengths: Sequence[int], tokens: Sequence[list[int]], storage: Storage, every_position: bool) -> list[Run]:

@@ -20,7 +20,7 @@ from ..compiled.layers import Cache
 from ..compiled.moe import Moe
 from ..compiled.programs import Program
 from ..compiled.steps import Piece
-from ..compiled.weights import Layer
+from ..compiled.weights import Head, Layer
 from ..spec.config import LayerConfig, Residual
 from ..spec.moe import MoeConfig
 from .experts import serve
@@ -59,46 +59,70 @@ class RankProgram:
         model = self._share.model
         assert model.embedding is not None
         part_TW = self._pieces.lookup(model.embedding.table, self._share.first_token_1, tokens.token_T)
-        return self._reduced(part_TW, tokens)
+        return self.reduced(part_TW, tokens)
 
     def through(self, x: Tensor, caches: Sequence[Cache], tokens: Tokens) -> Tensor:
         """Pass through the layers of the stage: x is rows of the token table, or what left the stage before."""
-        model, config = self._share.model, self._share.config
+        x_TM, positions = self.enter(x, tokens)
+        for index, (weights, cache) in enumerate(zip(self._share.model.layers, caches, strict=True)):
+            x_TM = self.pass_layer(index, x_TM, weights, cache, positions, tokens)
+        return x_TM
+
+    def enter(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Any]:
+        """Return what the stage's first layer reads, and what all its layers have in common."""
+        model = self._share.model
         given = tokens.position_T, tokens.start_T, tokens.slot_S
         first = model.embedding is not None
         x_TM, positions = self._pieces.entry(x if first else None, model.embedding, model.rotations.different, *given)
-        x_TM = x if x_TM is None else x_TM
-        for layer, weights, cache, place in zip(
-            config.layers, model.layers, caches, model.rotations.of_layer, strict=True
-        ):
-            table = None if place is None else positions.tables[place]
-            mask = positions.masks[self._pieces.windows.index(layer.attention.window)]
-            writes = (positions.write_R, positions.position_R) if self._decodes else (positions.write_T,)
-            slot_S = tokens.slot_S if self._decodes else positions.read_S
-            x_TM = self._layer(layer, x_TM, weights, (cache, table, writes, slot_S, mask), tokens)
-            self._on_layer()
+        return x if x_TM is None else x_TM, positions
+
+    def pass_layer(
+        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache, positions: Any, tokens: Tokens
+    ) -> Tensor:
+        """Pass through one layer of the stage."""
+        layer, place = self._share.config.layers[index], self._share.model.rotations.of_layer[index]
+        table = None if place is None else positions.tables[place]
+        mask = positions.masks[self._pieces.windows.index(layer.attention.window)]
+        writes = (positions.write_R, positions.position_R) if self._decodes else (positions.write_T,)
+        slot_S = tokens.slot_S if self._decodes else positions.read_S
+        x_TM = self._layer(layer, x_TM, weights, (cache, table, writes, slot_S, mask), tokens)
+        self._on_layer()
         return x_TM
 
     def idle(self) -> None:
         """Take part in the exchanges of other data groups, without tokens of its own."""
+        for index, weights in enumerate(self._share.model.layers):
+            self.idle_layer(index, weights)
+
+    def idle_layer(self, index: int, weights: Layer) -> None:
+        """Take part in those of one layer."""
         model, config = self._share.model, self._share.config
-        for layer, weights in zip(config.layers, model.layers, strict=True):
-            if isinstance(layer.mlp, MoeConfig) and isinstance(weights.mlp, Moe):
-                x_TM = torch.zeros(0, config.hidden, dtype=model.compute, device=model.device)
-                expert_TK = torch.zeros(0, layer.mlp.router.top_k, dtype=torch.int64, device=model.device)
-                serve(x_TM, expert_TK, weights.mlp.experts, layer.mlp, model.storage, self._wire)
-                self._on_layer()
+        layer = config.layers[index]
+        if isinstance(layer.mlp, MoeConfig) and isinstance(weights.mlp, Moe):
+            x_TM = torch.zeros(0, config.hidden, dtype=model.compute, device=model.device)
+            expert_TK = torch.zeros(0, layer.mlp.router.top_k, dtype=torch.int64, device=model.device)
+            serve(x_TM, expert_TK, weights.mlp, layer.mlp, model.storage, self._wire)
+            self._on_layer()
 
     def end(self, x_TM: Tensor, tokens: Tokens, every_position: bool) -> Tensor:
         """Return logits on the last stage, [R, V]: of every row of a step, of a prefill's last token or of all."""
-        model, config = self._share.model, self._share.config
-        assert model.head is not None
-        hidden_TW, part_RV = self._pieces.last(x_TM, model.head)
+        head = self._share.model.head
+        assert head is not None
+        return self.gathered(self.scored(x_TM, head, tokens, every_position))
+
+    def scored(self, x_TM: Tensor, head: Head, tokens: Tokens, every_position: bool) -> Tensor:
+        """Return the products with this rank's rows of the head, or with some of them."""
+        hidden_TW, part_RV = self._pieces.last(x_TM, head)
         if self._decodes:
-            part_RV = part_RV[: tokens.rows]
-        elif every_position:
+            return part_RV[: tokens.rows]
+        if every_position:
             wide_TW = hidden_TW.to(accumulation_dtype(hidden_TW.dtype))
-            part_RV = head_prefill(wide_TW, model.head.projection, model.storage)
+            return head_prefill(wide_TW, head.projection, self._share.model.storage)
+        return part_RV
+
+    def gathered(self, part_RV: Tensor) -> Tensor:
+        """Return logits, of all ranks' products."""
+        config = self._share.config
         counted = len(part_RV) * self._share.tokens * part_RV.element_size()
         logits_RV = self._wire.all_gather(part_RV, self._wire.groups.tensor, counted)[:, : self._vocabulary]
         return scale_and_cap(logits_RV, config.logit_scale, config.logit_softcap).contiguous()
@@ -113,10 +137,10 @@ class RankProgram:
         if pieces.mixture is not None:
             return self._experts(pieces.mixture, layer, x_TM, part_TM, weights, tokens)
         if pieces.feed is not None:
-            stream_TM, part_TM = pieces.feed(x_TM, self._reduced(part_TM, tokens), weights)
+            stream_TM, part_TM = pieces.feed(x_TM, self.reduced(part_TM, tokens), weights)
             assert stream_TM is not None
             x_TM = stream_TM
-        return pieces.close(x_TM, self._reduced(part_TM, tokens), weights)
+        return pieces.close(x_TM, self.reduced(part_TM, tokens), weights)
 
     def _experts(
         self,
@@ -142,7 +166,7 @@ class RankProgram:
         else:
             given = chosen.read_TM[: tokens.rows], chosen.routing.expert_TK[: tokens.rows]
             model = self._share.model
-            returned = serve(*given, weights.mlp.experts, layer.mlp, model.storage, self._wire)
+            returned = serve(*given, weights.mlp, layer.mlp, model.storage, self._wire)
             returned = filled_up(returned, len(x_TM))
         return pieces.finish(
             x_TM if chosen.stream_TM is None else chosen.stream_TM,
@@ -162,11 +186,12 @@ class RankProgram:
             return ()
         qkv_TGD, (query_T1, key_T1) = pieces.project(x_TM, weights)
         if pieces.center is not None:
-            reduced = self._reduced(query_T1, tokens), self._reduced(key_T1, tokens)
+            reduced = self.reduced(query_T1, tokens), self.reduced(key_T1, tokens)
             qkv_TGD, (query_T1, key_T1) = pieces.center(qkv_TGD, reduced)
-        return qkv_TGD, (self._reduced(query_T1, tokens), self._reduced(key_T1, tokens))
+        return qkv_TGD, (self.reduced(query_T1, tokens), self.reduced(key_T1, tokens))
 
-    def _reduced(self, part_TM: Tensor, tokens: Tokens) -> Tensor:
+    def reduced(self, part_TM: Tensor, tokens: Tokens) -> Tensor:
+        """Return the sum over the tensor group."""
         return self._start_reduce(part_TM, tokens)()
 
     def _start_reduce(self, part_TM: Tensor, tokens: Tokens) -> Callable[[], Tensor]:

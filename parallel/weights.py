@@ -84,19 +84,17 @@ def prepare_share(
     config = local_config(whole, parallel, place.stage)
     embedding = head = None
     if place.stage == 0 or last:
-        embedding = prepare_embedding(_embedding(source, shard, piece), whole, storage, device, compute)
+        embedding = prepare_embedding(embedding_share(source, shard, piece), whole, storage, device, compute)
         on_part()
     if last:
         assert embedding is not None
-        head = prepare_head(_head(source, shard, piece), whole, storage, device, compute, tied=embedding.table)
+        head = prepare_head(head_share(source, shard, piece), whole, storage, device, compute, tied=embedding.table)
         on_part()
     layers: list[Layer] = []
     frequencies: list[Tensor | None] = []
     indices = stage_layers(len(whole.layers), parallel.pipeline)[place.stage]
     for index, layer in zip(indices, config.layers, strict=True):
-        weights = source.layer(index, shard)
-        validate_layer(weights, whole, index, shard)
-        weights = _with_zero_biases(weights, whole.layers[index])
+        weights = layer_share(source, index, shard)
         completed = {"of_rows": of_rows, "of_expert_rows": of_expert_rows}
         layers.append(prepare_layer(weights, layer, storage, device, compute, **completed))
         frequencies.append(weights.attention.rotary_frequency_J)
@@ -109,19 +107,28 @@ def prepare_share(
     return Share(model, config, torch.tensor([tokens.start], device=device), len(tokens))
 
 
-def _embedding(source: WeightSource, shard: Shard, piece: int) -> EmbeddingWeights:
+def embedding_share(source: WeightSource, shard: Shard, piece: int) -> EmbeddingWeights:
+    """Read a rank's piece of the token table, filled up with zeros to so many rows, and what is beside it."""
     weights = source.embedding(shard)
     validate_embedding(weights, source.config, shard)
     return replace(weights, token_VW=_filled(weights.token_VW, piece))
 
 
-def _head(source: WeightSource, shard: Shard, piece: int) -> HeadWeights:
+def head_share(source: WeightSource, shard: Shard, piece: int) -> HeadWeights:
+    """Read a rank's piece of the head, likewise."""
     weights = source.head(shard)
     validate_head(weights, source.config, shard)
     if weights.projection is not None:
         projection = replace(weights.projection, weight_NI=_filled(weights.projection.weight_NI, piece))
         weights = replace(weights, projection=projection)
     return weights if weights.bias_V is None else replace(weights, bias_V=_filled(weights.bias_V, piece))
+
+
+def layer_share(source: WeightSource, index: int, shard: Shard) -> LayerWeights:
+    """Read a rank's share of a layer: matrices that are cut by columns have zeros for the bias that only rank 0 has."""
+    weights = source.layer(index, shard)
+    validate_layer(weights, source.config, index, shard)
+    return _with_zero_biases(weights, source.config.layers[index])
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:
@@ -132,7 +139,6 @@ def _filled(rows: Tensor, count: int) -> Tensor:
 
 
 def _with_zero_biases(weights: LayerWeights, config: LayerConfig) -> LayerWeights:
-    """Give matrices that are cut by columns the bias that only one rank has, as zeros on the others."""
     if config.attention.output_bias:
         attention = replace(weights.attention, output=_zero_biased(weights.attention.output))
         weights = replace(weights, attention=attention)

@@ -175,7 +175,12 @@ class Wire:
     def waited(self, pending: Pending) -> Tensor:
         if pending.call is not None:
             self.ledger.awaited(pending.call)
+        with self.waiting():
+            return pending.wait()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait within this for other ranks or for a disk: that this rank gets no further is no sign that it hangs."""
         self._on_wait(True)
-        value = pending.wait()
+        yield
         self._on_wait(False)
-        return value

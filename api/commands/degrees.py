@@ -81,6 +81,10 @@ def check_request(checkpoint: "Checkpoint", parallel: ParallelConfig, args: argp
     _check_device(args.device, parallel)
     storage = args.storage or checkpoint.storage or Storage.FLOAT32
     check_parallel(checkpoint.config, parallel, Storage(storage))
+    if isinstance(checkpoint.source, StoreSource):
+        from ..stores import check_ranks_of_store
+
+        check_ranks_of_store(checkpoint.source, parallel)
 
 
 def _check_device(name: str, parallel: ParallelConfig) -> None:

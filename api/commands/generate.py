@@ -220,7 +220,8 @@ def _batch(model: Model, reserve: int, prompts: int) -> int:
     from twinfer.offload.measuring import best_batch
     from twinfer.offload.path import OffloadPath
 
-    assert isinstance(model.decoder, OffloadPath)
+    if not isinstance(model.decoder, OffloadPath):
+        raise RequestError("--batch is auto, which is found for one rank only; give a number")
     return best_batch(model.decoder, reserve, prompts)
 
 
@@ -250,13 +251,12 @@ def report_of(model: Model, name: str, generation: Generation) -> dict[str, Any]
 
 
 def _experts(model: Model) -> "ExpertReport | None":
-    """Return what was read of experts; None for models that are no stores with experts."""
+    """Return what was read of experts; None for models that are no stores with experts, and for many ranks."""
     if model.path is not Path.OFFLOAD:
         return None
     from twinfer.offload.path import OffloadPath
 
-    assert isinstance(model.decoder, OffloadPath)
-    return model.decoder.experts
+    return model.decoder.experts if isinstance(model.decoder, OffloadPath) else None
 
 
 def _prompts(args: argparse.Namespace) -> Sequence[str | list[int]]:

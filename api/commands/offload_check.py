@@ -21,12 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from twinfer.offload.shares import is_shares, open_shares
     from twinfer.offload.store import check, open_store
 
-    store = open_store(args.store)
-    check(store)
+    stores = [*open_shares(args.store).stores.values()] if is_shares(args.store) else [open_store(args.store)]
+    for store in stores:
+        check(store)
+    records, nbytes = sum(len(store.records) for store in stores), sum(store.nbytes for store in stores)
     if args.json:
-        print_json({"store": str(args.store), "records": len(store.records), "bytes": store.nbytes})
+        print_json({"store": str(args.store), "records": records, "bytes": nbytes})
     else:
-        print(f"{args.store}: {len(store.records)} records, {store.nbytes:,} bytes, all as they were written")
+        print(f"{args.store}: {records} records, {nbytes:,} bytes, all as they were written")
     return 0

@@ -5,11 +5,15 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
+from twinfer.spec.errors import RequestError
 from twinfer.spec.naming import dtype_name
+from twinfer.spec.parallel import ParallelConfig, check_parallel
 
 from ..memory import peak_memory_bytes
 from ..paths import Compute
+from ..store_source import StoreSource
 from .console import print_json, waiting
+from .degrees import add_degrees, degrees_of
 from .options import add_compute, add_json, batch_size, byte_count, positive
 
 NAME, HELP = "plan", "say how a memory budget would be spent, and what a token would take"
@@ -21,8 +25,12 @@ example:
 The budget is for what a run takes besides the interpreter with torch. The smallest one that works is named where the
 given one does not. Programs are compiled if they are not kept from an earlier run, since computing is measured too.
 
+With --tensor and the other degrees, the plan of each rank, of which each has that budget for itself. Computing is not
+measured then; the seconds of a step are those of the reads, which all come from one disk.
+
 with --json, one object: {"plan": bytes for each purpose, "speeds", "step" and "prompts": seconds of computing,
-  "prediction", "interpreter_bytes", "processor"}
+  "prediction", "interpreter_bytes", "processor"}, and of several ranks {"plans": one for each rank, "speeds",
+  "read_s"}
 """
 
 
@@ -44,22 +52,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=positive, default=512, metavar="N", help="tokens of each sequence (default %(default)s)"
     )
     add_compute(parser)
+    add_degrees(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from twinfer.offload.measuring import best_batch, compute, measure, predict
     from twinfer.offload.path import OffloadPath
+    from twinfer.offload.store import Store
 
-    from ..store_source import StoreSource
-    from ..stores import check_budget, open_store_model
+    from ..stores import check_budget, check_ranks_of_store, open_store_model
 
     before = peak_memory_bytes()
     with waiting() as report:
         checkpoint = open_store_model(args.store)
         source, config, compute_in = checkpoint.source, checkpoint.config, Compute(dtype_name(args.compute))
         assert isinstance(source, StoreSource)
-        store, reserve = source.store, min(args.tokens, config.context)
+        parallel, reserve = degrees_of(args), min(args.tokens, config.context)
+        check_ranks_of_store(source, parallel)
+        if parallel.ranks > 1:
+            return _of_ranks(args, source, parallel)
+        store = source.store
+        assert isinstance(store, Store)
         check_budget(source, args.memory_budget, 1 if args.batch == "auto" else args.batch, reserve, compute_in)
         path = OffloadPath(store, config, budget=args.memory_budget, compute=compute_in.dtype, report=report)
         path.compile()
@@ -93,4 +107,36 @@ def run(args: argparse.Namespace) -> int:
     print(f"a decode step of {planned.batch}: {predicted.step_s:.3f} s, {predicted.token_s:.4f} s a token")
     print(f"a prompt token: {predicted.prompt_token_s:.5f} s")
     print(f"reads are hidden from {predicted.hiding_tokens:.0f} tokens a step on")
+    return 0
+
+
+def _of_ranks(args: argparse.Namespace, source: StoreSource, parallel: ParallelConfig) -> int:
+    """Print what each rank of a job would take and read."""
+    from twinfer.offload.measuring import measure
+    from twinfer.offload.rank_plan import plan_of_rank
+    from twinfer.parallel.weights import local_config
+
+    from ..stores import shares_in
+
+    if args.batch == "auto":
+        raise RequestError("--batch is auto, which is found for one rank only; give a number")
+    check_parallel(source.config, parallel, source.store.storage)
+    shares, plans = shares_in(source), []
+    for rank in range(parallel.ranks):
+        store, config = (
+            shares.of_rank(parallel, rank),
+            local_config(source.config, parallel, parallel.place(rank).stage),
+        )
+        given = {"budget": args.memory_budget, "batch": args.batch, "reserve": min(args.tokens, config.context)}
+        compute = Compute(dtype_name(args.compute)).dtype
+        plans.append(plan_of_rank(store, config, parallel, rank, **given, compute=compute, expands=False))
+    speeds = measure(next(iter(shares.stores.values())), plans[0].slots)
+    read_s = sum(each.step_bytes for each in plans) / speeds.disk
+    if args.json:
+        print_json({"plans": [each.as_json() for each in plans], "speeds": asdict(speeds), "read_s": read_s})
+        return 0
+    print(" ".join([f"{'':>16}", *(f"{f'rank {rank}':>16}" for rank in range(parallel.ranks))]))
+    for name in plans[0].as_json():
+        print(" ".join([f"{name:>16}", *(f"{each.as_json()[name]:>16,}" for each in plans)]))
+    print(f"disk {speeds.disk / 1e9:.2f} GB/s: all ranks together read for {read_s:.3f} s a step")
     return 0

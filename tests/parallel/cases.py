@@ -8,6 +8,8 @@ import torch
 from exact import ExactSource, without_norms  # beside this file
 from mutants import MUTANTS
 from stored import differing
+from streamed import differing as differing_records
+from streamed import stream
 from torch import Tensor
 
 from twinfer.checkpoint import open_model
@@ -135,3 +137,16 @@ def sums(parallel: ParallelConfig, sizes: tuple[int, ...]) -> tuple[Tensor | int
     before = shared.begun
     found = [wire.all_reduce(torch.full((size,), 1.0 + groups.rank), groups.tensor) for size in sizes]
     return (*found, shared.begun - before)
+
+
+def extend_streamed(parallel: ParallelConfig, **given: Any) -> dict[str, Any]:
+    """Return what `stream` does, for these degrees."""
+    return stream(groups_of(parallel), **given)
+
+
+def differing_layers(
+    config: ModelConfig, seed: int, parallel: ParallelConfig, storage: Storage, folder: str
+) -> list[str]:
+    """Return which records differ from a resident path's weights."""
+    resident = path_of(config, seed, parallel, storage, torch.float32)
+    return differing_records(groups_of(parallel), resident, folder)

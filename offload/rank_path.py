@@ -1,0 +1,355 @@
+"""One rank's end of a model on many ranks whose weights stay on the disk: each rank streams its own share.
+
+It is `parallel.path.RankPath` with another loop. There a run (the rows of a step, or a piece of a prompt) goes through
+all layers of a stage before the next one begins. Here all runs of a call go through a layer while its weights are
+there, as in `path.OffloadPath`. What is computed for each run is the same, by the same pieces and collectives in the
+same order: logits are those of the ranks that hold their weights, to the bit, where that is so of rows of the head
+(`path`).
+
+Ranks must agree. How many runs share a sweep follows from the plan, which is the same on all ranks of a stage: their
+shares have the same form, and it is made for the largest part of a batch that any data group has.
+
+Shapes: T tokens, W table width, V the rank's piece of the vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..compiled.compute import DEFAULT, accumulation_dtype
+from ..compiled.embedding import Embedding
+from ..compiled.layers import Cache
+from ..compiled.linear import lookup
+from ..compiled.machine import return_freed_memory
+from ..compiled.packing import Matrix
+from ..compiled.path import Mode
+from ..compiled.programs import Program
+from ..compiled.sequences import StaticSequences
+from ..compiled.weights import Head, Model
+from ..parallel.path import LocalSequences, ParallelSequences, RankPath, Run, runs_of
+from ..parallel.programs import RankProgram, Tokens
+from ..parallel.weights import Share, local_config
+from ..parallel.wire import Wire
+from ..spec.ambient import CPU
+from ..spec.config import ModelConfig, Storage
+from ..spec.errors import CheckpointError, RequestError
+from ..spec.parallel import check_parallel, stage_layers
+from ..spec.shard import vocabulary_piece
+from ..spec.weights import WeightSource
+from .cutting import NO_MATRIX
+from .direct import DirectFile, aligned_buffer
+from .events import Event
+from .expert_cache import ExpertCache
+from .form import Record, Resident, faulty, in_buffer
+from .gathering import GatheredStreamer, form_readers
+from .kv_stream import Span, away_layers
+from .path import COMPUTE_DTYPES
+from .plan import Plan, call_bytes
+from .rank_plan import plan_of_rank
+from .rank_source import NoWeights
+from .sequences import Away, TieredSequences
+from .shares import Shares
+from .streamer import KEPT, Streamer, damaged
+from .table import DiskTable
+
+
+@dataclass(slots=True)
+class _Moving:
+    """A run on its way through the layers."""
+
+    run: Run
+    program: RankProgram
+    tokens: Tokens
+    x: Tensor
+    positions: Any
+    scored: list[Tensor] = field(default_factory=list)
+    """For each block of the head that it has met, its products."""
+
+
+class StreamedRankPath(RankPath):
+    """Implements `twinfer.spec.decoder.Decoder` together with the same object on every other rank, for a store.
+
+    `budget` bounds in bytes what this rank allocates. Raises `RequestError` for a store of other degrees, and what
+    `RankPath` and `OffloadPath` raise. Ranks that hold the same share read a part of each record each, and gather the
+    rest from each other.
+    """
+
+    def __init__(
+        self,
+        shares: Shares,
+        config: ModelConfig,
+        wire: Wire,
+        *,
+        budget: int,
+        compute: torch.dtype = DEFAULT,
+        mode: Mode = Mode.COMPILED,
+        report: Callable[[str], None] | None = None,
+        on_step: Callable[[], None] = lambda: None,
+        direct: bool = True,
+    ) -> None:
+        groups, whole = wire.groups, next(iter(shares.stores.values()))
+        if compute not in COMPUTE_DTYPES:
+            raise RequestError(
+                f"compute is {compute}; of a store it must be one of {', '.join(map(str, COMPUTE_DTYPES))}"
+            )
+        if len(whole.layers) != len(config.layers):
+            raise CheckpointError(
+                f"{shares.folder} holds {len(whole.layers)} layers; its config has {len(config.layers)}"
+            )
+        check_parallel(config, groups.parallel, shares.storage)
+        self._store, self._budget, self._expands = (
+            shares.of_rank(groups.parallel, groups.rank),
+            budget,
+            mode is Mode.EAGER,
+        )
+        self._local = local_config(config, groups.parallel, groups.place.stage)
+        self._plan_of = partial(
+            plan_of_rank,
+            self._store,
+            self._local,
+            groups.parallel,
+            groups.rank,
+            budget=budget,
+            compute=compute,
+            expands=mode is Mode.EAGER,
+        )
+        self._plan_of(batch=1, reserve=min(2, config.context))
+        self._file = DirectFile(self._store.weights, direct=direct)
+        if not self._file.direct and report is not None:
+            report(f"{self._store.weights} is read through the page cache: its file system knows no direct reads")
+        self._readers = form_readers(groups)
+        self._layers: Streamer | GatheredStreamer | None = None
+        self._kv_events: deque[Event] = deque(maxlen=KEPT)
+        self.plan: Plan | None = None
+        """That of the sequences opened last."""
+        super().__init__(
+            NoWeights(config),
+            wire,
+            storage=shares.storage,
+            compute=compute,
+            device=CPU,
+            mode=mode,
+            report=report,
+            on_step=on_step,
+        )
+        self._table = DiskTable(self._file, self._store.table, self._store.storage, self._resident.table_checksum_B)
+        self._experts = ExpertCache(self._file, self._store, self._local) if any(self._store.experts) else None
+
+    @property
+    def events(self) -> list[Event]:
+        """What was read, written and computed with of late, on this rank."""
+        streamed = [] if self._layers is None else self._layers.events
+        return sorted([*streamed, *self._kv_events], key=lambda each: each.end_s)
+
+    def close(self) -> None:
+        """Give back threads, buffers and the file; sequences cannot be extended any more."""
+        if self._layers is not None:
+            self._layers.close()
+        if self._experts is not None:
+            self._experts.close()
+        self._table.close()
+        self._file.close()
+
+    def _prepared(self, source: WeightSource, storage: Storage, compute: torch.dtype) -> Share:
+        """Read what stays in memory."""
+        record, parallel, place = self._store.resident, self._parallel, self._place
+        buffer = aligned_buffer(record.nbytes)
+        self._file.read_into(buffer, record.offset, record.name)
+        if fault := faulty(record, buffer):
+            raise damaged(self._file, record, fault)
+        self._resident = resident = cast(Resident, in_buffer(record, buffer))
+        self._on_step()
+        beside = resident.projection, resident.position_PM, resident.type_YM, resident.embedding_norm
+        layers = stage_layers(len(resident.rotations.of_layer), parallel.pipeline)[place.stage]
+        rotations = resident.rotations
+        model = Model(
+            embedding=Embedding(NO_MATRIX, *beside) if place.stage == 0 else None,
+            layers=(),
+            rotations=rotations._replace(of_layer=rotations.of_layer[layers.start : layers.stop]),
+            head=self._head(NO_MATRIX) if place.stage == parallel.pipeline - 1 else None,
+            storage=storage,
+            device=CPU,
+            compute=compute,
+        )
+        tokens = vocabulary_piece(self._config.vocabulary, parallel.shard(self.wire.groups.rank))
+        return Share(model, self._local, torch.tensor([tokens.start]), len(tokens))
+
+    def _head(self, block: Matrix) -> Head:
+        return Head(self._resident.head_norm, self._resident.reduction, block)
+
+    def _opened(self, batch: int, reserve: int) -> LocalSequences:
+        self.plan = self._plan_of(batch=batch, reserve=reserve)
+        self._make_room(self.plan)
+        if self._experts is not None:
+            self._experts.count_anew()
+        own = len(range(self._place.data, batch, self._parallel.data))
+        given = self._compute, self._away(self.plan), self._store.folder, self._kv_events.append
+        return TieredSequences(self._local, own, reserve, *given)
+
+    def _away(self, plan: Plan) -> Away:
+        """Return whose keys and values lie in a file: of two neighbors that share a link each moves every other one."""
+        return Away(away_layers(len(self._local.layers), plan.away_layers, self.wire.groups.rank), 0)
+
+    def _make_room(self, made: Plan) -> None:
+        if self._layers is not None and self._layers.slots != made.slots:
+            self._layers.close()
+            self._layers = None
+        if self._layers is None:
+            given = self._file, self._store.schedule, made.slots
+            alone = len(self._readers) == 1
+            self._layers = Streamer(*given) if alone else GatheredStreamer(*given, self._readers, self.wire)
+        if self._experts is not None:
+            self._experts.resize(kept=made.experts_kept, spare=made.experts_spare)
+
+    def _done(
+        self, sequences: ParallelSequences, tokens: list[list[int]], every_position: bool
+    ) -> Iterator[tuple[Run, Tensor | None]]:
+        """Do the runs, several in each sweep through the layers."""
+        group, groups, local = self._place.data, self._parallel.data, sequences.local
+        assert isinstance(local, TieredSequences)
+        gained = [len(each) for each in tokens]
+        longest = max(length + more for length, more in zip(sequences.lengths, gained, strict=True))
+        local.make_room(longest, lambda capacity: self._grown(len(tokens), capacity))
+        sweeps = [self._sweeps(sequences, tokens, each, every_position) for each in range(groups)]
+        most = max(map(len, sweeps)) if len(self._readers) > 1 or self._exchanges else len(sweeps[group])
+        for together in (*sweeps[group], *[[]] * (most - len(sweeps[group]))):
+            yield from self._swept(local, sequences.lengths[group::groups], together, every_position)
+        local.advance(gained[group::groups], local.last_BV)
+
+    @property
+    def _exchanges(self) -> bool:
+        """Whether data groups send rows to each other's experts."""
+        return self._parallel.data > 1 and self._parallel.expert * self._parallel.expert_slices > 1
+
+    def _sweeps(
+        self, sequences: ParallelSequences, tokens: list[list[int]], group: int, every_position: bool
+    ) -> list[list[Run]]:
+        """Return the runs of a data group that go through the layers together; one where groups exchange rows."""
+        assert self.plan is not None
+        lengths, own = sequences.lengths[group :: self._parallel.data], tokens[group :: self._parallel.data]
+        sweeps: list[list[Run]] = []
+        left = 0
+        for run in runs_of(lengths, own, self._storage, every_position):
+            taken = sum(map(len, run.tokens))
+            end = max(lengths[member] for member in run.members) + 1
+            nbytes = call_bytes(
+                self._store, self._local, taken, run.first + taken if run.program is Program.PREFILL else end
+            )
+            if not sweeps or nbytes > left or self._exchanges:
+                sweeps.append([])
+                left = self.plan.flight_bytes
+            sweeps[-1].append(run)
+            left -= nbytes
+        return sweeps
+
+    def _grown(self, batch: int, capacity: int) -> Away:
+        """Return what has to be away once each sequence has room for so many tokens."""
+        self.plan = self._plan_of(batch=batch, reserve=capacity)
+        self._make_room(self.plan)
+        return self._away(self.plan)
+
+    def _swept(
+        self, local: TieredSequences, lengths: Sequence[int], runs: list[Run], every_position: bool
+    ) -> list[tuple[Run, Tensor | None]]:
+        """Take runs through the stage's layers and the head, in one pass over the store."""
+        moving = [self._entered(local.capacity, lengths, run) for run in runs]
+        layers = len(self._local.layers)
+        with local.sweep([span for each in moving for span in _spans(each.run, lengths)]):
+            for index, part in enumerate(self._parts()):
+                if index < layers:
+                    self._pass(index, part, local, moving)
+                    continue
+                for each in moving:
+                    if each.run.ends:
+                        block = self._head(part)
+                        each.scored.append(each.program.scored(each.x, block, each.tokens, every_position))
+                self._on_step()
+        return [(each.run, self._left(each)) for each in moving]
+
+    def _parts(self) -> Iterator[Any]:
+        assert self._layers is not None
+        parts = self._layers.sweep()
+        while True:
+            with self.wire.waiting():
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+
+    def _entered(self, capacity: int, lengths: Sequence[int], run: Run) -> _Moving:
+        self._check_compiled(run.program)
+        program, tokens = self._programs[run.program], self._tokens_of(capacity, lengths, run)
+        x = self._looked_up(program, tokens) if self._place.stage == 0 else self._received(tokens)
+        return _Moving(run, program, tokens, *program.enter(x, tokens))
+
+    def _looked_up(self, program: RankProgram, tokens: Tokens) -> Tensor:
+        """Return the tokens' rows of the table [T, W], of which each rank reads those of its piece."""
+        first, width = int(self.share.first_token_1), self._config.table_width
+        numbers = [token - first for token in tokens.token_T.tolist()]
+        held = [place for place, number in enumerate(numbers) if 0 <= number < self.share.tokens]
+        row_TW = torch.zeros(len(numbers), width, dtype=accumulation_dtype(self._compute))
+        if held:
+            table, places = self._table.rows([numbers[place] for place in held])
+            row_TW[held] = lookup(torch.tensor(places), table, self._storage, width, row_TW.dtype)
+        return program.reduced(row_TW, tokens)
+
+    def _pass(self, index: int, part: Any, local: TieredSequences, moving: list[_Moving]) -> None:
+        weights = part if self._experts is None else self._experts.attached(index, part)
+        with local.layer(index) as cache:
+            assert isinstance(cache, Cache)
+            for each in moving:
+                given = weights, cache, each.positions, each.tokens
+                each.x = each.program.pass_layer(index, each.x, *given)
+        if not moving and self._exchanges:
+            self._programs[Program.PREFILL].idle_layer(index, weights)
+        if self._experts is not None:
+            return_freed_memory()  # copies of experts are large, and would lie between what stays
+
+    def _left(self, done: _Moving) -> Tensor | None:
+        """Send a run on to the next stage, or return its logits."""
+        if self._place.stage + 1 < self._parallel.pipeline:
+            self.wire.send(done.x[: done.tokens.rows], self.wire.groups.neighbor(1))
+            return None
+        if not done.run.ends:
+            return None
+        return done.program.gathered(
+            torch.cat(done.scored, 1)[:, : -(-self._config.vocabulary // self._parallel.tensor)]
+        )
+
+    def _try(self, name: Program) -> None:
+        """Run each piece on an example."""
+        given, rows, capacity = self._example(name)
+        different = dict.fromkeys(self._local.layers)
+        part = replace(self._local, layers=tuple(different))
+        caches = StaticSequences(part, rows, capacity, CPU, self._compute).caches
+        program = self._programs[name]
+        records = [*self._store.layers, *self._store.head[:1]]
+        buffer = aligned_buffer(max(record.nbytes for record in records))
+
+        def read(record: Record) -> Any:
+            self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
+            return in_buffer(record, buffer)
+
+        x = self._looked_up(program, given) if self._place.stage == 0 else self._received(given)
+        x, positions = program.enter(x, given)
+        for layer, cache in zip(different, caches, strict=True):
+            index = self._local.layers.index(layer)
+            weights = read(self._store.layers[index])
+            if self._experts is not None:
+                weights = self._experts.attached(index, weights, example=True)
+            x = program.pass_layer(index, x, weights, cache, positions, given)
+        for record in self._store.head[:1]:
+            program.scored(x, self._head(read(record)), given, every_position=False)
+
+
+def _spans(run: Run, lengths: Sequence[int]) -> list[Span]:
+    """Return what the sequences of a run gain."""
+    if run.program is Program.PREFILL:
+        (row,) = run.members
+        return [Span(row, run.first, run.first + len(run.tokens[0]))]
+    return [Span(row, lengths[row], lengths[row] + 1) for row in dict.fromkeys(run.members)]

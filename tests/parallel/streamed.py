@@ -1,0 +1,133 @@
+"""What the ranks of a pool are asked to do with stores, and seeded faults of that; all ranks do it together."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from twinfer.compiled.path import Mode
+from twinfer.offload import gathering, kv_stream, rank_path, shares
+from twinfer.offload.direct import DirectFile
+from twinfer.offload.form import bytes_of, in_buffer
+from twinfer.offload.rank_path import StreamedRankPath
+from twinfer.offload.shares import Shares, is_shares, open_shares, whole_as_shares
+from twinfer.offload.store import open_store
+from twinfer.parallel.path import RankPath
+from twinfer.parallel.wire import Wire
+from twinfer.spec.config import ModelConfig
+from twinfer.spec.errors import CheckpointError
+from twinfer.spec.parallel import ParallelConfig
+
+_of_rank, _away, _plan = Shares.of_rank, rank_path.away_layers, rank_path.plan_of_rank
+_gather = dist.all_gather_into_tensor
+_layer = rank_path.TieredSequences.layer
+
+
+def opened(folder: str) -> Shares:
+    path = Path(folder)
+    return open_shares(path) if is_shares(path) else whole_as_shares(open_store(path))
+
+
+def stream(
+    groups: Any,
+    config: ModelConfig,
+    folder: str,
+    calls: list[list[Tensor]],
+    budget: int,
+    every_position: bool = False,
+    away: int = 0,
+    mutant: str | None = None,
+) -> dict[str, Any]:
+    """Extend one batch from a store, the keys and values of `away` layers in a file.
+
+    Returns the logits of each call; what this rank handed in to collectives (`counted`); what it read, as a record's
+    name, the first byte and how many (`reads`); and the event log. Or what was refused, on all ranks (`error`).
+    """
+    reads: list[tuple[str, int, int]] = []
+    read_into = DirectFile.read_into
+
+    def counting(self: DirectFile, buffer: memoryview, offset: int, what: str) -> None:
+        reads.append((what, offset, len(buffer)))
+        read_into(self, buffer, offset, what)
+
+    def planned(*given: Any, **others: Any) -> Any:
+        return replace(_plan(*given, **others), away_layers=away)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(DirectFile, "read_into", counting))
+        stack.enter_context(patch.object(rank_path, "plan_of_rank", planned))
+        for each in MUTANTS[mutant]() if mutant else ():
+            stack.enter_context(each)
+        wire = Wire(groups)
+        path = StreamedRankPath(opened(folder), config, wire, budget=budget, mode=Mode.EAGER)
+        sequences = path.open(len(calls[0]), 1)
+        try:
+            logits: list[Any] = [path.extend(sequences, call, every_position=every_position) for call in calls]
+        except CheckpointError as error:
+            return {"error": str(error)}
+        events = path.events
+        sequences.close()
+        path.close()
+    counted = [(call.kind.value, call.ranks, call.bytes) for call in wire.ledger.calls]
+    return {"logits": logits, "counted": counted, "reads": reads, "events": events}
+
+
+def differing(groups: Any, resident: RankPath, folder: str) -> list[str]:
+    """Return the layers whose stored tensors have other bytes than those that a rank prepares and holds."""
+    store = opened(folder).of_rank(groups.parallel, groups.rank)
+    file = store.weights.read_bytes()
+    found = []
+    for record, held in zip(store.layers, resident.share.model.layers, strict=True):
+        buffer = memoryview(bytearray(file[record.offset : record.offset + record.nbytes]))
+        stored, prepared = (pytree.tree_leaves(each) for each in (in_buffer(record, buffer), held))
+        if [_bits(each) for each in stored] != [_bits(each) for each in prepared]:
+            found.append(record.name)
+    return found
+
+
+def _bits(leaf: Any) -> Any:
+    return (leaf.dtype, leaf.shape, bytes(bytes_of(leaf))) if isinstance(leaf, Tensor) else leaf
+
+
+def _of_the_next(self: Shares, parallel: ParallelConfig, rank: int) -> Any:
+    return _of_rank(self, parallel, (rank + 1) % parallel.ranks)
+
+
+def _gathered_backwards(all_N: Tensor, given_N: Tensor, group: Any, async_op: bool = False) -> Any:
+    work = _gather(all_N, given_N, group)
+    if all_N.dtype is torch.uint8:
+        all_N.copy_(torch.cat(all_N.chunk(dist.get_world_size(group))[::-1]))
+    return work
+
+
+def _first_layers(layers: int, stages: int) -> Any:
+    return [range(layers // stages)] * stages
+
+
+def _caches_of_the_layer_before(self: Any, index: int) -> Any:
+    return _layer(self, max(0, index - 1))
+
+
+MUTANTS: dict[str, Callable[[], list[Any]]] = {
+    "records of another rank": lambda: [patch.object(Shares, "of_rank", _of_the_next)],
+    "gathered backwards": lambda: [patch.object(dist, "all_gather_into_tensor", _gathered_backwards)],
+    "gathered backwards, unverified": lambda: [
+        patch.object(dist, "all_gather_into_tensor", _gathered_backwards),
+        patch.object(gathering, "faulty", lambda record, buffer: None),
+    ],
+    "the first stage's layers": lambda: [patch.object(shares, "stage_layers", _first_layers)],
+    "keys and values not written": lambda: [patch.object(kv_stream.KvStream, "_write", lambda self, layer: None)],
+    "caches of the layer before": lambda: [
+        patch.object(rank_path.TieredSequences, "layer", _caches_of_the_layer_before)
+    ],
+    "both move the same layers": lambda: [
+        patch.object(rank_path, "away_layers", lambda layers, count, rank: _away(layers, count, 0))
+    ],
+}
