@@ -74,10 +74,14 @@ def check_request(checkpoint: "Checkpoint", parallel: ParallelConfig, args: argp
             f"data * pipeline * tensor is {parallel.ranks}; at most {MOST_RANKS} ranks are started on one machine, so "
             "start them with torchrun on several"
         )
-    if isinstance(checkpoint.source, StoreSource):
-        raise RequestError(f"{checkpoint.name} is a store, which one process streams; give the model it was built from")
-    if args.memory_budget is not None:
-        raise RequestError("--memory-budget bounds a store, which one process streams; ranks hold shares of a model")
+    streamed = isinstance(checkpoint.source, StoreSource)
+    if args.memory_budget is not None and not streamed:
+        raise RequestError(
+            "--memory-budget bounds a store, which this model is not; make one of it, for as many ranks: "
+            "twinfer offload build"
+        )
+    if args.memory_budget is None and streamed:
+        raise RequestError("a store runs within a memory budget, which is not given; give each rank one, such as 512MB")
     _check_device(args.device, parallel)
     storage = args.storage or checkpoint.storage or Storage.FLOAT32
     check_parallel(checkpoint.config, parallel, Storage(storage))

@@ -55,8 +55,11 @@ STAGE = "which do not divide by it; the nearest that works is"
         ("MODEL --data 1.5", "'1.5' is not a number of at least 1"),
         ("MODEL --expert two", "'two' is not a number of at least 1"),
         ("MODEL --data 2 --path reference", "--path is reference; many ranks run the path compiled"),
-        ("MODEL --data 2 --memory-budget 1GB", "--memory-budget bounds a store, which one process streams"),
-        ("STORE --data 2", "is a store, which one process streams; give the model it was built from"),
+        (
+            "MODEL --data 2 --memory-budget 1GB",
+            "--memory-budget bounds a store, which this model is not; make one of it",
+        ),
+        ("STORE --data 2", "a store runs within a memory budget, which is not given; give each rank one"),
         ("MODEL --data 2 --device cuda:99", "device is 'cuda:99'; on this machine it must be one of cpu"),
         ("MODEL --data 2 --device gpu", "'gpu'"),
         ("tiny-moe --tensor 4", "2 query heads, which do not divide by it; the nearest number that can share it is 2"),
