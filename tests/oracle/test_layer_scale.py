@@ -24,7 +24,8 @@ LAYER = OPS["layer"]
 
 
 def drawn(**options: Any) -> Case:
-    """The first drawn case with these options, its numbers normal."""
+    """The first drawn case with these options, its numbers normal; without experts, if not asked for."""
+    options = {"experts": None, **options}
     cases = (LAYER.cases(RandomPicker(seed)) for seed in range(2000))
     return next(replace(case, data=Data.NORMAL) for case in cases if options.items() <= case.options.items())
 
