@@ -93,7 +93,7 @@ def one_more_model(compute: torch.dtype, count: Count) -> Count:
 
 def rounds() -> dict[str, tuple[Round, int]]:
     """What is counted, by name: what judges one more round, and how many cases a round has."""
-    of_ops = {
+    of_ops: dict[str, tuple[Round, int]] = {
         name: (partial(one_more_round, op), max(1, ROUND // 20) if _statistical(op) else ROUND)
         for name, op in OPS.items()
     }
@@ -159,4 +159,4 @@ def main(file: Path, minutes: float = 5.0, names: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *(float(argument) for argument in sys.argv[2:3]), names=sys.argv[3:]))
+    sys.exit(main(Path(sys.argv[1]), float((sys.argv[2:3] or ["5"])[0]), sys.argv[3:]))
