@@ -133,7 +133,7 @@ def test_a_flip_beyond_the_bound_is_the_fault(compute: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_flip_of_every_recipe_is_told_within_its_bound_and_is_the_fault_beyond(family: str) -> None:
-    """In a whole model: experts that nearly tie may be exchanged, for every token; the next best may not, for one token."""
+    """In a whole model: every token may exchange experts that nearly tie; none may take the next best."""
     tied = source_of(top_k=1, tied=True, apart=2**-23, recipe=family, **FAMILIES[family])
     seen = compared(tied, ReferencePath(tied, components=choosing({0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4})))
     assert seen.holds, seen.failures
