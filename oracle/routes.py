@@ -92,6 +92,10 @@ class Judged:
     def excess(self) -> float:
         return self.gap - self.allowed
 
+    @property
+    def admissible(self) -> bool:
+        return self.gap <= self.allowed
+
 
 def ranking(logit_TE: Tensor, config: RouterConfig, choice_bias_E: Tensor | None) -> Tensor:
     """Return the scores in float64 by which experts are chosen."""

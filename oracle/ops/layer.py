@@ -19,6 +19,7 @@ from ...reference.layer import layer, self_attention
 from ...reference.linear import linear
 from ...reference.norms import norm
 from ...reference.positions import rotate
+from ...reference.routing import Routing, choice_weights, route
 from ...spec.config import (
     AttentionConfig,
     LayerConfig,
@@ -29,6 +30,7 @@ from ...spec.config import (
     Residual,
     RotaryLayout,
 )
+from ...spec.moe import MoeConfig, RouterConfig
 from ...spec.weights import AttentionWeights, LayerWeights, LinearWeights, NormWeights
 from ..budget import Budget
 from ..case import Case, Inputs
@@ -38,8 +40,10 @@ from ..sizes import BATCH, resized
 from ..variants import changed, one_row_3_percent_off, permutation, then
 from .attention import ATTENTION
 from .layer_cases import layer_cases, layer_inputs, self_attention_inputs
+from .layer_routing import DecidedBudget
 from .layer_scale import scale_of_layer, scale_of_self_attention
 from .mlp import MLP
+from .moe_faults import FAULTS
 from .positions import ROTATE
 
 
@@ -83,6 +87,14 @@ def _linear_shuffled(x: Tensor, weights: LinearWeights) -> Tensor:
     return linear(x[..., order], LinearWeights(weight_NI=weights.weight_NI[:, order], bias_N=weights.bias_N))
 
 
+_EXPERT_FAULTS = (
+    "router_renormalization_forgotten",
+    "router_choice_bias_in_the_weights",
+    "experts_off_by_one",
+    "shared_forgotten",
+    "shared_gate_forgotten",
+    "mix_swapped",
+)
 _SUMMED_OTHERWISE = _with(
     attention=_as_component(ATTENTION.variants["running_softmax"]),
     rotate=_rotate_component(ROTATE.variants["partner"]),
@@ -222,8 +234,28 @@ def _sinks_forgotten(inputs: Inputs) -> Inputs:
 
 def _clamp_and_offset_forgotten(inputs: Inputs) -> Inputs:
     config: LayerConfig = inputs["config"]
-    assert isinstance(config.mlp, MlpConfig), "no mixtures are drawn here"
+    if isinstance(config.mlp, MoeConfig):
+        expert = replace(config.mlp.expert, clamp=None, up_offset=0.0)
+        return {"config": replace(config, mlp=replace(config.mlp, expert=expert))}
     return {"config": replace(config, mlp=replace(config.mlp, clamp=None, up_offset=0.0))}
+
+
+def _moe_component(function: Function) -> Function:
+    """A block of experts, which takes keywords, as a component; it routes and feeds by itself."""
+
+    def call(x_BTM: Tensor, weights: Any, config: MoeConfig, *, linear: Any, mlp: Any, route: Any) -> Any:
+        return function(x_BTM=x_BTM, weights=weights, config=config)
+
+    return call
+
+
+def _next_best(logit_TE: Tensor, config: RouterConfig, choice_bias_E: Tensor | None = None, /) -> Routing:
+    """The last choice is the best expert that was left, where one is."""
+    if config.top_k == config.experts:
+        return route(logit_TE, config, choice_bias_E)
+    more_TK = route(logit_TE, replace(config, top_k=config.top_k + 1), choice_bias_E).expert_TK
+    expert_TK = torch.cat([more_TK[:, : config.top_k - 1], more_TK[:, -1:]], 1)
+    return Routing(expert_TK, choice_weights(logit_TE, expert_TK, config))
 
 
 _WRONG_ATTENTION = {
@@ -271,8 +303,12 @@ def alone_and_in_pieces(op: Op, function: Function, case: Case) -> None:
 
 
 def later_tokens_do_not_matter(op: Op, function: Function, case: Case) -> None:
-    """Replacing the last token leaves the bits of all before it as they were, if they see nothing later."""
+    """Replacing the last token leaves the bits of all before it as they were, if they see nothing later.
+
+    Not of experts: one serves another number of tokens where the last token leaves it, and may sum in another order.
+    """
     case = _causal(case)
+    case = replace(case, options={**case.options, "experts": None})
     x_BTM = op.inputs(case)["x_BTM"].clone()
     x_BTM[:, -1] = 1 - x_BTM[:, -1]
     before, after = call(op, function, case)[0], call(op, function, case, x_BTM=x_BTM)[0]
@@ -335,7 +371,7 @@ LAYER = Op(
     outputs=("B T M", "B S+T K D", "B S+T K D"),
     cases=partial(layer_cases, op="layer"),
     inputs=layer_inputs,
-    guarantee=Budget(rows="B T S+T K", scale=scale_of_layer),
+    guarantee=DecidedBudget(rows="B T S+T K", scale=scale_of_layer),
     properties=(repeats_itself, alone_and_in_pieces, later_tokens_do_not_matter),
     variants={"summed_otherwise": partial(layer, components=_SUMMED_OTHERWISE)},
     mutants={
@@ -349,6 +385,8 @@ LAYER = Op(
         "one_after_the_other": changed(partial(layer, components=DEFAULT), _one_after_the_other),
         "side_by_side": changed(partial(layer, components=DEFAULT), _side_by_side),
         "clamp_and_offset_forgotten": changed(partial(layer, components=DEFAULT), _clamp_and_offset_forgotten),
+        "next_best_expert": partial(layer, components=_with(route=_next_best)),
+        **{name: partial(layer, components=_with(moe=_moe_component(FAULTS[name]))) for name in _EXPERT_FAULTS},
         "residual_not_scaled": changed(partial(layer, components=DEFAULT), _residual_not_scaled),
         "row_3_percent_off": then(partial(layer, components=DEFAULT), one_row_3_percent_off),
     },

@@ -23,6 +23,7 @@ from ...spec.config import (
     RotaryConfig,
     RotaryLayout,
 )
+from ...spec.moe import ROUTERS, MoeConfig, router
 from ..case import DTYPES, UNMASKED, Case, Data, Inputs, Picker, activations
 from ..models import RandomSource, draw_norms
 
@@ -67,11 +68,25 @@ def layer_cases(pick: Picker, op: str) -> Case:
             "up_offset": pick.choice([0.0, 0.0, 1.0]) if gated else 0.0,
             "bias": pick.choice([False, True]),
             "qk_norm_rotated": pick.choice([False, True]),
+            **(_drawn_mixture(pick) if op == "layer" else {}),
         },
         data=pick.choice(UNMASKED),
         dtype=pick.choice(DTYPES),
         seed=pick.integer(0, 2**31),
     )
+
+
+def _drawn_mixture(pick: Picker) -> dict[str, Any]:
+    """One layer in four has experts, two to six of them, in the place of its MLP."""
+    experts = pick.choice([None, None, None, 2, 4, 6])
+    if experts is None:
+        return {"experts": None}
+    return {
+        "experts": experts,
+        "top_k": pick.integer(1, min(3, experts)),
+        "recipe": pick.choice(sorted(ROUTERS)),
+        "beside": pick.choice(["nothing", "shared", "gated", "residual"]),
+    }
 
 
 def layer_config(case: Case) -> LayerConfig:
@@ -85,17 +100,32 @@ def layer_config(case: Case) -> LayerConfig:
     return LayerConfig(
         norm=norm,
         attention=_attention_config(case, norm),
-        mlp=MlpConfig(
-            width=case.n.F,
-            activation=Activation(options["kind"]),
-            gated=options["gated"],
-            bias=options["bias"],
-            clamp=options.get("clamp"),
-            up_offset=options.get("up_offset", 0.0),
-        ),
+        mlp=_mlp_config(case),
         norm_placement=NormPlacement(options["placement"]),
         residual=Residual(options["residual"]),
         residual_scale=options["residual_scale"],
+    )
+
+
+def _mlp_config(case: Case) -> MlpConfig | MoeConfig:
+    options: Any = case.options
+    mlp = MlpConfig(
+        width=case.n.F,
+        activation=Activation(options["kind"]),
+        gated=options["gated"],
+        bias=options["bias"],
+        clamp=options.get("clamp"),
+        up_offset=options.get("up_offset", 0.0),
+    )
+    if options.get("experts") is None:
+        return mlp
+    beside = options["beside"]
+    return MoeConfig(
+        router=router(options["recipe"], experts=options["experts"], top_k=options["top_k"]),
+        expert=mlp,
+        shared=mlp if beside in ("shared", "gated") else None,
+        shared_gate=beside == "gated",
+        residual=mlp if beside == "residual" else None,
     )
 
 

@@ -1,6 +1,7 @@
 """The bounds of a layer follow the reference's own order of parts."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,15 +17,18 @@ from twinfer.oracle.ops.moe_variants import all_experts
 from twinfer.oracle.resolution import off_by
 from twinfer.oracle.scale import exactly, norm_known, sum_known
 from twinfer.oracle.table import OPS
+from twinfer.oracle.trial import Status
 from twinfer.reference import layer as layer_file
 from twinfer.reference.components import DEFAULT
+from twinfer.reference.routing import Routing, choice_weights, route
 from twinfer.spec.config import NormPlacement, Residual
 
 LAYER = OPS["layer"]
 
 
 def drawn(**options: Any) -> Case:
-    """The first drawn case with these options, its numbers normal."""
+    """The first drawn case with these options, its numbers normal; without experts, if not asked for."""
+    options = {"experts": None, **options}
     cases = (LAYER.cases(RandomPicker(seed)) for seed in range(2000))
     return next(replace(case, data=Data.NORMAL) for case in cases if options.items() <= case.options.items())
 
@@ -101,3 +105,24 @@ def test_a_layer_with_experts_has_a_bound_that_lets_right_ones_pass_and_sees_5_p
         wrong = with_experts(off_by(all_experts, 0.05, "all"))
         seen += op.guarantee.judge(op.trial(wrong, case)).failed
     assert seen >= 11
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_another_choice_of_experts_is_rejected_where_the_router_nearly_ties_and_a_fault_elsewhere(tied: bool) -> None:
+    """A layer that takes expert 1 for 0 and 3 for 2, with router weights that are equal in pairs, and that are not."""
+    case = replace(drawn(experts=4, recipe="mixtral", top_k=1), dtype=torch.float32)
+
+    def neighbor(logit_TE: Tensor, config: Any, bias_E: Any = None, /) -> Routing:
+        expert_TK = route(logit_TE, config, bias_E).expert_TK ^ 1
+        return Routing(expert_TK, choice_weights(logit_TE, expert_TK, config))
+
+    def inputs(case: Case) -> Any:
+        given = LAYER.inputs(case)
+        block = given["weights"].mlp
+        weight_NI = block.router.weight_NI[::2].repeat_interleave(2, 0) if tied else block.router.weight_NI
+        block = replace(block, router=replace(block.router, weight_NI=weight_NI))
+        return {**given, "weights": replace(given["weights"], mlp=block)}
+
+    op = replace(LAYER, inputs=inputs)
+    verdict = op.guarantee.judge(op.trial(partial(layer_file.layer, components=replace(DEFAULT, route=neighbor)), case))
+    assert verdict.status is (Status.REJECTED if tied else Status.FAILED)
