@@ -1,10 +1,11 @@
 """Products of the experts that tokens chose, for few tokens and for many.
 
 Why it is faster: a decode step reads the packed words of the chosen experts only, indexed by a tensor within the loop
-of the product, so that no expert is copied and nothing is read on the host. With many tokens the choices are sorted by
-expert, and each expert multiplies its rows in one matrix product on weights expanded for it alone. That is an operator
-of its own, since how many rows an expert has is known only when it runs: on a CPU it reads the counts, elsewhere it
-takes a form whose sizes do not depend on them: torch's grouped product for bfloat16, and masks for other dtypes.
+of the product (`chosen`), so that no expert is copied and nothing is read on the host. With many tokens the choices are
+sorted by expert, and each expert's words are read once for all its rows, or once for every 4. That is an operator of
+its own, since how many rows an expert has is known only when it runs: on a CPU it reads the counts and calls
+`expert_kernels`, elsewhere it takes a form whose sizes do not depend on them: torch's grouped product for bfloat16, and
+masks for other dtypes.
 
 Three tokens with two choices each, of 4 experts (A = 6 choices):
 
@@ -14,7 +15,7 @@ Three tokens with two choices each, of 4 experts (A = 6 choices):
 What it relies on: the blocks of one expert's outputs hold no rows of another (`stack`).
 
 Shapes: A choices (tokens times experts each), T tokens, K = top_k, E experts, N outputs, I inputs, B blocks of U
-outputs of one expert, J words in C places, G groups of W words.
+outputs of one expert, G groups.
 """
 
 import functools
@@ -29,7 +30,7 @@ from torch.nn import functional
 from ..spec.config import Storage
 from ..spec.weights import StackedLinearWeights
 from .compute import product_dtype
-from .expert_kernels import MOST_ROWS, Kernels, Span, kernels_for, multiply_few, multiply_many
+from .expert_kernels import Kernels, Span, in_tiles, kernels_for, multiply_few, multiply_many
 from .linear import expanded, product
 from .packing import ROWS, AbsmaxOfRows, Matrix, own, pack, quantize
 
@@ -116,7 +117,7 @@ def _grouped_product(
         return form(x_AI, rows_E, weights, Storage(storage))
     kernels = kernels_for(Storage(storage), x_AI.dtype, compiled=compiled)
     out_AN, spans = x_AI.new_empty(len(x_AI), outputs), _spans(rows_E)
-    few = [span for span in spans if compiled and span.rows <= MOST_ROWS[Storage(storage)]]
+    few = [span for span in spans if compiled and in_tiles(span.rows, word[span.expert], Storage(storage))]
     if few:
         multiply_few(x_AI, few, weights, Storage(storage), kernels, out_AN)
     for span in (span for span in spans if span not in few):
@@ -176,7 +177,7 @@ def _multiply(
     x_AI: Tensor, span: Span, one: Matrix, storage: Storage, kernels: Kernels, compiled: bool, out_AN: Tensor
 ) -> None:
     """Write one expert's rows times its matrix."""
-    if compiled and span.rows <= MOST_ROWS[storage]:
+    if compiled and in_tiles(span.rows, one.word, storage):
         alone = _for_each_tensor(one, lambda part: part[None])
         multiply_few(x_AI, [span._replace(expert=0)], alone, storage, kernels, out_AN)
     else:
