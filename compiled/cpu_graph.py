@@ -64,6 +64,7 @@ class CpuGraph:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.within_operator = False
         self._places: list[_Place] | None = None
 
     def replay(self) -> None:
@@ -170,7 +171,7 @@ def _kernels_recorded(tape: CpuGraph) -> Iterator[None]:
 
     def recorder(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*arguments: Any) -> Any:
-            if threading.get_ident() == thread:
+            if threading.get_ident() == thread and not tape.within_operator:
                 tape.calls.append((kernel, arguments))
             return kernel(*arguments)
 
@@ -200,7 +201,11 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        self._tape.within_operator = True  # kernels that it calls are called again with it
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._tape.within_operator = False
         made = _tensors(result)
         given = {each.untyped_storage().data_ptr() for each in _tensors((args, kwargs))}
         if func._schema.is_mutable:

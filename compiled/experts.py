@@ -1,10 +1,11 @@
 """Products of the experts that tokens chose, for few tokens and for many.
 
 Why it is faster: a decode step reads the packed words of the chosen experts only, indexed by a tensor within the loop
-of the product, so that no expert is copied and nothing is read on the host. With many tokens the choices are sorted by
-expert, and each expert multiplies its rows in one matrix product on weights expanded for it alone. That is an operator
-of its own, since how many rows an expert has is known only when it runs: on a CPU it reads the counts, elsewhere it
-takes a form whose sizes do not depend on them: torch's grouped product for bfloat16, and masks for other dtypes.
+of the product (`chosen`), so that no expert is copied and nothing is read on the host. With many tokens the choices are
+sorted by expert, and each expert's words are read once for all its rows, or once for every 4. That is an operator of
+its own, since how many rows an expert has is known only when it runs: on a CPU it reads the counts and calls
+`expert_kernels`, elsewhere it takes a form whose sizes do not depend on them: torch's grouped product for bfloat16, and
+masks for other dtypes.
 
 Three tokens with two choices each, of 4 experts (A = 6 choices):
 
@@ -14,7 +15,7 @@ Three tokens with two choices each, of 4 experts (A = 6 choices):
 What it relies on: the blocks of one expert's outputs hold no rows of another (`stack`).
 
 Shapes: A choices (tokens times experts each), T tokens, K = top_k, E experts, N outputs, I inputs, B blocks of U
-outputs of one expert, J words in C places, G groups of W words.
+outputs of one expert, G groups.
 """
 
 import functools
@@ -28,26 +29,10 @@ from torch.nn import functional
 
 from ..spec.config import Storage
 from ..spec.weights import StackedLinearWeights
-from .compute import accumulation_dtype, product_dtype
-from .linear import expanded, materialized, multiplies_fast, product
-from .packing import (
-    GROUP_WORDS,
-    PLACES,
-    RAISED,
-    ROWS,
-    AbsmaxOfRows,
-    Matrix,
-    lowering,
-    own,
-    pack,
-    place_values,
-    quantize,
-    raised_codes,
-)
-
-_PIECE = 2**19
-"""Weights that are expanded at a time: 2 MiB of float32, which are multiplied while they lie in a cache, and whose
-memory is the same each time. A whole matrix of 7168 x 1024 took ten times as long for want of pages."""
+from .compute import product_dtype
+from .expert_kernels import Kernels, Span, in_tiles, kernels_for, multiply_few, multiply_many
+from .linear import expanded, product
+from .packing import ROWS, AbsmaxOfRows, Matrix, own, pack, quantize
 
 
 def stack(parts: Sequence[StackedLinearWeights], storage: Storage, of_rows: AbsmaxOfRows | None = None) -> Matrix:
@@ -79,55 +64,6 @@ def stack(parts: Sequence[StackedLinearWeights], storage: Storage, of_rows: Absm
     )
 
 
-def chosen_product(x_AI: Tensor, expert_A: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """Return each row times the matrix of its own expert, [A, N] in x's dtype. A is small and fixed in a graph."""
-    wide_AI = x_AI.to(accumulation_dtype(x_AI.dtype))
-    if storage is Storage.FLOAT32:
-        out_AN = (weights.word[expert_A] * materialized(wide_AI)[:, None]).sum(-1)
-    else:
-        sum_ABU = (_grouped_sums if storage is Storage.INT4 else _planar_sums)(wide_AI, expert_A, weights, storage)
-        out_AN = sum_ABU.flatten(1)
-        if weights.scale_N is not None:
-            out_AN = out_AN * weights.scale_N[expert_A]
-        out_AN = out_AN[:, : weights.outputs]
-    if weights.bias_N is not None:
-        out_AN = out_AN + weights.bias_N[expert_A]
-    return out_AN.to(x_AI.dtype)
-
-
-def _planar_sums(x_AI: Tensor, expert_A: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """Return the sums over all words, [A, B, U]; those of int8 are not yet scaled."""
-    places, words = PLACES[storage], weights.word.shape[2]
-    x_ACJ = materialized(functional.pad(x_AI, (0, places * words - x_AI.shape[1]))).view(len(x_AI), places, 1, words, 1)
-    word_ABJU = weights.word[expert_A]
-    total = place_values(word_ABJU, storage, 0, x_AI.dtype) * x_ACJ[:, 0]
-    for place in range(1, places):
-        total = total + place_values(word_ABJU, storage, place, x_AI.dtype) * x_ACJ[:, place]
-    return total.sum(2)
-
-
-def _grouped_sums(x_AI: Tensor, expert_A: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """Return the sums over all words, [A, B, U], as `linear` does for int4."""
-    assert weights.scale_BGU is not None
-    assert weights.min_BGU is not None
-    places, words = PLACES[storage], weights.word.shape[2]
-    x_AI = materialized(functional.pad(x_AI, (0, places * words - x_AI.shape[1])))
-    x_AGCW = x_AI.view(len(x_AI), -1, places, GROUP_WORDS)
-    sum_AJ = materialized((x_AGCW.sum(2) * RAISED).flatten(1))[:, None, :, None]
-    lowered_CAJ = materialized(
-        (x_AGCW.permute(2, 0, 1, 3) * lowering(x_AI.device)[:, None, None, None]).flatten(2).contiguous()
-    )
-    word_ABJU = weights.word[expert_A]
-    step_ABJU, low_ABJU = (
-        each[expert_A][:, :, :, None].expand(-1, -1, -1, GROUP_WORDS, -1).flatten(2, 3)
-        for each in (weights.scale_BGU, weights.min_BGU)
-    )
-    total = raised_codes(word_ABJU, 0, x_AI.dtype) * lowered_CAJ[0][:, None, :, None]
-    for place in range(1, places):
-        total = total + raised_codes(word_ABJU, place, x_AI.dtype) * lowered_CAJ[place][:, None, :, None]
-    return (total * step_ABJU + sum_AJ * low_ABJU).sum(2) / RAISED
-
-
 class Sorted(NamedTuple):
     """Choices by expert."""
 
@@ -153,8 +89,12 @@ def sort_by_expert(expert_TK: Tensor, experts: int) -> Sorted:
 
 
 def grouped_product(x_AI: Tensor, rows_E: Tensor, weights: Matrix, storage: Storage) -> Tensor:
-    """Return rows sorted by expert, each times the matrix of its own, [A, N] in x's dtype."""
-    out_AN: Tensor = torch.ops.twinfer.grouped_product(x_AI, rows_E, *weights, storage.value)
+    """Return rows sorted by expert, each times the matrix of its own, [A, N] in x's dtype.
+
+    In a compiled graph a CPU does so by compiled kernels, elsewhere by torch's operators.
+    """
+    compiled = torch.compiler.is_compiling()
+    out_AN: Tensor = torch.ops.twinfer.grouped_product(x_AI, rows_E, *weights, storage.value, compiled)
     return out_AN
 
 
@@ -169,26 +109,43 @@ def _grouped_product(
     bias_N: Tensor | None,
     outputs: int,
     storage: str,
+    compiled: bool,
 ) -> Tensor:
     weights = Matrix(word, scale_N, scale_BGU, min_BGU, bias_N, outputs)
     if x_AI.device.type != "cpu":
         form = _by_offsets if _groups_rows(x_AI.dtype, x_AI.device, x_AI.shape[1], outputs) else _by_masks
         return form(x_AI, rows_E, weights, Storage(storage))
-    chosen = [expert for expert, rows in enumerate(rows_E.tolist()) if rows]
-    matrices = ((expert, one_expert(weights, expert)) for expert in chosen)
-    return multiplied(x_AI, rows_E, matrices, outputs, Storage(storage))
+    kernels = kernels_for(Storage(storage), x_AI.dtype, compiled=compiled)
+    out_AN, spans = x_AI.new_empty(len(x_AI), outputs), _spans(rows_E)
+    few = [span for span in spans if compiled and in_tiles(span.rows, word[span.expert], Storage(storage))]
+    if few:
+        multiply_few(x_AI, few, weights, Storage(storage), kernels, out_AN)
+    for span in (span for span in spans if span not in few):
+        _multiply(x_AI, span, one_expert(weights, span.expert), Storage(storage), kernels, compiled, out_AN)
+    return out_AN
 
 
 def multiplied(
-    x_AI: Tensor, rows_E: Tensor, matrices: Iterable[tuple[int, Matrix]], outputs: int, storage: Storage
+    x_AI: Tensor,
+    rows_E: Tensor,
+    matrices: Iterable[tuple[int, Matrix]],
+    outputs: int,
+    storage: Storage,
+    compiled: bool,
 ) -> Tensor:
     """Return rows sorted by expert, each times the matrix of its own, [A, N]; the experts come in any order."""
-    out_AN = x_AI.new_empty(len(x_AI), outputs)
-    ends = list(accumulate(rows_E.tolist(), initial=0))
+    kernels = kernels_for(storage, x_AI.dtype, compiled=compiled)
+    out_AN, span_of = x_AI.new_empty(len(x_AI), outputs), {span.expert: span for span in _spans(rows_E)}
     for expert, matrix in matrices:
-        piece = slice(ends[expert], ends[expert + 1])
-        _multiply(x_AI[piece], matrix, storage, out_AN[piece])
+        _multiply(x_AI, span_of[expert], matrix, storage, kernels, compiled, out_AN)
     return out_AN
+
+
+def _spans(rows_E: Tensor) -> list[Span]:
+    """Return where each expert's rows are, for those that have any."""
+    rows: list[int] = rows_E.tolist()
+    ends = accumulate(rows)
+    return [Span(expert, end - count, end) for expert, (count, end) in enumerate(zip(rows, ends, strict=True)) if count]
 
 
 @_grouped_product.register_fake
@@ -202,63 +159,35 @@ def _(
     bias_N: Tensor | None,
     outputs: int,
     storage: str,
+    compiled: bool,
 ) -> Tensor:
     return x_AI.new_empty(x_AI.shape[0], outputs)
 
 
 def one_expert(weights: Matrix, expert: int) -> Matrix:
     """Return one expert's matrix, as views."""
-
-    def of(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part[expert]
-
-    return weights._replace(
-        word=weights.word[expert],
-        scale_N=of(weights.scale_N),
-        scale_BGU=of(weights.scale_BGU),
-        min_BGU=of(weights.min_BGU),
-        bias_N=of(weights.bias_N),
-    )
+    return _for_each_tensor(weights, lambda part: part[expert])
 
 
-def _multiply(x_RI: Tensor, one: Matrix, storage: Storage, out_RN: Tensor) -> None:
-    """Write the rows times one expert's matrix, some of its outputs at a time where they have to be expanded."""
-    inputs, dtype = x_RI.shape[1], product_dtype(x_RI.dtype, x_RI.device)
-    x_RI = x_RI.to(dtype)
-    blocks = _PIECE // (ROWS * inputs) if storage is not Storage.FLOAT32 else len(one.word)
-    for first in range(0, len(one.word), max(1, blocks)):
-        weight_NI, bias_N = _expanded(one, storage, inputs, dtype, slice(first, first + max(1, blocks)))
-        begin = first if storage is Storage.FLOAT32 else first * ROWS
-        out_RN[:, begin : begin + len(weight_NI)] = _product_of_rows(x_RI, weight_NI, bias_N)
+def _for_each_tensor(weights: Matrix, change: Callable[[Tensor], Tensor]) -> Matrix:
+    return Matrix(*(None if part is None else change(part) for part in weights[:-1]), weights.outputs)
 
 
-def _product_of_rows(x_RI: Tensor, weight_NI: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Return `product`, or for one or two rows what reads weights faster than oneDNN does."""
-    if len(x_RI) > 2 or not multiplies_fast(x_RI):
-        return product(x_RI, weight_NI, bias_N)
-    out_RN = torch.mv(weight_NI, x_RI[0])[None] if len(x_RI) == 1 else (weight_NI @ x_RI.t()).t()
-    return out_RN if bias_N is None else out_RN + bias_N
+def _multiply(
+    x_AI: Tensor, span: Span, one: Matrix, storage: Storage, kernels: Kernels, compiled: bool, out_AN: Tensor
+) -> None:
+    """Write one expert's rows times its matrix."""
+    if compiled and in_tiles(span.rows, one.word, storage):
+        alone = _for_each_tensor(one, lambda part: part[None])
+        multiply_few(x_AI, [span._replace(expert=0)], alone, storage, kernels, out_AN)
+    else:
+        rows = slice(span.begin, span.end)
+        multiply_many(x_AI[rows], one, storage, kernels, out_AN[rows])
 
 
-def _expanded(
-    one: Matrix, storage: Storage, inputs: int, dtype: torch.dtype, blocks: slice = slice(None)
-) -> tuple[Tensor, Tensor | None]:
-    """Return some blocks of one expert's matrix, [N, I], expanded, and their bias; of float32 a row is a block."""
-
-    def of(part: Tensor | None, which: slice) -> Tensor | None:
-        return None if part is None else part[which]
-
-    rows = 1 if storage is Storage.FLOAT32 else ROWS
-    outputs = slice(*(each * rows for each in blocks.indices(len(one.word))[:2]))
-    some = one._replace(
-        word=one.word[blocks],
-        scale_N=of(one.scale_N, outputs),
-        scale_BGU=of(one.scale_BGU, blocks),
-        min_BGU=of(one.min_BGU, blocks),
-        outputs=min(outputs.stop, one.outputs) - outputs.start,
-    )
-    bias_N = of(one.bias_N, outputs)
-    return expanded(some, storage, inputs, dtype), None if bias_N is None else bias_N.to(dtype)
+def _expanded(one: Matrix, storage: Storage, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return one expert's matrix, [N, I], and its bias."""
+    return expanded(one, storage, inputs, dtype), None if one.bias_N is None else one.bias_N.to(dtype)
 
 
 _grouped_mm: Callable[..., Tensor] | None = getattr(torch, "_grouped_mm", None)  # untyped in torch

@@ -1,7 +1,7 @@
 """Experts that are fetched once tokens have chosen them, where a model's experts do not lie in memory all.
 
 Why a layer stays one graph: what stops it, until the chosen experts are in memory, is an operator of its own. For few
-tokens it returns where they lie, and the product that follows reads them there (`experts.chosen_product`). For many
+tokens it returns where they lie, and the product that follows reads them there (`chosen.chosen_product`). For many
 tokens it multiplies by one expert after the other, in whatever order they arrive: every row belongs to one expert, so
 the order of experts changes no sum.
 
@@ -60,7 +60,8 @@ def fetched_product(
     x_AI: Tensor, rows_E: Tensor, fetcher_1: Tensor, part: int, outputs: int, storage: Storage
 ) -> Tensor:
     """Return rows sorted by expert, each times a matrix of its own expert, [A, N] in x's dtype."""
-    out_AN: Tensor = torch.ops.twinfer.fetched_product(x_AI, rows_E, fetcher_1, part, outputs, storage.value)
+    compiled = torch.compiler.is_compiling()
+    out_AN: Tensor = torch.ops.twinfer.fetched_product(x_AI, rows_E, fetcher_1, part, outputs, storage.value, compiled)
     return out_AN
 
 
@@ -75,12 +76,14 @@ def _(expert_TK: Tensor, x_TM: Tensor, fetcher_1: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("twinfer::fetched_product", mutates_args=())
-def _fetched_product(x_AI: Tensor, rows_E: Tensor, fetcher_1: Tensor, part: int, outputs: int, storage: str) -> Tensor:
+def _fetched_product(
+    x_AI: Tensor, rows_E: Tensor, fetcher_1: Tensor, part: int, outputs: int, storage: str, compiled: bool
+) -> Tensor:
     chosen = [expert for expert, rows in enumerate(rows_E.tolist()) if rows]
     matrices = _fetchers[int(fetcher_1)].matrices(chosen, part)
-    return multiplied(x_AI, rows_E, matrices, outputs, Storage(storage))
+    return multiplied(x_AI, rows_E, matrices, outputs, Storage(storage), compiled)
 
 
 @_fetched_product.register_fake
-def _(x_AI: Tensor, rows_E: Tensor, fetcher_1: Tensor, part: int, outputs: int, storage: str) -> Tensor:
+def _(x_AI: Tensor, rows_E: Tensor, fetcher_1: Tensor, part: int, outputs: int, storage: str, compiled: bool) -> Tensor:
     return x_AI.new_empty(x_AI.shape[0], outputs)

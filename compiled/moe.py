@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..spec.config import MlpConfig, Storage
 from ..spec.moe import MoeConfig
+from .chosen import chosen_product
 from .compute import accumulation_dtype
 from .embedding import Product
-from .experts import chosen_product, grouped_product, sort_by_expert
+from .experts import grouped_product, sort_by_expert
 from .fetching import DOWN, UP, fetched_product, fetched_slots
 from .linear import linear_decode, materialized
 from .mlp import inner

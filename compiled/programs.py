@@ -9,10 +9,10 @@ dynamic (the marking fails if the graph were special to one), and everything els
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ from torch.utils import _pytree as pytree
 from .artifacts import KERNELS, load_or_compile
 from .cache_folder import use_private_cache
 from .cpu_graph import kernels_noticed
-from .steps import DynamicDims, P, R
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+DynamicDims = Mapping[str, Sequence[int]]
+"""The dimensions of a piece's arguments that change from call to call, by the arguments' names.
+
+For a tuple, those of all its tensors.
+"""
 
 
 class Program(StrEnum):

@@ -15,8 +15,8 @@ Shapes: R sequences that gain one token, T prompt tokens of one sequence or toke
 hidden, W table width, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,18 +29,9 @@ from .head import scale_and_cap
 from .layers import Cache, Table, decode_layer, encode_layer, prefill_layer
 from .linear import linear_decode, linear_prefill
 from .norms import norm
+from .programs import DynamicDims, P, R
 from .rotary import rotary_table
 from .weights import Head, Layer, Model, Rotation
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-DynamicDims = Mapping[str, Sequence[int]]
-"""The dimensions of a piece's arguments that change from call to call, by the arguments' names.
-
-For a tuple, those of all its tensors.
-"""
 
 
 class Piece(Protocol):

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.compiled import dispatch as dispatch_module
+from twinfer.compiled import expert_kernels as kernels_module
 from twinfer.compiled import experts as experts_module
 from twinfer.compiled import path as path_module
+from twinfer.compiled.chosen import chosen_product
 from twinfer.compiled.dispatch import combine, dispatch, one_hot_form, slots_of, table_form
 from twinfer.compiled.embedding import Product
-from twinfer.compiled.experts import chosen_product, grouped_product, sort_by_expert, stack
+from twinfer.compiled.experts import grouped_product, sort_by_expert, stack
 from twinfer.compiled.linear import linear_decode, linear_prefill
 from twinfer.compiled.moe import Mlp, Moe, moe
 from twinfer.compiled.packing import Matrix, pack, quantize
@@ -109,7 +111,7 @@ def test_each_row_is_multiplied_by_its_own_expert(case: tuple[Any, ...], storage
     assert torch.equal(chosen_product(x_TI, expert_T, matrix, storage), wanted)
     order = sort_by_expert(expert_T[:, None], experts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts_module, "_PIECE", piece)
+        patch.setattr(kernels_module, "_PIECE", piece)
         grouped = grouped_product(x_TI[order.choice_A], order.rows_E, matrix, storage)
     assert torch.equal(grouped[order.place_A], wanted)
 
@@ -130,7 +132,7 @@ def test_forms_of_a_gpu_are_the_loop_over_experts(rows: list[int], biased: bool,
     x_AI = torch.randint(-1, 2, (sum(rows), 8), generator=generator).to(torch.bfloat16)
     x_AI[:, 0] = 0
     rows_E = torch.tensor(rows)
-    wanted_AN = experts_module._grouped_product(x_AI, rows_E, *matrix, storage.value)
+    wanted_AN = experts_module._grouped_product(x_AI, rows_E, *matrix, storage.value, False)
     for form in (experts_module._by_offsets, experts_module._by_masks):
         if len(x_AI):  # torch's wants a row
             assert torch.equal(form(x_AI, rows_E, matrix, storage), wanted_AN)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twinfer.compiled.cpu_graph import CpuGraph
+from twinfer.compiled.experts import stack
 from twinfer.compiled.path import CompiledPath
 from twinfer.oracle.baseline import Baseline
 from twinfer.oracle.models import RandomSource
@@ -26,6 +27,7 @@ from twinfer.spec.config import (
 from twinfer.spec.moe import MoeConfig, RouterConfig
 
 from .graph_machine import same_bits
+from .test_expert_kernels import FEW, assert_in_budget, by_operator, drawn
 
 STORAGES = [Storage.FLOAT32, Storage.INT4]
 
@@ -108,3 +110,15 @@ def test_recorded_steps_are_the_plain_ones_to_the_bit(storage: Storage, monkeypa
     assert all(same_bits(*pair) for pair in zip(recorded, wanted, strict=True))
     assert chosen == expected
     assert len({tuple(each) for each in chosen}) > 6
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_products_of_any_shape_are_in_budget_and_compile_nothing(storage: Storage) -> None:
+    """Of other shapes than the kernels were compiled for: one expert and several, tiles of one kind, expanded ones."""
+    compiled(storage)
+    cases = [([4], 16, 64), ([1, 0, 2], 33, 70), ([FEW + 9, 7, 3], 5, 3), ([1] * 9, 80, 200), ([FEW, 61], 200, 136)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed, (rows, outputs, inputs) in enumerate(cases):
+            weights, x_AI = drawn(seed, rows, outputs, inputs, biased=seed % 2 == 0)
+            got_AN = by_operator(x_AI, rows, stack([weights], storage), storage)
+            assert_in_budget(got_AN, x_AI, rows, weights, storage)
