@@ -245,10 +245,11 @@ def check_ranks(
         nearest = " or ".join(str(other) for other in able if abs(other - ranks) == distance)
         raise RequestError(f"{name} is {ranks}, but {refusal}; the nearest number that can share it is {nearest}")
     if experts is not None:
-        _check_experts(config, experts, storage, stage_ranks or experts.ranks * experts.slices)
+        _check_experts(config, experts, storage, stage_ranks or 0)
 
 
 def _check_experts(config: ModelConfig, shard: ExpertShard, storage: Storage | None, stage_ranks: int) -> None:
+    """Raise where experts do not divide so; 0 stage ranks are any number of them (gcd(n, 0) is n)."""
     for index, layer in enumerate(config.layers):
         if not isinstance(layer.mlp, MoeConfig):
             continue

@@ -2,7 +2,7 @@
 
     HYPOTHESIS_PROFILE=exhaustive python -m pytest -n0 -s tests/parallel/test_kills.py
 
-prints what was killed when, how long it took to the end, and the message.
+prints what was killed, when, seconds to the end of the job, and the message.
 """
 
 import json
@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,14 +40,6 @@ PHASES = {
     "decode": ("", 1.0),
 }
 """What the rank says that it does when the phase begins, and within how many seconds from then it is killed."""
-ROWS: list[str] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def printed() -> Iterator[None]:
-    yield
-    print("\n| phase | rank | seconds into it | seconds to the end | message |\n|---|---|---|---|---|")
-    print("\n".join(ROWS))
 
 
 def killed(phase: str, rank: int, delay_s: float, output: Path) -> tuple[Ended | None, float, list[int], int]:
@@ -91,7 +82,7 @@ def test_a_kill_ends_the_job(phase: str, rank: int, turn: int, tmp_path: Path) -
     delay_s = random.Random(f"{phase} {rank} {turn}").uniform(0, most_s)
     ended, seconds, pids, port = killed(phase, rank, delay_s, tmp_path / "output")
     assert ended is not None
-    ROWS.append(f"| {phase} | {rank} | {delay_s:.2f} | {seconds:.2f} | {ended.message} |")
+    print(f"\n| {phase} | {rank} | {delay_s:.2f} | {seconds:.2f} | {ended.message} |")
     assert ended.status == 1
     assert ended.message.startswith(f"rank {rank} was killed by SIGKILL; it was last seen"), ended.message
     assert seconds < MOST_S
@@ -111,7 +102,7 @@ def test_control_c_ends_the_command(delay_s: float) -> None:
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(MOST_S) == 130
-    ROWS.append(f"| control-C | | {delay_s:.2f} | {time.monotonic() - begin:.2f} | |")
+    print(f"\n| control-C | | {delay_s:.2f} | {time.monotonic() - begin:.2f} | |")
     assert "Traceback" not in process.communicate()[1]
     assert not any(map(lives, pids))
 
@@ -163,7 +154,7 @@ def test_a_kill_of_a_rank_ends_two_agents(node: int) -> None:
     seconds = time.monotonic() - begin
     said = [process.communicate()[1] for process in both]
     lines = [line for text in said for line in text.splitlines() if line.startswith("twinfer: error")]
-    ROWS.append(f"| agents | {node} | 12.00 | {seconds:.2f} | {' / '.join(lines)} |")
+    print(f"\n| agents | {node} | 12.00 | {seconds:.2f} | {' / '.join(lines)} |")
     assert all(statuses)
     assert seconds < MOST_S
     assert not any(map(lives, pids))

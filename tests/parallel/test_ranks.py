@@ -134,8 +134,8 @@ OF_STAGES = {"micro-batches mixed up": ParallelConfig(pipeline=2)}
 
 
 def assert_caught(pool: Pool, mutant: str, parallel: ParallelConfig) -> None:
-    """Without the fault ranks agree, with it they do not."""
-    config = residual_mixture() if mutant in OF_EXPERTS else everything()
+    """Without the fault ranks agree, with it they do not; a stage has two layers."""
+    config = residual_mixture() if mutant in OF_EXPERTS else everything(2 * parallel.pipeline)
     given = pool, config, 400, parallel, Storage.INT8
     batch = parallel.data if mutant in OF_EXPERTS else 3
     assert_ranks_agree(*given, batch=batch)
@@ -166,9 +166,9 @@ def residual_mixture() -> ModelConfig:
     return replace(config, layers=(replace(layer, mlp=mlp, attention=attention),) * len(config.layers))
 
 
-def everything() -> ModelConfig:
+def everything(layers: int) -> ModelConfig:
     """A model that has all that ranks can get wrong: biases, one key/value head, a norm over all heads, 33 tokens."""
-    config = replace(draw_model(400, layers=2), vocabulary=33)
+    config = replace(draw_model(400, layers=layers), vocabulary=33)
 
     def full(layer: LayerConfig) -> LayerConfig:
         norm = NormConfig(kind=NormKind.RMS, epsilon=1e-5)

@@ -79,9 +79,10 @@ def test_refused(
     monkeypatch.setattr(launch, "Job", None)  # nothing is started
     monkeypatch.delenv("RANK", raising=False)
     capsys.readouterr()
+    request = ["--prompt-ids", "1", "--max-new-tokens", "1"]
     status: object
     try:
-        status = main(["generate", *(models.get(word, word) for word in words.split()), "--prompt-ids", "1"])
+        status = main(["generate", *(models.get(word, word) for word in words.split()), *request])
     except SystemExit as left:
         status = left.code
     said = capsys.readouterr()
