@@ -73,3 +73,21 @@ def sums(parallel: ParallelConfig, sizes: tuple[int, ...]) -> tuple[Tensor | int
     before = shared.begun
     found = [wire.all_reduce(torch.full((size,), 1.0 + groups.rank), groups.tensor) for size in sizes]
     return (*found, shared.begun - before)
+
+
+def recorded(
+    config: ModelConfig, parallel: ParallelConfig, storage: Storage, calls: list[list[Tensor]], forgets: set[int]
+) -> tuple[list[Any], list[tuple[str, tuple[int, ...], int]], int]:
+    """Return the logits of each call, the ledger, and how many steps are recorded at the end.
+
+    Before calls of those numbers, a rank other than the first forgets what it has recorded; so does none if empty.
+    """
+    path = path_of(config, 1, parallel, storage, torch.float64)
+    path._graphs = {}
+    sequences, logits = path.open(len(calls[0]), 64), []
+    for number, call in enumerate(calls):
+        if number in forgets and path.wire.groups.rank:
+            path._graphs.clear()
+        logits.append(path.extend(sequences, call))
+    kept = sum(len(graphs._graphs) for graphs in path._graphs.values())
+    return logits, [(call.kind.value, call.ranks, call.bytes) for call in path.wire.ledger.calls], kept
