@@ -5,6 +5,8 @@ writes and takes the results apart, which for a small model takes a quarter of a
 and little more than a layer is one kernel. It is to a CPU what a CUDA graph is to a GPU, and `graph.DecodeGraphs` uses
 either by the same rules.
 
+A function that must run anew at each replay, whatever it does, is recorded as one call (`call_whole`).
+
 What it relies on: Inductor's kernels are functions in the modules that it writes, named `cpp_fused...` and called with
 tensors and sizes alone; all else that computes goes through torch's dispatcher. `path` compares a replay with the plain
 call before it trusts CPU graphs of a program, and does without them where the two differ; a later graph must have as
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .turn import PROCESS
 
@@ -35,6 +37,9 @@ _KERNEL = "cpp_fused"
 _LEAST_STEP = 64
 """A graph is for a multiple of so many slots, or of an eighth to a quarter of long sequences: recording anew costs two
 steps, reading some slots in vain very little of each."""
+
+_recording = threading.local()
+"""Has the tape that this thread records, while it does."""
 
 _loaded: list[dict[str, Any]] = []
 """The names within every module that Inductor loaded for our pieces. As `sys.modules` does, it keeps them."""
@@ -81,7 +86,7 @@ class CpuGraph:
         """
         if self._places is None:
             self._places = _places(self.calls, old)
-        if any(self.calls[each.call][0] in (_again, _again_into) for each in self._places):
+        if any(self.calls[each.call][0] in (_again, _again_into, _whole) for each in self._places):
             return False
         for call, places in itertools.groupby(self._places, lambda each: each.call):
             function, given = self.calls[call]
@@ -160,8 +165,30 @@ class CpuGraphs:
         """Run the call and record it."""
         tape = CpuGraph()
         with PROCESS, _kernels_recorded(tape), _Operators(tape):
-            result = call()
+            _recording.tape = tape
+            try:
+                result = call()
+            finally:
+                _recording.tape = None
         return tape, result
+
+
+def call_whole(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function; a recording has it as one call, made anew at each replay, and nothing of what it does.
+
+    Tensors that it returns are copied into the memory of the first ones; or it returns an argument, or nothing.
+    """
+    tape: CpuGraph | None = getattr(_recording, "tape", None)
+    if tape is None:
+        return function(*arguments)
+    with _disable_current_modes():
+        result = function(*arguments)
+    given = {each.untyped_storage().data_ptr() for each in _tensors(arguments)}
+    made = _tensors(result)
+    if all(each.untyped_storage().data_ptr() in given for each in made):
+        made = []
+    tape.calls.append((_whole, (function, arguments, made)))
+    return result
 
 
 @contextmanager
@@ -217,6 +244,13 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     func(*args, **kwargs)
+
+
+def _whole(function: Callable[..., Any], arguments: tuple[Any, ...], made: list[Tensor]) -> None:
+    result = function(*arguments)
+    if made:
+        for target, each in zip(made, _tensors(result), strict=True):
+            target.copy_(each)
 
 
 def _again_into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: list[Tensor]) -> None:

@@ -170,7 +170,8 @@ def one_expert(weights: Matrix, expert: int) -> Matrix:
 
 
 def _for_each_tensor(weights: Matrix, change: Callable[[Tensor], Tensor]) -> Matrix:
-    return Matrix(*(None if part is None else change(part) for part in weights[:-1]), weights.outputs)
+    changed = (None if part is None else change(part) for part in weights[:-1])
+    return Matrix(*changed, weights.outputs)  # type: ignore[arg-type, call-arg]
 
 
 def _multiply(

@@ -31,8 +31,9 @@ from ..compiled.path import Mode
 from ..compiled.programs import Program
 from ..compiled.sequences import StaticSequences
 from ..compiled.weights import Head, Model
-from ..parallel.path import LocalSequences, ParallelSequences, RankPath, Run, runs_of
+from ..parallel.path import LocalSequences, ParallelSequences, RankPath
 from ..parallel.programs import RankProgram, Tokens
+from ..parallel.runs import Run, runs_of
 from ..parallel.weights import Share, local_config
 from ..parallel.wire import Wire
 from ..spec.ambient import CPU
@@ -179,6 +180,10 @@ class StreamedRankPath(RankPath):
         tokens = vocabulary_piece(self._config.vocabulary, parallel.shard(self.wire.groups.rank))
         return Share(model, self._local, torch.tensor([tokens.start]), len(tokens))
 
+    def _records(self) -> bool:
+        """Return False: a layer's weights lie elsewhere each time."""
+        return False
+
     def _head(self, block: Matrix) -> Head:
         return Head(self._resident.head_norm, self._resident.reduction, block)
 
@@ -284,7 +289,7 @@ class StreamedRankPath(RankPath):
     def _entered(self, capacity: int, lengths: Sequence[int], run: Run) -> _Moving:
         self._check_compiled(run.program)
         program, tokens = self._programs[run.program], self._tokens_of(capacity, lengths, run)
-        x = self._looked_up(program, tokens) if self._place.stage == 0 else self._received(tokens)
+        x = self._looked_up(program, tokens) if self._place.stage == 0 else program.received(tokens)
         return _Moving(run, program, tokens, *program.enter(x, tokens))
 
     def _looked_up(self, program: RankProgram, tokens: Tokens) -> Tensor:
@@ -335,7 +340,7 @@ class StreamedRankPath(RankPath):
             self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
             return in_buffer(record, buffer)
 
-        x = self._looked_up(program, given) if self._place.stage == 0 else self._received(given)
+        x = self._looked_up(program, given) if self._place.stage == 0 else program.received(given)
         x, positions = program.enter(x, given)
         for layer, cache in zip(different, caches, strict=True):
             index = self._local.layers.index(layer)

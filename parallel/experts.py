@@ -7,27 +7,93 @@
     return       all-to-all back
 
 Why it is faster: rows of one expert are multiplied together, whichever rank they came from, so an expert's weights are
-read once a layer. How many rows there are is known only when they arrive, so this runs between compiled pieces.
+read once a layer. How many rows there are is known only when they arrive, so the exchange runs between compiled pieces;
+what arrives is multiplied by one of two. Few rows fill up a fixed number, and read the words of their experts where
+these lie; more are sorted by expert, in a piece for any number of rows.
 
 Shapes: T tokens, K = top_k, A = T * K choices, E experts (of a rank, its own), N rows, M hidden, P ranks that exchange,
-S slices.
+S slices, Q peers whose rows follow each other.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..compiled.chosen import chosen_product
 from ..compiled.experts import grouped_product, sort_by_expert
 from ..compiled.fetching import DOWN, UP, fetched_product
+from ..compiled.linear import PASS_ROWS
 from ..compiled.mlp import inner
-from ..compiled.moe import Moe
+from ..compiled.moe import Mlp, Moe
+from ..compiled.steps import Piece
 from ..spec.config import Storage
 from ..spec.moe import MoeConfig
 from ..spec.parallel import Exchange
 from .exchange import Route, places_of, run_bounds, swap
+from .groups import Groups
 from .wire import Wire
 
+_EXAMPLE_ROWS = 160
+"""Many, since a loop over few would be compiled as a serial one."""
 
-def serve(x_TM: Tensor, expert_TK: Tensor, weights: Moe, config: MoeConfig, storage: Storage, wire: Wire) -> Tensor:
+
+class ExpertPieces(NamedTuple):
+    """Each is (rows [N, M], how many of each peer are for each expert, weights) -> what their experts make of them."""
+
+    few: Callable[[Tensor, Tensor, Mlp], Tensor]
+    """N is `PASS_ROWS`; rows beyond those that are counted are of the last one's expert."""
+    many: Callable[[Tensor, Tensor, Mlp], Tensor]
+    fetched: Callable[[Tensor, Tensor, Moe], Tensor]
+    """For experts that have to be fetched first; not compiled."""
+
+
+def expert_pieces(config: MoeConfig, storage: Storage, piece: Piece) -> ExpertPieces:
+    """Return the pieces of a rank's slice of its experts."""
+
+    def few(row_NM: Tensor, count_QE: Tensor, experts: Mlp) -> Tensor:
+        expert_N = _expert_of(len(row_NM), count_QE)
+        inner_NF = inner(chosen_product(row_NM, expert_N, experts.up, storage), config.expert)
+        return chosen_product(inner_NF, expert_N, experts.down, storage)
+
+    def many(row_NM: Tensor, count_QE: Tensor, experts: Mlp) -> Tensor:
+        order = sort_by_expert(_expert_of(len(row_NM), count_QE)[:, None], count_QE.shape[1])
+        inner_NF = inner(grouped_product(row_NM[order.choice_A], order.rows_E, experts.up, storage), config.expert)
+        return grouped_product(inner_NF, order.rows_E, experts.down, storage)[order.place_A]
+
+    def fetched(row_NM: Tensor, count_QE: Tensor, weights: Moe) -> Tensor:
+        assert weights.fetcher_1 is not None
+        up, down = weights.experts
+        order = sort_by_expert(_expert_of(len(row_NM), count_QE)[:, None], count_QE.shape[1])
+        given = order.rows_E, weights.fetcher_1
+        inner_NF = inner(fetched_product(row_NM[order.choice_A], *given, UP, up.outputs, storage), config.expert)
+        return fetched_product(inner_NF, *given, DOWN, down.outputs, storage)[order.place_A]
+
+    return ExpertPieces(piece(few, {}), piece(many, {"row_NM": (0,)}), fetched)
+
+
+def warm_up(experts: Mlp, pieces: ExpertPieces, example_M: Tensor, groups: Groups) -> None:
+    """Compile the pieces on an example, as no rank sends any rows."""
+    peers = len(places_of(groups)) * len(groups.slices)
+    count_QE = torch.zeros(peers, experts.up.word.shape[0], dtype=torch.int64, device=example_M.device)
+    for rows, multiply in ((PASS_ROWS, pieces.few), (_EXAMPLE_ROWS, pieces.many)):
+        count_QE[0, 0] = rows
+        multiply(example_M.repeat(rows, 1), count_QE, experts)
+
+
+def _expert_of(rows: int, count_QE: Tensor) -> Tensor:
+    """Return the expert of each row, where peer q has sent count[q][e] for each expert e, one after the other.
+
+    >>> _expert_of(4, torch.tensor([[1, 0], [0, 2]]))
+    tensor([0, 1, 1, 1])
+    """
+    end_A = count_QE.flatten().cumsum(0)
+    row_N = torch.arange(rows, device=count_QE.device).minimum(end_A[-1] - 1)
+    return (row_N[:, None] >= end_A).sum(1) % count_QE.shape[1]
+
+
+def serve(x_TM: Tensor, expert_TK: Tensor, weights: Moe, config: MoeConfig, pieces: ExpertPieces, wire: Wire) -> Tensor:
     """Return what its experts make of each token, [T, K, M]; `weights` and `config` are this rank's share."""
     groups, total = wire.groups, config.router.experts
     own = total // groups.parallel.expert
@@ -42,42 +108,42 @@ def serve(x_TM: Tensor, expert_TK: Tensor, weights: Moe, config: MoeConfig, stor
     count_PE = swap(told_PE, even, wire)
     route = Route(told_PE.sum(1).tolist(), count_PE.sum(1).tolist())
     arrived_NM = swap(torch.cat([x_AM[bounds_E[expert]] for expert in going]), route, wire)
-    served_NM = _serve_slices(arrived_NM, count_PE, weights, config, storage, wire)
+    served_NM = _serve_slices(arrived_NM, count_PE, weights, pieces, wire)
     returned_NM = swap(served_NM, route.back, wire)
     if groups.parallel.exchange is Exchange.COORDINATED:
         returned_NM = _gathered(returned_NM, rows_E, own, wire)
     return returned_NM[order.place_A].view(*expert_TK.shape, x_TM.shape[1])
 
 
-def _serve_slices(
-    row_NM: Tensor, count_PE: Tensor, weights: Moe, config: MoeConfig, storage: Storage, wire: Wire
-) -> Tensor:
+def _serve_slices(row_NM: Tensor, count_PE: Tensor, weights: Moe, pieces: ExpertPieces, wire: Wire) -> Tensor:
     """Return what this rank's experts make of the rows that arrived, complete over all slices of them."""
     slices = wire.groups.slices
     if len(slices) == 1:
-        return _multiplied(row_NM, count_PE, weights, config, storage)
+        return multiplied(row_NM, count_PE, weights, pieces)
     count_SPE = wire.all_gather_rows(count_PE, [len(count_PE)] * len(slices), slices).view(len(slices), *count_PE.shape)
     lengths: list[int] = count_SPE.sum((1, 2)).tolist()
     all_NM = wire.all_gather_rows(row_NM, lengths, slices)
-    out_NM = _multiplied(all_NM, count_SPE.flatten(0, 1), weights, config, storage)
+    out_NM = multiplied(all_NM, count_SPE.flatten(0, 1), weights, pieces)
     return torch.split(wire.all_reduce(out_NM, slices), lengths)[slices.place]
 
 
-def _multiplied(row_NM: Tensor, count_PE: Tensor, weights: Moe, config: MoeConfig, storage: Storage) -> Tensor:
-    """Feed rows through this rank's slice of their experts: of peer p there are count[p][e] for each expert e."""
-    own = count_PE.shape[1]
-    expert_N = torch.arange(own).repeat(len(count_PE)).repeat_interleave(count_PE.flatten())
-    order = sort_by_expert(expert_N[:, None].to(row_NM.device), own)
-    inner_NF = inner(_product(row_NM[order.choice_A], order.rows_E, weights, UP, storage), config.expert)
-    return _product(inner_NF, order.rows_E, weights, DOWN, storage)[order.place_A]
+def multiplied(row_NM: Tensor, count_QE: Tensor, weights: Moe, pieces: ExpertPieces) -> Tensor:
+    """Feed rows through this rank's slice of their experts: of peer q there are count[q][e] for each expert e."""
+    rows = len(row_NM)
+    if rows == 0:
+        return row_NM
+    if weights.fetcher_1 is not None:
+        return pieces.fetched(row_NM, count_QE, weights)
+    if rows > PASS_ROWS:
+        return pieces.many(row_NM, count_QE, weights.experts)
+    return pieces.few(filled_up(row_NM, PASS_ROWS), count_QE, weights.experts)[:rows]
 
 
-def _product(x_AI: Tensor, rows_E: Tensor, weights: Moe, part: int, storage: Storage) -> Tensor:
-    """Return rows sorted by expert, each times the matrix of its own, which may have to be fetched."""
-    matrix = weights.experts[part]
-    if weights.fetcher_1 is None:
-        return grouped_product(x_AI, rows_E, matrix, storage)
-    return fetched_product(x_AI, rows_E, weights.fetcher_1, part, matrix.outputs, storage)
+def filled_up(row_NKM: Tensor, count: int) -> Tensor:
+    """Return the rows, and copies of the last one up to so many."""
+    if len(row_NKM) == count:
+        return row_NKM.contiguous()
+    return torch.cat((row_NKM, row_NKM[-1:].expand(count - len(row_NKM), *row_NKM.shape[1:])))
 
 
 def _gathered(row_NM: Tensor, rows_E: list[int], own: int, wire: Wire) -> Tensor:

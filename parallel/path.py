@@ -6,20 +6,22 @@ and sends on what it made without waiting for anyone, so a pipeline holds as man
 begins, and `collect` waits for the logits. Sequences are dealt to the data groups in turn, as in the reference.
 
 What it relies on: how many collectives a rank issues, and in what order, follows from the config and the tokens only.
-Graphs are not recorded: a step would have to be recorded in pieces, between the collectives.
 
 Shapes: B sequences, R of them that gain one token, T tokens, N rows of results, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from ..compiled.compute import COMPUTE_DTYPES, DEFAULT, accumulation_dtype
-from ..compiled.linear import PASS_ROWS, passes
+from ..compiled.graph import DecodeGraphs, Step
+from ..compiled.layers import Cache
+from ..compiled.linear import PASS_ROWS
 from ..compiled.machine import check_compiler
+from ..compiled.moe import Moe
 from ..compiled.path import Mode
 from ..compiled.programs import Pieces, Program
 from ..compiled.sequences import StaticSequences
@@ -29,14 +31,14 @@ from ..spec import decoder as protocol
 from ..spec.ambient import pinned
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import RequestError
+from ..spec.moe import MoeConfig
 from ..spec.parallel import check_parallel
 from ..spec.weights import WeightSource
-from .programs import RankProgram, Tokens
+from .experts import ExpertPieces, expert_pieces, warm_up
+from .programs import RankGraphs, RankProgram, Tokens
+from .runs import Run, runs_of
 from .weights import Share, prepare_share
 from .wire import Pending, Wire
-
-_PREFILL_TOKENS = 512
-"""The longest piece of a prompt that is prefilled at once."""
 
 
 class LocalSequences(Protocol):
@@ -74,20 +76,6 @@ class ParallelSequences:
 
     def advance(self, gained: Sequence[int]) -> None:
         self._lengths = [length + more for length, more in zip(self._lengths, gained, strict=True)]
-
-
-class Run(NamedTuple):
-    """What passes the stages at once."""
-
-    program: Program
-    members: list[int]
-    """Places of the sequences among those of the data group; in a prefill there is one."""
-    tokens: list[list[int]]
-    """For each of them."""
-    first: int
-    """The position of a prefill's first token."""
-    ends: bool
-    """Whether logits follow: not after a prompt's pieces but the last, unless all are asked for."""
 
 
 class Ticket(NamedTuple):
@@ -134,6 +122,9 @@ class RankPath:
             self.share = self._prepared(source, storage, compute)
         self._storage, self._compute = storage, compute
         self._turn = Turn(device, compiled=mode is not Mode.EAGER)
+        self._served = self._expert_pieces()
+        self._graphs: dict[int | None, DecodeGraphs] | None = {} if self._records() else None
+        """By how many rows of a step are of different sequences, None where all are."""
         self._programs = {name: self._made(name) for name in self._names()}
         self._uncompiled = set() if mode is Mode.EAGER else set(self._programs)
 
@@ -297,19 +288,18 @@ class RankPath:
 
     def _run(self, local: StaticSequences, lengths: Sequence[int], run: Run, every_position: bool) -> Tensor | None:
         self._check_compiled(run.program)
-        program, parallel, stage = self._programs[run.program], self._parallel, self._place.stage
-        tokens = self._tokens_of(local.capacity, lengths, run)
-        x = program.begin(tokens) if stage == 0 else self._received(tokens)
-        x = program.through(x, local.caches, tokens)
-        if stage + 1 < parallel.pipeline:
-            self.wire.send(x[: tokens.rows], self.wire.groups.neighbor(1))
-            return None
-        return program.end(x, tokens, every_position) if run.ends else None
-
-    def _received(self, tokens: Tokens) -> Tensor:
-        """Return what the stage before sends."""
-        room_TM = torch.empty(len(tokens.token_T), self._config.hidden, dtype=self._compute, device=self._device)
-        return self.wire.receive(room_TM, tokens.rows, self.wire.groups.neighbor(-1))
+        program, caches = self._programs[run.program], local.caches
+        if run.program is Program.PREFILL:
+            tokens = self._tokens_of(local.capacity, lengths, run)
+            result = program.run(caches, tokens, ends=run.ends, every_position=every_position)
+        else:
+            positions = [lengths[member] for member in run.members]
+            starts = [member * local.capacity for member in run.members]
+            step = [token for (token,) in run.tokens], positions, starts
+            rows, longest = len(set(run.members)), max(positions) + 1
+            result = self._step(program, caches, step, None if rows == len(starts) else rows, longest, local.capacity)
+        last = self._place.stage + 1 == self._parallel.pipeline
+        return result if last and run.ends else None
 
     def _tokens_of(self, capacity: int, lengths: Sequence[int], run: Run) -> Tokens:
         starts = [member * capacity for member in run.members]
@@ -321,10 +311,45 @@ class RankPath:
             new = [token for (token,) in run.tokens]
             positions = [lengths[member] for member in run.members]
             slots, rows = max(2, max(positions) + 1), len(set(run.members))
-        token_T, position_T, start_T = (
-            torch.tensor(each, dtype=torch.int64, device=self._device) for each in (new, positions, starts)
-        )
-        return Tokens(token_T, position_T, start_T, torch.arange(slots, device=self._device), rows)
+        token_T, position_T, start_T = map(self._as_tensor, (new, positions, starts))
+        return Tokens(token_T, position_T, start_T, self._slots_to(slots), rows)
+
+    def _step(
+        self,
+        program: RankProgram,
+        caches: tuple[Cache, ...],
+        step: Step,
+        filled: int | None,
+        longest: int,
+        capacity: int,
+    ) -> Tensor:
+        call, graphs = program.step_of(filled), self._graphs
+        if graphs is None:
+            return call(self.share.model, caches, self._as_tensor(step), self._slots_to(max(2, longest)))
+        if filled not in graphs:
+            graphs[filled] = DecodeGraphs(self.share.model, RankGraphs(self.wire), report=self._report)
+        slot_S = self._slots_to(graphs[filled].slots(longest, capacity))
+        result = graphs[filled].step(call, caches, step, slot_S)
+        self._on_step()
+        return result
+
+    def _as_tensor(self, numbers: Sequence[Any]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+
+    def _slots_to(self, count: int) -> Tensor:
+        return torch.arange(count, device=self._device)
+
+    def _records(self) -> bool:
+        """Return whether steps are recorded: compiled ones on a CPU, unless they read how many rows are exchanged."""
+        return self._mode is not Mode.EAGER and self._device.type == "cpu" and not self._served
+
+    def _expert_pieces(self) -> dict[MoeConfig, ExpertPieces]:
+        """Return what multiplies rows that arrive; nothing where no rows are exchanged."""
+        if self._parallel.expert * self._parallel.expert_slices == 1:
+            return {}
+        mixtures = [layer.mlp for layer in self.share.config.layers if isinstance(layer.mlp, MoeConfig)]
+        piece = self._piece("experts")
+        return {config: expert_pieces(config, self._storage, piece) for config in dict.fromkeys(mixtures)}
 
     def _check_compiled(self, name: Program) -> None:
         if name in self._uncompiled:
@@ -335,9 +360,11 @@ class RankPath:
         return [Program.PREFILL, Program.DECODE, Program.DECODE_ROWS, *many]
 
     def _made(self, name: Program) -> RankProgram:
-        return RankProgram(name, self.share, self._config.vocabulary, self.wire, self._piece(name), self._on_step)
+        return RankProgram(
+            name, self.share, self._config.vocabulary, self.wire, self._piece(name), self._served, self._on_step
+        )
 
-    def _piece(self, name: Program) -> Piece:
+    def _piece(self, name: str) -> Piece:
         if self._mode is Mode.EAGER:
             return eager
         told = False
@@ -353,13 +380,20 @@ class RankPath:
 
     def _try(self, name: Program) -> None:
         """Run a program on an example whose dynamic dims differ from each other in size, as the compiled path does."""
+        for layer, weights in zip(self.share.config.layers, self.share.model.layers, strict=True):
+            if layer.mlp in self._served and isinstance(weights.mlp, Moe):
+                example_M = torch.zeros(self._config.hidden, dtype=self._compute, device=self._device)
+                warm_up(weights.mlp.experts, self._served[layer.mlp], example_M, self.wire.groups)
         given, rows, capacity = self._example(name)
         local = StaticSequences(self.share.config, rows, capacity, self._device, self._compute)
         program = self._programs[name]
-        x = program.begin(given) if self._place.stage == 0 else self._received(given)
-        x = program.through(x, local.caches, given)
-        if self._place.stage == self._parallel.pipeline - 1:
-            program.end(x, given, every_position=False)
+        if name is Program.PREFILL:
+            program.run(local.caches, given)
+            return
+        step_3R = torch.stack((given.token_T, given.position_T, given.start_T))
+        program.step_of(None)(self.share.model, local.caches, step_3R, given.slot_S)
+        if self._graphs is not None:
+            self._check_graphs(program, local, given.start_T.tolist())
 
     def _example(self, name: Program) -> tuple[Tokens, int, int]:
         """Return tokens to try a program on, for how many sequences they are, and of what capacity."""
@@ -369,27 +403,23 @@ class RankPath:
         nothing_T = torch.zeros(count, dtype=torch.int64, device=self._device)
         position_T = torch.arange(count, device=self._device) % self._config.context
         start_R = torch.arange(rows, device=self._device) * capacity
-        return Tokens(nothing_T, position_T, start_R, torch.arange(slots, device=self._device), count), rows, capacity
+        return Tokens(nothing_T, position_T, start_R, self._slots_to(slots), count), rows, capacity
 
-
-def runs_of(lengths: Sequence[int], tokens: Sequence[list[int]], storage: Storage, every_position: bool) -> list[Run]:
-    """Cut a call's work into runs: steps first, then each longer extension in even pieces.
-
-    >>> runs = runs_of([3, 0, 5], [[7], [1, 2], [8]], Storage.FLOAT32, every_position=False)
-    >>> [(run.program.value, run.members, run.tokens) for run in runs]
-    [('decode rows', [0, 2, 2, 2], [[7], [8], [8], [8]]), ('prefill', [1], [[1, 2]])]
-    """
-    single = [index for index, each in enumerate(tokens) if len(each) == 1]
-    runs = []
-    for taken in passes(len(single), storage) if single else []:
-        members = [single[place] for place in taken]
-        name = {1: Program.DECODE, PASS_ROWS: Program.DECODE_ROWS}.get(len(members), Program.DECODE_MANY)
-        runs.append(Run(name, members, [tokens[member] for member in members], 0, True))
-    for index in (index for index, each in enumerate(tokens) if len(each) > 1):
-        pieces = torch.tensor(tokens[index]).tensor_split(-(-len(tokens[index]) // _PREFILL_TOKENS))
-        first = lengths[index]
-        for place, piece in enumerate(pieces, start=1):
-            ends = every_position or place == len(pieces)
-            runs.append(Run(Program.PREFILL, [index], [piece.tolist()], first, ends))
-            first += len(piece)
-    return runs
+    def _check_graphs(self, program: RankProgram, local: StaticSequences, starts: list[int]) -> None:
+        """Do without graphs if a replay, on another step than the recorded one, is not the plain call to the bit."""
+        tried = [None, *range(1, PASS_ROWS)] if len(starts) == PASS_ROWS else [None]
+        another, next_one = 1 % self._config.vocabulary, 1 % self._config.context
+        rows = len(starts)
+        first, later = ([0] * rows, [0] * rows, starts), ([another] * rows, [next_one] * rows, starts)
+        for filled in tried:
+            given = filled, next_one + 1, local.capacity
+            self._step(program, local.caches, first, *given)
+            assert self._graphs is not None
+            slot_S = self._slots_to(self._graphs[filled].slots(next_one + 1, local.capacity))
+            plain = program.step_of(filled)(self.share.model, local.caches, self._as_tensor(later), slot_S)
+            if not torch.equal(
+                plain.view(torch.uint8), self._step(program, local.caches, later, *given).view(torch.uint8)
+            ):
+                self._report("decoding without graphs: a replay differs from the plain call; is this torch supported?")
+                self._graphs = None
+                return

@@ -4,30 +4,34 @@ Rows that only fill up a pass over the weights are not reduced: what they would 
 they repeat. So the wire carries what the sequences need, and a filling row stays equal to its original, into whose
 slot of the cache it writes once more.
 
+On a CPU a step is recorded (`RankGraphs`), and each collective in it is one call of the record. A step is recorded with
+the wire muted and then replayed, so a rank sends the same whether it records, moves a record or has one.
+
 Shapes: R sequences that gain one token, T tokens of one sequence, S key positions, M hidden, W table width,
 V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..compiled.compute import accumulation_dtype
+from ..compiled.cpu_graph import CpuGraph, CpuGraphs, call_whole
 from ..compiled.head import head_prefill, scale_and_cap
 from ..compiled.layers import Cache
 from ..compiled.moe import Moe
 from ..compiled.programs import Program
 from ..compiled.steps import Piece
-from ..compiled.weights import Head, Layer
+from ..compiled.weights import Head, Layer, Model
 from ..spec.config import LayerConfig, Residual
 from ..spec.moe import MoeConfig
-from .experts import serve
+from .experts import ExpertPieces, filled_up, serve
 from .mixtures import MixturePieces
 from .pieces import LayerPieces, rank_pieces
 from .weights import Share
-from .wire import Wire
+from .wire import Pending, Wire
 
 
 class Tokens(NamedTuple):
@@ -43,16 +47,60 @@ class Tokens(NamedTuple):
 
 
 class RankProgram:
-    """One program of one rank. `on_layer` is called after each layer."""
+    """One program of one rank. `served` multiplies rows that arrive; `on_layer` is called after each layer."""
 
     def __init__(
-        self, name: Program, share: Share, vocabulary: int, wire: Wire, piece: Piece, on_layer: Callable[[], None]
+        self,
+        name: Program,
+        share: Share,
+        vocabulary: int,
+        wire: Wire,
+        piece: Piece,
+        served: Mapping[MoeConfig, ExpertPieces],
+        on_layer: Callable[[], None],
     ) -> None:
         model = share.model
         self._decodes = name is not Program.PREFILL
-        self._share, self._wire, self._on_layer = share, wire, on_layer
+        self._share, self._wire, self._served, self._on_layer = share, wire, served, on_layer
         self._vocabulary = vocabulary
+        self._steps: dict[int | None, Callable[..., Tensor]] = {}
         self._pieces = rank_pieces(name, share.config, wire.groups.parallel, model.storage, piece, model.compute)
+
+    def step_of(self, filled: int | None) -> Callable[..., Tensor]:
+        """Return a function (model, caches, step_3R, slot_S) that runs a step; the same one each time.
+
+        Of its rows only so many are of different sequences, all if None; step_3R has tokens, positions, first slots.
+        """
+
+        def step(_: Model, caches: Sequence[Cache], step_3R: Tensor, slot_S: Tensor) -> Tensor:
+            rows = step_3R.shape[1] if filled is None else filled
+            token_R, position_R, start_R = step_3R.unbind()
+            return self.run(caches, Tokens(token_R, position_R, start_R, slot_S, rows))
+
+        return self._steps.setdefault(filled, step)
+
+    def run(
+        self, caches: Sequence[Cache], tokens: Tokens, *, ends: bool = True, every_position: bool = False
+    ) -> Tensor:
+        """Do this stage's part; returns logits on the last stage, if any follow, else what leaves the last layer."""
+        groups = self._wire.groups
+        x = self.begin(tokens) if groups.place.stage == 0 else self.received(tokens)
+        x = self.through(x, caches, tokens)
+        if groups.place.stage + 1 < groups.parallel.pipeline:
+            call_whole(self._send_on, x[: tokens.rows])
+            return x
+        return self.end(x, tokens, every_position) if ends else x
+
+    def received(self, tokens: Tokens) -> Tensor:
+        """Return what the stage before sends."""
+        model, neighbor = self._share.model, self._wire.groups.neighbor(-1)
+        room_TM = torch.empty(len(tokens.token_T), self._share.config.hidden, dtype=model.compute, device=model.device)
+        x_TM: Tensor = call_whole(self._wire.receive, room_TM, tokens.rows, neighbor)
+        return x_TM
+
+    def _send_on(self, x_TM: Tensor) -> None:
+        """Send a copy: a replay writes into the same memory again, perhaps before this is on its way."""
+        self._wire.send(x_TM.clone() if self._decodes else x_TM, self._wire.groups.neighbor(1))
 
     def begin(self, tokens: Tokens) -> Tensor:
         """Return the rows of the token table [T, W], on the first stage."""
@@ -101,7 +149,7 @@ class RankProgram:
         if isinstance(layer.mlp, MoeConfig) and isinstance(weights.mlp, Moe):
             x_TM = torch.zeros(0, config.hidden, dtype=model.compute, device=model.device)
             expert_TK = torch.zeros(0, layer.mlp.router.top_k, dtype=torch.int64, device=model.device)
-            serve(x_TM, expert_TK, weights.mlp, layer.mlp, model.storage, self._wire)
+            serve(x_TM, expert_TK, weights.mlp, layer.mlp, self._served[layer.mlp], self._wire)
             self._on_layer()
 
     def end(self, x_TM: Tensor, tokens: Tokens, every_position: bool) -> Tensor:
@@ -124,7 +172,8 @@ class RankProgram:
         """Return logits, of all ranks' products."""
         config = self._share.config
         counted = len(part_RV) * self._share.tokens * part_RV.element_size()
-        logits_RV = self._wire.all_gather(part_RV, self._wire.groups.tensor, counted)[:, : self._vocabulary]
+        all_RV = call_whole(self._wire.all_gather, part_RV, self._wire.groups.tensor, counted)
+        logits_RV = all_RV[:, : self._vocabulary]
         return scale_and_cap(logits_RV, config.logit_scale, config.logit_softcap).contiguous()
 
     def _layer(
@@ -165,8 +214,7 @@ class RankProgram:
             returned = chosen.served_TM
         else:
             given = chosen.read_TM[: tokens.rows], chosen.routing.expert_TK[: tokens.rows]
-            model = self._share.model
-            returned = serve(*given, weights.mlp, layer.mlp, model.storage, self._wire)
+            returned = serve(*given, weights.mlp, layer.mlp, self._served[layer.mlp], self._wire)
             returned = filled_up(returned, len(x_TM))
         return pieces.finish(
             x_TM if chosen.stream_TM is None else chosen.stream_TM,
@@ -196,18 +244,32 @@ class RankProgram:
 
     def _start_reduce(self, part_TM: Tensor, tokens: Tokens) -> Callable[[], Tensor]:
         """Begin to add up over the tensor group; returns what waits for the sum."""
-        pending = self._wire.start_all_reduce(part_TM[: tokens.rows], self._wire.groups.tensor)
+        if len(self._wire.groups.tensor) == 1:
+            return lambda: part_TM
+        under_way: list[Pending] = []
+        call_whole(self._begin_sum, part_TM[: tokens.rows], under_way)
 
         def wait() -> Tensor:
-            self._wire.waited(pending)
-            part_TM[tokens.rows :] = part_TM[max(0, tokens.rows - 1)]
+            call_whole(self._await_sum, under_way)
+            if tokens.rows < len(part_TM):
+                part_TM[tokens.rows :] = part_TM[max(0, tokens.rows - 1)]
             return part_TM
 
         return wait
 
+    def _begin_sum(self, part_TM: Tensor, under_way: list[Pending]) -> None:
+        under_way.append(self._wire.start_all_reduce(part_TM, self._wire.groups.tensor))
 
-def filled_up(row_TKM: Tensor, count: int) -> Tensor:
-    """Return the rows, and copies of the last one up to so many."""
-    if len(row_TKM) == count:
-        return row_TKM.contiguous()
-    return torch.cat((row_TKM, row_TKM[-1:].expand(count - len(row_TKM), *row_TKM.shape[1:])))
+    def _await_sum(self, under_way: list[Pending]) -> None:
+        self._wire.waited(under_way.pop())
+
+
+class RankGraphs(CpuGraphs):
+    """CPU graphs of steps that hold collectives: nothing is sent while one is recorded."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def capture(self, call: Callable[[], Tensor], pool: None) -> tuple[CpuGraph, Tensor]:
+        with self._wire.muted():
+            return super().capture(call, pool)

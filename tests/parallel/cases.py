@@ -13,9 +13,11 @@ from streamed import stream
 from torch import Tensor
 
 from twinfer.checkpoint import open_model
+from twinfer.compiled.moe import Moe
 from twinfer.compiled.path import Mode
+from twinfer.compiled.steps import eager
 from twinfer.oracle.models import RandomSource
-from twinfer.parallel.experts import serve
+from twinfer.parallel.experts import expert_pieces, serve
 from twinfer.parallel.groups import Groups, form_groups
 from twinfer.parallel.path import RankPath
 from twinfer.parallel.wire import Wire
@@ -113,8 +115,10 @@ def serve_exactly(
     path = path_over(ExactSource(config, seed, storage), parallel, storage, compute)
     layer, data = path.share.config.layers[0], path.wire.groups.place.data
     assert isinstance(layer.mlp, MoeConfig)
-    experts = path.share.model.layers[0].mlp.experts  # type: ignore[index]
-    return serve(rows[data].to(compute), chosen[data], experts, layer.mlp, storage, path.wire)
+    weights = path.share.model.layers[0].mlp
+    assert isinstance(weights, Moe)
+    pieces = expert_pieces(layer.mlp, storage, eager)
+    return serve(rows[data].to(compute), chosen[data], weights, layer.mlp, pieces, path.wire)
 
 
 def cell(
@@ -150,3 +154,21 @@ def differing_layers(
     """Return which records differ from a resident path's weights."""
     resident = path_of(config, seed, parallel, storage, torch.float32)
     return differing_records(groups_of(parallel), resident, folder)
+
+
+def recorded(
+    config: ModelConfig, parallel: ParallelConfig, storage: Storage, calls: list[list[Tensor]], forgets: set[int]
+) -> tuple[list[Any], list[tuple[str, tuple[int, ...], int]], int]:
+    """Return the logits of each call, the ledger, and how many steps are recorded at the end.
+
+    Before calls of those numbers, a rank other than the first forgets what it has recorded; so does none if empty.
+    """
+    path = path_of(config, 1, parallel, storage, torch.float64)
+    path._graphs = {}
+    sequences, logits = path.open(len(calls[0]), 64), []
+    for number, call in enumerate(calls):
+        if number in forgets and path.wire.groups.rank:
+            path._graphs.clear()
+        logits.append(path.extend(sequences, call))
+    kept = sum(len(graphs._graphs) for graphs in path._graphs.values())
+    return logits, [(call.kind.value, call.ranks, call.bytes) for call in path.wire.ledger.calls], kept

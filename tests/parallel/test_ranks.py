@@ -239,3 +239,21 @@ def test_ranks_of_one_host_share_memory(two: Pool) -> None:
         assert small.tolist() == [3.0] * 3
         assert large.tolist() == [3.0] * 300_000
         assert shared == 1  # the first of the two
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=str)
+@pytest.mark.parametrize("experts", [False, True])
+def test_recorded_steps_make_the_same_calls(two: Pool, parallel: ParallelConfig, experts: bool) -> None:
+    """Ranks whose steps are recorded make the calls of plain steps, with equal bits whoever has to record anew."""
+    config = draw_model(402, layers=2, experts=experts)
+    calls = [*draw_calls(402, config.vocabulary, batch=3), *draw_calls(403, config.vocabulary, batch=3)[1:2] * 3]
+    given = {"config": config, "parallel": parallel, "calls": calls, "storage": Storage.FLOAT32}
+    plain = two.run("extend", seed=1, compute=FLOAT64, **given)
+    kept, forgotten = (two.run("recorded", forgets=forgets, **given) for forgets in (set(), {4, 6}))
+    for rank in range(2):
+        assert kept[rank][2] > 0
+        assert kept[rank][1] == forgotten[rank][1] == plain[rank][1]
+        for place, want_BV in enumerate(plain[rank][0]):
+            assert same_bits(kept[rank][0][place], forgotten[rank][0][place])
+            assert same_bits(kept[rank][0][place], kept[0][0][place])
+            assert relative(kept[rank][0][place], want_BV) <= AGREEMENT
