@@ -153,7 +153,6 @@ def test_neighbors_move_alternate_layers(two: Pool, paired: tuple[ModelConfig, P
     "mutant",
     [
         "records of another rank",
-        "caches of the layer before",
         "keys and values not written",
         "both move the same layers",
     ],
