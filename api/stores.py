@@ -18,7 +18,6 @@ from twinfer.offload.shares import (
     Shares,
     build_shares,
     check_degrees,
-    cuts_layers,
     is_shares,
     open_shares,
     whole_as_shares,
@@ -57,8 +56,8 @@ def build_store(
 ) -> int:
     """Write a model as a store; returns the bytes of its weights. Raises as `offload.building.build` does.
 
-    With degrees that cut layers it has a share for each rank; stages and data groups read any store. Weights that are
-    kept in a storage already are built in that one.
+    With degrees it is one for many ranks (`offload.shares`). Weights that are kept in a storage already are built in
+    that one.
     """
     if checkpoint.storage not in (None, storage):
         raise RequestError(
@@ -69,7 +68,7 @@ def build_store(
     model = {**about_model(checkpoint), "config": to_json(checkpoint.config), "tokenizer": tokenizer is not None}
     files = {} if tokenizer is None else {_TOKENIZER: tokenizer.inner.to_str()}
     given: dict[str, Any] = {"model": model, "files": files, "identity": [checkpoint.name, files], "report": report}
-    if cuts_layers(parallel):
+    if parallel.ranks > 1:
         return build_shares(checkpoint.source, folder, storage, parallel, **given)
     return build(checkpoint.source, folder, storage, **given)
 

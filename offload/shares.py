@@ -76,7 +76,7 @@ def check_degrees(shares: Shares, parallel: ParallelConfig) -> None:
     same = all(getattr(built, name) == getattr(parallel, name) for name in ("tensor", "expert", "expert_slices"))
     if same and all(_key(parallel.place(rank)) in holders for rank in range(parallel.ranks)):
         return
-    was, asked = (options_of(replace(each, pipeline=1)) or "whole layers on each rank" for each in (built, parallel))
+    was, asked = (options_of(each) or "whole layers on each rank" for each in (built, parallel))
     raise RequestError(
         f"{shares.folder} was built for {was}, and {asked} is asked for; run it as it was built, or make another "
         f"store: {build_command(shares.model, shares.storage, parallel)}"
@@ -86,8 +86,7 @@ def check_degrees(shares: Shares, parallel: ParallelConfig) -> None:
 def build_command(model: dict[str, Any], storage: Storage, parallel: ParallelConfig) -> str:
     """Return the command that makes a store for jobs of these degrees."""
     name = model.get("name", "MODEL")
-    options = options_of(replace(parallel, pipeline=1))
-    return f"twinfer offload build {name} OTHER-STORE --storage {storage} {options}".rstrip()
+    return f"twinfer offload build {name} OTHER-STORE --storage {storage} {options_of(parallel)}".rstrip()
 
 
 def options_of(parallel: ParallelConfig) -> str:
@@ -98,11 +97,6 @@ def options_of(parallel: ParallelConfig) -> str:
     """
     named = {"pipeline": parallel.pipeline, **_degrees(parallel)}
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in named.items() if value > 1)
-
-
-def cuts_layers(parallel: ParallelConfig) -> bool:
-    """Return whether ranks of such a job hold parts of layers; else a store of the whole model serves them."""
-    return parallel.tensor * parallel.expert * parallel.expert_slices > 1
 
 
 def whole_as_shares(store: Store) -> Shares:

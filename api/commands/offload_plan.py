@@ -58,9 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from twinfer.offload.measuring import best_batch, compute, measure, predict
     from twinfer.offload.path import OffloadPath
-    from twinfer.offload.store import Store
 
-    from ..stores import check_ranks_of_store, open_store_model
+    from ..stores import open_store_model, shares_in
 
     before = peak_memory_bytes()
     with waiting() as report:
@@ -71,11 +70,9 @@ def run(args: argparse.Namespace) -> int:
         source = checkpoint.source
         assert isinstance(source, StoreSource)
         parallel = degrees_of(args)
-        check_ranks_of_store(source, parallel)
         if parallel.ranks > 1:
             return _of_ranks(args, source, parallel)
-        store = source.store
-        assert isinstance(store, Store)
+        store = shares_in(source).of_rank(parallel, 0)
         path = OffloadPath(store, config, budget=args.memory_budget, compute=arithmetic, report=report)
         path.open(1 if args.batch == "auto" else args.batch, reserve).close()  # refuses before minutes of compiling
         path.compile()

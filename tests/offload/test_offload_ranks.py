@@ -203,7 +203,7 @@ def test_other_degrees_are_refused_with_the_command_that_builds_for_them(tmp_pat
         check_degrees(shares, parallel)
     for parallel in (STAGES, DATA):
         check_degrees(whole, parallel)
-    for store, parallel, options in ((shares, DATA, ""), (shares, ParallelConfig(tensor=4), " --tensor 4")):
+    for store, parallel, options in ((shares, DATA, " --data 2"), (shares, ParallelConfig(tensor=4), " --tensor 4")):
         with pytest.raises(RequestError) as refused:
             check_degrees(store, parallel)
         assert "was built for --tensor 2" in str(refused.value)
