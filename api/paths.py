@@ -88,17 +88,14 @@ def _compiled(order: Order) -> Built:
 
 def _offload(order: Order) -> Built:
     from twinfer.offload.path import OffloadPath
-    from twinfer.offload.store import Store
 
-    from .stores import ONE, check_ranks_of_store
+    from .stores import ONE, shares_in
 
     if not isinstance(order.source, StoreSource):
         raise RequestError("the path offload runs a store; make one of the model: twinfer offload build MODEL STORE")
-    budget, store = budget_of(order), order.source.store
-    check_ranks_of_store(order.source, ONE)
-    assert isinstance(store, Store)
+    budget = budget_of(order)
     path = OffloadPath(
-        store,
+        shares_in(order.source).of_rank(ONE, 0),
         order.source.config,
         budget=budget,
         compute=order.compute.dtype,

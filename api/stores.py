@@ -58,8 +58,8 @@ def build_store(
 ) -> int:
     """Write a model as a store; returns the bytes of its weights. Raises as `offload.building.build` does.
 
-    For several ranks it has a share for each, in which layers are whole; stages and data groups read the same one.
-    Weights that are kept in a storage already are built in that one.
+    With degrees it is one for many ranks (`offload.shares`). Weights that are kept in a storage already are built in
+    that one.
     """
     if checkpoint.storage not in (None, storage):
         raise RequestError(
@@ -93,7 +93,10 @@ def open_store_model(folder: Path, context: int | None = None) -> Checkpoint:
 
 
 def check_budget(source: StoreSource, budget: int, batch: int, reserve: int, compute: Compute) -> None:
-    """Raise `RequestError`, which names the smallest budget that works, before anything is allocated or compiled."""
+    """Raise `RequestError`, which names the smallest budget that works, before anything is allocated or compiled.
+
+    Also for a store that was built for many ranks, and cannot be run by one.
+    """
     given = {"batch": batch, "reserve": min(reserve, source.config.context)}
-    assert isinstance(source.store, Store), "the plans of ranks are made by the ranks"
-    plan(source.store, source.config, budget=budget, **given, compute=compute.dtype, expands=False)
+    store = shares_in(source).of_rank(ONE, 0)
+    plan(store, source.config, budget=budget, **given, compute=compute.dtype, expands=False)

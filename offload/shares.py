@@ -83,7 +83,7 @@ def check_degrees(shares: Shares, parallel: ParallelConfig) -> None:
         )
     if same and all(_key(parallel.place(rank)) in holders for rank in range(parallel.ranks)):
         return
-    was, asked = (options_of(replace(each, pipeline=1)) or "whole layers on each rank" for each in (built, parallel))
+    was, asked = (options_of(each) or "whole layers on each rank" for each in (built, parallel))
     raise RequestError(
         f"{shares.folder} was built for {was}, and {asked} is asked for; run it as it was built, or make another "
         f"store: {build_command(shares.model, shares.storage, parallel)}"
@@ -93,8 +93,7 @@ def check_degrees(shares: Shares, parallel: ParallelConfig) -> None:
 def build_command(model: dict[str, Any], storage: Storage, parallel: ParallelConfig) -> str:
     """Return the command that makes a store for jobs of these degrees."""
     name = model.get("name", "MODEL")
-    options = options_of(replace(parallel, pipeline=1)) or options_of(parallel)
-    return f"twinfer offload build {name} OTHER-STORE --storage {storage} {options}".rstrip()
+    return f"twinfer offload build {name} OTHER-STORE --storage {storage} {options_of(parallel)}".rstrip()
 
 
 def options_of(parallel: ParallelConfig) -> str:

@@ -163,9 +163,8 @@ def _generate(
         how = args.path, args.storage, args.compute, device_of(args, member)
         budget = args.memory_budget
         if budget is not None and member is None and isinstance(checkpoint.source, StoreSource):
-            from ..stores import ONE, check_budget, check_ranks_of_store
+            from ..stores import check_budget
 
-            check_ranks_of_store(checkpoint.source, ONE)
             at_once = {None: len(ids), "auto": 1}.get(args.batch, args.batch)
             check_budget(checkpoint.source, budget, at_once, _reserve(args, ids), Compute(args.compute))
         model = load(checkpoint, *how, batches=len(ids) > 1, memory_budget=budget, report=report, member=member)

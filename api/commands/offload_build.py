@@ -20,8 +20,8 @@ examples:
   twinfer offload build smollm2 smollm2-ranks --tensor 3
   twinfer generate smollm2-ranks --tensor 3 --memory-budget 128MB --prompt "Once upon a time"
 
-With --tensor, --expert or --expert-slices the store has a share for each of those ranks, and serves these degrees only.
-Any store serves any number of stages (--pipeline), and of data groups that share no experts.
+With degrees the store is one for many ranks: a share for each place of --tensor, --expert and --expert-slices, which it
+serves only; any number of stages (--pipeline) reads it, and of data groups that share no experts.
 
 One layer is in memory at a time. The store appears whole or not at all; a run that was killed leaves a hidden folder
 beside it, .STORE.partial, and the same command goes on from there.

@@ -59,9 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from twinfer.offload.measuring import best_batch, compute, measure, predict
     from twinfer.offload.path import OffloadPath
-    from twinfer.offload.store import Store
 
-    from ..stores import check_budget, check_ranks_of_store, open_store_model
+    from ..stores import check_budget, open_store_model, shares_in
 
     before = peak_memory_bytes()
     with waiting() as report:
@@ -69,11 +68,9 @@ def run(args: argparse.Namespace) -> int:
         source, config, compute_in = checkpoint.source, checkpoint.config, Compute(dtype_name(args.compute))
         assert isinstance(source, StoreSource)
         parallel, reserve = degrees_of(args), min(args.tokens, config.context)
-        check_ranks_of_store(source, parallel)
         if parallel.ranks > 1:
             return _of_ranks(args, source, parallel)
-        store = source.store
-        assert isinstance(store, Store)
+        store = shares_in(source).of_rank(parallel, 0)
         check_budget(source, args.memory_budget, 1 if args.batch == "auto" else args.batch, reserve, compute_in)
         path = OffloadPath(store, config, budget=args.memory_budget, compute=compute_in.dtype, report=report)
         path.compile()

@@ -27,7 +27,6 @@ from twinfer.spec.parallel import ParallelConfig
 
 _of_rank, _away, _plan = Shares.of_rank, rank_path.away_layers, rank_path.plan_of_rank
 _gather = dist.all_gather_into_tensor
-_layer = rank_path.TieredSequences.layer
 
 
 def opened(folder: str) -> Shares:
@@ -111,10 +110,6 @@ def _first_layers(layers: int, stages: int) -> Any:
     return [range(layers // stages)] * stages
 
 
-def _caches_of_the_layer_before(self: Any, index: int) -> Any:
-    return _layer(self, max(0, index - 1))
-
-
 MUTANTS: dict[str, Callable[[], list[Any]]] = {
     "records of another rank": lambda: [patch.object(Shares, "of_rank", _of_the_next)],
     "gathered backwards": lambda: [patch.object(dist, "all_gather_into_tensor", _gathered_backwards)],
@@ -124,9 +119,6 @@ MUTANTS: dict[str, Callable[[], list[Any]]] = {
     ],
     "the first stage's layers": lambda: [patch.object(shares, "stage_layers", _first_layers)],
     "keys and values not written": lambda: [patch.object(kv_stream.KvStream, "_write", lambda self, layer: None)],
-    "caches of the layer before": lambda: [
-        patch.object(rank_path.TieredSequences, "layer", _caches_of_the_layer_before)
-    ],
     "both move the same layers": lambda: [
         patch.object(rank_path, "away_layers", lambda layers, count, rank: _away(layers, count, 0))
     ],
