@@ -47,6 +47,7 @@ class Order:
     """Whether several prompts at once are expected."""
     report: Report | None
     memory_budget: int | None = None
+    dram_budget: int = 0
     """Bytes, for a store."""
 
 
@@ -98,6 +99,7 @@ def _offload(order: Order) -> Built:
         order.source.store,
         order.source.config,
         budget=order.memory_budget,
+        dram_budget=order.dram_budget,
         compute=order.compute.dtype,
         report=order.report,
     )

@@ -159,8 +159,16 @@ def _generate(
 ) -> int:
     with waiting() as report:
         how = args.path, args.storage, args.compute, device_of(args, member)
-        budget = args.memory_budget
-        model = load(checkpoint, *how, batches=len(ids) > 1, memory_budget=budget, report=report, member=member)
+        several, budget = len(ids) > 1, args.memory_budget
+        model = load(
+            checkpoint,
+            *how,
+            batches=several,
+            memory_budget=budget,
+            dram_budget=args.dram_budget,
+            report=report,
+            member=member,
+        )
     if member is not None and not member.leads:
         follow_leader(model.decoder, member)
         return 0

@@ -10,7 +10,7 @@ from twinfer.spec.naming import dtype_name
 from ..memory import peak_memory_bytes
 from ..paths import Compute
 from .console import print_json, waiting
-from .options import add_compute, add_json, batch_size, byte_count, positive
+from .options import add_compute, add_dram_budget, add_json, batch_size, byte_count, positive
 
 NAME, HELP = "plan", "say how a memory budget would be spent, and what a token would take"
 DESCRIPTION = "Plan a run within a memory budget before anything is allocated, by speeds measured now."
@@ -33,6 +33,7 @@ _ANY = 2**62
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", type=Path, help="a folder that twinfer offload build has made")
     parser.add_argument("--memory-budget", type=byte_count, metavar="SIZE", required=True, help="such as 512MB")
+    add_dram_budget(parser)
     parser.add_argument(
         "--batch",
         type=batch_size,
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         arithmetic = Compute(dtype_name(args.compute)).dtype
         reserve = min(args.tokens, config.context)
         store = checkpoint.source.store  # type: ignore[attr-defined]
-        path = OffloadPath(store, config, budget=args.memory_budget, compute=arithmetic, report=report)
+        budgets = {"budget": args.memory_budget, "dram_budget": args.dram_budget}
+        path = OffloadPath(store, config, **budgets, compute=arithmetic, report=report)
         path.open(1 if args.batch == "auto" else args.batch, reserve).close()  # refuses before minutes of compiling
         path.compile()
         batch = best_batch(path, reserve, _ANY) if args.batch == "auto" else args.batch
@@ -84,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value in planned.as_json().items():
         print(f"{name:>16} {value:>16,}")
     how = "directly" if speeds.direct else "through the page cache: this file system knows no direct reads"
-    print(f"disk {speeds.disk / 1e9:.2f} GB/s, read {how}; memory {speeds.memory / 1e9:.1f} GB/s; ", end="")
+    print(f"disk {speeds.disk / 1e9:.2f} GB/s, read {how}; memory {speeds.memory / 1e9:.1f} GB/s, ", end="")
+    print(f"copied from {speeds.copies / 1e9:.1f} GB/s; ", end="")
     print(f"products {speeds.gemm / 1e9:.0f} GFLOP/s")
     print(f"computing a decode step of {planned.batch} takes {computed.step_s:.3f} s, ", end="")
     print(f"a prompt of {computed.prompt_tokens} tokens {computed.prompt_s:.3f} s")
