@@ -14,7 +14,7 @@ from .copies import copies_for
 from .direct import DirectFile, aligned_buffer
 from .events import Kind
 from .path import OffloadPath
-from .plan import PREFILL_TOKENS, Plan
+from .plan import MOST_SLOTS, PREFILL_TOKENS, Plan
 from .sequences import TieredSequences
 from .store import Store
 from .streamer import Streamer
@@ -160,7 +160,7 @@ def best_batch(path: OffloadPath, reserve: int, prompts: int) -> int:
 
 def _disk(store: Store, file: DirectFile) -> float:
     """Sweep over the store without computing, for about a second."""
-    streamer = Streamer(file, store.schedule, 2)
+    streamer = Streamer(file, store.schedule, MOST_SLOTS)
     begin_s, done = time.perf_counter(), 0
     try:
         while time.perf_counter() - begin_s < _ENOUGH_S:
