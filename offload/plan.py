@@ -240,8 +240,7 @@ def _in_blocks(least: Plan, config: ModelConfig, compute: torch.dtype) -> Plan:
     """Return a plan with no layer's caches in memory; layers are computed with uncompiled."""
     unit, most = whole_capacity(config.layers, 1, compute), max(_token_bytes(each, compute) for each in config.layers)
     tokens = max(1, min(_BLOCK_BYTES, least.away_bytes // len(config.layers) // 8) // (unit * most)) * unit
-    changed = {"cache_bytes": BUFFERS * tokens * most, "block_tokens": tokens}
-    return replace(least, **changed)
+    return replace(least, cache_bytes=BUFFERS * tokens * most, block_tokens=tokens)
 
 
 def _least(
