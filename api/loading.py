@@ -116,6 +116,7 @@ def load(
     context: int | None = None,
     batches: bool = True,
     memory_budget: int | None = None,
+    dram_budget: int = 0,
     report: Report | None = None,
     member: "Member | None" = None,
     routes: bool = False,
@@ -129,9 +130,10 @@ def load(
     tokens of a sequence, where a model named here is to hold fewer than it can. The compiled path compiles here, once
     for any prompt and batch size; without `batches`, what only several prompts at once need is compiled when they come.
     `report` is called with a line about whatever takes long. A store (made by twinfer offload build) runs on the path
-    offload, whatever is named, within `memory_budget` bytes besides the interpreter. With `member` (`twinfer.ranks`)
-    this process is one rank of a job, all of which call this. With `routes`, a path that can reports which experts it
-    chose (`twinfer.spec.decoder.Routed`): the reference always does, the compiled path then compiles other programs.
+    offload, whatever is named, within `memory_budget` bytes besides the interpreter; beyond these up to `dram_budget`
+    bytes of it stay in DRAM and are copied instead of read. With `member` (`twinfer.ranks`) this process is one rank
+    of a job, all of which call this. With `routes`, a path that can reports which experts it chose
+    (`twinfer.spec.decoder.Routed`): the reference always does, the compiled path then compiles other programs.
 
     Raises a `TwinferError` that says what would be right: for a value that is none of these, a model that cannot be
     used, or a machine that lacks what the path needs.
@@ -145,7 +147,7 @@ def load(
     chosen_storage = given_storage or checkpoint.storage or Storage.FLOAT32
     if isinstance(checkpoint.source, StoreSource):
         chosen_path = Path.OFFLOAD
-    elif memory_budget is not None:
+    elif memory_budget is not None or dram_budget:
         raise RequestError(
             f"{checkpoint.name} is no store, so no memory budget bounds it; make one: twinfer offload build MODEL STORE"
         )
@@ -158,6 +160,7 @@ def load(
         report=report,
         memory_budget=memory_budget,
         routes=routes,
+        dram_budget=dram_budget,
     )
     built = BUILDERS[chosen_path](order) if member is None else build(order, member)
     return Model(

@@ -48,6 +48,8 @@ class Order:
     report: Report | None
     memory_budget: int | None = None
     """Bytes, for a store."""
+    dram_budget: int = 0
+    """Bytes of it that stay in memory beyond that."""
     routes: bool = False
     """Whether the path is to report which experts it chose; `spec.decoder.Routed`."""
 
@@ -98,6 +100,7 @@ def _offload(order: Order) -> Built:
         shares_in(order.source).of_rank(ONE, 0),
         order.source.config,
         budget=budget,
+        dram_budget=order.dram_budget,
         compute=order.compute.dtype,
         report=order.report,
     )

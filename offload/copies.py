@@ -24,6 +24,8 @@ from ..spec.ambient import CPU
 from ..spec.errors import MachineError
 from .direct import aligned_buffer
 
+_cuda: Any = torch.cuda  # streams and the runtime are untyped in torch
+
 Buffer = memoryview | Tensor
 """Bytes: of the host, or uint8 on a device."""
 
@@ -194,12 +196,12 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _cuda.Stream(device)
 
     def host_buffer(self, nbytes: int) -> memoryview:
         """Return memory that the GPU reads by itself. Raises `MachineError` where the system does not lock it."""
         buffer = aligned_buffer(nbytes)
-        failed = int(torch.cuda.cudart().cudaHostRegister(_address(buffer), nbytes, 0))  # type: ignore[no-untyped-call]
+        failed = int(_cuda.cudart().cudaHostRegister(_address(buffer), nbytes, 0))
         if failed:
             raise MachineError(
                 f"{nbytes:,} bytes of memory cannot be pinned for {self.device} (CUDA error {failed}); "
@@ -208,20 +210,20 @@ class CudaLane:
         return buffer
 
     def free(self, buffer: memoryview) -> None:
-        torch.cuda.cudart().cudaHostUnregister(_address(buffer))  # type: ignore[no-untyped-call]
+        _cuda.cudart().cudaHostUnregister(_address(buffer))
 
     def run(self, copy: Callable[[], object], after: Any) -> Any:
-        with torch.cuda.stream(self._stream):
+        with _cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(after)
             copy()
             return self._stream.record_event()
 
     def computed(self) -> Any:
-        return torch.cuda.current_stream(self.device).record_event()
+        return _cuda.current_stream(self.device).record_event()
 
     def wait(self, mark: Any) -> None:
-        torch.cuda.current_stream(self.device).wait_event(mark)
+        _cuda.current_stream(self.device).wait_event(mark)
 
     def synchronize(self, mark: Any) -> None:
         mark.synchronize()

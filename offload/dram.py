@@ -2,7 +2,7 @@
 
 Where a record's bytes come from is decided when its buffer of the ring is claimed (`source`):
 
-    ABSENT -> (source: FILL) FILLING -> (filled) THERE -> (source: COPY, copied) THERE -> (evict) ABSENT
+    ABSENT -> (source: FILL) FILLING -> (filled) THERE -> (source: COPY, copied) THERE -> (want: evicted) ABSENT
 
 A record that is not wanted comes from the DISK each time, as does one that is just being filled for another buffer.
 What is wanted is spread evenly over the schedule, so that the disk has as much to do in each part of a step; no choice
@@ -86,19 +86,19 @@ class Tier:
         assert self._readers[index] > 0, f"record {index} is not being copied"
         self._readers[index] -= 1
 
-    def want(self, indices: Collection[int]) -> list[int]:
-        """Keep these from now on; returns those whose memory is free now, which are evicted."""
-        self.wanted = frozenset(indices)
-        gone = [index for index in self._states if index not in self.wanted]
-        for index in gone:
-            self.evict(index)
-        return gone
+    def busy(self, index: int) -> bool:
+        """Return whether a record is being read or copied."""
+        return self._states.get(index) is State.FILLING or self._readers[index] > 0
 
-    def evict(self, index: int) -> None:
-        """Forget a record, which nothing may be read into or copied from."""
-        assert self._states.get(index) is State.THERE, f"record {index} is {self._states.get(index)}, not THERE"
-        assert self._readers[index] == 0, f"record {index} is being copied"
-        del self._states[index]
+    def want(self, indices: Collection[int]) -> list[int]:
+        """Keep these from now on; returns the others, which are evicted. None of them may be busy."""
+        gone = [index for index in self._states if index not in indices]
+        busy = [index for index in gone if self.busy(index)]
+        assert not busy, f"records {busy} are being read or copied"
+        for index in gone:
+            del self._states[index]
+        self.wanted = frozenset(indices)
+        return gone
 
     def reset(self) -> None:
         """Forget what was not read to its end; nothing is being copied any more."""

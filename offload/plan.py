@@ -93,8 +93,8 @@ class Plan:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return all fields and their sum."""
-        return {**asdict(self), "total_bytes": self.total_bytes}
+        """Return all fields and their sum; of what DRAM keeps, how many records that is."""
+        return {**asdict(self), "dram_records": len(self.dram_records), "total_bytes": self.total_bytes}
 
     def fetch_s(self, disk: float, copies: float) -> float:
         """Return how long a sweep's reads and copies take by bytes a second; they go on at once."""

@@ -1,6 +1,7 @@
 """What a layer, or a block of the head, makes on its way."""
 
 import math
+from collections.abc import Mapping
 
 from ..spec.config import LayerConfig, ModelConfig, Storage
 from ..spec.moe import MoeConfig
@@ -32,9 +33,10 @@ def work_bytes(store: Store, config: ModelConfig, tokens: int, slots: int, expan
             outputs, _ = block = _shape(of_matrix[0], store.storage)
             matrices.append(block)
             widths = max(widths, 2 * len(of_matrix) * outputs)  # all blocks' outputs, and the same joined
-        largest, copied = max(map(math.prod, matrices)), 0
+        largest, copied = max(outputs * inputs for outputs, inputs in matrices), 0
         if experts:
-            one = max(map(math.prod, _merged({str(place): shape for place, shape in enumerate(experts)})))
+            merged = _merged({str(place): shape for place, shape in enumerate(experts)})
+            one = max(outputs * inputs for outputs, inputs in merged)
             largest = max(largest, one)
             copied = 2 * rows * top_k * one if expands else 0  # the weights of a pass's choices, and their products
         scores = layer.attention.heads * min(tokens, 128) * slots
@@ -49,7 +51,7 @@ def _of_attention(layer: LayerConfig, hidden: int) -> list[_Shape]:
     return [(heads * attention.head_size, hidden), (hidden, attention.heads * attention.head_size)]
 
 
-def _merged(shapes: dict[str, tuple[int, ...]]) -> list[_Shape]:
+def _merged(shapes: Mapping[str, tuple[int, ...]]) -> list[_Shape]:
     """Return matrices as they are prepared: those of equal inputs may be one, so they count as one."""
     matrices = [shape for shape in shapes.values() if len(shape) == 2]
     inputs = {shape[1] for shape in matrices}

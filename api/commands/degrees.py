@@ -80,6 +80,10 @@ def check_request(checkpoint: "Checkpoint", parallel: ParallelConfig, args: argp
             "--memory-budget bounds a store, which this model is not; make one of it, for as many ranks: "
             "twinfer offload build"
         )
+    if args.dram_budget:
+        raise RequestError(
+            "--dram-budget is for one rank; of many each reads from the disk what its budget cannot hold"
+        )
     if args.memory_budget is None and streamed:
         raise RequestError("a store runs within a memory budget, which is not given; give each rank one, such as 512MB")
     _check_device(args.device, parallel)

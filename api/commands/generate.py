@@ -167,7 +167,15 @@ def _generate(
 
             at_once = {None: len(ids), "auto": 1}.get(args.batch, args.batch)
             check_budget(checkpoint.source, budget, at_once, _reserve(args, ids), Compute(args.compute))
-        model = load(checkpoint, *how, batches=len(ids) > 1, memory_budget=budget, report=report, member=member)
+        model = load(
+            checkpoint,
+            *how,
+            batches=len(ids) > 1,
+            memory_budget=budget,
+            dram_budget=args.dram_budget,
+            report=report,
+            member=member,
+        )
     if member is not None and not member.leads:
         follow_leader(model.decoder, member)
         return 0

@@ -14,7 +14,7 @@ from ..paths import Compute
 from ..store_source import StoreSource
 from .console import print_json, waiting
 from .degrees import add_degrees, degrees_of
-from .options import add_compute, add_json, batch_size, byte_count, positive
+from .options import add_compute, add_dram_budget, add_json, batch_size, byte_count, positive
 
 NAME, HELP = "plan", "say how a memory budget would be spent, and what a token would take"
 DESCRIPTION = "Plan a run within a memory budget before anything is allocated, by speeds measured now."
@@ -41,6 +41,7 @@ _ANY = 2**62
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", type=Path, help="a folder that twinfer offload build has made")
     parser.add_argument("--memory-budget", type=byte_count, metavar="SIZE", required=True, help="such as 512MB")
+    add_dram_budget(parser)
     parser.add_argument(
         "--batch",
         type=batch_size,
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
             return _of_ranks(args, source, parallel)
         store = shares_in(source).of_rank(parallel, 0)
         check_budget(source, args.memory_budget, 1 if args.batch == "auto" else args.batch, reserve, compute_in)
-        path = OffloadPath(store, config, budget=args.memory_budget, compute=compute_in.dtype, report=report)
+        budgets = {"budget": args.memory_budget, "dram_budget": args.dram_budget}
+        path = OffloadPath(store, config, **budgets, compute=compute_in.dtype, report=report)
         path.compile()
         batch = best_batch(path, reserve, _ANY) if args.batch == "auto" else args.batch
         step, prompts = compute(path, batch, reserve)
@@ -97,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value in planned.as_json().items():
         print(f"{name:>16} {value:>16,}")
     how = "directly" if speeds.direct else "through the page cache: this file system knows no direct reads"
-    print(f"disk {speeds.disk / 1e9:.2f} GB/s, read {how}; memory {speeds.memory / 1e9:.1f} GB/s; ", end="")
+    print(f"disk {speeds.disk / 1e9:.2f} GB/s, read {how}; memory {speeds.memory / 1e9:.1f} GB/s, ", end="")
+    print(f"copied from {speeds.copies / 1e9:.1f} GB/s; ", end="")
     print(f"products {speeds.gemm / 1e9:.0f} GFLOP/s")
     print(f"computing a decode step of {planned.batch} takes {step.computing.total_s:.3f} s, ", end="")
     print(f"{prompts.count} x {prompts.tokens} tokens of prompts {prompts.computing.total_s:.3f} s")

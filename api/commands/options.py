@@ -110,6 +110,17 @@ def add_memory_budget(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="for a store: the memory to use besides the interpreter's own, such as 512MB",
     )
+    add_dram_budget(parser)
+
+
+def add_dram_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dram-budget",
+        type=byte_count,
+        default=0,
+        metavar="SIZE",
+        help="of a store: memory besides in which records stay, to be copied instead of read (default none)",
+    )
 
 
 def token_ids(text: str) -> list[int]:
