@@ -23,7 +23,7 @@ from torch import Tensor
 from ..compiled.compute import DEFAULT
 from ..compiled.layers import Cache
 from ..compiled.linear import PASS_ROWS, passes
-from ..compiled.machine import check_compiler, return_freed_memory, return_large_pieces_when_freed
+from ..compiled.machine import bound_freed_memory, check_compiler, return_freed_memory
 from ..compiled.path import Mode
 from ..compiled.programs import Pieces, Program
 from ..compiled.sequences import StaticSequences
@@ -86,7 +86,7 @@ class OffloadPath:
         self._mode, self._report = Mode(mode), report or (lambda line: None)
         self._streamer: Streamer | None = None
         self._plan(batch=1, reserve=min(2, config.context))
-        return_large_pieces_when_freed()
+        bound_freed_memory(budget)
         self._turn = Turn(CPU, compiled=self._mode is not Mode.EAGER)
         self._file = DirectFile(store.weights, direct=direct)
         if not self._file.direct:
