@@ -1,5 +1,7 @@
 """Stores: whole or not at all, gone on with after a kill, and refused where a byte is wrong."""
 
+import contextlib
+import itertools
 import os
 import random
 import resource
@@ -113,10 +115,8 @@ class Killed(BaseException):
     """What a kill is within a process."""
 
 
-@pytest.mark.parametrize("moment", range(1, 12))
-def test_a_build_goes_on_where_it_was_killed(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was half written: the store is the same to the byte, and no record is prepared twice."""
-    whole = built(SOURCE, tmp_path / "whole")
+def killed_at(moment: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Build, and be killed when something is brought to the disk for the moment-th time; returns whether that came."""
     synced = 0
 
     def sync(descriptor: int) -> None:
@@ -125,21 +125,31 @@ def test_a_build_goes_on_where_it_was_killed(moment: int, tmp_path: Path, monkey
         if synced == moment:
             raise Killed
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(building.os, "fsync", sync)
-        with pytest.raises(Killed):
-            built(SOURCE, tmp_path / "s")
-    assert not (tmp_path / "s").exists()
-    journal = tmp_path / ".s.partial" / "journal"
-    lines = journal.read_text().split("\n")
-    with journal.open("a") as file:
-        file.write('["layers", {"name": "la')
-    lines_told: list[str] = []
-    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": 1, "report": lines_told.append}
-    build(SOURCE, tmp_path / "s", Storage.FLOAT32, **given)
-    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
-    assert len(lines_told) == len(whole.records) - (len(lines) - 2)
-    assert not (tmp_path / ".s.partial").exists()
+        built(SOURCE, folder)
+    return synced == moment
+
+
+def test_a_build_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each moment, whatever was half written: the same to the byte, no record twice, and no store before its end."""
+    whole = built(SOURCE, tmp_path / "whole")
+    expected, given = contents(tmp_path / "whole"), {"model": {"name": "m"}, "files": {}, "identity": 1}
+    monkeypatch.setattr(building.os, "fsync", lambda descriptor: None)
+    for moment in itertools.count(1):
+        folder, partial = tmp_path / f"s{moment}", tmp_path / f".s{moment}.partial"
+        if not killed_at(moment, folder, monkeypatch):
+            break
+        if not folder.exists():
+            lines = (partial / "journal").read_text().split("\n")
+            with (partial / "journal").open("a") as file:
+                file.write('["layers", {"name": "la')
+            told: list[str] = []
+            build(SOURCE, folder, Storage.FLOAT32, **given, report=told.append)  # type: ignore[arg-type]
+            assert len(told) == len(whole.records) - (len(lines) - 2)
+        assert contents(folder) == expected
+        assert not partial.exists()
+    assert moment > 2 * len(whole.records) + 1
 
 
 def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path) -> None:
