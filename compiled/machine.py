@@ -83,12 +83,12 @@ def bound_freed_memory(budget: int) -> None:
 
     glibc maps large pieces by themselves, which freeing gives back, but raises that limit, up to 32 MiB, to the size of
     what was freed last, and keeps such pieces from then on: gaps between them grow past a memory limit that all pieces
-    together are far below. Here the limit is a 64th of the budget, at least 1 MiB: mapping takes time, so with a large
+    together are far below. Here the limit is a 128th of the budget, at least 1 MiB: mapping takes time, so with a large
     budget it is as glibc's own at last. Twice that may stay free at the heap's end. Only glibc on Linux is told so.
     """
     if sys.platform != "linux":
         return
-    least = min(max(budget // 64, 1 << 20), 32 << 20)
+    least = min(max(budget // 128, 1 << 20), 32 << 20)
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, least)
