@@ -1,9 +1,9 @@
 """Predictions of plans beside measurements: `python -m twinfer.bench.offload_settings FOLDER [SETTING...]`.
 
-Stores are built in FOLDER where they are missing. For each setting a plan is made and speeds are measured, as
-`twinfer offload plan` does, then prompts and steps are timed, speeds once more, and the prediction is the mean of both:
-a disk that others use changes its speed from one minute to the next. Where the batch is the plan's own, the compiled
-path with all weights in memory takes the same steps in turn.
+Stores are built in FOLDER where they are missing. For each setting a plan is made, and what computing takes is measured
+as `twinfer offload plan` does, before prompts and steps are timed and after; the prediction is the mean of both. A disk
+that others use changes its speed from one second to the next, so it is measured before, after, and twice between steps.
+Where the batch is the plan's own, the compiled path with all weights in memory takes the same steps in turn.
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ from ..spec.counts import Component, count
 from ..spec.decoder import Decoder, Sequences
 from ..spec.weights import WeightSource
 
-STEPS = 7
+ROUNDS, STEPS = 3, 3
+"""Speeds are measured before each round of steps, and after the last."""
 
 MB = 10**6
 
@@ -118,19 +119,25 @@ def run(folder: Path, setting: Setting) -> dict[str, Any]:
     path.compile()
     given = setting.batch or best_batch(path, setting.reserve, 2**62)
     _say(f"batch {given}")
-    before = _predicted(path, setting, given)
+    computed = [compute(path, given, setting.reserve, setting.prompt)]
     plan = path.plan
     assert plan is not None
     peer = CompiledPath(source, storage=setting.storage, report=_say) if setting.batch is None else None
     decoders: list[Decoder] = [path, *([peer] if peer is not None else [])]
-    states, prompt_s, step_s = _timed(decoders, setting, given)
-    after = _predicted(path, setting, given)
-    speeds = [each[0] for each in (before, after)]
+    measured: list[Speeds] = []
+    states, prompt_s, step_s = _timed(decoders, setting, given, lambda: measured.append(measure(store, plan.slots)))
+    computed.append(compute(path, given, setting.reserve, setting.prompt))
+    speeds = Speeds(
+        disk=fmean(each.disk for each in measured),
+        memory=fmean(each.memory for each in measured),
+        gemm=fmean(each.gemm for each in measured),
+        direct=measured[0].direct,
+    )
+    both = [predict(store, plan, speeds, *each) for each in computed]
     predicted = {
-        name: sum(getattr(each[1], name) for each in (before, after)) / 2
+        name: fmean(getattr(each, name) for each in both)
         for name in ("step_s", "token_s", "prompt_token_s", "hiding_tokens")
     }
-    disk, gemm = (sum(getattr(each, name) for each in speeds) / 2 for name in ("disk", "gemm"))
     measured_s = median(step_s[0])
     kv_bytes = plan.away_bytes * states // setting.reserve
     result = {
@@ -144,10 +151,10 @@ def run(folder: Path, setting: Setting) -> dict[str, Any]:
         "predicted_prompt_token_s": predicted["prompt_token_s"],
         "measured_prompt_token_s": prompt_s / (given * setting.prompt),
         "hiding_tokens": predicted["hiding_tokens"],
-        "disk_gb_s": [each.disk / 1e9 for each in speeds],
-        "share_of_disk": (plan.step_bytes + kv_bytes) / measured_s / disk,
-        "gemm_gflop_s": [each.gemm / 1e9 for each in speeds],
-        "share_of_gemm": 2 * multiplied(source.config) * given / measured_s / gemm,
+        "disk_gb_s": [each.disk / 1e9 for each in measured],
+        "share_of_disk": (plan.step_bytes + kv_bytes) / measured_s / speeds.disk,
+        "gemm_gflop_s": [each.gemm / 1e9 for each in measured],
+        "share_of_gemm": 2 * multiplied(source.config) * given / measured_s / speeds.gemm,
     }
     if peer is not None:
         result["resident_step_s"] = median(step_s[1])
@@ -163,17 +170,13 @@ def multiplied(config: ModelConfig) -> int:
     return sum(each.matrix for each in counts.values()) - table
 
 
-def _predicted(path: OffloadPath, setting: Setting, batch: int) -> tuple[Speeds, Any]:
-    step, prompts = compute(path, batch, setting.reserve, setting.prompt)
-    assert path.plan is not None
-    speeds = measure(path.store, path.plan.slots)
-    return speeds, predict(path.store, path.plan, speeds, step, prompts)
-
-
-def _timed(decoders: Sequence[Decoder], setting: Setting, batch: int) -> tuple[int, float, list[list[float]]]:
+def _timed(
+    decoders: Sequence[Decoder], setting: Setting, batch: int, between: Callable[[], None]
+) -> tuple[int, float, list[list[float]]]:
     """Return the length at which steps are timed, the first decoder's seconds of all prompts, and steps by decoder.
 
-    Each decoder first runs a step that is not timed: records are verified when they are first read.
+    Each decoder first runs a step that is not timed: records are verified when they are first read. `between` is called
+    before each round and after the last; what follows it is not timed, since the ring is full then.
     """
     generator = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(decoders[0].config.vocabulary, (batch, setting.reserve), generator=generator)
@@ -184,14 +187,18 @@ def _timed(decoders: Sequence[Decoder], setting: Setting, batch: int) -> tuple[i
     states = [decoder.open(batch, setting.reserve) for decoder in decoders]
     prompts = [_seconds(lambda: _extend(*each, list(tokens_BT[:, : setting.prompt]))) for each in zip(decoders, states)]  # noqa: B023, B905
     steps: list[list[float]] = [[] for _ in decoders]
-    for at in range(setting.prompt, setting.prompt + STEPS + 1):
+    for at in range(setting.prompt, setting.prompt + ROUNDS * (STEPS + 1)):
+        first = (at - setting.prompt) % (STEPS + 1) == 0
+        if first:
+            between()
         for index, each in enumerate(zip(decoders, states, strict=True)):
             seconds = _seconds(lambda: _extend(*each, list(tokens_BT[:, at, None])))  # noqa: B023
-            if at > setting.prompt:
+            if not first:
                 steps[index].append(seconds)
+    between()
     for state in states:
         state.close()
-    return setting.prompt + STEPS // 2, prompts[0], steps
+    return setting.prompt + ROUNDS * (STEPS + 1) // 2, prompts[0], steps
 
 
 def _extend(decoder: Decoder, state: Sequences, tokens: list[Tensor]) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from ..spec.errors import MachineError, RequestError
 
-_M_MMAP_THRESHOLD = -3
-"""The number that glibc's malloc.h gives the least size of a piece that is mapped by itself."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""The numbers that glibc's malloc.h gives its limits: what may stay free at the heap's end, and what is mapped."""
 
 
 def checked_device(device: str | torch.device) -> torch.device:
@@ -78,16 +78,21 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def return_large_pieces_when_freed() -> None:
-    """Have the C library map each piece of 1 MiB or more by itself from now on, so that freeing it gives it back.
+def bound_freed_memory(budget: int) -> None:
+    """Have the C library keep little of what is freed from now on, by the bytes that all of it together may take.
 
-    glibc raises that limit, up to 32 MiB, to the size of what was freed last, and keeps such pieces from then on: gaps
-    between them grow past a memory limit that all of them together are far below. Only glibc on Linux is told so.
+    glibc maps large pieces by themselves, which freeing gives back, but raises that limit, up to 32 MiB, to the size of
+    what was freed last, and keeps such pieces from then on: gaps between them grow past a memory limit that all pieces
+    together are far below. Here the limit is a 128th of the budget, at least 1 MiB: mapping takes time, so with a large
+    budget it is as glibc's own at last. Twice that may stay free at the heap's end. Only glibc on Linux is told so.
     """
     if sys.platform != "linux":
         return
+    least = min(max(budget // 128, 1 << 20), 32 << 20)
     with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, least)
+        library.mallopt(_M_TRIM_THRESHOLD, 2 * least)
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..compiled.compute import DEFAULT
 from ..compiled.layers import Cache
-from ..compiled.machine import check_compiler, return_freed_memory, return_large_pieces_when_freed
+from ..compiled.machine import bound_freed_memory, check_compiler, return_freed_memory
 from ..compiled.path import Mode
 from ..compiled.programs import Program
 from ..compiled.turn import Turn
@@ -93,7 +93,7 @@ class OffloadPath:
         self._mode, self._report = Mode(mode), report or (lambda line: None)
         self._streamer: Streamer | None = None
         self._plan(batch=1, reserve=min(2, config.context))
-        return_large_pieces_when_freed()
+        bound_freed_memory(budget)
         self._turn = Turn(CPU, compiled=self._mode is not Mode.EAGER)
         self._file = DirectFile(store.weights, direct=direct)
         if not self._file.direct:

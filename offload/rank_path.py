@@ -25,7 +25,7 @@ from ..compiled.compute import DEFAULT, accumulation_dtype
 from ..compiled.embedding import Embedding
 from ..compiled.layers import Cache
 from ..compiled.linear import lookup
-from ..compiled.machine import return_freed_memory
+from ..compiled.machine import bound_freed_memory, return_freed_memory
 from ..compiled.packing import Matrix
 from ..compiled.path import Mode
 from ..compiled.programs import Program
@@ -120,6 +120,7 @@ class StreamedRankPath(RankPath):
             expands=mode is Mode.EAGER,
         )
         self._plan_of(batch=1, reserve=min(2, config.context))
+        bound_freed_memory(budget)
         self._file = DirectFile(self._store.weights, direct=direct)
         if not self._file.direct and report is not None:
             report(f"{self._store.weights} is read through the page cache: its file system knows no direct reads")

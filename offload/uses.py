@@ -8,7 +8,9 @@ steps farther if the next token does not choose it. With chance p that a token d
 is how many layers away the next use is expected to be. `Policy.NEXT_USE` gives up the largest, also if it was used just
 now. p is estimated from the past at two rates, since tokens choose as the one before did and as the text does:
 
-    p = recent / 5 + long * 4 / 5    each an average of used (1) or not (0), renewed by 1/2 and 3/100 with each token
+    p = recent / 5 + long * 4 / 5    each an average of used (1) or not (0), renewed by 1/2 and 1/50 with each token
+
+The long one is a plain mean until 50 tokens were seen, of them and of k / E, which is all that is known at first.
 
 In a model of 30 layers, at layer 3, of two experts with p = 1/2 that of layer 2 goes, whose turn comes in 29 layers,
 before that of layer 5. The other two policies are known from caches of all kinds.
@@ -20,7 +22,7 @@ from enum import StrEnum
 Expert = tuple[int, int]
 """Layer and number; layers are counted among those that have experts."""
 
-_RECENT, _LONG = 1 / 2, 3 / 100
+_RECENT, _LONG = 1 / 2, 1 / 50
 _SHARE_OF_RECENT = 1 / 5
 _LEAST = 1 / 100
 """The least chance that is believed in."""
@@ -43,6 +45,7 @@ class Uses:
         shares = [(k / count, count) for count, k in zip(experts, top_k, strict=True)]
         self._recent = [[share] * count for share, count in shares]
         self._long = [[share] * count for share, count in shares]
+        self._tokens = [0 for _ in shares]
         self._last: dict[Expert, int] = {}
         self._count: dict[Expert, int] = {}
         self._now = 0
@@ -53,11 +56,13 @@ class Uses:
         self._now += 1
         for layer in {layer for layer, _ in used}:
             self._layer = layer
+            self._tokens[layer] += 1
+            renewed = max(_LONG, 1 / (self._tokens[layer] + 1))
             recent_E, long_E = self._recent[layer], self._long[layer]
             for expert in range(len(recent_E)):
                 use = float((layer, expert) in used)
                 recent_E[expert] += _RECENT * (use - recent_E[expert])
-                long_E[expert] += _LONG * (use - long_E[expert])
+                long_E[expert] += renewed * (use - long_E[expert])
         for each in used:
             self._last[each] = self._now
             self._count[each] = self._count.get(each, 0) + 1

@@ -209,3 +209,27 @@ def test_the_bound_is_the_best_of_all_choices(trace: list[int], capacity: int) -
         return (rest[0] not in held) + min(best(rest[1:], way) for way in ways)
 
     assert len(fewest([(0, number) for number in trace], capacity)) == best(tuple(trace), frozenset())
+
+
+def test_uses_expect_what_was_used_often_and_of_late() -> None:
+    """Of two experts the one used less goes, and of equals the one whose layer comes later."""
+    uses = Uses([2, 2], [1, 1], Policy.NEXT_USE)
+    for _ in range(5):
+        uses.note({(0, 0)})
+        uses.note({(1, 0)})
+    held = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert uses.first_to_go(held, set()) == (1, 1)
+    assert uses.first_to_go([(0, 0), (1, 0)], set()) == (1, 0)
+
+
+def test_a_long_average_is_a_plain_mean_at_first() -> None:
+    """Of what was expected before anything was seen, 1 of 4, and of 40 tokens; then the newest counts a 50th."""
+    uses = Uses([4], [1], Policy.NEXT_USE)
+    for token in range(40):
+        uses.note({(0, 0 if token % 4 == 3 else 1)})
+    assert uses._long[0] == pytest.approx([(0.25 + 10) / 41, (0.25 + 30) / 41, 0.25 / 41, 0.25 / 41])
+    for _ in range(60):
+        uses.note({(0, 2)})
+    before = uses._long[0][3]
+    uses.note({(0, 2)})
+    assert uses._long[0][3] == pytest.approx(before * 49 / 50)

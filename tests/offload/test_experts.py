@@ -24,7 +24,7 @@ from twinfer.offload.expert_slots import Slots, State
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
 from twinfer.offload.store import Store
-from twinfer.offload.uses import Expert, Policy, Uses
+from twinfer.offload.uses import Expert, Policy
 from twinfer.oracle.models import RandomSource, draw_moe_config
 from twinfer.oracle.strategies import drawn
 from twinfer.spec.config import ModelConfig, Storage
@@ -339,17 +339,6 @@ def test_plans_keep_experts_with_what_is_left(tmp_path: Path) -> None:
         decoder.close()
     assert kept == sorted(kept)
     assert kept[-1] == 18
-
-
-def test_uses_expect_what_was_used_often_and_of_late() -> None:
-    """Of two experts the one used less goes, and of equals the one whose layer comes later."""
-    uses = Uses([2, 2], [1, 1], Policy.NEXT_USE)
-    for _ in range(5):
-        uses.note({(0, 0)})
-        uses.note({(1, 0)})
-    held = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert uses.first_to_go(held, set()) == (1, 1)
-    assert uses.first_to_go([(0, 0), (1, 0)], set()) == (1, 0)
 
 
 def test_experts_are_read_while_keys_and_values_are_away(tmp_path: Path) -> None:

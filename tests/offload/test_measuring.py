@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from twinfer.offload import measuring
+from twinfer.offload import measuring, streamer
 from twinfer.offload.calls import Call
+from twinfer.offload.direct import DirectFile
 from twinfer.offload.kv_stream import KvStream
 from twinfer.offload.measuring import (
     Prediction,
@@ -136,6 +137,17 @@ def test_a_prediction_follows_reading_and_computing(store: Store) -> None:
     assert predicted(0.25).prompt_token_s == pytest.approx(2.0 / 800)
     assert predicted(0.25, together=4).prompt_token_s == pytest.approx(4.0 / 800)
     assert predicted(8.0, together=4).prompt_token_s == pytest.approx(16.0 / 800)
+
+
+def test_no_checksum_is_verified_while_the_disk_is_measured(store: Store, monkeypatch: Patch) -> None:
+    """But of what is read before the measuring begins: two buffers at most."""
+    verified = []
+    monkeypatch.setattr(streamer, "faulty", lambda record, buffer: verified.append(record.name))
+    monkeypatch.setattr(measuring, "_ENOUGH_S", 0.1)
+    file = DirectFile(store.weights)
+    assert measuring._disk(store, file, 2) > 0
+    file.close()
+    assert len(verified) <= 2 < len(store.schedule)
 
 
 def test_a_sweep_waits_for_the_disk_and_for_buffers() -> None:

@@ -1,11 +1,15 @@
 """Stores: whole or not at all, gone on with after a kill, and refused where a byte is wrong."""
 
+import contextlib
+import itertools
 import os
 import random
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +20,13 @@ from twinfer.offload.building import build
 from twinfer.offload.store import DESCRIPTION, WEIGHTS, check, open_store
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Head, Storage
+from twinfer.spec.counts import total
 from twinfer.spec.errors import CheckpointError, RequestError
 
 from .small import built, config, contents, logits, offloaded, schedule
 
 SOURCE = RandomSource(config(), 7)
+Patch = pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("storage", list(Storage))
@@ -83,7 +89,7 @@ def test_a_damaged_row_of_the_table_is_found_when_it_is_looked_up(tmp_path: Path
         logits(offloaded(store, config()), steps)
 
 
-def test_truncated_and_foreign_stores_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_and_foreign_stores_are_refused(tmp_path: Path, monkeypatch: Patch) -> None:
     """When they are opened, with what would be right; a foreign one with the command that builds it anew."""
     store = built(SOURCE, tmp_path / "s")
     os.truncate(store.weights, store.nbytes - 4096)
@@ -113,10 +119,8 @@ class Killed(BaseException):
     """What a kill is within a process."""
 
 
-@pytest.mark.parametrize("moment", range(1, 12))
-def test_a_build_goes_on_where_it_was_killed(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was half written: the store is the same to the byte, and no record is prepared twice."""
-    whole = built(SOURCE, tmp_path / "whole")
+def killed_at(moment: int, folder: Path, monkeypatch: Patch) -> bool:
+    """Build, and be killed when something is brought to the disk for the moment-th time; returns whether that came."""
     synced = 0
 
     def sync(descriptor: int) -> None:
@@ -125,21 +129,31 @@ def test_a_build_goes_on_where_it_was_killed(moment: int, tmp_path: Path, monkey
         if synced == moment:
             raise Killed
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(building.os, "fsync", sync)
-        with pytest.raises(Killed):
-            built(SOURCE, tmp_path / "s")
-    assert not (tmp_path / "s").exists()
-    journal = tmp_path / ".s.partial" / "journal"
-    lines = journal.read_text().split("\n")
-    with journal.open("a") as file:
-        file.write('["layers", {"name": "la')
-    lines_told: list[str] = []
-    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": 1, "report": lines_told.append}
-    build(SOURCE, tmp_path / "s", Storage.FLOAT32, **given)
-    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
-    assert len(lines_told) == len(whole.records) - (len(lines) - 2)
-    assert not (tmp_path / ".s.partial").exists()
+        built(SOURCE, folder)
+    return synced == moment
+
+
+def test_a_build_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: Patch) -> None:
+    """At each moment, whatever was half written: the same to the byte, no record twice, and no store before its end."""
+    whole = built(SOURCE, tmp_path / "whole")
+    expected, given = contents(tmp_path / "whole"), {"model": {"name": "m"}, "files": {}, "identity": 1}
+    monkeypatch.setattr(building.os, "fsync", lambda descriptor: None)
+    for moment in itertools.count(1):
+        folder, partial = tmp_path / f"s{moment}", tmp_path / f".s{moment}.partial"
+        if not killed_at(moment, folder, monkeypatch):
+            break
+        if not folder.exists():
+            lines = (partial / "journal").read_text().split("\n")
+            with (partial / "journal").open("a") as file:
+                file.write('["layers", {"name": "la')
+            told: list[str] = []
+            build(SOURCE, folder, Storage.FLOAT32, **given, report=told.append)  # type: ignore[arg-type]
+            assert len(told) == len(whole.records) - (len(lines) - 2)
+        assert contents(folder) == expected
+        assert not partial.exists()
+    assert moment > 2 * len(whole.records) + 1
 
 
 def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path) -> None:
@@ -159,7 +173,27 @@ def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path) -> None:
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
-def test_what_is_left_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: Patch) -> None:
+    """With how much more it takes; of a build that goes on only what is missing counts."""
+    monkeypatch.setattr(building.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(
+        RequestError, match=r"has 1,000 bytes free; the store takes [\d,]{6,} more in float32: make room"
+    ):
+        built(SOURCE, tmp_path / "s")
+    assert (tmp_path / ".s.partial" / WEIGHTS).stat().st_size == 0
+    monkeypatch.undo()
+    assert killed_at(30, tmp_path / "s", monkeypatch)
+    there = (tmp_path / ".s.partial" / WEIGHTS).stat().st_size
+    needed = total(config()).bytes(Storage.FLOAT32) - there
+    assert needed > 0
+    for free in (needed - 1, needed):
+        monkeypatch.setattr(building.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        refused = pytest.raises(RequestError, match=f"takes {needed:,} more") if free < needed else nullcontext()
+        with refused:
+            built(SOURCE, tmp_path / "s")
+
+
+def test_what_is_left_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypatch: Patch) -> None:
     """Its records would be of other weights."""
 
     def sync(descriptor: int) -> None:
