@@ -130,6 +130,7 @@ def run(folder: Path, setting: Setting) -> dict[str, Any]:
     speeds = Speeds(
         disk=fmean(each.disk for each in measured),
         memory=fmean(each.memory for each in measured),
+        copies=fmean(each.copies for each in measured),
         gemm=fmean(each.gemm for each in measured),
         direct=measured[0].direct,
     )

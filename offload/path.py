@@ -12,7 +12,7 @@ Shapes: B sequences, R of them that gain one token, T tokens, V vocabulary.
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -271,8 +271,10 @@ class OffloadPath:
             table, numbers = self._table.rows(each.tokens)
             each.call.enter(table, self.resident, numbers)
         spans = [span for each in pending for span in each.spans]
-        with sequences.sweep(spans):
-            parts = self._parts()
+        with (
+            sequences.sweep(spans),
+            contextlib.closing(self._parts()) as parts,
+        ):  # an error keeps this frame, and so the parts
             for index in range(len(layers)):
                 self._layer(index, parts, sequences, pending)
             for each in pending:
@@ -312,7 +314,7 @@ class OffloadPath:
         for each in pending:
             each.call.finish(layer, norm)
 
-    def _parts(self) -> Iterator[Any]:
+    def _parts(self) -> Generator[Any, None, None]:
         assert self._streamer is not None
         if self._still:
             return self._streamer.still_sweep(kinds(self._store, self._config))

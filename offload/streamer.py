@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from ..spec.errors import CheckpointError, MachineError, RequestError
@@ -213,7 +213,7 @@ class Streamer:
         """Bytes of the ring."""
         return sum(map(len, self._reading.buffers))
 
-    def sweep(self) -> Iterator[Any]:
+    def sweep(self) -> Generator[Any, None, None]:
         """Yield each record's part once, in order; a part is gone as soon as the next is asked for.
 
         Raises `CheckpointError` where a record cannot be read or is damaged. A sweep that is not gone through to its
@@ -237,7 +237,7 @@ class Streamer:
             if not complete:
                 self._restart()
 
-    def still_sweep(self, kinds: Sequence[Hashable]) -> Iterator[Any]:
+    def still_sweep(self, kinds: Sequence[Hashable]) -> Generator[Any, None, None]:
         """Yield for each record the part of one of its kind, which is read only where no buffer holds one.
 
         For measuring what computing takes; reads are logged as waits.

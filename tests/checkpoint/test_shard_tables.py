@@ -180,7 +180,9 @@ def stored(entries: Sequence[Stored], shapes: Shapes, prefix: str, head_size: in
             found |= {prefix + name: shape for name, shape in kept_experts(entry, filled).items()}
             continue
         name, shape = prefix + entry.name, (rows, *filled[0][1:])
-        if "{head}" in name:
+        if entry.one_row:
+            found[name] = 1, *shape
+        elif "{head}" in name:
             found |= {name.replace("{head}", str(head)): (head_size,) for head in range(rows // head_size)}
         elif entry.heads is Heads.SHARED:
             found[name] = (head_size,)

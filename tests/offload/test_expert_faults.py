@@ -81,6 +81,6 @@ def test_truncated_and_older_stores_are_refused(tmp_path: Path, monkeypatch: Pat
     os.truncate(store.weights, store.experts[-1][-1][1].offset)
     with pytest.raises(CheckpointError, match=f"must have {whole:,}"):
         open_store(store.folder)
-    monkeypatch.setattr(store_module, "FORMAT", 3)
-    with pytest.raises(CheckpointError, match=r"built for format 2; here it is 3: .* twinfer offload build m "):
+    monkeypatch.setattr(store_module, "FORMAT", 4)
+    with pytest.raises(CheckpointError, match=r"built for format 3; here it is 4: .* twinfer offload build m "):
         open_store(store.folder)
