@@ -170,8 +170,16 @@ def one_expert(weights: Matrix, expert: int) -> Matrix:
 
 
 def _for_each_tensor(weights: Matrix, change: Callable[[Tensor], Tensor]) -> Matrix:
-    changed = (None if part is None else change(part) for part in weights[:-1])
-    return Matrix(*changed, weights.outputs)  # type: ignore[arg-type, call-arg]
+    def changed(part: Tensor | None) -> Tensor | None:
+        return None if part is None else change(part)
+
+    return weights._replace(
+        word=change(weights.word),
+        scale_N=changed(weights.scale_N),
+        scale_BGU=changed(weights.scale_BGU),
+        min_BGU=changed(weights.min_BGU),
+        bias_N=changed(weights.bias_N),
+    )
 
 
 def _multiply(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,6 +76,8 @@ def assert_in_budget(
     storage=st.sampled_from(Storage),
     piece=st.sampled_from([1, 2**19]),
 )
+@example(seed=0, rows=[FEW + 1, 0, 1], outputs=33, inputs=70, biased=True, storage=Storage.INT8, piece=1)
+@example(seed=0, rows=[FEW + 1, 0, 1], outputs=33, inputs=70, biased=True, storage=Storage.INT4, piece=1)
 @settings(max_examples=60)
 def test_experts_with_any_number_of_rows_keep_the_budget(
     seed: int, rows: list[int], outputs: int, inputs: int, biased: bool, storage: Storage, piece: int
