@@ -31,9 +31,10 @@ from ..compiled.path import Mode
 from ..compiled.programs import Program
 from ..compiled.sequences import StaticSequences
 from ..compiled.weights import Head, Model
-from ..parallel.path import LocalSequences, ParallelSequences, RankPath
+from ..parallel.path import RankPath
 from ..parallel.programs import RankProgram, Tokens
 from ..parallel.runs import Run, runs_of
+from ..parallel.sequences import LocalSequences, ParallelSequences
 from ..parallel.weights import Share, local_config
 from ..parallel.wire import Wire
 from ..spec.ambient import CPU

@@ -18,7 +18,8 @@ from ..spec.decoder import Sequences, check_open, checked_tokens
 from ..spec.errors import RequestError
 from .groups import PATIENCE
 from .member import Member
-from .path import ParallelSequences, RankPath, Ticket
+from .path import RankPath
+from .sequences import ParallelSequences, Ticket
 from .watch import Doing
 
 _KEPT = 256

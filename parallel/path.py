@@ -11,7 +11,7 @@ Shapes: B sequences, R of them that gain one token, T tokens, N rows of results,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -37,55 +37,9 @@ from ..spec.weights import WeightSource
 from .experts import ExpertPieces, expert_pieces, warm_up
 from .programs import RankGraphs, RankProgram, Tokens
 from .runs import Run, runs_of
+from .sequences import LocalSequences, ParallelSequences, Ticket
 from .weights import Share, prepare_share
 from .wire import Pending, Wire
-
-
-class LocalSequences(Protocol):
-    """The sequences of a data group, with the heads and layers of one rank."""
-
-    @property
-    def capacity(self) -> int: ...
-
-    def close(self) -> None: ...
-
-
-class ParallelSequences:
-    """Implements `twinfer.spec.decoder.Sequences`: the keys and values that this rank holds of a batch's sequences."""
-
-    def __init__(self, owner: "RankPath", batch: int, local: LocalSequences) -> None:
-        self.owner = owner
-        self.local = local
-        """Those of its data group, with the heads and layers of its own."""
-        self.last: list[Tensor | None] = [None] * batch
-        self._lengths = [0] * batch
-        self._closed = False
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(self._lengths)
-
-    def close(self) -> None:
-        self._closed = True
-        self.local.close()
-        self.last = []
-
-    def check_open(self) -> None:
-        if self._closed:
-            raise RequestError("the sequences are closed; open new ones")
-
-    def advance(self, gained: Sequence[int]) -> None:
-        self._lengths = [length + more for length, more in zip(self._lengths, gained, strict=True)]
-
-
-class Ticket(NamedTuple):
-    """A call that has begun."""
-
-    sequences: ParallelSequences
-    gained: list[int]
-    every_position: bool
-    pending: list[Pending]
-    """For each data group, the logits of its sequences that gained tokens, [N, V]."""
 
 
 class RankPath:
