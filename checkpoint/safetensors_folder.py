@@ -49,7 +49,7 @@ class SafetensorsFolder:
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def tensor_table(self) -> bytes:
-        return repr(sorted(self.shapes.items())).encode()
+        return b"".join(header_of(path) for path in self._paths)
 
     def unreadable(self, name: str) -> str | None:
         dtype = self._dtypes[name]

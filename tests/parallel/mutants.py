@@ -97,7 +97,7 @@ def _own_squares(self: Any, given: Any, x_TM: Tensor, weights_: Any, tokens: Any
 
 def _own_slice(self: Wire, rows: Tensor, lengths: list[int], group: Group) -> Tensor:
     every = _gather_rows(self, rows, lengths, group)
-    return every.flip(0)
+    return every if rows.dtype is torch.int64 else every.flip(0)  # rows, and not how many there are
 
 
 def _mix_swapped(source: RandomSource, index: int, shard: Shard, held: LayerWeights) -> LayerWeights:
