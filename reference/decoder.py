@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec.config import ModelConfig
+from ..spec.errors import NumericsError
 from ..spec.weights import EmbeddingWeights, HeadWeights, LayerWeights, LinearWeights
 from .cache import KVCache, empty
 from .components import DEFAULT, Components
@@ -49,14 +50,18 @@ def forward(
 ) -> tuple[Tensor, tuple[KVCache, ...]]:
     """Pass T tokens that follow those in the caches; returns the hidden vectors that `head_logits` scores, [B, T, W].
 
-    Activations are kept in `dtype` between components. The caches handed in stay as they were.
+    Activations are kept in `dtype` between components. The caches handed in stay as they were. Raises `NumericsError`
+    with the layer's number where a router's logit is NaN.
     """
     start = caches[0].length
     position_T = torch.arange(start, start + token_BT.shape[1], device=token_BT.device)
     x_BTM = embed(token_BT, position_T, weights.embedding, config, dtype, type_BT=type_BT, components=components)
     grown = []
-    for layer_weights, layer_config, cache in zip(weights.layers, config.layers, caches, strict=True):
-        x_BTM, cache = components.layer(x_BTM, layer_weights, layer_config, cache, components)
+    for index, each in enumerate(zip(weights.layers, config.layers, caches, strict=True)):
+        try:
+            x_BTM, cache = components.layer(x_BTM, *each, components)
+        except NumericsError as error:
+            raise NumericsError(f"layer {index}: {error}") from None
         grown.append(cache)
     if weights.head.norm is not None and config.final_norm is not None:
         x_BTM = components.norm(x_BTM, weights.head.norm, config.final_norm)

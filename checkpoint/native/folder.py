@@ -217,7 +217,7 @@ class TwinferFolder:
             found, right = self._header(name), layout(shapes, self.storage)
             for tensor in [*right, *found]:
                 if found.get(tensor) != right.get(tensor):
-                    here, wanted = (_described(each.get(tensor)) for each in (found, right))
+                    here, wanted = (_described(tensor, each.get(tensor)) for each in (found, right))
                     raise CheckpointError(
                         f"{self._folder / name}{ENDING}: {tensor} is {here}; in {self.storage}, by its config, it must "
                         f"be {wanted}: {REMEDY}"
@@ -268,8 +268,12 @@ def _layer_name(index: int) -> str:
     return f"layer-{index:05}"
 
 
-def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
-    return "absent" if tensor is None else f"{tensor[0]} of shape {list(tensor[1])}"
+def _described(name: str, tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    if tensor is None:
+        return "absent"
+    dtype, shape = tensor
+    of_experts = f" ({shape[0]} experts)" if name.endswith(".weight_ENI") and len(shape) == 3 else ""
+    return f"{dtype} of shape {list(shape)}{of_experts}"
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -19,8 +19,10 @@ from twinfer.spec.config import (
     NormConfig,
     NormKind,
 )
-from twinfer.spec.errors import RequestError
+from twinfer.spec.errors import NumericsError, RequestError
 from twinfer.spec.moe import CapacityConfig, MoeConfig, RouterConfig, Score
+from twinfer.spec.shard import Shard
+from twinfer.spec.weights import LayerWeights, MoeWeights
 
 NORM = NormConfig(kind=NormKind.RMS, epsilon=1e-5)
 DENSE = MlpConfig(width=8, activation=Activation.SILU, gated=True)
@@ -65,6 +67,22 @@ def test_drops_are_what_exceeds_the_capacity() -> None:
 def test_the_closest_call_is_between_the_last_chosen_and_the_best_left() -> None:
     logit_TE = torch.tensor([[4.0, 1.0, 3.0, 2.75], [1.0, 1.0, 1.0, 0.0]])
     assert gaps(logit_TE, route(logit_TE, ROUTER), ROUTER, None).tolist() == [0.25, 0.0]
+
+
+class RouterGoneWrong(RandomSource):
+    """A drawn model in which the last layer's router has a row of NaN."""
+
+    def layer(self, index: int, shard: Shard | None = None) -> LayerWeights:
+        weights = super().layer(index, shard)
+        if index == 3:
+            assert isinstance(weights.mlp, MoeWeights)
+            weights.mlp.router.weight_NI[2] = torch.nan
+        return weights
+
+
+def test_a_logit_that_is_nan_is_named_by_its_layer_token_and_expert() -> None:
+    with pytest.raises(NumericsError, match="layer 3: the router's logit of token 0 for expert 2 is NaN"):
+        routes(RouterGoneWrong(CONFIG), PROMPTS)
 
 
 def test_a_dense_model_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Folders and files of models with experts: written and opened again, shared out, and refused where they do not fit."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from twinfer.checkpoint import open_model
+from twinfer.checkpoint.builtin import INCLUDED
 from twinfer.converting import convert
 from twinfer.oracle.case import RandomPicker
 from twinfer.oracle.models import RandomSource
 from twinfer.oracle.trial import same_bits
 from twinfer.reference.path import ReferencePath
 from twinfer.spec.config import Storage
-from twinfer.spec.errors import ConfigError, WeightError
+from twinfer.spec.errors import CheckpointError, ConfigError, WeightError
 
 from ..compiled.moe_models import draw_moe_config
 from ..shards import assert_shards_join
@@ -91,6 +93,27 @@ def test_experts_that_do_not_fit_are_named(
     monkeypatch.setattr("twinfer.checkpoint.expert_reading.read_experts", None)
     with pytest.raises(WeightError, match=says):
         open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda each: each[:7], r"BF16 of shape \[7, .*\(7 experts\); .* must be BF16 of shape \[8, .*\(8 experts\)"),
+        (lambda each: torch.cat([each, each[:1]]), r"BF16 of shape \[9, .*\(9 experts\); .*\(8 experts\)"),
+    ],
+    ids=["lacks one", "one too many"],
+)
+def test_a_folder_of_ours_with_other_experts_is_refused(
+    change: Callable[[Tensor], Tensor], says: str, tmp_path: Path
+) -> None:
+    """By layer and number of experts."""
+    folder = tmp_path / "tiny-moe"
+    shutil.copytree(INCLUDED["tiny-moe"], folder)
+    path = folder / "layer-00003.safetensors"
+    tensors = load_file(path)
+    save_file({name: change(each) if "experts" in name else each for name, each in tensors.items()}, path)
+    with pytest.raises(CheckpointError, match=rf"layer-00003\.safetensors: mlp\.experts\.up\.weight_ENI is {says}"):
+        open_model(str(folder))
 
 
 @pytest.mark.parametrize(
