@@ -7,6 +7,7 @@ runs. A name is an op's, or `models_float32` and the like for whole models with 
 all are counted. Every round judges so many cases of each variant of an op; the file is written after each.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -158,5 +159,13 @@ def main(file: Path, minutes: float = 5.0, names: Sequence[str] = ()) -> int:
     return 1 if any(count.alarms for count in counts.values()) else 0
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Count false alarms of the oracle on cases never drawn before.")
+    parser.add_argument("file", type=Path, help="the counts, added to; made where there are none")
+    parser.add_argument("minutes", type=float, nargs="?", default=5.0, help="how long to count (default %(default)s)")
+    parser.add_argument("names", nargs="*", help="ops, or models_float32 and the like (default all)")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), float((sys.argv[2:3] or ["5"])[0]), sys.argv[3:]))
+    sys.exit(main(**vars(_arguments())))

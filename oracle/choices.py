@@ -171,18 +171,20 @@ class Steered:
         steered = replace(trial, reference=steering, candidate=_splitting(trial.candidate, reported))
         _ = steered.truth, steered.eager, steered.got
         (logit_TE, config, bias_E, chosen_TK), eager_TE = steering.calls[0], steering.calls[1][0]
+        place = 0 if trial.once else 1  # the calls before and after are on other values
+        told_TK = reported[place] if len(reported) > place else None
         scale_T = self.logit_scale(trial.sized_inputs).amax(-1)
         error_T = logit_errors(logit_TE, eager_TE[None], scale_T)
         if config.score is Score.SOFTMAX_OF_CHOSEN:
             error_T = error_T + 4 * _EPS  # who ranks by a softmax over all rounds that
         if trial.arithmetic is Arithmetic.NARROW:
             error_T = error_T + 2 * torch.finfo(trial.case.dtype).eps * scale_T
-        if steered.misfit() is None and reported and not torch.equal(reported[-1], chosen_TK):
-            wrong = self._inadmissible(reported[-1], steering.calls[0], error_T)
+        if steered.misfit() is None and told_TK is not None and not torch.equal(told_TK, chosen_TK):
+            wrong = self._inadmissible(told_TK, steering.calls[0], error_T)
             if wrong is not None:
                 return failure(wrong)
-            steering = _Steering(self.routed, [reported[-1]])
-            chosen_TK = reported[-1]
+            steering = _Steering(self.routed, [told_TK])
+            chosen_TK = told_TK
             steered = replace(steered, reference=steering)
         exact_T = torch.zeros_like(error_T, dtype=torch.bool)
         if self.lower_index and trial.case.data in (Data.INTEGER, Data.ZEROS):
@@ -193,7 +195,7 @@ class Steered:
                 for logit_E, error, chosen in zip(logit_TE, error_T, chosen_TK.tolist(), strict=True)
             ]
         )
-        if not reported:
+        if told_TK is None:
             left_T = left_T | nearly_tied(logit_TE, error_T, config, bias_E, chosen_TK, exact_T)
         count = 0
 

@@ -15,6 +15,7 @@ from twinfer.oracle.ops.moe_cases import GateUp, of_fused
 from twinfer.oracle.resolution import off_by
 from twinfer.oracle.search import drawn
 from twinfer.oracle.table import OPS
+from twinfer.oracle.trial import THIRD_CALL_EVERY
 from twinfer.reference.moe import moe
 from twinfer.reference.routing import Routing, choice_weights, route
 from twinfer.spec.moe import ROUTERS, RouterConfig
@@ -134,6 +135,17 @@ def test_who_reports_a_near_tie_is_judged_on_it() -> None:
     wrong = off_by(lambda **inputs: right(**inputs)[0], 0.01, "all")
     reported = op.guarantee.judge(op.trial(lambda **inputs: (wrong(**inputs), right(**inputs)[1]), CASE))
     assert "times what the budget allows" in reported.complaint
+
+
+def test_what_is_reported_is_of_the_call_that_is_judged() -> None:
+    """The calls that look for state are on other values, and a report of theirs says nothing of the result."""
+    op = OPS["moe"]
+    cases = [drawn(op, 0, number)[0] for number in range(200)]
+    again = [case for case in cases if case.seed // 8 % THIRD_CALL_EVERY == 0 and op.inputs(case)["x_BTM"].numel()]
+    assert len(again) > 20
+    for case in again[:30]:
+        verdict = op.guarantee.judge(op.trial(op.variants["reporting"], case))
+        assert not verdict.failed, (case, verdict.complaint)
 
 
 def test_behind_a_near_tie_that_is_not_reported_a_row_is_left_out_and_counted() -> None:
