@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..compiled.chosen import chosen_product
 from ..compiled.experts import grouped_product, sort_by_expert
-from ..compiled.fetching import DOWN, UP, fetched_product
+from ..compiled.fetching import DOWN, UP, fetched_product, fetched_slots
 from ..compiled.linear import PASS_ROWS
 from ..compiled.mlp import inner
 from ..compiled.moe import Mlp, Moe
@@ -52,10 +52,12 @@ class ExpertPieces(NamedTuple):
 def expert_pieces(config: MoeConfig, storage: Storage, piece: Piece) -> ExpertPieces:
     """Return the pieces of a rank's slice of its experts."""
 
-    def few(row_NM: Tensor, count_QE: Tensor, experts: Mlp) -> Tensor:
-        expert_N = _expert_of(len(row_NM), count_QE)
+    def one_by_one(row_NM: Tensor, expert_N: Tensor, experts: Mlp) -> Tensor:
         inner_NF = inner(chosen_product(row_NM, expert_N, experts.up, storage), config.expert)
         return chosen_product(inner_NF, expert_N, experts.down, storage)
+
+    def few(row_NM: Tensor, count_QE: Tensor, experts: Mlp) -> Tensor:
+        return one_by_one(row_NM, _expert_of(len(row_NM), count_QE), experts)
 
     def many(row_NM: Tensor, count_QE: Tensor, experts: Mlp) -> Tensor:
         order = sort_by_expert(_expert_of(len(row_NM), count_QE)[:, None], count_QE.shape[1])
@@ -64,8 +66,11 @@ def expert_pieces(config: MoeConfig, storage: Storage, piece: Piece) -> ExpertPi
 
     def fetched(row_NM: Tensor, count_QE: Tensor, weights: Moe) -> Tensor:
         assert weights.fetcher_1 is not None
-        up, down = weights.experts
-        order = sort_by_expert(_expert_of(len(row_NM), count_QE)[:, None], count_QE.shape[1])
+        (up, down), expert_N1 = weights.experts, _expert_of(len(row_NM), count_QE)[:, None]
+        if len(row_NM) <= PASS_ROWS:
+            slot_N1 = fetched_slots(expert_N1, row_NM, weights.fetcher_1)
+            return one_by_one(row_NM, slot_N1.flatten(), weights.experts)
+        order = sort_by_expert(expert_N1, count_QE.shape[1])
         given = order.rows_E, weights.fetcher_1
         inner_NF = inner(fetched_product(row_NM[order.choice_A], *given, UP, up.outputs, storage), config.expert)
         return fetched_product(inner_NF, *given, DOWN, down.outputs, storage)[order.place_A]

@@ -63,7 +63,9 @@ def all_experts(*, x_BTM: Tensor, weights: MoeWeights, config: MoeConfig) -> Ten
     weight_TE = torch.zeros(len(x_TM), config.router.experts).scatter(1, expert_TK, weight_TK)
     out_TM = torch.zeros_like(x_TM)
     for expert in reversed(range(config.router.experts)):
-        out_TM = out_TM + weight_TE[:, expert, None] * _mlp(x_TM, weights.experts[expert], config.expert)
+        weight_T1 = weight_TE[:, expert, None]
+        served_TM = weight_T1 * _mlp(x_TM, weights.experts[expert], config.expert)
+        out_TM = out_TM + served_TM.where(weight_T1 != 0, 0.0)  # what overflows where it was not chosen is nothing
     return _beside(x_TM, out_TM, weights, config).to(x_BTM.dtype).view(x_BTM.shape)
 
 

@@ -24,9 +24,8 @@ from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.errors import CheckpointError, RequestError
 from twinfer.spec.parallel import ParallelConfig
 
-from ..parallel.drawn import draw_calls, draw_model
+from ..parallel.drawn import draw_calls, draw_mixture, draw_model
 from ..parallel.pool import Pool, started
-from ..parallel.test_ranks import mixture
 from .small import BUDGET, built, config
 
 TENSOR, STAGES, DATA = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(data=2)
@@ -119,7 +118,7 @@ MIXTURES = {
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures_read_chosen_experts(two: Pool, name: str, tmp_path: Path) -> None:
     """However experts are shared; what a rank's share has of them are records of their own."""
-    parallel, model = MIXTURES[name], mixture(400)
+    parallel, model = MIXTURES[name], draw_mixture(400)
     folder = shares_of(model, SEED, Storage.INT8, parallel, tmp_path / "s")
     ranks = assert_as_resident(two, model, parallel, Storage.INT8, folder, batch=parallel.data)
     assert all(any("expert" in what for what, _, _ in each["reads"]) for each in ranks)

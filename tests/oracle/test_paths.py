@@ -12,11 +12,13 @@ from torch import Tensor
 
 from twinfer.oracle.baseline import Baseline, worst_of
 from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.model_alarms import draw_source
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.ops.layer import LAYER
 from twinfer.oracle.paths import PathComparison, PathMismatch, assert_paths_agree, compare_paths, free_run
 from twinfer.oracle.schedule import GREEDY, Close, Extend, Open, Schedule, draw_schedule, generation
 from twinfer.oracle.strategies import drawn
+from twinfer.reference.components import DEFAULT
 from twinfer.reference.path import ReferencePath, ReferenceSequences
 from twinfer.spec.config import Head, NormConfig, NormKind, Storage
 from twinfer.spec.weights import HeadWeights, LinearWeights, NormWeights
@@ -165,11 +167,14 @@ def test_no_fault_of_a_path_is_missed(fault: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in LAYER.mutants if hasattr(LAYER.mutants[name], "keywords")])
 def test_no_fault_of_a_component_is_missed(name: str) -> None:
-    """The seeded faults of the ops, inside a whole model."""
+    """The seeded faults of the ops, inside a whole model; those of experts inside one that has some."""
     wrong: Any = LAYER.mutants[name]
+    components = wrong.keywords["components"]
+    of_experts = components.moe is not DEFAULT.moe or components.route is not DEFAULT.route
     for seed in range(30):
-        source, baseline = yardstick_of(seed)
-        path = ReferencePath(source, components=wrong.keywords["components"])
+        source = draw_source(RandomPicker(seed), seed) if of_experts else yardstick_of(seed)[0]
+        baseline = Baseline.of(source)
+        path = ReferencePath(source, components=components)
         if not compare_paths(baseline, path, draw_schedule(RandomPicker(seed), source.config)).holds:
             return
     pytest.fail(f"{name}: passed 30 schedules")

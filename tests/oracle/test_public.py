@@ -158,8 +158,10 @@ def half_split(case: Case) -> Case:
     return replace(case, options={**case.options, "layout": RotaryLayout.HALF_SPLIT.value})
 
 
-def as_llama(case: Case) -> Case:
-    """Every convention as Llama has it."""
+def as_llama(case: Case) -> Case | None:
+    """Every convention as Llama has it, which has no experts."""
+    if case.options["experts"] is not None:
+        return None
     pairs = max(1, case.n.J)
     options = {
         "norm": "rms",

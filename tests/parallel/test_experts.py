@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinfer.compiled.experts import stack
-from twinfer.compiled.moe import Mlp
+from twinfer.compiled.moe import Mlp, Moe
 from twinfer.compiled.steps import eager
 from twinfer.parallel.experts import expert_pieces, multiplied
 from twinfer.spec.config import Storage
@@ -35,6 +35,7 @@ def test_each_row_is_for_its_own_expert(counts: list[list[int]], seed: int) -> N
     expert_N = [expert for of_peer in counts for expert, rows in enumerate(of_peer) for _ in range(rows)]
     row_NM = integers(len(expert_N), HIDDEN)
     experts = Mlp(*(stack([StackedLinearWeights(weight_ENI=each)], Storage.FLOAT32) for each in (up_EFM, down_EMF)))
-    found_NM = multiplied(row_NM, torch.tensor(counts), experts, expert_pieces(CONFIG, Storage.FLOAT32, eager))
+    weights = Moe(experts.up, None, experts, None, None, None, None)  # the router, the first of them, has chosen
+    found_NM = multiplied(row_NM, torch.tensor(counts), weights, expert_pieces(CONFIG, Storage.FLOAT32, eager))
     for row_M, expert, got_M in zip(row_NM, expert_N, found_NM, strict=True):
         assert torch.equal(got_M, down_EMF[expert] @ (up_EFM[expert] @ row_M).clamp_min(0))
