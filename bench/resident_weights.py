@@ -26,7 +26,7 @@ from .beyond_memory import config as deep
 LAYERS = 16
 BUDGET = 224 << 20
 SHARES = (0.0, 0.2, 0.4, 0.6)
-"""Of the budget, for weights that stay."""
+"""Shares of the budget that go to weights that stay."""
 
 STEPS = 6
 

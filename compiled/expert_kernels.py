@@ -42,7 +42,7 @@ _EXAMPLE = 6, 48, 200
 """Experts, blocks and words that kernels are compiled on; loops over small sizes would be compiled as serial ones."""
 
 _EXAMPLE_TILES = 24, 20
-
+"""Tiles of 4 rows and of 1 in that example."""
 
 _PIECE = 2**19
 """Weights that are expanded at a time: 2 MiB of float32, which are multiplied while they lie in a cache, and whose

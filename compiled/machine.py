@@ -83,8 +83,9 @@ def bound_freed_memory(budget: int) -> None:
 
     glibc maps large pieces by themselves, which freeing gives back, but raises that limit, up to 32 MiB, to the size of
     what was freed last, and keeps such pieces from then on: gaps between them grow past a memory limit that all pieces
-    together are far below. Here the limit is a 128th of the budget, at least 1 MiB: mapping takes time, so with a large
-    budget it is as glibc's own at last. Twice that may stay free at the heap's end. Only glibc on Linux is told so.
+    together are far below. Here the limit is a 128th of the budget, from 1 to 32 MiB: a larger budget has room for
+    larger gaps, and mapping takes time. Twice the limit may stay free at the heap's end. Other C libraries are left
+    alone.
     """
     if sys.platform != "linux":
         return

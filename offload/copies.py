@@ -31,7 +31,7 @@ Buffer = memoryview | Tensor
 
 
 class Copies(Protocol):
-    """What a streamer does to fill a slot. Only the reading threads call `copy` and `settle`."""
+    """The operations that fill a slot of a streamer. Only the reading threads call `copy` and `settle`."""
 
     device: torch.device
     staged: bool

@@ -141,11 +141,11 @@ class Halfway(NamedTuple):
     """A layer's hidden vectors between attention and the MLP."""
 
     x_TM: Tensor
-    """What outputs are added to."""
+    """The stream that outputs are added to."""
     out_TM: Tensor | None
     """Attention's output where it is added together with the MLP's."""
     read_TM: Tensor
-    """What the MLP reads."""
+    """The MLP's input."""
 
 
 def attended(

@@ -316,7 +316,7 @@ def _copied(router: Matrix) -> Matrix:
 
 
 class _Layer:
-    """What the graphs of one layer fetch from: `compiled.fetching.Fetcher`."""
+    """Implements `compiled.fetching.Fetcher` for one layer."""
 
     def __init__(self, cache: ExpertCache, place: int) -> None:
         self._cache, self.place = cache, place

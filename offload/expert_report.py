@@ -1,4 +1,4 @@
-"""What a cache of experts has read, and what the best one would have read that knows the future.
+"""Reads of a cache of experts, beside those of the best possible cache, which knows the future.
 
 Only steps count, in which tokens choose one by one; a prompt reads what all its tokens chose, whatever is kept.
 """
