@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from twinfer.offload import cutting
 from twinfer.offload.events import Kind
 from twinfer.offload.form import PAGE
 from twinfer.offload.rank_plan import plan_of_rank
@@ -209,6 +210,26 @@ def test_other_degrees_are_refused_with_the_command_that_builds_for_them(tmp_pat
         assert f"twinfer offload build m OTHER-STORE --storage int8{options}" in str(refused.value)
     with pytest.raises(RequestError, match="built for whole layers on each rank, and --tensor 2 is asked for"):
         check_degrees(whole, TENSOR)
+
+
+def test_a_store_whose_layers_are_cut_is_refused_for_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks take a layer as one record; one rank runs it, and the command that builds for more is named."""
+    monkeypatch.setattr(cutting, "LEAST", 1)
+    cut = whole_as_shares(built(RandomSource(config(), SEED), tmp_path / "cut", Storage.INT8))
+    check_degrees(cut, ParallelConfig())
+    with pytest.raises(RequestError, match=r"layers in several records; .* --storage int8 --pipeline 2$"):
+        check_degrees(cut, STAGES)
+    build_shares(
+        RandomSource(config(), SEED),
+        tmp_path / "shares",
+        Storage.INT8,
+        STAGES,
+        model={"name": "m"},
+        files={},
+        identity=1,
+        report=lambda line: None,
+    )
+    check_degrees(open_shares(tmp_path / "shares"), STAGES)
 
 
 def test_a_build_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
