@@ -197,6 +197,14 @@ def test_the_context_goes_by_two_names() -> None:
         understood(first)
 
 
+def test_minimax_turns_as_much_of_a_head_as_its_own_field_says() -> None:
+    """Its files have `rotary_dim` alone; what transformers saves has the part of a head besides."""
+    for size in (64, 32):
+        layer = understood(published("minimax-m2") | {"rotary_dim": size}).config.layers[0]
+        assert layer.attention.rotary is not None
+        assert layer.attention.rotary.size == size
+
+
 def test_a_width_in_mpts_own_section_counts() -> None:
     values = published("mpt-7b-llm-foundry")
     values["ffn_config"]["ffn_hidden_size"] = 11008
