@@ -34,6 +34,8 @@ class ParsedConfig:
     """The row of the table of positions that belongs to a sequence's first token: 2 in OPT."""
     plain_norms: tuple[str, ...] = ()
     """Norms of every layer, and the head's, that only normalize: their gains are 1 and in no file."""
+    shared_at_half: bool = False
+    """Whether shared MLPs count half: their gates' maps are zeros, of which a sigmoid is a half, and in no file."""
     table: Table | None = None
     """Where the config decides how files keep the weights; None where the family's own table holds for all."""
 
@@ -49,7 +51,12 @@ class ParsedConfig:
             {} if rotation is None else {"attention.rotary_frequency_J": partial(_given, rotation.frequency_J)}
             for rotation in self.rotations or (None,) * len(self.config.layers)
         ]
-        return Buffers(layers=[every | own for own in turning], head=head)
+        zeros = cache(partial(torch.zeros, 1, self.config.hidden, dtype=torch.float32, device="cpu"))
+        halved = self.config.mixtures if self.shared_at_half else {}
+        gates: list[dict[str, Callable[[], Tensor]]] = [
+            {"mlp.shared_gate.weight_NI": zeros} if index in halved else {} for index in range(len(turning))
+        ]
+        return Buffers(layers=[every | own | gate for own, gate in zip(turning, gates, strict=True)], head=head)
 
 
 def _given(tensor: Tensor) -> Tensor:

@@ -86,11 +86,12 @@ class Fields:
             raise self.wrong(name, f"a finite number {_RANGE}")
         return float(value)
 
-    def numbers(self, name: str) -> list[float]:
-        """A list of such numbers."""
+    def numbers(self, name: str, *, zero: bool = False) -> list[float]:
+        """A list of such numbers; with `zero`, 0 is one of them."""
         value = self._take(name, _REQUIRED)
-        if not isinstance(value, list) or not all(_is_number(item) for item in value):
-            raise self.wrong(name, f"a list of finite numbers {_RANGE}")
+        fits = [_is_number(item) or (zero and _is_zero(item)) for item in value] if isinstance(value, list) else [False]
+        if not all(fits):
+            raise self.wrong(name, f"a list of finite numbers {'that are 0 or ' if zero else ''}{_RANGE}")
         return [float(item) for item in value]
 
     def optional_number(self, name: str) -> float | None:
@@ -205,6 +206,10 @@ def parsed_json(content: bytes | str, where: str, remedy: str = "fetch the file 
 def _is_number(value: object) -> bool:
     fits = isinstance(value, int | float) and not isinstance(value, bool)
     return fits and LEAST_NUMBER <= value <= MOST_NUMBER  # type: ignore[operator]
+
+
+def _is_zero(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
 
 
 def short(value: object) -> str:

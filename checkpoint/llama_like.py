@@ -158,14 +158,24 @@ def rotating(config: Fields, size: int | None = None, **head: Any) -> rotary_fie
 
 def layer_types(config: Fields, otherwise: Sequence[bool]) -> list[bool]:
     """Of each layer, whether it has the window: as `layer_types` says, or as older files mean it."""
-    if not config.has("layer_types"):
-        config.ignore(("layer_types",))
+    return _named(config, "layer_types", {"full_attention": False, "sliding_attention": True}, otherwise)
+
+
+def sparse_layers(config: Fields, dense: int) -> list[bool]:
+    """Return which layers have experts: as `mlp_layer_types` says, or all but the first so many dense ones."""
+    otherwise = [index >= dense for index in range(layer_count(config))]
+    return _named(config, "mlp_layer_types", {"dense": False, "sparse": True}, otherwise)
+
+
+def _named(config: Fields, name: str, known: Mapping[str, bool], otherwise: Sequence[bool]) -> list[bool]:
+    """Return what a list with a word for each layer says of them; `otherwise` where there is none."""
+    if not config.has(name):
+        config.ignore((name,))
         return list(otherwise)
-    known = {"full_attention": False, "sliding_attention": True}
-    types = config.texts("layer_types")
+    types = config.texts(name)
     if len(types) != len(otherwise) or not set(types) <= set(known):
         raise ConfigError(
-            f"{config.where}layer_types is {types}; it must name, for each of the {len(otherwise)} layers, one of "
+            f"{config.where}{name} is {types}; it must name, for each of the {len(otherwise)} layers, one of "
             + ", ".join(known)
         )
     return [known[each] for each in types]

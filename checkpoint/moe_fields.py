@@ -1,6 +1,7 @@
 """Names of tensors that families with experts share, and fields that say nothing about inference."""
 
-from .table import GATE_UP, STACKED_EXPERTS, Stored, experts, linear
+from .fields import MOST_LAYERS, Fields
+from .table import GATE_UP, STACKED_EXPERTS, Ignorable, Stored, experts, linear
 
 GATE, UP = GATE_UP
 
@@ -19,3 +20,18 @@ ROUTER_AND_EXPERTS: tuple[Stored, ...] = (
     *STACKED_EXPERTS,
 )
 """As Qwen's files name them, and most after it."""
+
+SHARED_EXPERTS: tuple[Stored, ...] = (
+    *linear("mlp.shared_experts.gate_proj", "mlp.shared.gate"),
+    *linear("mlp.shared_experts.up_proj", "mlp.shared.up"),
+    *linear("mlp.shared_experts.down_proj", "mlp.shared.down"),
+)
+"""The MLP beside the experts, as GLM's files name it."""
+
+
+def further_layers(config: Fields, layers: int) -> tuple[Ignorable, ...]:
+    """Return what files hold after the last layer: `num_nextn_predict_layers` that guess tokens further ahead."""
+    count = config.integer("num_nextn_predict_layers", 0, least=0, most=MOST_LAYERS)
+    return tuple(
+        Ignorable(name=f"layers.{layers + each}.*", why="guesses tokens further ahead") for each in range(count)
+    )

@@ -6,11 +6,6 @@ Whoever opens one should learn what is in the way, not only that its name is unk
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_DECLARATION = (
-    "nobody has declared the names of its tensors and fields, though it computes nothing that is missing here; "
-    "docs/adding-a-family.md says how"
-)
-
 _BY_REASON = {
     "its attention is multi-head latent attention (MLA)": (
         "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash mistral4 "
@@ -44,7 +39,6 @@ _BY_REASON = {
         "qwen3_omni_moe_text qwen3_omni_moe_talker_text qwen3_vl_moe qwen3_vl_moe_text unlimited_ocr "
         "unlimited_ocr_text vitpose_backbone"
     ),
-    _DECLARATION: "cohere2_moe exaone_moe flint granitemoe_swa hy_v3 mellum",
 }
 
 NOT_COMPUTED: Mapping[str, str] = MappingProxyType(

@@ -39,14 +39,17 @@ class Head:
     """Of the head's elements, how many rotate where the config does not say; None in families that rotate all."""
 
 
-def rotation(config: Fields, head: Head) -> Rotation:
-    """The rotation of all layers. Raises `ConfigError` for a kind of scaling that is not known here."""
+def rotation(config: Fields, head: Head, own_base: float | None = None) -> Rotation:
+    """The rotation of all layers, or of one that has a base of its own.
+
+    Raises `ConfigError` for a kind of scaling that is not known here.
+    """
     base, part = config.number("rope_theta", head.base), _part(config, head, head.part or 1.0)
     scaling = config.section("rope_scaling")
     parameters = config.section("rope_parameters")
     if parameters is not None and scaling is not None:
         raise ConfigError(f"{config.where}rope_scaling and rope_parameters are both given; leave one of them out")
-    return _rotation(config, parameters or scaling, head, base, part)
+    return _rotation(config, parameters or scaling, head, base, part, own_base)
 
 
 def rotations(config: Fields, head: Head, local_base: float) -> dict[str, Rotation]:
@@ -68,9 +71,12 @@ def rotations(config: Fields, head: Head, local_base: float) -> dict[str, Rotati
     return {kind: _rotation(config, sections[kind], head, base, 1.0) for kind, base in bases.items()}
 
 
-def _rotation(config: Fields, scaling: Fields | None, head: Head, base: float, part: float) -> Rotation:
+def _rotation(
+    config: Fields, scaling: Fields | None, head: Head, base: float, part: float, own_base: float | None = None
+) -> Rotation:
     if scaling is not None:
         base, part = scaling.number("rope_theta", base), _part(scaling, head, part)
+    base = base if own_base is None else own_base
     size = int(head.size * part)
     frequency_J, attention_factor = rotary.frequencies(base, size), 1.0
     if scaling is not None:

@@ -6,12 +6,15 @@ from .bloom import BLOOM
 from .clip import CLIP, CLIP_TEXT
 from .cohere import COHERE
 from .cohere2 import COHERE2
+from .cohere2_moe import COHERE2_MOE
 from .dbrx import DBRX
 from .distilbert import DISTILBERT
 from .dots1 import DOTS1
 from .ernie4_5_moe import ERNIE4_5_MOE
+from .exaone_moe import EXAONE_MOE
 from .falcon import FALCON, REFINED_WEB, REFINED_WEB_MODEL
 from .flex_olmo import FLEX_OLMO
+from .flint import FLINT
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
@@ -23,10 +26,13 @@ from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
 from .granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
+from .granitemoe_swa import GRANITE_MOE_SWA
 from .hunyuan_moe import HUNYUAN_MOE
+from .hy_v3 import HY_V3
 from .internlm2 import INTERNLM2
 from .llama import LLAMA, MISTRAL
 from .megatron_gpt import MEGATRON_GPT
+from .mellum import MELLUM
 from .minimax_m2 import MINIMAX_M2
 from .mixtral import MIXTRAL
 from .mpt import MPT
@@ -99,4 +105,10 @@ FAMILIES: tuple[Family, ...] = (
     FLEX_OLMO,
     MINIMAX_M2,
     SOLAR_OPEN,
+    COHERE2_MOE,
+    EXAONE_MOE,
+    FLINT,
+    GRANITE_MOE_SWA,
+    HY_V3,
+    MELLUM,
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ...spec.config import Residual, RotaryLayout
+from ...spec.config import NormConfig, Residual, RotaryLayout
 from ..family import Family, ParsedConfig, layer_norm
 from ..fields import Fields
 from ..llama_like import GATED_MLP, SPLIT_QKV, layer_count, read, rotation_of, table
@@ -20,14 +20,14 @@ TABLE = table(
 IGNORED = {"use_parallel_embedding": "how the table of tokens was split in training"}
 
 
-def read_cohere(config: Fields, *, qk_norm: bool, **differences: Any) -> ParsedConfig:
-    """What both have in common; the keywords as `llama_like.read` has them."""
+def read_cohere(config: Fields, *, qk_norm: bool, norm: NormConfig | None = None, **differences: Any) -> ParsedConfig:
+    """What all have in common; `norm` instead of theirs, and the other keywords as `llama_like.read` has them."""
     config.only("position_embedding_type", "rope_gptj")
     config.only("rotary_pct", 1.0)
     config.only("use_embedding_sharing", config.flag("tie_word_embeddings", True))
     config.only("use_gated_activation", True)
     config.only("use_parallel_block", True)
-    plain, bias = layer_norm(config, "layer_norm_eps", bias=False), config.flag("attention_bias", False)
+    plain, bias = norm or layer_norm(config, "layer_norm_eps", bias=False), config.flag("attention_bias", False)
     return read(
         config,
         norm=plain,

@@ -8,10 +8,10 @@ from dataclasses import replace
 from ...spec.config import MlpConfig
 from ...spec.moe import MoeConfig, RouterConfig, Score
 from ..family import Family, ParsedConfig, rms_norm
-from ..fields import MOST_LAYERS, Fields
+from ..fields import Fields
 from ..llama_like import GATED_MLP, INPUT_NORMS, SPLIT_QKV, layer_count, read, table
-from ..moe_fields import ROUTER_AND_EXPERTS, ROUTER_TRAINING
-from ..table import Heads, Ignorable, linear, norm, tensor
+from ..moe_fields import ROUTER_AND_EXPERTS, ROUTER_TRAINING, SHARED_EXPERTS, further_layers
+from ..table import Heads, linear, norm, tensor
 
 
 def chosen_by_sigmoid(config: Fields) -> RouterConfig:
@@ -34,7 +34,7 @@ def _read(config: Fields) -> ParsedConfig:
     width, shared = config.integer("moe_intermediate_size", 1408), config.integer("n_shared_experts", 1)
     own_norm = rms_norm(config, default=1e-5)
     config.ignore(("num_mtp_layers",))
-    layers, further = layer_count(config), config.integer("num_nextn_predict_layers", 0, least=0, most=MOST_LAYERS)
+    beyond = further_layers(config, layer_count(config))
 
     def feed(index: int, plain: MlpConfig) -> MlpConfig | MoeConfig:
         if index < first:
@@ -52,9 +52,6 @@ def _read(config: Fields) -> ParsedConfig:
         },
         feed=feed,
     )
-    beyond = (
-        Ignorable(name=f"layers.{layers + each}.*", why="guesses tokens further ahead") for each in range(further)
-    )
     return replace(parsed, table=replace(TABLE, ignorable=(*TABLE.ignorable, *beyond)))
 
 
@@ -67,9 +64,7 @@ TABLE = table(
     *GATED_MLP,
     *ROUTER_AND_EXPERTS,
     tensor("mlp.gate.e_score_correction_bias", "mlp.choice_bias_E"),
-    *linear("mlp.shared_experts.gate_proj", "mlp.shared.gate"),
-    *linear("mlp.shared_experts.up_proj", "mlp.shared.up"),
-    *linear("mlp.shared_experts.down_proj", "mlp.shared.down"),
+    *SHARED_EXPERTS,
 )
 
 GLM4_MOE = Family(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from ...spec.config import MlpConfig
 from ...spec.moe import MoeConfig, router
@@ -17,7 +18,12 @@ def _read(config: Fields) -> ParsedConfig:
 
 
 def _read_with(
-    config: Fields, *, mlp_bias: bool, feed: Callable[[int, MlpConfig], MlpConfig | MoeConfig] | None = None
+    config: Fields,
+    *,
+    mlp_bias: bool,
+    feed: Callable[[int, MlpConfig], MlpConfig | MoeConfig] | None = None,
+    sinks: bool = False,
+    **differences: Any,
 ) -> ParsedConfig:
     bias = config.flag("attention_bias", False)
     return read(
@@ -28,12 +34,14 @@ def _read_with(
             "qkv_bias": bias,
             "output_bias": bias,
             "scale": config.number("attention_multiplier", 1.0),  # instead of the root of the head's size
+            "sinks": sinks,
         },
         layer={"residual_scale": config.number("residual_multiplier", 1.0)},
         model={
             "embedding_scale": config.number("embedding_multiplier", 1.0),
             "logit_scale": 1 / config.number("logits_scaling", 1.0),
         },
+        **differences,
     )
 
 
@@ -43,11 +51,11 @@ GRANITE = Family(
 
 
 def _read_moe(config: Fields) -> ParsedConfig:
-    return _read_experts(config, shared=0)
+    return read_experts(config, shared=0)
 
 
-def _read_experts(config: Fields, *, shared: int) -> ParsedConfig:
-    """Read a mixture whose shared MLP is so wide; 0 for none."""
+def read_experts(config: Fields, *, shared: int, **differences: Any) -> ParsedConfig:
+    """Read a mixture whose shared MLP is so wide, 0 for none; `sinks`, and keywords as `llama_like.read` has them."""
     chooses = router(
         "mixtral", experts=config.integer("num_local_experts", 8), top_k=config.integer("num_experts_per_tok", 2)
     )
@@ -55,7 +63,7 @@ def _read_experts(config: Fields, *, shared: int) -> ParsedConfig:
     def feed(index: int, plain: MlpConfig) -> MoeConfig:
         return MoeConfig(router=chooses, expert=plain, shared=replace(plain, width=shared) if shared else None)
 
-    return _read_with(config, mlp_bias=False, feed=feed)
+    return _read_with(config, mlp_bias=False, feed=feed, **differences)
 
 
 _MOE_TABLE = table(
@@ -78,17 +86,19 @@ GRANITE_MOE = Family(
     ignored=ROUTER_TRAINING,
 )
 
+SHARED_TABLE = replace(
+    _MOE_TABLE,
+    layer=(
+        *_MOE_TABLE.layer,
+        *linear("shared_mlp.input_linear", "mlp.shared.gate", "mlp.shared.up"),
+        *linear("shared_mlp.output_linear", "mlp.shared.down"),
+    ),
+)
+
 GRANITE_MOE_SHARED = Family(
     model_type="granitemoeshared",
     architectures=("GraniteMoeSharedForCausalLM", "GraniteMoeSharedModel"),
-    read=lambda config: _read_experts(config, shared=config.integer("shared_intermediate_size", 0, least=0)),
-    table=replace(
-        _MOE_TABLE,
-        layer=(
-            *_MOE_TABLE.layer,
-            *linear("shared_mlp.input_linear", "mlp.shared.gate", "mlp.shared.up"),
-            *linear("shared_mlp.output_linear", "mlp.shared.down"),
-        ),
-    ),
+    read=lambda config: read_experts(config, shared=config.integer("shared_intermediate_size", 0, least=0)),
+    table=SHARED_TABLE,
     ignored=ROUTER_TRAINING,
 )

@@ -3,7 +3,7 @@
 Which layers have experts is the config's: each `decoder_sparse_step`-th, without those in `mlp_only_layers`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ...spec.config import MlpConfig
@@ -16,21 +16,22 @@ from ..table import linear
 from . import qwen2
 
 
-def chosen_by(config: Fields, *, experts: int, top_k: int) -> RouterConfig:
+def chosen_by(config: Fields, *, experts: int, top_k: int, renormalize: bool = False) -> RouterConfig:
     """The router: softmax over all experts, renormalized or not, as `norm_topk_prob` says."""
-    recipe = "qwen3-moe" if config.flag("norm_topk_prob", False) else "qwen2-moe"
+    recipe = "qwen3-moe" if config.flag("norm_topk_prob", renormalize) else "qwen2-moe"
     count = config.integer(alias(config, "num_experts", "num_local_experts"), experts)
     return router(recipe, experts=count, top_k=config.integer("num_experts_per_tok", top_k))
 
 
-def with_experts(config: Fields) -> Callable[[int], bool]:
-    """Whether a layer has experts, by its number."""
+def with_experts(config: Fields, *, dense: Sequence[int] = ()) -> Callable[[int], bool]:
+    """Whether a layer has experts, by its number; `dense` are those without, where the config names none."""
     every = config.integer("decoder_sparse_step", 1)
-    dense = config.integers("mlp_only_layers")
+    named = config.integers("mlp_only_layers")
     layers = layer_count(config)
-    if any(layer >= layers for layer in dense):
+    if any(layer >= layers for layer in named):
         raise config.wrong("mlp_only_layers", f"numbers below that of the layers, which is {layers}")
-    return lambda index: index not in dense and (index + 1) % every == 0
+    without = named if config.has("mlp_only_layers") else dense
+    return lambda index: index not in without and (index + 1) % every == 0
 
 
 def _windows(config: Fields) -> list[int | None]:

@@ -245,6 +245,12 @@ ARCHITECTURES = {
         qk_norm=Heads.SHARED,
         experts=Mixture(recipe="deepseek-v3", width=EXPERT_WIDTH, shared="always", leading_dense=True),
     ),
+    "exaone-moe": Architecture(
+        qk_norm=Heads.SHARED,
+        windows=Windows(period=4, absent=None, alone=True),
+        further_layers=True,
+        experts=Mixture(recipe="deepseek-v3", width=EXPERT_WIDTH, shared="always", leading_dense=True),
+    ),
     "hunyuan-moe": Architecture(
         qk_norm=Heads.SHARED,
         qk_norm_rotated=True,

@@ -113,25 +113,6 @@ def gpt_oss_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_expert_feed_forward_length(config.intermediate_size)
 
 
-def glm_keys(writer: gguf.GGUFWriter, config: Config) -> None:
-    qwen_keys(writer, config)
-    writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
-    sigmoid_keys(writer, config)
-
-
-def dots_keys(writer: gguf.GGUFWriter, config: Config) -> None:
-    qwen_keys(writer, config)
-    sigmoid_keys(writer, config)
-
-
-def sigmoid_keys(writer: gguf.GGUFWriter, config: Config) -> None:
-    writer.add_expert_shared_count(config.n_shared_experts)
-    writer.add_leading_dense_block_count(config.first_k_dense_replace)
-    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    writer.add_expert_weights_scale(config.routed_scaling_factor)
-    writer.add_expert_weights_norm(config.norm_topk_prob)
-
-
 def hunyuan_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     qwen_keys(writer, config)
     writer.add_expert_feed_forward_length(config.intermediate_size)
@@ -160,11 +141,6 @@ def dbrx_sizes(sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def glm_sizes(sizes: dict[str, int]) -> dict[str, Any]:
-    return llama_sizes(sizes) | {"head_dim": sizes["size"], "rope_parameters": GLM_ROPE}
-
-
-GLM_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 PHIMOE_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -315,68 +291,6 @@ MOE_KINDS = [
             {"windows": Windows(period=3, absent=None)},
             otherwise("gpt-oss", expert={"bias": True, "up_offset": 1.0, "clamp": 1.0}),
         ),
-    ),
-    Kind(
-        architecture="glm4moe",
-        model=hf.Glm4MoeForCausalLM,
-        config=hf.Glm4MoeConfig,
-        sizes=glm_sizes,
-        options={
-            **RMS,
-            "n_routed_experts": st.sampled_from([4, 8]),
-            "num_experts_per_tok": st.sampled_from([1, 2]),
-            "moe_intermediate_size": st.integers(1, 9),
-            "n_group": st.sampled_from([1, 2]),
-            "topk_group": st.just(1),
-            "first_k_dense_replace": st.integers(0, 2),
-            "norm_topk_prob": yes_or_no,
-            "routed_scaling_factor": st.sampled_from([1.0, 2.5]),
-            "attention_bias": yes_or_no,
-            "use_qk_norm": yes_or_no,
-            "n_shared_experts": st.sampled_from([1, 2]),
-        },
-        keys=glm_keys,
-        chosen={
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 8,
-            "n_group": 4,
-            "topk_group": 2,
-            "first_k_dense_replace": 1,
-            "routed_scaling_factor": 2.5,
-            "n_shared_experts": 2,
-            "use_qk_norm": True,
-        },
-        wrong=({"mlp_norm": "ffn_norm"}, otherwise("glm4moe", shared_gate=True), {"qk_norm": None}),
-    ),
-    Kind(
-        architecture="dots1",
-        model=hf.Dots1ForCausalLM,
-        config=hf.Dots1Config,
-        options={
-            **RMS,
-            **TIED,
-            "n_routed_experts": st.sampled_from([4, 8]),
-            "num_experts_per_tok": st.sampled_from([1, 2]),
-            "moe_intermediate_size": st.integers(1, 9),
-            "n_group": st.sampled_from([1, 2]),
-            "first_k_dense_replace": st.integers(0, 2),
-            "norm_topk_prob": yes_or_no,
-            "routed_scaling_factor": st.sampled_from([1.0, 2.5]),
-            "n_shared_experts": st.sampled_from([1, 2]),
-            "sliding_window": st.none(),
-        },
-        keys=dots_keys,
-        chosen={
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 8,
-            "first_k_dense_replace": 1,
-            "routed_scaling_factor": 2.5,
-            "n_shared_experts": 2,
-            "sliding_window": None,
-        },
-        wrong=(otherwise("dots1", leading_dense=False), otherwise("dots1", shared_gate=True), {"permuted": True}),
     ),
     Kind(
         architecture="hunyuan-moe",

@@ -38,8 +38,9 @@ from .gguf_kind import ROPES, Kind
 from .gguf_kinds_gpt import GPT_KINDS
 from .gguf_kinds_llama import LLAMA_KINDS
 from .gguf_kinds_moe import MOE_KINDS, one_map_a_tensor
+from .gguf_kinds_sigmoid import SIGMOID_KINDS
 
-KINDS = [*LLAMA_KINDS, *GPT_KINDS, *MOE_KINDS]
+KINDS = [*LLAMA_KINDS, *GPT_KINDS, *MOE_KINDS, *SIGMOID_KINDS]
 IDS = [f"{kind.architecture}-{kind.model.__name__}-{index}" for index, kind in enumerate(KINDS)]
 
 

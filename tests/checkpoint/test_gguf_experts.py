@@ -22,12 +22,17 @@ from ..shards import assert_shards_join
 from .gguf_converter import Config, Rows
 from .gguf_kind import Kind
 from .gguf_kinds_moe import MOE_KINDS, one_map_a_tensor
+from .gguf_kinds_sigmoid import SIGMOID_KINDS
 from .test_gguf_architectures import Written, named_parameters
 
 KINDS, GATING = gguf.GGMLQuantizationType, gguf.ExpertGatingFuncType
 QWEN3 = next(kind for kind in MOE_KINDS if kind.architecture == "qwen3moe")
-GLM = next(kind for kind in MOE_KINDS if kind.architecture == "glm4moe")
-FOLDERS = [kind for kind in MOE_KINDS if kind.model not in (hf.GraniteMoeSharedForCausalLM, hf.DbrxForCausalLM)]
+GLM = next(kind for kind in SIGMOID_KINDS if kind.architecture == "glm4moe")
+FOLDERS = [
+    kind
+    for kind in (*MOE_KINDS, *SIGMOID_KINDS)
+    if kind.model not in (hf.GraniteMoeSharedForCausalLM, hf.DbrxForCausalLM)
+]
 """Without models whose folders cannot be read, and whose epsilon is no float32, which is how these files keep it."""
 WIDE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 4}
 """Experts of 32 by 64, whole blocks of most formats."""

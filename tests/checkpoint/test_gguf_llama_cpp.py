@@ -35,12 +35,13 @@ from ..families.experts_family import GATE_AND_UP_SWAPPED, router_with
 from .gguf_converter import Config
 from .gguf_kind import Kind
 from .gguf_kinds_moe import MOE_KINDS
+from .gguf_kinds_sigmoid import SIGMOID_KINDS
 from .test_gguf_experts import usual, write
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 FORMATS = gguf.GGMLQuantizationType
-SAME = [kind for kind in MOE_KINDS if kind.architecture not in ("phimoe", "gpt-oss")]
+SAME = [kind for kind in (*MOE_KINDS, *SIGMOID_KINDS) if kind.architecture not in ("phimoe", "gpt-oss")]
 """Without those that llama.cpp computes otherwise than their makers (docs/differences.md)."""
 EVERY_HEAD = ("olmoe", "dots1")
 """Of these it reads only models with a key for every query."""

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from twinfer.spec.config import LayerConfig
+from twinfer.spec.config import LayerConfig, ModelConfig
 from twinfer.spec.moe import MoeConfig
 from twinfer.spec.weights import LayerWeights, MoeWeights
 
@@ -19,6 +19,19 @@ def router_with(**fields: Any) -> dict[str, Any]:
         return replace(layer, mlp=replace(layer.mlp, router=replace(layer.mlp.router, **fields)))
 
     return layers_with(change)
+
+
+def _windows_moved(config: ModelConfig) -> ModelConfig:
+    """Each layer with the window of the next one, the last with the first one's."""
+    layers = config.layers
+    moved = (
+        replace(layer, attention=replace(layer.attention, window=following.attention.window))
+        for layer, following in zip(layers, (*layers[1:], layers[0]), strict=True)
+    )
+    return replace(config, layers=tuple(moved))
+
+
+WINDOWS_MOVED: dict[str, Any] = {"on_config": _windows_moved}
 
 
 def _swapped(weights: LayerWeights) -> LayerWeights:

@@ -15,6 +15,7 @@ from .experts_family import (
     SHARED_GATE_AT_HALF,
     SHARED_SWAPPED,
     SINKS_NEGATED,
+    WINDOWS_MOVED,
     router_with,
 )
 from .llama_family import attention_with, layers_with, other_layout
@@ -39,6 +40,15 @@ ALPHA = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 1.0, "alpha": 9.
 DOTS = SIZES | {"moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2}
 ERNIE = SIZES | {"moe_intermediate_size": 8, "moe_num_experts": 6, "moe_k": 3, "head_dim": 8}
 SOLAR = SIZES | {"moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 3, "head_dim": 8}
+COMMAND = SIZES | {"num_experts": 6, "num_experts_per_tok": 3, "head_dim": 8, "sliding_window": 4, "logit_scale": 0.5}
+EXAONE = SIZES | {"moe_intermediate_size": 8, "num_experts": 8, "num_experts_per_tok": 3, "sliding_window": 4}
+FLINT = QWEN | {"head_dim": 8, "sliding_window": 5, "shared_expert_intermediate_size": 10}
+SWASH = LOCAL | {"sliding_window": 4, "num_hidden_layers": 3}
+HY = SIZES | {"moe_intermediate_size": 8, "num_experts": 6, "num_experts_per_tok": 3, "head_dim": 8}
+MELLUM = QWEN | {"head_dim": 8, "sliding_window": 4, "num_hidden_layers": 3}
+FULL, SLIDING = "full_attention", "sliding_attention"
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 8}
+HALF = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
 DBRX_INNER = {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16}
 DBRX = {"d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 20}
 
@@ -145,6 +155,106 @@ CONFIGS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "HunYuanMoEV1",
         [HUNYUAN | {"attention_bias": True, "rope_parameters": ALPHA}, HUNYUAN | {"tie_word_embeddings": True}],
     ),
+    "cohere2_moe": (
+        "Cohere2Moe",
+        [
+            COMMAND
+            | {
+                "num_hidden_layers": 3,
+                "first_k_dense_replace": 1,
+                "prefix_dense_intermediate_size": 10,
+                "expert_selection_fn": "sigmoid",
+                "norm_topk_prob": False,
+                "rms_norm_eps": 1e-4,
+                "attention_bias": True,
+            },
+            COMMAND | {"num_hidden_layers": 4, "num_shared_experts": 2, "expert_selection_fn": "sigmoid"},
+            COMMAND
+            | {
+                "num_hidden_layers": 5,
+                "first_k_dense_replace": 2,
+                "prefix_dense_sliding_window_pattern": 2,
+                "sliding_window_pattern": 2,
+                "num_shared_experts": 1,
+                "shared_expert_combination_strategy": "sum",
+                "tie_word_embeddings": False,
+            },
+            COMMAND | {"layer_types": [FULL, SLIDING], "mlp_layer_types": ["sparse", "dense"]},
+        ],
+    ),
+    "exaone_moe": (
+        "ExaoneMoe",
+        [
+            EXAONE
+            | {
+                "head_dim": 6,
+                "num_hidden_layers": 3,
+                "norm_topk_prob": False,
+                "layer_types": [FULL, SLIDING, FULL],
+                "mlp_layer_types": ["sparse", "dense", "sparse"],
+                "tie_word_embeddings": True,
+            },
+            EXAONE | {"num_hidden_layers": 5, "n_group": 4, "topk_group": 2, "num_shared_experts": 2},
+        ],
+    ),
+    "flint": (
+        "Flint",
+        [
+            FLINT
+            | {
+                "num_hidden_layers": 3,
+                "layer_types": [SLIDING, FULL, SLIDING],
+                "mlp_only_layers": [],
+                "decoder_sparse_step": 2,
+                "norm_topk_prob": False,
+                "attention_bias": True,
+            },
+            FLINT | {"num_hidden_layers": 7},
+        ],
+    ),
+    "granitemoe_swa": (
+        "GraniteMoeSWA",
+        [
+            SWASH | {"attention_bias": True, "tie_word_embeddings": True},
+            SWASH
+            | {
+                "layer_rope_theta": [0, 100.0, 10000.0],
+                "rope_parameters": YARN,
+                "shared_intermediate_size": 10,
+                "embedding_multiplier": 3.0,
+                "logits_scaling": 2.0,
+                "residual_multiplier": 0.5,
+                "attention_multiplier": 0.3,
+            },
+        ],
+    ),
+    "hy_v3": (
+        "HYV3",
+        [
+            HY
+            | {
+                "num_hidden_layers": 3,
+                "mlp_layer_types": ["sparse", "dense", "sparse"],
+                "num_shared_experts": 2,
+                "attention_bias": True,
+                "mlp_bias": True,
+            },
+            HY | {"tie_word_embeddings": True},
+        ],
+    ),
+    "mellum": (
+        "Mellum",
+        [
+            MELLUM
+            | {"mlp_layer_types": ["sparse", "dense", "sparse"], "norm_topk_prob": False, "attention_bias": True},
+            MELLUM
+            | {
+                "layer_types": [SLIDING, FULL, SLIDING],
+                "rope_parameters": {FULL: YARN, SLIDING: HALF},
+                "num_mtp_layers": 1,
+            },
+        ],
+    ),
 }
 
 WRONG: dict[str, dict[str, dict[str, Any]]] = {
@@ -179,6 +289,40 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "hunyuan_v1_moe": {
         "normed before they rotate": attention_with(qk_norm_rotated=False),
         "not renormalized": router_with(renormalize=False),
+    },
+    "cohere2_moe": {
+        "experts added, not averaged": router_with(scale=1.0),
+        "not renormalized": router_with(renormalize=False),
+        "windows in other layers": WINDOWS_MOVED,
+        "shared gate and up swapped": SHARED_SWAPPED,
+    },
+    "exaone_moe": {
+        "no groups": router_with(groups=1, kept_groups=1),
+        "not scaled": router_with(scale=1.0),
+        "bias of the choice left out": CHOICE_BIAS_ZERO,
+        "windows in other layers": WINDOWS_MOVED,
+    },
+    "flint": {
+        "softmax": router_with(score=Score.SOFTMAX),
+        "sinks of the wrong sign": SINKS_NEGATED,
+        "windows in other layers": WINDOWS_MOVED,
+    },
+    "granitemoe_swa": {
+        "softmax of all": router_with(score=Score.SOFTMAX),
+        "sinks of the wrong sign": SINKS_NEGATED,
+        "windows in other layers": WINDOWS_MOVED,
+        "shared gate and up swapped": SHARED_SWAPPED,
+    },
+    "hy_v3": {
+        "softmax": router_with(score=Score.SOFTMAX),
+        "not scaled": router_with(scale=1.0),
+        "bias of the choice left out": CHOICE_BIAS_ZERO,
+        "normed after they rotate": attention_with(qk_norm_rotated=True),
+    },
+    "mellum": {
+        "not renormalized": router_with(renormalize=False),
+        "windows in other layers": WINDOWS_MOVED,
+        "normed after they rotate": attention_with(qk_norm_rotated=True),
     },
 }
 
