@@ -40,7 +40,7 @@ def _read(config: Fields) -> ParsedConfig:
     rotation = rotation_of(config, 128, layout=RotaryLayout.INTERLEAVED)
     rotates = [here or (not experts and pattern == 1) for here, experts in zip(local, sparse, strict=True)]
     root_mean_square = rms_norm(config) if config.has("rms_norm_eps") else None
-    config.ignore(("rms_norm_eps", "layer_norm_eps"))  # whichever norm it is, one of them is not its own
+    config.ignore(("rms_norm_eps", "layer_norm_eps"))  # the one of the other kind of norm says nothing
 
     def feed(index: int, plain: MlpConfig) -> MlpConfig | MoeConfig:
         if not sparse[index]:

@@ -67,7 +67,7 @@ EXAONE_MOE = Family(
     read=_read,
     table=replace(
         glm4_moe.TABLE,
-        layer=(*glm4_moe.TABLE.layer, tensor("mlp.e_score_correction_bias", "mlp.choice_bias_E")),
+        layer=(tensor("mlp.e_score_correction_bias", "mlp.choice_bias_E"), *glm4_moe.TABLE.layer),
         ignorable=(*glm4_moe.TABLE.ignorable, Ignorable(name="mtp.*", why="guesses tokens further ahead")),
     ),
     ignored={

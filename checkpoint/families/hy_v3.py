@@ -9,10 +9,9 @@ from ...spec.config import MlpConfig
 from ...spec.moe import MoeConfig, router
 from ..family import Family, ParsedConfig, alias, rms_norm
 from ..fields import Fields
-from ..llama_like import layer_count, read, sparse_layers
-from ..moe_fields import ROUTER_TRAINING, further_layers
-from ..table import linear, tensor
-from . import glm4_moe
+from ..llama_like import GATED_MLP, INPUT_NORMS, SPLIT_QKV, layer_count, read, sparse_layers, table
+from ..moe_fields import ROUTER_AND_EXPERTS, ROUTER_TRAINING, SHARED_EXPERTS, further_layers
+from ..table import Heads, linear, norm, tensor
 
 _REQUIRED = ("qk_norm", "route_norm", "moe_router_use_sigmoid", "moe_router_enable_expert_bias")
 """Fields of the code that trained the models, of which only true is computed."""
@@ -53,18 +52,23 @@ def _read(config: Fields) -> ParsedConfig:
     return replace(parsed, table=replace(_TABLE, ignorable=(*_TABLE.ignorable, *beyond)))
 
 
-_TABLE = replace(
-    glm4_moe.TABLE,
-    layer=(
-        *glm4_moe.TABLE.layer,
-        *linear("mlp.router.gate", "mlp.router"),
-        tensor("mlp.expert_bias", "mlp.choice_bias_E"),
-        tensor("mlp.e_score_correction_bias", "mlp.choice_bias_E"),
-        *linear("mlp.shared_mlp.gate_proj", "mlp.shared.gate"),
-        *linear("mlp.shared_mlp.up_proj", "mlp.shared.up"),
-        *linear("mlp.shared_mlp.down_proj", "mlp.shared.down"),
-    ),
+_TABLE = table(
+    *INPUT_NORMS,
+    *SPLIT_QKV,
+    *norm("self_attn.q_norm", "attention.query_norm", Heads.SHARED),
+    *norm("self_attn.k_norm", "attention.key_norm", Heads.SHARED),
+    *linear("self_attn.o_proj", "attention.output"),
+    *GATED_MLP,
+    *linear("mlp.router.gate", "mlp.router"),
+    tensor("mlp.expert_bias", "mlp.choice_bias_E"),
+    *linear("mlp.shared_mlp.gate_proj", "mlp.shared.gate"),
+    *linear("mlp.shared_mlp.up_proj", "mlp.shared.up"),
+    *linear("mlp.shared_mlp.down_proj", "mlp.shared.down"),
+    *ROUTER_AND_EXPERTS,
+    tensor("mlp.e_score_correction_bias", "mlp.choice_bias_E"),
+    *SHARED_EXPERTS,
 )
+"""Names of files first; those of live modules, where they differ, after them."""
 
 HY_V3 = Family(
     model_type="hy_v3",

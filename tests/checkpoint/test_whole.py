@@ -58,14 +58,15 @@ TABLES = {family.model_type: family.table for family in FAMILIES} | {
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
 def test_tables_fill_every_weight_once(table: Table) -> None:
-    """Routers may have two names, and experts three forms: stacked, gate and up in one, and each expert apart."""
+    """Routers, what stands beside experts, and sinks may have two names, in a file and in a module; experts have three
+    forms: stacked, gate and up in one, and each expert apart."""
     for entries in (table.embedding, table.layer, table.head):
         names = [entry.name for entry in entries]
         fills = [target for entry in entries for target in entry.fills]
         assert len(names) == len(set(names))
         for fill in set(fills):
-            routers = fill.startswith(("mlp.router.", "mlp.choice_bias_E"))
-            most = 3 if fill.startswith("mlp.experts.") else 2 if routers else 1
+            renamed = fill.startswith(("mlp.router.", "mlp.choice_bias_E", "mlp.shared.", "attention.sink_H"))
+            most = 3 if fill.startswith("mlp.experts.") else 2 if renamed else 1
             assert fills.count(fill) <= most, fill
     assert "{layer}" in table.layers
     assert all(entry.why for entry in table.ignorable)
