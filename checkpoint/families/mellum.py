@@ -23,7 +23,7 @@ def _read(config: Fields) -> ParsedConfig:
     chooses = chosen_by(config, experts=64, top_k=8, renormalize=True)
     sparse, width = sparse_layers(config, 0), config.integer("moe_intermediate_size", 896)
     local = layer_types(config, [False] * layer_count(config))
-    turns = rotations(config, rotating(config, 128, base=500000.0, part=1.0), local_base=10000.0)
+    turns = rotations(config, rotating(config, 128, base=500000.0), local_base=10000.0)
     bias = config.flag("attention_bias", False)
 
     def feed(index: int, plain: MlpConfig) -> MlpConfig | MoeConfig:

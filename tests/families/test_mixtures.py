@@ -48,7 +48,7 @@ HY = SIZES | {"moe_intermediate_size": 8, "num_experts": 6, "num_experts_per_tok
 MELLUM = QWEN | {"head_dim": 8, "sliding_window": 4, "num_hidden_layers": 3}
 FULL, SLIDING = "full_attention", "sliding_attention"
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 8}
-HALF = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+SHORT = {"rope_type": "default", "rope_theta": 100.0}
 DBRX_INNER = {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16}
 DBRX = {"d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 20}
 
@@ -250,7 +250,7 @@ CONFIGS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             MELLUM
             | {
                 "layer_types": [SLIDING, FULL, SLIDING],
-                "rope_parameters": {FULL: YARN, SLIDING: HALF},
+                "rope_parameters": {FULL: YARN, SLIDING: SHORT},
                 "num_mtp_layers": 1,
             },
         ],
