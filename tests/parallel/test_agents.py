@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from .processes import children, command_of, eventually, lives, with_setting
-from .test_kills import COMMAND, MOST_S, TENSOR
+from .test_kills import COMMAND, MOST_S, TENSOR, named
 
 pytestmark = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "exhaustive", reason="takes minutes")
 
@@ -65,6 +65,7 @@ def test_two_agents(tmp_path: Path) -> None:
         ("agent", 0, signal.SIGINT),
         ("agent", 1, signal.SIGTERM),
     ],
+    ids=named,
 )
 @pytest.mark.parametrize("phase", ["load", "decode"])
 def test_a_signal_ends_two_agents(whom: str, node: int, number: signal.Signals, phase: str, tmp_path: Path) -> None:

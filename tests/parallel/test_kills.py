@@ -120,7 +120,14 @@ def test_a_whole_run(degrees: tuple[str, ...]) -> None:
     assert said[1].stdout == said[0].stdout
 
 
-@pytest.mark.parametrize(("degrees", "phase", "rank", "number"), KILLS + HALTS + REQUESTS)
+def named(each: object) -> str | None:
+    """Name degrees and signals in the test's id."""
+    if isinstance(each, signal.Signals):
+        return each.name
+    return " ".join(each) if isinstance(each, tuple) else None
+
+
+@pytest.mark.parametrize(("degrees", "phase", "rank", "number"), KILLS + HALTS + REQUESTS, ids=named)
 def test_a_signal_to_a_rank_ends_the_job(
     degrees: tuple[str, ...], phase: str, rank: int, number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -150,7 +157,7 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: -signal.SIGHUP
 TO_THE_COMMAND = [(number, delay_s) for number in STATUS for delay_s in (0.1, 2.0, 4.0, 8.0)]
 
 
-@pytest.mark.parametrize(("number", "delay_s"), TO_THE_COMMAND)
+@pytest.mark.parametrize(("number", "delay_s"), TO_THE_COMMAND, ids=named)
 def test_a_signal_to_the_command_ends_all_ranks(number: signal.Signals, delay_s: float) -> None:
     """Whatever the ranks are doing, and silently; who started the ranks may end without ending them."""
     process, pids = started(*TENSOR)
