@@ -1,6 +1,5 @@
 """What the ranks of a pool are asked to do; each function runs on all ranks with equal arguments."""
 
-import time
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -173,14 +172,6 @@ def recorded(
         logits.append(path.extend(sequences, call))
     kept = sum(len(graphs._graphs) for graphs in path._graphs.values())
     return logits, [(call.kind.value, call.ranks, call.bytes) for call in path.wire.ledger.calls], kept
-
-
-def answered(answer: str, raises: set[int]) -> str:
-    """Return the answer, somewhat later than the ranks that raise."""
-    if torch.distributed.get_rank() in raises:
-        raise ArithmeticError("asked for")
-    time.sleep(0.3 if raises else 0.0)
-    return answer
 
 
 def added_up(number: float, raises: set[int]) -> float:
