@@ -103,7 +103,10 @@ def _joined(parallel: ParallelConfig, facts: Mapping[str, str], device_type: str
                 print(f"twinfer: error: rank {rank} lost the job: who kept its store has ended", file=sys.stderr)
             end_with_children()
 
-        watch = Watch(store.clone(), rank, ranks, progress, end, lost)
+        watched = store.clone()
+        if os.environ.get(SUPERVISED):
+            watched.set_timeout(PATIENCE)  # control-Z may halt who keeps the store
+        watch = Watch(watched, rank, ranks, progress, end, lost)
         progress.tell = watch.tell
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)

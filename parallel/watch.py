@@ -119,9 +119,15 @@ class Watch:
 
     def _watch(self) -> None:
         seen = {other: _Seen(beat_s=time.monotonic(), steps_s=time.monotonic()) for other in range(self._ranks)}
+        looked = time.monotonic()
         while not self._ended.wait(_INTERVAL_S):
             try:
                 self.tell()
+                before, looked = looked, time.monotonic()
+                if (
+                    looked - before > SILENCE_S / 2
+                ):  # this rank, or who keeps the store, was halted: others may have been
+                    seen = {other: _Seen(beat_s=looked, steps_s=looked) for other in seen}
                 self._look_at_others(seen)
             except Exception:  # the store is gone: whoever kept it has ended
                 if not self._ended.is_set():

@@ -172,7 +172,7 @@ def test_a_signal_to_the_command_ends_all_ranks(number: signal.Signals, delay_s:
     assert not any(map(lives, pids))
 
 
-@pytest.mark.parametrize("delay_s", [3.0, 8.0])
+@pytest.mark.parametrize("delay_s", [3.0, 6.0])
 def test_a_command_that_is_suspended_goes_on(delay_s: float) -> None:
     """As control-Z and fg do it, for longer than ranks may be silent."""
     process, _ = started(*TENSOR)
@@ -181,3 +181,26 @@ def test_a_command_that_is_suspended_goes_on(delay_s: float) -> None:
     time.sleep(12)
     process.send_signal(signal.SIGCONT)
     assert process.wait(60) == 0, process.communicate()[1]
+
+
+def test_a_store_that_vanishes_ends_the_job(tmp_path: Path) -> None:
+    """Its files are emptied while ranks read them again for each token, as if the disk were gone; one is named."""
+    store, output = tmp_path / "store", tmp_path / "output"
+    subprocess.run([sys.executable, "-m", "twinfer", "offload", "build", "tiny-moe", str(store)], check=True)
+    streamed = [str(store) if word == "tiny-moe" else word for word in COMMAND]
+    with output_to(output):
+        job = Job([sys.executable, *streamed, *PIPELINE, "--memory-budget", "64MB"], 2)
+    with job:
+        wait_for(job, "decode", 0, output)
+        for file in store.rglob("*"):
+            if file.is_file():
+                os.truncate(file, 0)
+        begin = time.monotonic()
+        ended = job.wait()
+        seconds = time.monotonic() - begin
+    assert ended is not None
+    print(f"\n| store vanishes | decode | {seconds:.2f} | {ended.message}")
+    assert ended.status == 2
+    assert str(store) in ended.message
+    assert "ends early" in ended.message
+    assert seconds < MOST_S
