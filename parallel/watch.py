@@ -124,9 +124,7 @@ class Watch:
             try:
                 self.tell()
                 before, looked = looked, time.monotonic()
-                if (
-                    looked - before > SILENCE_S / 2
-                ):  # this rank, or who keeps the store, was halted: others may have been
+                if looked - before > SILENCE_S / 2:  # this rank or the store was halted, and others may have been
                     seen = {other: _Seen(beat_s=looked, steps_s=looked) for other in seen}
                 self._look_at_others(seen)
             except Exception:  # the store is gone: whoever kept it has ended
