@@ -33,7 +33,8 @@ from .mutants import MUTANTS
 from .pool import Pool
 
 EXHAUSTIVE = os.environ.get("HYPOTHESIS_PROFILE") == "exhaustive"
-SEEDS = range(400, 440) if EXHAUSTIVE else range(400, 402)
+SEEDS = range(400, 440) if EXHAUSTIVE else (409, 421)
+"""By default the two that reach the most kinds together (`kinds`): 28 of 38."""
 FLOAT64 = torch.float64
 
 
