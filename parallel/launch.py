@@ -51,7 +51,7 @@ class Job:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
-            SUPERVISED: "1",
+            SUPERVISED: str(os.getpid()),
         }
         self.processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -84,11 +84,10 @@ class Job:
         del self._store  # and with it the port
 
     def end(self) -> None:
-        """Kill what is left of the ranks; a rank that is halted ends too."""
+        """Kill what is left of the ranks, and of what they have started; a rank that is halted ends too."""
         for process in self.processes:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # a rank that was killed may have left a compiler behind
+                os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
@@ -108,22 +107,24 @@ class Job:
         while None in [process.poll() for process in self.processes] and time.monotonic() < noticed + GRACE_S:
             time.sleep(_POLL_S)
         codes = {rank: process.poll() for rank, process in enumerate(self.processes)}
-        killed = {rank: code for rank, code in codes.items() if code is not None and code < 0}
-        failures = {rank: self._failure(rank) for rank, code in codes.items() if code}
+        failures = {rank: failure for rank, code in codes.items() if code and (failure := self._failure(rank))}
+        killed = {rank: code for rank, code in codes.items() if code and code < 0 and rank not in failures}
         self.end()
         ended = f"the job of {len(codes)} ranks ended {time.monotonic() - noticed:.1f} s after it was noticed"
-        for rank, code in killed.items():
-            name = signal.Signals(-code).name
+        first = [rank for rank in killed if rank in died]
+        errors, silences, losses = ([rank for rank, each in failures.items() if each[0] == kind] for kind in Failure)
+        later = [rank for rank in killed if rank not in died]  # by a signal of its own, as torch ends after a loss
+        rank = [*first, *errors, *silences, *later, *losses, *died][0]
+        if rank in killed:
+            name = signal.Signals(-killed[rank]).name
             return Ended(1, f"rank {rank} was killed by {name}; it was last seen {self._doing(rank)}; {ended}")
-        for kind in Failure:
-            for rank, failure in failures.items():
-                if failure is not None and failure[0] == kind:
-                    _, blamed, why, refused = failure
-                    if kind is Failure.ERROR and refused:
-                        return Ended(2, why if rank == 0 else f"rank {rank}: {why}")
-                    return Ended(1, f"rank {blamed} {why}; {ended}")
-        rank, status = next(iter(died.items()))
-        return Ended(1, f"rank {rank} ended with status {status}; it was last seen {self._doing(rank)}; {ended}")
+        if rank not in failures:
+            status = codes[rank]
+            return Ended(1, f"rank {rank} ended with status {status}; it was last seen {self._doing(rank)}; {ended}")
+        kind, blamed, why, refused = failures[rank]
+        if kind == Failure.ERROR and refused:
+            return Ended(2, why if rank == 0 else f"rank {rank}: {why}")
+        return Ended(1, f"rank {blamed} {why}; {ended}")
 
     def _failure(self, rank: int) -> tuple[str, int, str, bool] | None:
         if not self._store.check([failure_of(rank)]):

@@ -8,7 +8,9 @@ of the model's config and tensors.
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,11 +25,11 @@ from torch.distributed.rendezvous import rendezvous
 from ..spec.errors import MachineError, RequestError, TwinferError, one_line
 from ..spec.parallel import ParallelConfig
 from .groups import PATIENCE, Groups, form_groups
-from .watch import Doing, Failure, Progress, Watch, failure_of
+from .watch import Doing, Failure, Progress, Watch, end_with_children, ending_with, failure_of
 from .wire import Wire
 
 SUPERVISED = "TWINFER_SUPERVISED"
-"""Set where `launch` started the ranks: it reports why a job ended, so they are silent about it."""
+"""The number of the process that started the ranks, where `launch` did: it reports why a job ended, so they do not."""
 
 _MEETING = timedelta(seconds=120)
 
@@ -58,8 +60,27 @@ def joined(parallel: ParallelConfig, facts: Mapping[str, str], device_type: str 
     """Join the job that the environment names; `facts` must be equal on all ranks, their keys say what they are.
 
     Raises `RequestError` where the job has another number of ranks than the config, or facts differ. An error that
-    ends this rank is written down for whoever started it.
+    ends this rank is written down for whoever started it, who has to be there all the time.
     """
+    with ending_with(int(os.environ.get(SUPERVISED, os.getppid()))), _ended_by_signals():
+        yield from _joined(parallel, facts, device_type)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let control-C and a request to terminate end the process at once, also where it waits for others within torch."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _joined(parallel: ParallelConfig, facts: Mapping[str, str], device_type: str) -> Iterator[Member]:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(rendezvous("env://", timeout=_MEETING))
     progress = Progress()
@@ -77,7 +98,15 @@ def joined(parallel: ParallelConfig, facts: Mapping[str, str], device_type: str 
                 print(f"twinfer: error: rank {other} {why}", file=sys.stderr, flush=True)
             os._exit(1)
 
-        watch = Watch(store.clone(), rank, ranks, progress, end)
+        def lost() -> None:
+            if not os.environ.get(SUPERVISED):
+                print(f"twinfer: error: rank {rank} lost the job: who kept its store has ended", file=sys.stderr)
+            end_with_children()
+
+        watched = store.clone()
+        if os.environ.get(SUPERVISED):
+            watched.set_timeout(PATIENCE)  # control-Z may halt who keeps the store
+        watch = Watch(watched, rank, ranks, progress, end, lost)
         progress.tell = watch.tell
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
@@ -97,7 +126,7 @@ def joined(parallel: ParallelConfig, facts: Mapping[str, str], device_type: str 
 def _agree(store: Store, rank: int, ranks: int, facts: Mapping[str, str]) -> None:
     """Raise `RequestError`, on every rank, where facts differ from those of rank 0."""
     store.set(f"facts/{rank}", json.dumps(dict(facts)))
-    all_facts = [json.loads(store.get(f"facts/{other}")) for other in range(ranks)]
+    all_facts = [json.loads(_facts_of(store, other)) for other in range(ranks)]
     for other, theirs in enumerate(all_facts):
         for what in {**all_facts[0], **theirs}:
             first, here = all_facts[0].get(what), theirs.get(what)
@@ -105,6 +134,15 @@ def _agree(store: Store, rank: int, ranks: int, facts: Mapping[str, str]) -> Non
                 raise RequestError(
                     f"rank {other} has {what} {here}, rank 0 has {first}; all ranks of a job must have the same"
                 )
+
+
+def _facts_of(store: Store, rank: int) -> bytes:
+    """Return what a rank has told; raises `MachineError` where it does not come."""
+    try:
+        facts: bytes = store.get(f"facts/{rank}")
+    except dist.DistStoreError:
+        raise MachineError(f"rank {rank} did not join the job within {_MEETING.seconds} s") from None
+    return facts
 
 
 def _fail(store: Store, rank: int, error: Exception) -> NoReturn:

@@ -1,21 +1,24 @@
-"""Finding out that a rank of a job has stopped: each tells the others every second how far it has come.
+"""Finding out that a rank of a job has stopped: each tells the others twice a second how far it has come.
 
     dead        its connections close, and whoever waits for it gets an error at once
     stopped     its signs of life stop: it was halted, or something holds its interpreter
     stuck       it lives and says that it computes, but does not get any further
 
 A rank that waits for others, reads weights, compiles or has nothing to do may take any time. A rank that finds another
-one silent writes down why, and ends its own process; the others follow, as their connections close.
+one silent writes down why, and ends its own process; the others follow, as their connections close. And a rank whose
+starter is gone ends too, with what it has started: nobody else would end it.
 """
 
 import json
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import Store
 
@@ -83,14 +86,22 @@ class _Seen:
 
 
 class Watch:
-    """A thread that tells how far this rank is, and looks at the others. `on_silence` gets a rank and what is wrong."""
+    """A thread that tells how far this rank is, and looks at the others.
+
+    `on_silence` gets a rank and what is wrong; `on_loss` is called once the store is gone.
+    """
 
     def __init__(
-        self, store: Store, rank: int, ranks: int, progress: Progress, on_silence: Callable[[int, str], None]
+        self,
+        store: Store,
+        rank: int,
+        ranks: int,
+        progress: Progress,
+        on_silence: Callable[[int, str], None],
+        on_loss: Callable[[], None],
     ) -> None:
         self._store, self._rank, self._ranks = store, rank, ranks
-        self._progress, self._on_silence = progress, on_silence
-        self._parent = os.getppid()
+        self._progress, self._on_silence, self._on_loss = progress, on_silence, on_loss
         self._beat = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -108,22 +119,24 @@ class Watch:
 
     def _watch(self) -> None:
         seen = {other: _Seen(beat_s=time.monotonic(), steps_s=time.monotonic()) for other in range(self._ranks)}
+        looked = time.monotonic()
         while not self._ended.wait(_INTERVAL_S):
-            if os.getppid() != self._parent:  # who started this rank is gone, and with it all that would end it
-                os._exit(1)
             try:
                 self.tell()
+                before, looked = looked, time.monotonic()
+                if looked - before > SILENCE_S / 2:  # this rank or the store was halted, and others may have been
+                    seen = {other: _Seen(beat_s=looked, steps_s=looked) for other in seen}
                 self._look_at_others(seen)
             except Exception:  # the store is gone: whoever kept it has ended
                 if not self._ended.is_set():
-                    os._exit(1)
+                    self._on_loss()
 
     def _look_at_others(self, seen: dict[int, _Seen]) -> None:
         now = time.monotonic()
         for other, last in seen.items():
-            if other == self._rank or not self._store.check([sign_of(other)]):
+            if other == self._rank:
                 continue
-            beat, steps, doing = json.loads(self._store.get(sign_of(other)))
+            beat, steps, doing = self._told_by(other)
             if beat != last.beat:
                 last.beat, last.beat_s = beat, now
             if steps != last.steps or doing != Doing.COMPUTING:
@@ -132,6 +145,41 @@ class Watch:
                 self._on_silence(other, f"gave no sign of life for {SILENCE_S:g} s; it was last seen {doing}")
             elif now - last.steps_s > SILENCE_S:
                 self._on_silence(other, f"hangs: it was {doing}, and got no further for {SILENCE_S:g} s")
+
+    def _told_by(self, other: int) -> list[Any]:
+        """Return the last sign of a rank; before the first it is joining, and may be halted there as anywhere."""
+        if not self._store.check([sign_of(other)]):
+            return [None, None, Doing.JOINING.value]
+        told: list[Any] = json.loads(self._store.get(sign_of(other)))
+        return told
+
+
+@contextmanager
+def ending_with(starter: int) -> Iterator[None]:
+    """End this process, and what it has started, soon after its parent is no longer the process `starter`."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while True:
+            if os.getppid() != starter:
+                end_with_children()
+            if ended.wait(_INTERVAL_S):
+                return
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def end_with_children() -> NoReturn:
+    """End this process at once, and a compiler that it may have started, where it leads a process group of its own."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def sign_of(rank: int) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from ..families.examples import EXHAUSTIVE
+from ..kinds import print_reached
 from .pool import Pool, started
 
 
@@ -23,3 +25,11 @@ def four() -> Iterator[Pool]:
 def six() -> Iterator[Pool]:
     with started(6) as pool:
         yield pool
+
+
+@pytest.fixture(scope="package", autouse=True)
+def reached() -> Iterator[None]:
+    """Print, in the exhaustive profile, what the drawn cases of this folder reached."""
+    yield
+    if EXHAUSTIVE:
+        print_reached()

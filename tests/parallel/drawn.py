@@ -51,7 +51,7 @@ def draw_mixture(seed: int, *, wide: bool = False) -> ModelConfig:
     def shareable(layer: LayerConfig) -> LayerConfig:
         if not isinstance(layer.mlp, MoeConfig):
             return layer
-        router = replace(layer.mlp.router, experts=4, top_k=min(2, layer.mlp.router.top_k), groups=1, kept_groups=1)
+        router = replace(layer.mlp.router, experts=4, top_k=min(2, layer.mlp.router.top_k))
         return replace(layer, mlp=replace(layer.mlp, router=router))
 
     return replace(config, layers=tuple(map(shareable, config.layers)))

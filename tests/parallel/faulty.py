@@ -19,6 +19,7 @@ from twinfer.parallel.leading import Leader, follow
 from twinfer.parallel.member import joined
 from twinfer.parallel.path import RankPath
 from twinfer.parallel.programs import RankProgram
+from twinfer.parallel.shared_sums import SharedSums
 from twinfer.spec.parallel import ParallelConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -70,6 +71,10 @@ def main(phase: str, rank: int, kind: str, tensor: int, pipeline: int) -> None:
             through = RankProgram.through
             at = Faulty(through, 1 if phase == "prefill" else 3, kind)
             RankProgram.through = lambda *given: at(*given)  # type: ignore[method-assign]
+        if mine and phase == "sum":  # of a decode step, in which the other waits for this rank's part
+            start = SharedSums.start
+            in_sum = Faulty(start, 1 + 2 * (1 + 2 * len(source.config.layers)), kind)
+            SharedSums.start = lambda *given: in_sum(*given)  # type: ignore[method-assign]
         if not member.leads:
             follow(path, member)
             return

@@ -33,6 +33,19 @@ def command_of(pid: int) -> list[str]:
         return []
 
 
+def with_setting(name: str, value: object) -> list[int]:
+    """The processes, and no zombies, that were started with this in their environment."""
+    wanted, found = f"{name}={value}".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            settings = (entry / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if wanted in settings and lives(int(entry.name)):
+            found.append(int(entry.name))
+    return sorted(found)
+
+
 def eventually(true: Callable[[], bool], seconds: float) -> bool:
     """Whether it becomes true in that time."""
     end = time.monotonic() + seconds

@@ -25,6 +25,7 @@ DOING = {
     "compile": "compiling",
     "prefill": "",  # what it says every half second, which may be old by a step
     "decode": "",
+    "sum": "",
 }
 
 
@@ -60,13 +61,13 @@ def test_without_a_fault_the_job_ends_well() -> None:
 
 EXHAUSTIVE = os.environ.get("HYPOTHESIS_PROFILE") == "exhaustive"
 EVERY = [(phase, rank, kind) for phase in DOING for rank in (0, 1) for kind in SAYS]
-FAULTS = [each for each in EVERY if each[0] in ("prefill", "decode") or each[2] != "loop"]
+FAULTS = [each for each in EVERY if each[0] in ("prefill", "decode", "sum") or each[2] != "loop"]
 """Who reads weights or compiles may take any time, so there a loop is no sign."""
 
 
 @pytest.mark.parametrize(
     ("phase", "rank", "kind"),
-    FAULTS if EXHAUSTIVE else [("read", 1, "kill"), ("decode", 1, "halt"), ("compile", 1, "raise")],
+    FAULTS if EXHAUSTIVE else [("read", 1, "kill"), ("decode", 1, "halt"), ("compile", 1, "raise"), ("sum", 0, "kill")],
 )
 def test_a_fault_ends_the_job(phase: str, rank: int, kind: str) -> None:
     ended, seconds, pids = run(phase, rank, kind)

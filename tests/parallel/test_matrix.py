@@ -112,7 +112,9 @@ def pools() -> Iterator[dict[int, Pool]]:
 
 
 @pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "exhaustive", reason="takes minutes")
-@pytest.mark.parametrize(("model", "parallel", "storage"), CELLS)
+@pytest.mark.parametrize(
+    ("model", "parallel", "storage"), CELLS, ids=lambda each: _named(each) if isinstance(each, ParallelConfig) else None
+)
 def test_matrix(
     model: str,
     parallel: ParallelConfig,

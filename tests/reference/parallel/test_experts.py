@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinfer.oracle.case import RandomPicker
+from twinfer.oracle.models import RandomSource
 from twinfer.oracle.trial import same_bits
 from twinfer.reference.components import DEFAULT
 from twinfer.reference.moe import moe as whole_moe
@@ -21,15 +22,17 @@ from twinfer.reference.parallel.path import ParallelReference
 from twinfer.reference.parallel.stage import Stage
 from twinfer.reference.path import ReferencePath
 from twinfer.reference.routing import Routing
-from twinfer.spec.config import Activation, MlpConfig, ModelConfig
+from twinfer.spec.config import Activation, MlpConfig, ModelConfig, Storage
 from twinfer.spec.errors import RequestError
 from twinfer.spec.moe import ROUTERS, MoeConfig, router
 from twinfer.spec.parallel import Exchange, ParallelConfig, check_parallel
 from twinfer.spec.weights import MoeWeights
 
 from ...families.conftest import AGREEMENT
+from ...families.examples import EXHAUSTIVE
+from ...kinds import note
 from ...shards import shareable
-from .drawn import IntegerSource
+from .drawn import IntegerSource, draw_mixture_case
 from .test_path import disagreement
 
 seeds = st.integers(0, 2**31)
@@ -97,6 +100,18 @@ def test_every_recipe(recipe: str, seed: int, job: ParallelConfig, exchange: Exc
     source = IntegerSourceOfModels(mixture(recipe, seed), seed)
     path = ParallelReference(source, replace(job, exchange=exchange, pipeline=stages), compute=torch.float64)
     assert disagreement(ReferencePath(source, compute=torch.float64), path, seed, batch=5) <= AGREEMENT
+
+
+@given(seed=seeds, storage=st.sampled_from([Storage.FLOAT32, Storage.BFLOAT16, Storage.INT8]))
+@settings(max_examples=200 if EXHAUSTIVE else 8)
+def test_drawn_mixtures(seed: int, storage: Storage) -> None:
+    """Models with experts agree to rounding in float64 at any degrees, on the same stored weights."""
+    config, parallel = draw_mixture_case(seed)
+    note("models with experts in the reference", config, parallel, storage)
+    source = RandomSource(config, seed)
+    one = ReferencePath(source, storage=storage, compute=torch.float64)
+    path = ParallelReference(source, parallel, storage=storage, compute=torch.float64)
+    assert disagreement(one, path, seed) <= AGREEMENT, parallel
 
 
 def test_messages_of_each_exchange() -> None:

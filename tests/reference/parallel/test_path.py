@@ -47,8 +47,10 @@ from twinfer.spec.shard import Shard, degrees, local_layer
 from twinfer.spec.weights import LayerWeights, assemble, tensors
 
 from ...families.conftest import AGREEMENT
+from ...families.examples import EXHAUSTIVE
+from ...kinds import note
 from ...shards import shareable
-from .drawn import EXACT, IntegerSource, draw_layers, draw_parallel, exact_layer
+from .drawn import EXACT, IntegerSource, draw_case, draw_layers, draw_parallel, exact_layer
 
 seeds = st.integers(0, 2**31)
 FORMS = [(NormPlacement.PRE_NORM, residual) for residual in Residual] + [
@@ -93,12 +95,11 @@ def disagreement(one: Decoder, other: Decoder, seed: int, batch: int = 3) -> flo
 
 
 @given(seed=seeds, storage=st.sampled_from(Storage))
-@settings(max_examples=15)
+@settings(max_examples=300 if EXHAUSTIVE else 15)
 def test_drawn_models(seed: int, storage: Storage) -> None:
     """In float64 logits agree to rounding: any degrees, on the same stored weights."""
-    pick = RandomPicker(seed)
-    config = draw_layers(pick, pick.integer(1, 4))
-    parallel = draw_parallel(pick, config)
+    config, parallel = draw_case(seed)
+    note("dense models in the reference", config, parallel, storage)
     if storage is Storage.INT4:
         width = 64 * parallel.tensor
         config = replace(config, layers=tuple(of_groups(each, width) for each in config.layers))
