@@ -4,10 +4,10 @@ Rows that only fill up a pass over the weights are not reduced: what they would 
 they repeat. So the wire carries what the sequences need, and a filling row stays equal to its original, into whose
 slot of the cache it writes once more.
 
-On a CPU a step is recorded (`RankGraphs`), and each collective in it is one call of the record. So is the way of rows to
-their experts and back, which reads how many arrive: the record stops at it, and goes on with as many rows as left. A
-step is recorded with the wire muted and then replayed, so a rank sends the same whether it records, moves a record or
-has one.
+On a CPU a step is recorded (`RankGraphs`), and each collective in it is one call of the record. So is the way of rows
+to their experts and back, since how many arrive is read in its midst: the record stops there, and goes on with as many
+rows as left. A step is recorded with the wire muted and then replayed, so a rank sends the same whether it records,
+moves a record or has one.
 
 Shapes: R sequences that gain one token, T tokens of one sequence, S key positions, M hidden, W table width,
 V vocabulary.
