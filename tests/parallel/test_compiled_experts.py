@@ -33,8 +33,9 @@ DEGREES = [
     ParallelConfig(data=2, expert=2),
     ParallelConfig(tensor=2, expert_slices=2),
 ]
-FEW, MANY = 5, 50
-"""Tokens of prompts: some 10 rows on a rank, which are few; and some 50 for an expert, which is then expanded."""
+PROMPTS = 5, 12, 50
+"""Of so many tokens some 10 rows arrive on a rank, which are multiplied one by one; 12 for an expert, in tiles; and 50
+for an expert, which is expanded."""
 
 
 def mixture() -> ModelConfig:
@@ -63,8 +64,9 @@ def test_compiled_mixtures(two: Pool, parallel: ParallelConfig, storage: Storage
     Rows that arrive are few, and many of each expert.
     """
     config = mixture()
-    token_T = torch.randperm(MANY + FEW, generator=torch.Generator().manual_seed(1)) % config.vocabulary
-    calls = [[token_T[:length].roll(group) for group in range(parallel.data)] for length in (FEW, 1, MANY, 1, 1)]
+    token_T = torch.randperm(max(PROMPTS), generator=torch.Generator().manual_seed(1)) % config.vocabulary
+    lengths = [length for prompt in PROMPTS for length in (prompt, 1)]
+    calls = [[token_T[:length].roll(group) for group in range(parallel.data)] for length in lengths]
     given = {"config": config, "parallel": parallel, "storage": storage, "calls": calls}
     results = two.run("compiled", programs=[Program.PREFILL, Program.DECODE], **given)
     source = RandomSource(config, 1)
