@@ -125,6 +125,15 @@ class Process:
         self._meet()
         return self._steps(batch)
 
+    def step_plain(self, batch: int) -> float:
+        """Return the time of a decode step that is not recorded."""
+        assert isinstance(self.path, RankPath)
+        graphs, self.path._graphs = self.path._graphs, None
+        try:
+            return self.step(batch)
+        finally:
+            self.path._graphs = graphs
+
     def calls(self, batch: int) -> list[tuple[str, tuple[int, ...], int]]:
         """Return kind, ranks and bytes of each collective of one decode step."""
         assert isinstance(self.path, RankPath)

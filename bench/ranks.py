@@ -6,6 +6,7 @@ median of those of single rounds. Weights are float32.
     one-rank    the path of many ranks with one rank, over the compiled path
     prefill     512 tokens on two ranks, over one process with two threads
     step        a decode step of two tensor ranks, over what one rank computes alone and its collectives
+    experts     a decode step in which rows travel to experts, recorded and not
     pipeline    the dynamic queue over the baseline schedule, and what their slots say
     exchange    all-to-all messages between tensor groups, coordinated over direct
     memory      peak of a rank beyond that of the same process on a model of one layer a stage
@@ -181,6 +182,27 @@ def step(rounds: int) -> Iterator[Figure]:
             )
 
 
+def experts(rounds: int) -> Iterator[Figure]:
+    for parallel in (ParallelConfig(tensor=2, expert=2), ParallelConfig(data=2, expert=2)):
+        batch, degree = parallel.data, "tensor 2" if parallel.tensor == 2 else "data 2"
+        with Processes(Work(model="tiny-moe", parallel=parallel)) as two:
+            two.seconds("step", batch)
+            count = len(two.call("calls", batch)[0])
+            times = by_turns(
+                {
+                    "recorded": lambda: two.seconds("step", batch),  # noqa: B023
+                    "plain": lambda: two.seconds("step_plain", batch),  # noqa: B023
+                },
+                rounds,
+            )
+        yield Figure(
+            what=f"recorded step over plain one, {degree}, expert 2, tiny-moe, step of {batch}",
+            value=median_ratio(times["plain"], times["recorded"]),
+            wanted=1.0,
+            note=f"{ms(times['recorded'])}; plain {ms(times['plain'])}; {count} collectives",
+        )
+
+
 def pipeline(rounds: int) -> Iterator[Figure]:
     sizes = 2, MICRO_BATCHES, PIPELINE_TOKENS
     slots = baseline(*sizes).slots / dynamic_queue(*sizes).slots
@@ -260,6 +282,7 @@ PARTS: dict[str, Callable[[int], Iterator[Figure]]] = {
     "one-rank": one_rank,
     "prefill": prefill,
     "step": step,
+    "experts": experts,
     "pipeline": pipeline,
     "exchange": exchange,
     "memory": memory,

@@ -181,8 +181,12 @@ def call_whole(function: Callable[..., Any], *arguments: Any) -> Any:
     tape: CpuGraph | None = getattr(_recording, "tape", None)
     if tape is None:
         return function(*arguments)
-    with _disable_current_modes():
-        result = function(*arguments)
+    _recording.tape, tape.within_operator = None, True
+    try:
+        with _disable_current_modes():
+            result = function(*arguments)
+    finally:
+        _recording.tape, tape.within_operator = tape, False
     given = {each.untyped_storage().data_ptr() for each in _tensors(arguments)}
     made = _tensors(result)
     if all(each.untyped_storage().data_ptr() in given for each in made):

@@ -113,9 +113,14 @@ def _few(x_TM: Tensor, routing: Routing, weights: Moe, config: MoeConfig, storag
         expert_TK = fetched_slots(expert_TK, x_TM, weights.fetcher_1)
     expert_A = expert_TK.flatten()
     x_AM = x_TM[:, None].expand(-1, config.router.top_k, -1).flatten(0, 1).contiguous()
-    inner_AF = inner(chosen_product(x_AM, expert_A, experts.up, storage), config.expert)
-    out_AM = chosen_product(inner_AF, expert_A, experts.down, storage)
+    out_AM = one_by_one(x_AM, expert_A, experts, config.expert, storage)
     return weighted(out_AM.view(x_TM.shape[0], -1, x_TM.shape[1]), routing.weight_TK)
+
+
+def one_by_one(x_AM: Tensor, expert_A: Tensor, experts: Mlp, config: MlpConfig, storage: Storage) -> Tensor:
+    """Feed each row through its own expert, [A, M] in x's dtype, by words that are read where they lie."""
+    inner_AF = inner(chosen_product(x_AM, expert_A, experts.up, storage), config)
+    return chosen_product(inner_AF, expert_A, experts.down, storage)
 
 
 def _many(x_TM: Tensor, routing: Routing, weights: Moe, config: MoeConfig, storage: Storage) -> Tensor:

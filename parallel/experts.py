@@ -8,8 +8,8 @@
 
 Why it is faster: rows of one expert are multiplied together, whichever rank they came from, so an expert's weights are
 read once a layer. How many rows there are is known only when they arrive, so the exchange runs between compiled pieces;
-what arrives is multiplied by one of two. Few rows fill up a fixed number, and read the words of their experts where
-these lie; more are sorted by expert, in a piece for any number of rows.
+what arrives is multiplied by one of two, each for any number of rows. Few rows read the words of their experts where
+these lie, without the operator that sorts more rows by expert and takes 0.2 ms a product to say what goes where.
 
 Shapes: T tokens, K = top_k, A = T * K choices, E experts (of a rank, its own), N rows, M hidden, P ranks that exchange,
 S slices, Q peers whose rows follow each other.
@@ -21,13 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compiled.chosen import chosen_product
+from ..compiled.expert_kernels import in_tiles
 from ..compiled.experts import grouped_product, sort_by_expert
 from ..compiled.fetching import DOWN, UP, fetched_product, fetched_slots
 from ..compiled.linear import PASS_ROWS
 from ..compiled.mlp import inner
-from ..compiled.moe import Mlp, Moe
-from ..compiled.steps import Piece
+from ..compiled.moe import Mlp, Moe, one_by_one
+from ..compiled.steps import Piece, eager
 from ..spec.config import Storage
 from ..spec.moe import MoeConfig
 from ..spec.parallel import Exchange
@@ -35,29 +35,26 @@ from .exchange import Route, places_of, run_bounds, swap
 from .groups import Groups
 from .wire import Wire
 
-_EXAMPLE_ROWS = 160
-"""Many, since a loop over few would be compiled as a serial one."""
+_FEW_EXAMPLE, _MANY_EXAMPLE = 24, 160
+"""Rows that pieces are compiled on; loops over fewer would be compiled as serial ones."""
 
 
 class ExpertPieces(NamedTuple):
     """Each is (rows [N, M], how many of each peer are for each expert, weights) -> what their experts make of them."""
 
     few: Callable[[Tensor, Tensor, Mlp], Tensor]
-    """N is `PASS_ROWS`; rows beyond those that are counted are of the last one's expert."""
     many: Callable[[Tensor, Tensor, Mlp], Tensor]
     fetched: Callable[[Tensor, Tensor, Moe], Tensor]
     """For experts that have to be fetched first; not compiled."""
+    are_few: Callable[[int, Mlp], bool]
+    """(N, weights) -> whether `few` is for so many rows."""
 
 
 def expert_pieces(config: MoeConfig, storage: Storage, piece: Piece) -> ExpertPieces:
     """Return the pieces of a rank's slice of its experts."""
 
-    def one_by_one(row_NM: Tensor, expert_N: Tensor, experts: Mlp) -> Tensor:
-        inner_NF = inner(chosen_product(row_NM, expert_N, experts.up, storage), config.expert)
-        return chosen_product(inner_NF, expert_N, experts.down, storage)
-
     def few(row_NM: Tensor, count_QE: Tensor, experts: Mlp) -> Tensor:
-        return one_by_one(row_NM, _expert_of(len(row_NM), count_QE), experts)
+        return one_by_one(row_NM, _expert_of(len(row_NM), count_QE), experts, config.expert, storage)
 
     def many(row_NM: Tensor, count_QE: Tensor, experts: Mlp) -> Tensor:
         order = sort_by_expert(_expert_of(len(row_NM), count_QE)[:, None], count_QE.shape[1])
@@ -69,20 +66,25 @@ def expert_pieces(config: MoeConfig, storage: Storage, piece: Piece) -> ExpertPi
         (up, down), expert_N1 = weights.experts, _expert_of(len(row_NM), count_QE)[:, None]
         if len(row_NM) <= PASS_ROWS:
             slot_N1 = fetched_slots(expert_N1, row_NM, weights.fetcher_1)
-            return one_by_one(row_NM, slot_N1.flatten(), weights.experts)
+            return one_by_one(row_NM, slot_N1.flatten(), weights.experts, config.expert, storage)
         order = sort_by_expert(expert_N1, count_QE.shape[1])
         given = order.rows_E, weights.fetcher_1
         inner_NF = inner(fetched_product(row_NM[order.choice_A], *given, UP, up.outputs, storage), config.expert)
         return fetched_product(inner_NF, *given, DOWN, down.outputs, storage)[order.place_A]
 
-    return ExpertPieces(piece(few, {}), piece(many, {"row_NM": (0,)}), fetched)
+    def are_few(rows: int, experts: Mlp) -> bool:
+        """Compiled, they are what the operator multiplies in tiles if all are of one expert; else words are copied."""
+        in_place = piece is not eager and all(in_tiles(rows, each.word[0], storage) for each in experts)
+        return rows <= PASS_ROWS or in_place
+
+    return ExpertPieces(piece(few, {"row_NM": (0,)}), piece(many, {"row_NM": (0,)}), fetched, are_few)
 
 
 def warm_up(experts: Mlp, pieces: ExpertPieces, example_M: Tensor, groups: Groups) -> None:
     """Compile the pieces on an example, as no rank sends any rows."""
     peers = len(places_of(groups)) * len(groups.slices)
     count_QE = torch.zeros(peers, experts.up.word.shape[0], dtype=torch.int64, device=example_M.device)
-    for rows, multiply in ((PASS_ROWS, pieces.few), (_EXAMPLE_ROWS, pieces.many)):
+    for rows, multiply in ((_FEW_EXAMPLE, pieces.few), (_MANY_EXAMPLE, pieces.many)):
         count_QE[0, 0] = rows
         multiply(example_M.repeat(rows, 1), count_QE, experts)
 
@@ -90,16 +92,21 @@ def warm_up(experts: Mlp, pieces: ExpertPieces, example_M: Tensor, groups: Group
 def _expert_of(rows: int, count_QE: Tensor) -> Tensor:
     """Return the expert of each row, where peer q has sent count[q][e] for each expert e, one after the other.
 
-    >>> _expert_of(4, torch.tensor([[1, 0], [0, 2]]))
-    tensor([0, 1, 1, 1])
+    >>> _expert_of(3, torch.tensor([[1, 0], [0, 2]]))
+    tensor([0, 1, 1])
     """
     end_A = count_QE.flatten().cumsum(0)
-    row_N = torch.arange(rows, device=count_QE.device).minimum(end_A[-1] - 1)
+    row_N = torch.arange(rows, device=count_QE.device)
     return (row_N[:, None] >= end_A).sum(1) % count_QE.shape[1]
 
 
 def serve(x_TM: Tensor, expert_TK: Tensor, weights: Moe, config: MoeConfig, pieces: ExpertPieces, wire: Wire) -> Tensor:
-    """Return what its experts make of each token, [T, K, M]; `weights` and `config` are this rank's share."""
+    """Return what its experts make of each token, [T, K, M]; `weights` and `config` are this rank's share.
+
+    While the wire is muted nothing is computed: no rank knows what would arrive.
+    """
+    if wire.is_muted:
+        return x_TM.new_zeros(*expert_TK.shape, x_TM.shape[1])
     groups, total = wire.groups, config.router.experts
     own = total // groups.parallel.expert
     order = sort_by_expert(expert_TK, total)
@@ -139,9 +146,8 @@ def multiplied(row_NM: Tensor, count_QE: Tensor, weights: Moe, pieces: ExpertPie
         return row_NM
     if weights.fetcher_1 is not None:
         return pieces.fetched(row_NM, count_QE, weights)
-    if rows > PASS_ROWS:
-        return pieces.many(row_NM, count_QE, weights.experts)
-    return pieces.few(filled_up(row_NM, PASS_ROWS), count_QE, weights.experts)[:rows]
+    multiply = pieces.few if pieces.are_few(rows, weights.experts) else pieces.many
+    return multiply(row_NM, count_QE, weights.experts)
 
 
 def filled_up(row_NKM: Tensor, count: int) -> Tensor:

@@ -294,8 +294,8 @@ class RankPath:
         return torch.arange(count, device=self._device)
 
     def _records(self) -> bool:
-        """Return whether steps are recorded: compiled ones on a CPU, unless they read how many rows are exchanged."""
-        return self._mode is not Mode.EAGER and self._device.type == "cpu" and not self._served
+        """Return whether steps are recorded: compiled ones on a CPU."""
+        return self._mode is not Mode.EAGER and self._device.type == "cpu"
 
     def _expert_pieces(self) -> dict[MoeConfig, ExpertPieces]:
         """Return what multiplies rows that arrive; nothing where no rows are exchanged."""

@@ -4,8 +4,10 @@ Rows that only fill up a pass over the weights are not reduced: what they would 
 they repeat. So the wire carries what the sequences need, and a filling row stays equal to its original, into whose
 slot of the cache it writes once more.
 
-On a CPU a step is recorded (`RankGraphs`), and each collective in it is one call of the record. A step is recorded with
-the wire muted and then replayed, so a rank sends the same whether it records, moves a record or has one.
+On a CPU a step is recorded (`RankGraphs`), and each collective in it is one call of the record. So is the way of rows
+to their experts and back, since how many arrive is read in its midst: the record stops there, and goes on with as many
+rows as left. A step is recorded with the wire muted and then replayed, so a rank sends the same whether it records,
+moves a record or has one.
 
 Shapes: R sequences that gain one token, T tokens of one sequence, S key positions, M hidden, W table width,
 V vocabulary.
@@ -213,9 +215,8 @@ class RankProgram:
         if chosen.routing is None:
             returned = chosen.served_TM
         else:
-            given = chosen.read_TM[: tokens.rows], chosen.routing.expert_TK[: tokens.rows]
-            returned = serve(*given, weights.mlp, layer.mlp, self._served[layer.mlp], self._wire)
-            returned = filled_up(returned, len(x_TM))
+            given = chosen.read_TM[: tokens.rows], chosen.routing.expert_TK[: tokens.rows], len(x_TM)
+            returned = call_whole(self._serve, *given, weights.mlp, layer.mlp)
         return pieces.finish(
             x_TM if chosen.stream_TM is None else chosen.stream_TM,
             chosen.read_TM,
@@ -225,6 +226,11 @@ class RankProgram:
             None if sequential else attended(),
             weights,
         )
+
+    def _serve(self, x_TM: Tensor, expert_TK: Tensor, count: int, weights: Moe, config: MoeConfig) -> Tensor:
+        """Return what experts make of each row, filled up to so many rows, [count, K, M]."""
+        returned_TKM = serve(x_TM, expert_TK, weights, config, self._served[config], self._wire)
+        return filled_up(returned_TKM, count)
 
     def _heads(
         self, pieces: LayerPieces, x_TM: Tensor, weights: Layer, tokens: Tokens

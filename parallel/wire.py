@@ -65,6 +65,10 @@ class Wire:
         self._muted = False
         self._sent: list[Pending] = []
 
+    @property
+    def is_muted(self) -> bool:
+        return self._muted
+
     @contextmanager
     def muted(self) -> Iterator[None]:
         before, self._muted = self._muted, True

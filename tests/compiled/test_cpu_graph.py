@@ -200,3 +200,25 @@ def test_an_operator_of_other_memory_is_no_hindrance() -> None:
     other.fill_(5.0)
     captured.replay()
     assert result.tolist() == [10.0] * 3
+
+
+def test_a_whole_call_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels, operators and whole calls that it makes in turn are none of the record's, and are made at a replay."""
+    kernels: dict[str, Any] = {"cpp_fused_add": lambda x: x.add_(1.0)}
+    monkeypatch.setattr(tape, "_loaded", [kernels])
+    given = torch.zeros(3)
+
+    def inner() -> None:
+        kernels["cpp_fused_add"](given)
+
+    def outer() -> Tensor:
+        tape.call_whole(inner)
+        return given * 2
+
+    captured, result = CpuGraphs().capture(lambda: tape.call_whole(outer), None)
+    assert len(captured.calls) == 1
+    captured.replay()
+    assert given.tolist() == [2.0] * 3
+    assert result.tolist() == [4.0] * 3
+    kernels["cpp_fused_add"](given)
+    assert len(captured.calls) == 1

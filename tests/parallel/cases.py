@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from exact import ExactSource, without_norms  # beside this file
 from mutants import MUTANTS
 from stored import differing
@@ -15,6 +16,7 @@ from torch import Tensor
 from twinfer.checkpoint import open_model
 from twinfer.compiled.moe import Moe
 from twinfer.compiled.path import Mode
+from twinfer.compiled.programs import Program
 from twinfer.compiled.steps import eager
 from twinfer.oracle.models import RandomSource
 from twinfer.parallel.experts import expert_pieces, serve
@@ -181,3 +183,37 @@ def added_up(number: float, raises: set[int]) -> float:
     x = torch.tensor(number)
     torch.distributed.all_reduce(x)
     return float(x)
+
+
+def muted(config: ModelConfig, parallel: ParallelConfig, storage: Storage, calls: list[list[Tensor]]) -> int | None:
+    """Return how many collective calls the first rank makes that are counted, while the others do nothing."""
+    path = path_of(config, 1, parallel, storage, torch.float32)
+    if path.wire.groups.rank:
+        return None
+    with path.wire.muted():
+        sequences = path.open(len(calls[0]), 64)
+        for call in calls:
+            path.extend(sequences, call)
+    return len(path.wire.ledger.calls)
+
+
+def compiled(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    storage: Storage,
+    calls: list[list[Tensor]],
+    programs: list[Program],
+) -> tuple[list[Any], list[tuple[str, tuple[int, ...], int]], int]:
+    """Return the logits of each call on ranks that compile one after the other, the ledger, and how many steps are
+    recorded."""
+    wire = Wire(groups_of(parallel))
+    path = RankPath(RandomSource(config, 1), wire, storage=storage, compute=torch.float64, device=CPU)
+    for rank in range(parallel.ranks):
+        for name in programs if rank == wire.groups.rank else []:
+            path.compile(name)
+        dist.barrier()
+    assert path._graphs is not None, "a replay differs from the plain call"
+    sequences = path.open(len(calls[0]), 64)
+    logits: list[Any] = [path.extend(sequences, call) for call in calls]
+    kept = sum(len(graphs._graphs) for graphs in path._graphs.values())
+    return logits, [(call.kind.value, call.ranks, call.bytes) for call in wire.ledger.calls], kept

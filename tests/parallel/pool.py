@@ -13,8 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-PATIENCE_S = 60
-"""Longer than any case; after it the pool is taken to hang."""
+PATIENCE_S = 300
+"""Longer than any case, one that compiles included; after it the pool is taken to hang."""
 
 
 class Pool:

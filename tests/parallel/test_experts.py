@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from twinfer.compiled.experts import stack
 from twinfer.compiled.moe import Mlp, Moe
-from twinfer.compiled.steps import eager
 from twinfer.parallel.experts import expert_pieces, multiplied
 from twinfer.spec.config import Storage
 from twinfer.spec.mlp import Activation, MlpConfig
@@ -25,7 +24,10 @@ CONFIG = MoeConfig(
     seed=st.integers(0, 2**16),
 )
 def test_each_row_is_for_its_own_expert(counts: list[list[int]], seed: int) -> None:
-    """Few rows or many, from any number of peers: each is what its expert makes of it; exact, on small integers."""
+    """Few rows or many, from any number of peers: each is what its expert makes of it; exact, on small integers.
+
+    Limits are those of compiled pieces.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def integers(*shape: int) -> torch.Tensor:
@@ -36,6 +38,7 @@ def test_each_row_is_for_its_own_expert(counts: list[list[int]], seed: int) -> N
     row_NM = integers(len(expert_N), HIDDEN)
     experts = Mlp(*(stack([StackedLinearWeights(weight_ENI=each)], Storage.FLOAT32) for each in (up_EFM, down_EMF)))
     weights = Moe(experts.up, None, experts, None, None, None, None)  # the router, the first of them, has chosen
-    found_NM = multiplied(row_NM, torch.tensor(counts), weights, expert_pieces(CONFIG, Storage.FLOAT32, eager))
+    pieces = expert_pieces(CONFIG, Storage.FLOAT32, lambda function, dynamic: function)
+    found_NM = multiplied(row_NM, torch.tensor(counts), weights, pieces)
     for row_M, expert, got_M in zip(row_NM, expert_N, found_NM, strict=True):
         assert torch.equal(got_M, down_EMF[expert] @ (up_EFM[expert] @ row_M).clamp_min(0))

@@ -122,6 +122,16 @@ def test_mixtures_by_products_of_degrees(four: Pool, seed: int, name: str) -> No
     assert_ranks_agree(four, draw_mixture(seed), seed, parallel, Storage.INT8, batch=parallel.data)
 
 
+@pytest.mark.parametrize("name", [*MIXTURES_OF_TWO, *MIXTURES_OF_FOUR])
+def test_a_rank_alone_sends_nothing(two: Pool, four: Pool, name: str) -> None:
+    """With its wire muted a rank runs prompts and steps while the others do nothing: so ranks compile in turn."""
+    pool, parallel = (two, MIXTURES_OF_TWO[name]) if name in MIXTURES_OF_TWO else (four, MIXTURES_OF_FOUR[name])
+    config = draw_mixture(400)
+    given = {"config": config, "parallel": parallel, "storage": Storage.INT8}
+    calls = draw_calls(1, config.vocabulary, batch=parallel.data)
+    assert pool.run("muted", calls=calls, **given)[0] == 0
+
+
 def test_fewer_sequences_than_groups(two: Pool) -> None:
     """One group has none, takes part in every exchange all the same, and sends no rows."""
     assert_ranks_agree(two, draw_mixture(400), 400, ParallelConfig(data=2, expert=2), Storage.INT8, batch=1)
@@ -245,11 +255,17 @@ def test_ranks_of_one_host_share_memory(two: Pool) -> None:
         assert shared == 1  # the first of the two
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=str)
-@pytest.mark.parametrize("experts", [False, True])
-def test_recorded_steps_make_the_same_calls(two: Pool, parallel: ParallelConfig, experts: bool) -> None:
+RECORDED = {
+    "tensor": (draw_model(402, layers=2), ParallelConfig(tensor=2)),
+    "pipeline": (draw_model(402, layers=2), ParallelConfig(pipeline=2)),
+    "experts in a pipeline": (draw_model(402, layers=2, experts=True), ParallelConfig(pipeline=2)),
+    **{f"experts: {name}": (draw_mixture(402), parallel) for name, parallel in MIXTURES_OF_TWO.items()},
+}
+
+
+@pytest.mark.parametrize(("config", "parallel"), RECORDED.values(), ids=RECORDED)
+def test_recorded_steps_make_the_same_calls(two: Pool, config: ModelConfig, parallel: ParallelConfig) -> None:
     """Ranks whose steps are recorded make the calls of plain steps, with equal bits whoever has to record anew."""
-    config = draw_model(402, layers=2, experts=experts)
     calls = [*draw_calls(402, config.vocabulary, batch=3), *draw_calls(403, config.vocabulary, batch=3)[1:2] * 3]
     given = {"config": config, "parallel": parallel, "calls": calls, "storage": Storage.FLOAT32}
     plain = two.run("extend", seed=1, compute=FLOAT64, **given)
