@@ -241,7 +241,7 @@ class StreamedRankPath(RankPath):
         lengths, own = sequences.lengths[group :: self._parallel.data], tokens[group :: self._parallel.data]
         sweeps: list[list[Run]] = []
         left = 0
-        for run in runs_of(lengths, own, self._storage, every_position):
+        for run in runs_of(lengths, own, self._storage, every_position, self._parallel):
             taken = sum(map(len, run.tokens))
             end = max(lengths[member] for member in run.members) + 1
             nbytes = call_bytes(

@@ -1,9 +1,10 @@
 """One rank's end of a model on many ranks: a `Decoder` whose every call is made on all ranks, with equal arguments.
 
-A call's work is cut into runs: sequences that gain one token go together, a prompt in pieces of at most 512 tokens, as
-on the compiled path. A run passes through the stages one after the other. Each stage does the runs in the same order
-and sends on what it made without waiting for anyone, so a pipeline holds as many runs as it has stages; `submit` only
-begins, and `collect` waits for the logits. Sequences are dealt to the data groups in turn, as in the reference.
+A call's work is cut into runs: sequences that gain one token go together, a prompt in pieces (`prompt_pieces`), shorter
+than on the compiled path where they overlap. A run passes through the stages one after the other. Each stage does the
+runs in the same order and sends on what it made without waiting for anyone, so a pipeline holds as many runs as it has
+stages; `submit` only begins, and `collect` waits for the logits. Sequences are dealt to the data groups in turn, as in
+the reference.
 
 What it relies on: how many collectives a rank issues, and in what order, follows from the config and the tokens only.
 
@@ -35,8 +36,8 @@ from ..spec.moe import MoeConfig
 from ..spec.parallel import check_parallel
 from ..spec.weights import WeightSource
 from .experts import ExpertPieces, expert_pieces, warm_up
-from .programs import RankGraphs, RankProgram, Tokens
-from .runs import Run, runs_of
+from .programs import RankGraphs, RankProgram, Tokens, by_turns
+from .runs import Run, runs_of, together
 from .sequences import LocalSequences, ParallelSequences, Ticket
 from .weights import Share, prepare_share
 from .wire import Pending, Wire
@@ -225,9 +226,9 @@ class RankPath:
         lengths, own = sequences.lengths[group::groups], tokens[group::groups]
         assert isinstance(local, StaticSequences)
         local.make_room(max((length + len(each) for length, each in zip(lengths, own, strict=True)), default=0))
-        runs = runs_of(lengths, own, self._storage, every_position)
-        for run in runs:
-            yield run, self._run(local, lengths, run, every_position)
+        runs = runs_of(lengths, own, self._storage, every_position, self._parallel)
+        for each in together(runs, self._parallel):
+            yield from zip(each, self._run(local, lengths, each, every_position), strict=True)
         for _ in range(len(runs), self._most_runs(sequences, tokens, every_position)):
             self._programs[Program.PREFILL].idle()
 
@@ -238,22 +239,36 @@ class RankPath:
             return 0
         dealt = [slice(group, None, parallel.data) for group in range(parallel.data)]
         given = [(sequences.lengths[own], tokens[own]) for own in dealt]
-        return max(len(runs_of(*each, self._storage, every_position)) for each in given)
+        return max(len(runs_of(*each, self._storage, every_position, parallel)) for each in given)
 
-    def _run(self, local: StaticSequences, lengths: Sequence[int], run: Run, every_position: bool) -> Tensor | None:
+    def _run(
+        self, local: StaticSequences, lengths: Sequence[int], runs: list[Run], every_position: bool
+    ) -> list[Tensor | None]:
+        """Do a step, or prefill by turns; returns logits where this rank has them."""
+        (run, *_), caches = runs, local.caches
         self._check_compiled(run.program)
-        program, caches = self._programs[run.program], local.caches
+        program = self._programs[run.program]
         if run.program is Program.PREFILL:
-            tokens = self._tokens_of(local.capacity, lengths, run)
-            result = program.run(caches, tokens, ends=run.ends, every_position=every_position)
+            results = by_turns(
+                [
+                    program.work(
+                        caches,
+                        self._tokens_of(local.capacity, lengths, each),
+                        ends=each.ends,
+                        every_position=every_position,
+                    )
+                    for each in runs
+                ]
+            )
         else:
             positions = [lengths[member] for member in run.members]
             starts = [member * local.capacity for member in run.members]
             step = [token for (token,) in run.tokens], positions, starts
             rows, longest = len(set(run.members)), max(positions) + 1
-            result = self._step(program, caches, step, None if rows == len(starts) else rows, longest, local.capacity)
+            filled = None if rows == len(starts) else rows
+            results = [self._step(program, caches, step, filled, longest, local.capacity)]
         last = self._place.stage + 1 == self._parallel.pipeline
-        return result if last and run.ends else None
+        return [result if last and each.ends else None for each, result in zip(runs, results, strict=True)]
 
     def _tokens_of(self, capacity: int, lengths: Sequence[int], run: Run) -> Tokens:
         starts = [member * capacity for member in run.members]

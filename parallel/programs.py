@@ -4,6 +4,10 @@ Rows that only fill up a pass over the weights are not reduced: what they would 
 they repeat. So the wire carries what the sequences need, and a filling row stays equal to its original, into whose
 slot of the cache it writes once more.
 
+Pieces of prompts go through the layers in pairs, by turns: a piece's work stops wherever it has begun a sum, and waits
+for the sum only when the other's work has stopped. So each sum is on its way while the other piece is computed. The
+later piece of a prompt is one stop behind, so it finds the keys and values of the one before in every layer.
+
 On a CPU a step is recorded (`RankGraphs`), and each collective in it is one call of the record. So is the way of rows
 to their experts and back, since how many arrive is read in its midst: the record stops there, and goes on with as many
 rows as left. A step is recorded with the wire muted and then replayed, so a rank sends the same whether it records,
@@ -13,8 +17,8 @@ Shapes: R sequences that gain one token, T tokens of one sequence, S key positio
 V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +38,9 @@ from .mixtures import MixturePieces
 from .pieces import LayerPieces, rank_pieces
 from .weights import Share
 from .wire import Pending, Wire
+
+Work = Generator[None, None, Tensor]
+"""Computing that stops where it has begun a sum and would have to wait for it; what it returns is the result."""
 
 
 class Tokens(NamedTuple):
@@ -81,13 +88,15 @@ class RankProgram:
 
         return self._steps.setdefault(filled, step)
 
-    def run(
-        self, caches: Sequence[Cache], tokens: Tokens, *, ends: bool = True, every_position: bool = False
-    ) -> Tensor:
-        """Do this stage's part; returns logits on the last stage, if any follow, else what leaves the last layer."""
+    def run(self, caches: Sequence[Cache], tokens: Tokens) -> Tensor:
+        """Do this stage's part; returns logits on the last stage, else what leaves the last layer."""
+        return by_turns([self.work(caches, tokens)])[0]
+
+    def work(self, caches: Sequence[Cache], tokens: Tokens, *, ends: bool = True, every_position: bool = False) -> Work:
+        """Do the same with stops, for every position if that is wanted; no logits follow where nothing ends."""
         groups = self._wire.groups
-        x = self.begin(tokens) if groups.place.stage == 0 else self.received(tokens)
-        x = self.through(x, caches, tokens)
+        x = (yield from self.begin(tokens)) if groups.place.stage == 0 else self.received(tokens)
+        x = yield from self.through(x, caches, tokens)
         if groups.place.stage + 1 < groups.parallel.pipeline:
             call_whole(self._send_on, x[: tokens.rows])
             return x
@@ -104,18 +113,18 @@ class RankProgram:
         """Send a copy: a replay writes into the same memory again, perhaps before this is on its way."""
         self._wire.send(x_TM.clone() if self._decodes else x_TM, self._wire.groups.neighbor(1))
 
-    def begin(self, tokens: Tokens) -> Tensor:
+    def begin(self, tokens: Tokens) -> Work:
         """Return the rows of the token table [T, W], on the first stage."""
         model = self._share.model
         assert model.embedding is not None
         part_TW = self._pieces.lookup(model.embedding.table, self._share.first_token_1, tokens.token_T)
-        return self.reduced(part_TW, tokens)
+        return (yield from self._summed(part_TW, tokens))
 
-    def through(self, x: Tensor, caches: Sequence[Cache], tokens: Tokens) -> Tensor:
+    def through(self, x: Tensor, caches: Sequence[Cache], tokens: Tokens) -> Work:
         """Pass through the layers of the stage: x is rows of the token table, or what left the stage before."""
         x_TM, positions = self.enter(x, tokens)
         for index, (weights, cache) in enumerate(zip(self._share.model.layers, caches, strict=True)):
-            x_TM = self.pass_layer(index, x_TM, weights, cache, positions, tokens)
+            x_TM = yield from self.layer(index, x_TM, weights, cache, positions, tokens)
         return x_TM
 
     def enter(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Any]:
@@ -130,12 +139,16 @@ class RankProgram:
         self, index: int, x_TM: Tensor, weights: Layer, cache: Cache, positions: Any, tokens: Tokens
     ) -> Tensor:
         """Pass through one layer of the stage."""
+        return by_turns([self.layer(index, x_TM, weights, cache, positions, tokens)])[0]
+
+    def layer(self, index: int, x_TM: Tensor, weights: Layer, cache: Cache, positions: Any, tokens: Tokens) -> Work:
+        """Do the same with stops."""
         layer, place = self._share.config.layers[index], self._share.model.rotations.of_layer[index]
         table = None if place is None else positions.tables[place]
         mask = positions.masks[self._pieces.windows.index(layer.attention.window)]
         writes = (positions.write_R, positions.position_R) if self._decodes else (positions.write_T,)
         slot_S = tokens.slot_S if self._decodes else positions.read_S
-        x_TM = self._layer(layer, x_TM, weights, (cache, table, writes, slot_S, mask), tokens)
+        x_TM = yield from self._layer(layer, x_TM, weights, (cache, table, writes, slot_S, mask), tokens)
         self._on_layer()
         return x_TM
 
@@ -178,20 +191,18 @@ class RankProgram:
         logits_RV = all_RV[:, : self._vocabulary]
         return scale_and_cap(logits_RV, config.logit_scale, config.logit_softcap).contiguous()
 
-    def _layer(
-        self, layer: LayerConfig, x_TM: Tensor, weights: Layer, where: tuple[Any, ...], tokens: Tokens
-    ) -> Tensor:
+    def _layer(self, layer: LayerConfig, x_TM: Tensor, weights: Layer, where: tuple[Any, ...], tokens: Tokens) -> Work:
         pieces = self._pieces.layers[layer]
-        heads = self._heads(pieces, x_TM, weights, tokens)
+        heads = yield from self._heads(pieces, x_TM, weights, tokens)
         stream_TM, part_TM = pieces.attend(x_TM, *heads, weights, *where)
         x_TM = x_TM if stream_TM is None else stream_TM
         if pieces.mixture is not None:
             return self._experts(pieces.mixture, layer, x_TM, part_TM, weights, tokens)
         if pieces.feed is not None:
-            stream_TM, part_TM = pieces.feed(x_TM, self.reduced(part_TM, tokens), weights)
+            stream_TM, part_TM = pieces.feed(x_TM, (yield from self._summed(part_TM, tokens)), weights)
             assert stream_TM is not None
             x_TM = stream_TM
-        return pieces.close(x_TM, self.reduced(part_TM, tokens), weights)
+        return pieces.close(x_TM, (yield from self._summed(part_TM, tokens)), weights)
 
     def _experts(
         self,
@@ -234,19 +245,25 @@ class RankProgram:
 
     def _heads(
         self, pieces: LayerPieces, x_TM: Tensor, weights: Layer, tokens: Tokens
-    ) -> tuple[()] | tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> Generator[None, None, tuple[()] | tuple[Tensor, tuple[Tensor, Tensor]]]:
         """Return projected heads with their sums of squares over all ranks, where they are normed over all."""
         if pieces.project is None:
             return ()
         qkv_TGD, (query_T1, key_T1) = pieces.project(x_TM, weights)
         if pieces.center is not None:
-            reduced = self.reduced(query_T1, tokens), self.reduced(key_T1, tokens)
+            reduced = (yield from self._summed(query_T1, tokens)), (yield from self._summed(key_T1, tokens))
             qkv_TGD, (query_T1, key_T1) = pieces.center(qkv_TGD, reduced)
-        return qkv_TGD, (self.reduced(query_T1, tokens), self.reduced(key_T1, tokens))
+        return qkv_TGD, ((yield from self._summed(query_T1, tokens)), (yield from self._summed(key_T1, tokens)))
 
     def reduced(self, part_TM: Tensor, tokens: Tokens) -> Tensor:
         """Return the sum over the tensor group."""
         return self._start_reduce(part_TM, tokens)()
+
+    def _summed(self, part_TM: Tensor, tokens: Tokens) -> Work:
+        """Do the same with a stop: the sum is on its way until this goes on."""
+        wait = self._start_reduce(part_TM, tokens)
+        yield
+        return wait()
 
     def _start_reduce(self, part_TM: Tensor, tokens: Tokens) -> Callable[[], Tensor]:
         """Begin to add up over the tensor group; returns what waits for the sum."""
@@ -268,6 +285,35 @@ class RankProgram:
 
     def _await_sum(self, under_way: list[Pending]) -> None:
         self._wire.waited(under_way.pop())
+
+
+Made = TypeVar("Made")
+
+
+def by_turns(works: Sequence[Generator[None, None, Made]]) -> list[Made]:
+    """Do several by turns, each up to its next stop, and return what they make, in their order.
+
+    >>> def counting(name: str, stops: int) -> Generator[None, None, str]:
+    ...     for stop in range(stops):
+    ...         print(name, stop)
+    ...         yield
+    ...     return name
+    >>> by_turns([counting("a", 2), counting("b", 1)])
+    a 0
+    b 0
+    a 1
+    ['a', 'b']
+    """
+    made: dict[int, Made] = {}
+    while len(made) < len(works):
+        for place, work in enumerate(works):
+            if place in made:
+                continue
+            try:
+                next(work)
+            except StopIteration as end:
+                made[place] = end.value
+    return [made[place] for place in range(len(works))]
 
 
 class RankGraphs(CpuGraphs):

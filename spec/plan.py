@@ -1,9 +1,10 @@
 """What a job of many ranks will hold and send, from the config alone: formulas over shapes, nothing is allocated.
 
-One call passes T new tokens of a sequence in each data group through all stages and scores the last of them. Counted
-are messages and bytes that cross from rank to rank, by the algorithms that the reference's ledger assumes: rings for
-all-reduce and all-gather, direct messages for all-to-all. Experts count as chosen equally often; where a rank has fewer
-rows than there are experts, bytes are the mean, and messages the most that there can be.
+One call passes T new tokens of a sequence in each data group through all stages, in pieces (`prompt_pieces`), and
+scores the last of them. Counted are messages and bytes that cross from rank to rank, by the algorithms that the
+reference's ledger assumes: rings for all-reduce and all-gather, direct messages for all-to-all. Experts count as chosen
+equally often; where a rank has fewer rows than there are experts, bytes are the mean, and messages the most that there
+can be.
 
 Letters: T tokens, R ranks of a group, n bytes that a rank hands in, M hidden, E experts, k experts a token.
 """
@@ -18,7 +19,7 @@ import torch
 from .config import LayerConfig, ModelConfig, NormKind, QkNormSpan, Residual, Storage
 from .counts import Count, count_of
 from .moe import MoeConfig
-from .parallel import Exchange, ParallelConfig, check_parallel, stage_layers
+from .parallel import Exchange, ParallelConfig, check_parallel, prompt_pieces, stage_layers
 from .shapes import embedding_shapes, head_shapes, layer_shapes
 from .shard import embedding_slices, head_slices, layer_slices, sliced_shapes
 
@@ -68,13 +69,15 @@ def traffic(
     """Return what one call sends, step by step; raises `RequestError` where `check_parallel` does."""
     check_parallel(config, parallel)
     activation, wide = compute.itemsize, torch.promote_types(compute, torch.float32).itemsize
-    vector, groups, ring = tokens * config.hidden, parallel.data, parallel.tensor
-    found = [_all_reduce("embedding", groups, ring, tokens * config.table_width, wide)]
-    for layer in config.layers:
-        found += _layer(layer, parallel, tokens, vector, activation, wide)
-    borders = parallel.pipeline - 1
-    sends = borders * parallel.stage_ranks
-    found.append(_traffic("stage to stage", "send", sends, sends, sends * vector * activation))
+    groups, ring = parallel.data, parallel.tensor
+    sends = (parallel.pipeline - 1) * parallel.stage_ranks
+    found = []
+    for piece in prompt_pieces(tokens, parallel):
+        vector = piece * config.hidden
+        found.append(_all_reduce("embedding", groups, ring, piece * config.table_width, wide))
+        for layer in config.layers:
+            found += _layer(layer, parallel, piece, vector, activation, wide)
+        found.append(_traffic("stage to stage", "send", sends, sends, sends * vector * activation))
     found.append(_all_gather("logits", groups, ring, Fraction(config.vocabulary * wide, ring)))
     return _merged(found)
 

@@ -1,7 +1,8 @@
 """The reference on many ranks as a path: the `Decoder` protocol.
 
 Weights are taken through storage whole and cut then: a rank that quantized its own slice would have scales of its own.
-A call passes the sequences through the stages once, each round of them being a micro-batch (`job`, `schedule`).
+A call passes the sequences through the stages once. Of each round of them (`job`) the new tokens are cut into pieces,
+and each piece is a micro-batch (`schedule`): a stage works on one while the stage before works on the next.
 
 Shapes: T new tokens, V vocabulary.
 """
@@ -17,7 +18,7 @@ from ...spec.ambient import pinned
 from ...spec.config import Storage
 from ...spec.decoder import Sequences, check_open, checked_tokens
 from ...spec.errors import RequestError
-from ...spec.parallel import ParallelConfig, check_parallel
+from ...spec.parallel import ParallelConfig, check_parallel, prompt_pieces
 from ...spec.weights import WeightSource
 from ..path import ReferencePath
 from .job import Job, SequenceState
@@ -87,20 +88,40 @@ class ParallelReference:
     ) -> Tensor | list[Tensor]:
         sequences = self._own(sequences)
         checked_tokens(self.config, sequences.lengths, new_tokens)
-        states, tokens = list(sequences.states), [token_T.to(self.device) for token_T in new_tokens]
-        rounds = self.job.rounds(len(states))
+        parallel, states = self.job.parallel, list(sequences.states)
+        pieces = [token_T.to(self.device).split(prompt_pieces(len(token_T), parallel)) for token_T in new_tokens]
+        micro_batches = [
+            (members, place)
+            for members in self.job.rounds(len(states))
+            for place in range(max(len(pieces[index]) for index in members))
+        ]
+
+        def enter(micro_batch: int, token: int, _: list[list[Tensor]]) -> list[Tensor]:
+            members, place = micro_batches[micro_batch]
+            tokens = [each[place] if place < len(each) else each[0][:0] for each in pieces]
+            return self.job.enter(members, states, tokens)
+
+        def work(stage: int, micro_batch: int, token: int, x_RBTM: list[Tensor]) -> list[Tensor]:
+            return self.job.work(stage, micro_batches[micro_batch][0], states, x_RBTM)
 
         def leave(micro_batch: int, token: int, x_RBTM: list[Tensor]) -> list[Tensor]:
-            return self.job.leave(x_RBTM if every_position else [x_BTM[:, -1:] for x_BTM in x_RBTM])
+            members, place = micro_batches[micro_batch]
+            if every_position:
+                return self.job.leave(x_RBTM)
+            ending = {data for data, index in enumerate(members) if place + 1 == len(pieces[index])}
+            data_R = [parallel.place(rank).data for rank in range(parallel.stage_ranks)]
+            last_RB1M = [
+                x_BTM[:, -1:] if data in ending else x_BTM[:, :0] for x_BTM, data in zip(x_RBTM, data_R, strict=True)
+            ]
+            return self.job.leave(last_RB1M) if ending else []
 
         with pinned(self.device):
-            results = execute(
-                baseline(self.job.parallel.pipeline, len(rounds), 1),
-                lambda micro_batch, token, _: self.job.enter(rounds[micro_batch], states, tokens),
-                lambda stage, micro_batch, token, x_RBTM: self.job.work(stage, rounds[micro_batch], states, x_RBTM),
-                leave,
-            )
-        logits = [row for micro_batch in range(len(rounds)) for row in results[micro_batch, 0]][: len(states)]
+            results = execute(baseline(parallel.pipeline, len(micro_batches), 1), enter, work, leave)
+        found: list[list[Tensor]] = [[] for _ in states]
+        for micro_batch, (members, _) in enumerate(micro_batches):
+            for index, logits_TV in zip(members, results[micro_batch, 0], strict=False):
+                found[index].append(logits_TV)
+        logits = [torch.cat(each) for each in found]
         for index, logits_TV in enumerate(logits):
             last_V = logits_TV[-1] if len(logits_TV) else states[index].last_logits_V
             states[index] = replace(states[index], last_logits_V=last_V)

@@ -90,9 +90,8 @@ def _stream_on_each(x_TM: Tensor, stream_TM: Tensor, part_TM: Tensor) -> Any:
 
 
 def _own_squares(self: Any, given: Any, x_TM: Tensor, weights_: Any, tokens: Any) -> Any:
-    if given.project is None:
-        return ()
-    return given.project(x_TM, weights_)
+    yield from ()
+    return () if given.project is None else given.project(x_TM, weights_)
 
 
 def _own_slice(self: Wire, rows: Tensor, lengths: list[int], group: Group) -> Tensor:
