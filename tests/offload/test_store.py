@@ -157,7 +157,7 @@ class Faulty(RandomSource):
         return super().layer(index, shard)
 
 
-FAILURES = {
+FAILURES: dict[str, tuple[RandomSource, int | None, BaseException | None, str]] = {
     "no room": (SOURCE, 0, None, "make room"),
     "disk full before the first record is there": (SOURCE, 1, OSError(28, "No space left"), "written: No space left$"),
     "interrupted before the first record is there": (SOURCE, 2, KeyboardInterrupt(), ""),

@@ -86,7 +86,7 @@ def raising(error: Exception, *, always: bool) -> Any:
     return made
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[Any, str | None]] = {
     "a kind for bad values": (raising(ValueError("the largest logit is nan"), always=False), None),
     "torch's own for NaN": (raising(RuntimeError("tensor contains either `inf`, `nan`"), always=False), None),
     "always": (raising(ValueError("no"), always=True), "ValueError is raised without a NaN in"),
