@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.offload import cutting
+from twinfer.offload import cutting, path
 from twinfer.offload.form import Record
 from twinfer.offload.store import Store
+from twinfer.offload.streamer import Streamer
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import ModelConfig
 from twinfer.spec.errors import CheckpointError
@@ -94,7 +95,10 @@ FAULTS = {
 def test_a_read_that_goes_wrong_is_named_and_the_step_can_be_asked_for_again(
     kind: str, fault: str, kept: dict[str, Kept], monkeypatch: Patch
 ) -> None:
-    """In prompts, and in a step of three sequences: the same sequences then give what they would have given."""
+    """In prompts, and in a step of three sequences: the same sequences then give what they would have given.
+
+    One buffer, so that only the first record is read ahead. What a step needs of experts may be there from the prompt.
+    """
     name, records_of = KINDS[kind]
     store, model, steps, expected = kept[name]
     bad = {record.name: range(record.offset, record.offset + record.nbytes) for record in records_of(store)}
@@ -106,12 +110,14 @@ def test_a_read_that_goes_wrong_is_named_and_the_step_can_be_asked_for_again(
         there = [within for within in bad.values() if failing and offset < within.stop and within.start < end]
         return wrong(descriptor, buffers, offset, there[0]) if there else os.preadv(descriptor, buffers, offset)
 
+    monkeypatch.setattr(path, "Streamer", lambda *given: Streamer(*given[:2], 1, *given[3:]))
     decoder = offloaded(store, model)
     monkeypatch.setattr(decoder._file, "_read", read)
     sequences = decoder.open(3, 30)
     found = []
     for number, step in enumerate(steps):
-        failing = number == 0 or (number == 1 and fault != "flipped bits")  # a record is verified once
+        again = number == 1 and fault != "flipped bits" and "experts" not in kind  # a record is verified once
+        failing = number == 0 or again
         if failing:
             with pytest.raises(CheckpointError, match=message.format(f"({'|'.join(map(re.escape, bad))})")):
                 decoder.extend(sequences, step)

@@ -157,10 +157,10 @@ class Faulty(RandomSource):
         return super().layer(index, shard)
 
 
-FAILURES: dict[str, tuple[RandomSource, int | None, BaseException | None, str]] = {
+FAILURES: dict[str, tuple[RandomSource, int | None, BaseException | None, str | None]] = {
     "no room": (SOURCE, 0, None, "make room"),
     "disk full before the first record is there": (SOURCE, 1, OSError(28, "No space left"), "written: No space left$"),
-    "interrupted before the first record is there": (SOURCE, 2, KeyboardInterrupt(), ""),
+    "interrupted before the first record is there": (SOURCE, 1, KeyboardInterrupt(), None),
     "damaged source": (Faulty(config(), 7), None, None, "layer 4 is damaged"),
 }
 
