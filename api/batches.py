@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,13 @@ def run_batches(
     of other prompts or another request, is being written by another process, or cannot be written.
     """
     digests = [_digest(index, prompt, request) for index, prompt in enumerate(prompts)]
+    new = not file.exists()
     try:
         file.touch()
-        with locked(file, f"{file} is being written by another process; wait for it, or give another file"):
+        with (
+            locked(file, f"{file} is being written by another process; wait for it, or give another file"),
+            _removed_if_empty(file) if new else nullcontext(),
+        ):
             done = _finished(file, digests)
             left = [index for index in range(len(prompts)) if index not in done]
             begin_s = time.perf_counter()
@@ -47,6 +52,17 @@ def run_batches(
             return len(left)
     except OSError as error:
         raise RequestError(f"{file} cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def _removed_if_empty(file: Path) -> Iterator[None]:
+    """Remove the file where what happens within fails before a result is in it."""
+    try:
+        yield
+    except BaseException:
+        if not file.stat().st_size:
+            file.unlink()
+        raise
 
 
 def _finished(file: Path, digests: Sequence[str]) -> set[int]:

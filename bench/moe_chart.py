@@ -2,15 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAME = "moe-experts.png"
 
 
 def write_experts_chart(rows: Sequence[Row], folder: Path) -> Path:
-    """Write milliseconds over E in each storage, their floors, and the time that reading every expert would take."""
+    """Write `experts_chart` into a folder."""
+    file = folder / NAME
+    experts_chart(rows).savefig(file, dpi=120)
+    return file
+
+
+def experts_chart(rows: Sequence[Row]) -> "Figure":
+    """Return milliseconds over E in each storage, their floors, and the time that reading every expert would take."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -31,9 +41,7 @@ def write_experts_chart(rows: Sequence[Row], folder: Path) -> Path:
     axes.set_title(f"{rows[0].shape['T']} tokens, top-{rows[0].shape['K']}", fontsize=10)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    file = folder / NAME
-    figure.savefig(file, dpi=120)
-    return file
+    return figure
 
 
 def _rate(row: Row) -> float:

@@ -234,13 +234,22 @@ def expanded(weights: Matrix, storage: Storage, inputs: int, dtype: torch.dtype)
 
 
 def lookup(token_T: Tensor, table: Matrix, storage: Storage, hidden: int, dtype: torch.dtype) -> Tensor:
-    """Return rows of the stored token table, [T, M] in float32 or float64."""
+    """Return rows of the stored token table, [T, M] in float32 or float64.
+
+    What is stored of them is copied out before anything is computed. In one loop with the choice of rows, which
+    branches more often for a table of dynamic size, gcc rounds int4's code * scale + min once or twice, by how many
+    branches lie between product and sum. So the same rows out of a smaller table would get other bits.
+    """
     if storage is Storage.FLOAT32:
-        return table.word[token_T].to(dtype)
+        return materialized(table.word[token_T].contiguous()).to(dtype)
     block_T, row_T = token_T // ROWS, token_T % ROWS
-    scale_T = None if table.scale_N is None else table.scale_N[token_T]
-    scale_TG, min_TG = (None if each is None else each[block_T, :, row_T] for each in (table.scale_BGU, table.min_BGU))
-    return weights_of_rows(table.word[block_T, :, row_T], scale_T, scale_TG, min_TG, storage, hidden, dtype)
+    word_TJ, scale_TG, min_TG = (
+        None if each is None else materialized(each[block_T, :, row_T].contiguous())
+        for each in (table.word, table.scale_BGU, table.min_BGU)
+    )
+    scale_T = None if table.scale_N is None else materialized(table.scale_N[token_T])
+    assert word_TJ is not None
+    return weights_of_rows(word_TJ, scale_T, scale_TG, min_TG, storage, hidden, dtype)
 
 
 _has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # untyped in torch, as is the next but one

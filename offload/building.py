@@ -10,17 +10,17 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..compiled.machine import return_freed_memory
 from ..spec.ambient import CPU, pinned
-from ..spec.config import ModelConfig, Storage
+from ..spec.config import Storage
 from ..spec.counts import total
 from ..spec.decoder import check_extensible
-from ..spec.errors import RequestError
+from ..spec.errors import RequestError, TwinferError
 from ..spec.weights import (
     WeightSource,
 )
@@ -68,7 +68,8 @@ def build(
     `identity` is JSON that tells this source from others: a partial store of another one is not gone on with.
 
     Raises `RequestError` where the folder is there already, cannot be made, is being built by another process, or the
-    disk is full; and what the source raises. What was written until then stays, and the next call goes on from there.
+    disk is full; and what the source raises. Records that are on the disk by then stay after a kill and where the disk
+    is full, and the next call goes on from there; otherwise nothing is left (`without_remains`).
     """
     config = source.config
     check_extensible(config)
@@ -76,16 +77,22 @@ def build(
     partial = folder.absolute().parent / f".{folder.name}.partial"
     try:
         partial.mkdir(exist_ok=True)
-        with locked(partial, f"{folder} is being built by another process; wait for it"), pinned(CPU):
+        with (
+            locked(partial, f"{folder} is being built by another process; wait for it"),
+            without_remains(partial, _has_records),
+            pinned(CPU),
+        ):
             begin = {"layout": layout(), "storage": storage.value, "model": model, "identity": identity}
             journal = _journal(partial, json.dumps(begin, sort_keys=True))
-            _check_room(config, storage, partial, journal.end)
+            check_room(partial, total(config).bytes(storage) - journal.end, storage)
             planned = list(parts(source, storage))
             try:
                 for index in range(len(journal.records), len(planned)):
                     report(f"writing {planned[index].name} ({index + 1} of {len(planned)} records)")
                     _append(partial / WEIGHTS, journal, planned[index])
             except OSError as error:
+                if not journal.records:
+                    raise
                 raise RequestError(
                     f"{folder} cannot be written: {error.strerror or error}; {len(journal.records)} of {len(planned)} "
                     f"records are kept: run the same command again to go on, or remove {partial}"
@@ -93,6 +100,27 @@ def build(
             return _finish(partial, folder, source, storage, model, files, journal)
     except OSError as error:
         raise RequestError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def without_remains(partial: Path, has_records: Callable[[Path], bool]) -> Iterator[None]:
+    """Remove a partial store where what happens within fails, and nothing is there that a later run could go on from.
+
+    A source that fails (`TwinferError` but `RequestError`) does so again, so then records are of no use either.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        of_source = isinstance(error, TwinferError) and not isinstance(error, RequestError)
+        if of_source or not has_records(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _has_records(partial: Path) -> bool:
+    """Return whether the journal has a line for a record, after its first line."""
+    journal = partial / _JOURNAL
+    return journal.is_file() and journal.read_bytes().count(b"\n") > 1
 
 
 def check_place(folder: Path) -> None:
@@ -104,8 +132,9 @@ def check_place(folder: Path) -> None:
         raise RequestError(f"{folder} cannot be made: {parent} is no folder; make it first")
 
 
-def _check_room(config: ModelConfig, storage: Storage, partial: Path, there: int) -> None:
-    needed, free = total(config).bytes(storage) - there, shutil.disk_usage(partial).free
+def check_room(partial: Path, needed: int, storage: Storage) -> None:
+    """Raise `RequestError` where the disk has less room than a partial store still needs."""
+    free = shutil.disk_usage(partial).free
     if free < needed:
         raise RequestError(
             f"{partial.parent} has {free:,} bytes free; the store takes {needed:,} more in {storage}: make room"

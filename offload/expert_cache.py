@@ -249,7 +249,7 @@ class ExpertCache:
         failure: Exception | None = None
         try:
             piece = buffer[start : start + PIECE]
-            self._file.read_into(piece, offset + start, records[0].name)
+            self._file.read_into(piece, offset + start, _names(records, offset + start, len(piece)))
         except Exception as error:
             failure = error
         with self._changed:
@@ -364,3 +364,10 @@ def _unbacked(nbytes: int) -> mmap.mmap:
         return mmap.mmap(-1, nbytes)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return mmap.mmap(-1, nbytes, flags=flags)
+
+
+def _names(records: Sequence[Record], begin: int, nbytes: int) -> str:
+    """Return the names of the records that lie in so many bytes of the file."""
+    return " and ".join(
+        each.name for each in records if each.offset < begin + nbytes and begin < each.offset + each.nbytes
+    )

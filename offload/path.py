@@ -4,7 +4,7 @@ Why it is possible: a step reads every weight once, in an order that is known, s
 while one is computed with (`streamer`); and all sequences and all pieces of their prompts go through a layer while it
 is there (`calls`). A step takes as long as the slower of the two. Logits are those of the compiled path, to the bit,
 where that is so for products of rows of the head: in float32 on processors with AVX-512, and for decode steps in packed
-storages everywhere; but for compiled int4, which rounds differently where layers are programs of their own.
+storages everywhere.
 
 Shapes: B sequences, R of them that gain one token, T tokens, V vocabulary.
 """

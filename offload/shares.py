@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ..spec.config import Storage
+from ..spec.counts import total
 from ..spec.errors import CheckpointError, RequestError
 from ..spec.parallel import ParallelConfig, Place, check_parallel, stage_layers
 from ..spec.weights import WeightSource
-from .building import build, check_place, sync_folder
+from .building import build, check_place, check_room, sync_folder, without_remains
 from .locked import locked
 from .rank_source import RankSource, WholeRows
-from .store import Store, differing_layout, is_store, layout, open_store
+from .store import WEIGHTS, Store, differing_layout, is_store, layout, open_store
 
 SHARES = "shares.json"
 _BEGUN = "begun"
@@ -136,13 +137,21 @@ def build_shares(
     described = {"layout": layout(), "storage": storage.value, "model": model, "degrees": _degrees(parallel)}
     try:
         partial.mkdir(exist_ok=True)
-        with locked(partial, f"{folder} is being built by another process; wait for it"):
+        with (
+            locked(partial, f"{folder} is being built by another process; wait for it"),
+            without_remains(partial, _has_shares),
+        ):
             _begin(partial, json.dumps({**described, "identity": identity}, sort_keys=True))
             whole_rows: WholeRows = {}
-            for rank in _holders(parallel).values():
+            shares = {
+                rank: RankSource(source, parallel, rank, storage, whole_rows) for rank in _holders(parallel).values()
+            }
+            needed = sum(total(share.config).bytes(storage) for share in shares.values())
+            there = sum(file.stat().st_size for file in partial.glob(f"*/{WEIGHTS}"))  # also of hidden folders
+            check_room(partial, needed - there, storage)
+            for rank, share in shares.items():
                 place = partial / _name(rank)
                 if not is_store(place):
-                    share = RankSource(source, parallel, rank, storage, whole_rows)
                     of_rank = {**model, "rank": rank, "degrees": _degrees(parallel)}
                     build(
                         share,
@@ -218,6 +227,11 @@ def _degrees(parallel: ParallelConfig) -> dict[str, int]:
 
 def _name(rank: int) -> str:
     return f"rank-{rank}"
+
+
+def _has_shares(partial: Path) -> bool:
+    """Return whether a share is there, or a part of one."""
+    return any(each.is_dir() for each in partial.glob("*"))
 
 
 def _begin(partial: Path, begun: str) -> None:

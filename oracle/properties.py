@@ -15,6 +15,30 @@ def call(op: Op, function: Function, case: Case, **replaced: Any) -> list[Tensor
     return leaves(function(**copied({**op.inputs(case), **replaced})))
 
 
+def with_nan(op: Op, function: Function, case: Case, name: str, spoiled: Tensor) -> Any:
+    """Return what the function makes of the case's inputs with a NaN in one of them; None where it refuses that.
+
+    A refusal is a `ValueError`, which `NumericsError` is, an `ArithmeticError`, or a `RuntimeError` that names NaN, as
+    torch raises. Any other error is none, and who raises without the NaN too refuses nothing: `AssertionError`.
+    """
+    try:
+        function(**copied(op.inputs(case)))
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__} is raised without a NaN in {name} too: {error}") from error
+    try:
+        return function(**copied({**op.inputs(case), name: spoiled}))
+    except Exception as error:
+        if isinstance(error, ValueError | ArithmeticError) or _names_nan(error):
+            return None
+        raise AssertionError(
+            f"a NaN in {name} raises {type(error).__name__} ({error}); a refusal is a ValueError or an ArithmeticError"
+        ) from error
+
+
+def _names_nan(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "nan" in str(error).lower()
+
+
 def assert_same_bits(one: list[Tensor], other: list[Tensor], property: str) -> None:
     for index, (a, b) in enumerate(zip(one, other, strict=True)):
         assert same_bits(a, b), f"{property}: output {index} differs\n{a}\n{b}"

@@ -14,7 +14,7 @@ from ..budget import Budget
 from ..case import Case, Data, Inputs, Option, Picker, activations
 from ..guarantees import Bitwise, Discrete
 from ..op import Function, Op
-from ..properties import repeats_itself
+from ..properties import repeats_itself, with_nan
 from ..sizes import VOCABULARY, resized
 from ..variants import changed
 
@@ -56,18 +56,14 @@ def penalty_inputs(case: Case) -> Inputs:
 
 
 def hides_no_nan(op: Op, function: Function, case: Case) -> None:
-    """A logit that is NaN is refused by an exception, or some logit that comes out is NaN.
+    """A logit that is NaN is refused by an error of that kind, or some logit that comes out is NaN.
 
     Whoever chooses a token refuses NaN (`next_token`), and must not find them ruled out or replaced.
     """
-    inputs = op.inputs(case)
     place = case.seed % case.n.V
-    given = inputs["logits_V"].index_fill(0, torch.tensor([place]), torch.nan)
-    try:
-        out_V = function(**{**inputs, "logits_V": given})
-    except Exception:
-        return
-    assert bool(out_V.isnan().any()), f"logits_V[{place}] is NaN, and no logit that comes out is"
+    given = op.inputs(case)["logits_V"].index_fill(0, torch.tensor([place]), torch.nan)
+    out_V = with_nan(op, function, case, "logits_V", given)
+    assert out_V is None or bool(out_V.isnan().any()), f"logits_V[{place}] is NaN, and no logit that comes out is"
 
 
 def _nan_taken_for_zero(function: Function) -> Function:

@@ -14,6 +14,7 @@ from ...spec.moe import CapacityConfig, MoeConfig, Score
 from ...spec.weights import ExpertWeights, MoeWeights, StackedLinearWeights
 from ..case import Case, Inputs
 from ..op import Function, Op
+from ..properties import with_nan
 from ..trial import copied
 from ..variants import permutation
 
@@ -91,14 +92,16 @@ def _of_one_expert(inputs: Inputs) -> Inputs:
 
 
 def nan_stays(op: Op, function: Function, case: Case) -> None:
-    """A token that is NaN is refused by an exception, or comes out as NaN; where nothing is dropped no other does."""
+    """A token that is NaN is refused by an error of that kind, or comes out as NaN.
+
+    Where nothing is dropped no other token does.
+    """
     alone = _without_drops(case)
     inputs = op.inputs(alone)
     token, tokens = case.seed % (case.n.B * case.n.T), case.n.B * case.n.T
     x_BTM = inputs["x_BTM"].flatten(0, 1).index_fill(0, torch.tensor([token]), torch.nan).view(inputs["x_BTM"].shape)
-    try:
-        got = function(**{**copied(inputs), "x_BTM": x_BTM})
-    except Exception:
+    got = with_nan(op, function, alone, "x_BTM", x_BTM)
+    if got is None:
         return
     before = function(**copied(inputs))
     out_TM, before_TM = ((each[0] if isinstance(each, tuple | list) else each).flatten(0, 1) for each in (got, before))

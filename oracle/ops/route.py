@@ -17,7 +17,7 @@ from .. import fast_moe as fast
 from ..case import DTYPES, UNMASKED, Case, Inputs, Picker, activations, parameters
 from ..choices import Chosen
 from ..op import Convention, Function, Op
-from ..properties import repeats_itself
+from ..properties import repeats_itself, with_nan
 from ..sizes import TOKENS, resized
 from ..variants import changed, permutation, then
 
@@ -274,15 +274,18 @@ def _nearness_ignored(logit_TE: Tensor, expert_TK: Tensor, config: RouterConfig,
 
 
 def nan_shows(op: Op, function: Function, case: Case) -> None:
-    """A logit that is NaN is refused by an exception, or its token gets a weight that is NaN; no other token does."""
+    """A logit that is NaN is refused by an error of that kind, or its token gets a weight that is NaN.
+
+    No other token does.
+    """
     inputs = op.inputs(case)
     token, expert = case.seed % case.n.T, case.seed % case.n.E
     logit_TE = inputs["logit_TE"].clone()
     logit_TE[token, expert] = torch.nan
-    try:
-        weight_TK = function(**{**inputs, "logit_TE": logit_TE})[1]
-    except Exception:
+    routed = with_nan(op, function, case, "logit_TE", logit_TE)
+    if routed is None:
         return
+    weight_TK = routed[1]
     is_nan_T = weight_TK.isnan().any(-1)
     assert bool(is_nan_T[token]), f"logit [{token}, {expert}] is NaN, and the weights are {weight_TK[token].tolist()}"
     assert int(is_nan_T.sum()) == 1, f"only token {token} has a logit that is NaN, and so are other tokens' weights"

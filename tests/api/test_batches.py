@@ -45,10 +45,17 @@ def results(file: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("finished", range(5))
 def test_a_killed_run_is_gone_on_with(finished: int, tmp_path: Path) -> None:
-    """Within a batch too, and cut anywhere in its last line: each prompt is there once, and whole ones do not rerun."""
+    """Within a batch too, and cut anywhere in its last line: each prompt is there once, and whole ones do not rerun.
+
+    Where it ends before a result there is no file; one that was there before stays.
+    """
     file = tmp_path / "out.jsonl"
     with pytest.raises(Killed):
         run(file, Model(killed_before=finished))
+    assert file.exists() == (finished > 0)
+    file.touch()
+    with pytest.raises(Killed):
+        run(file, Model(killed_before=0))
     whole = file.read_bytes()
     assert whole.count(b"\n") == finished
     begin = whole[:-1].rfind(b"\n") + 1

@@ -11,6 +11,7 @@ import torch
 from twinfer.bench import compiling, limits, mixtures, moe, moe_generation, timing
 from twinfer.bench.limits import Probe, Probes
 from twinfer.bench.mixtures import MIXTURES, Mixture, chosen_bytes, draw_weights, prepare_mixture
+from twinfer.bench.moe_chart import experts_chart
 from twinfer.bench.peers.mixtures import peers_of
 from twinfer.bench.rows import read_rows
 from twinfer.commands.main import main
@@ -112,11 +113,26 @@ def test_the_floor_reads_the_router_and_the_experts_that_are_chosen(storage: Sto
 
 
 def test_a_chart_is_drawn_over_experts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    found = told(capsys, "--part", "experts", "--charts", str(tmp_path))
+    """Its lines are the rows' own milliseconds, their share that is the floor's, and the reads of all experts."""
+    out = tmp_path / "rows.jsonl"
+    found = told(capsys, "--part", "experts", "--charts", str(tmp_path), "--out", str(out))
     assert [(row["shape"]["E"], row["storage"]) for row in found["rows"]] == [
         (experts, storage) for experts in (2, 4) for storage in ("float32", "int8")
     ]
     assert (tmp_path / "moe-experts.png").read_bytes().startswith(b"\x89PNG")
+    rows = read_rows(out)
+    shares = [replace(row, share_of_limit=0.25) for row in rows]
+    drawn: Any = experts_chart(shares[::-1]).axes[0]
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn.get_lines()}
+    expected: dict[str, tuple[list[int], list[float]]] = {}
+    for storage in ("float32", "int8"):
+        of_storage = [1e3 * (row.p50_s or 0) for row in rows if row.storage == storage]
+        expected[f"compiled {storage}"] = [2, 4], pytest.approx(of_storage)
+        expected[f"floor of the chosen, {storage}"] = [2, 4], pytest.approx([each / 4 for each in of_storage])
+    expert = 3 * 4 * rows[0].shape["M"] * rows[0].shape["F"]
+    reads_ms = [1e3 * experts * expert for experts in (2, 4)]  # at the probe's one byte a second
+    expected["reading every expert, float32"] = [2, 4], pytest.approx(reads_ms)
+    assert lines == expected
 
 
 def test_generation_is_over_the_reference(

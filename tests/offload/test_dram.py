@@ -305,8 +305,11 @@ class FakeCuda:
 
 
 class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
     def synchronize(self) -> None:
-        pass
+        self._cuda.log.append(("host waits", self))
 
 
 class FakeStream:
@@ -314,7 +317,7 @@ class FakeStream:
         self._cuda, self._name = cuda, name
 
     def record_event(self) -> FakeEvent:
-        event = FakeEvent()
+        event = FakeEvent(self._cuda)
         self._cuda.log.append((f"{self._name} marks", event))
         return event
 
@@ -344,6 +347,21 @@ def test_streams_wait_for_each_other(store: Store, monkeypatch: pytest.MonkeyPat
     waited, copied, after = (named[what] for what in ("computation waits", "lane marks", "lane waits"))
     assert len(waited) == len(set(waited)) == len(store.schedule) * len(steps)
     assert len(after) == len(set(after)) == len(copied) - made.slots
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_host_waits_for_what_is_copied_from(kept: bool, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot's host buffer is read into, and a record in DRAM may be evicted, once it was copied: all but the last."""
+    cuda = FakeCuda(monkeypatch)
+    decoder = _decoder(store, store.nbytes if kept else 0)
+    logits(decoder, schedule(MODEL, 2, 3))
+    log, made = list(cuda.log), decoder.plan  # closing waits for the rest
+    decoder.close()
+    assert made is not None
+    copied = {event for what, event in log if what == "lane marks"}
+    waited = {event for what, event in log if what == "host waits"}
+    assert len(copied) > 2 * len(store.schedule)
+    assert len(copied - waited) <= made.slots
 
 
 def test_memory_that_cannot_be_pinned_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

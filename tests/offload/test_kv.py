@@ -221,6 +221,7 @@ def test_short_reads_and_writes_are_continued(
 
 FAULTS = {
     "read": (CheckpointError, errno.EIO, r"layer 3's keys and values cannot be read back .*Input/output error"),
+    "read that ends": (CheckpointError, None, r"layer 3's keys and values end early in .*, at 0 of \d+ bytes"),
     "write": (RequestError, errno.ENOSPC, r"cannot be written to .*: No space left on device; make room"),
 }
 
@@ -233,12 +234,15 @@ def test_a_disk_that_fails_is_said_and_the_sequences_go_on(
     error, number, match = FAULTS[call]
     failing = False
     count = 0
+    call = call.split()[0]
     original = getattr(os, f"p{call}v")
 
     def fails(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         nonlocal count
         count += failing
         if failing and count == (4 if call == "read" else 9):
+            if number is None:
+                return 0
             raise OSError(number, os.strerror(number))
         return int(original(descriptor, buffers, offset))
 

@@ -1,7 +1,7 @@
 """Ranks that stream their shares of a model give what ranks that hold them give, to the bit; and what breaks it."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,15 @@ def two() -> Iterator[Pool]:
         yield pool
 
 
-def shares_of(model: ModelConfig, seed: int, storage: Storage, parallel: ParallelConfig, folder: Path) -> Path:
-    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": 1, "report": lambda line: None}
+def shares_of(
+    model: ModelConfig,
+    seed: int,
+    storage: Storage,
+    parallel: ParallelConfig,
+    folder: Path,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
+    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": seed, "report": report}
     build_shares(RandomSource(model, seed), folder, storage, parallel, **given)
     return folder
 
@@ -233,13 +240,18 @@ def test_a_store_whose_layers_are_cut_is_refused_for_ranks(tmp_path: Path, monke
 
 
 def test_a_build_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the same bytes; and not with the shares of another build."""
+    """To the same bytes, with no share written twice; and not with the shares of another build."""
     wanted = shares_of(config(), SEED, Storage.INT8, TENSOR, tmp_path / "wanted")
-    monkeypatch.setattr("twinfer.offload.building._finish", _killed_at_the_second())
-    with pytest.raises(KeyboardInterrupt):
-        shares_of(config(), SEED, Storage.INT8, TENSOR, tmp_path / "s")
-    monkeypatch.undo()
-    found = shares_of(config(), SEED, Storage.INT8, TENSOR, tmp_path / "s")
+    told: list[str] = []
+    for seed in (SEED + 1, SEED):
+        monkeypatch.setattr("twinfer.offload.building._finish", _killed_at_the_second())
+        with pytest.raises(KeyboardInterrupt):
+            shares_of(config(), seed, Storage.INT8, TENSOR, tmp_path / "s", told.append)
+        monkeypatch.undo()
+    assert any("rank 1: writing" in line for line in told)
+    told.clear()
+    found = shares_of(config(), SEED, Storage.INT8, TENSOR, tmp_path / "s", told.append)
+    assert told == []
     for path in sorted(wanted.rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (found / path.relative_to(wanted)).read_bytes()

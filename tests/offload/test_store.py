@@ -7,7 +7,9 @@ import random
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +19,16 @@ import pytest
 from twinfer.offload import building
 from twinfer.offload import store as store_module
 from twinfer.offload.building import build
+from twinfer.offload.rank_source import RankSource
+from twinfer.offload.shares import build_shares
 from twinfer.offload.store import DESCRIPTION, WEIGHTS, check, open_store
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Head, Storage
 from twinfer.spec.counts import total
 from twinfer.spec.errors import CheckpointError, RequestError
+from twinfer.spec.parallel import ParallelConfig
+from twinfer.spec.shard import Shard
+from twinfer.spec.weights import LayerWeights
 
 from .small import built, config, contents, logits, offloaded, schedule
 
@@ -119,20 +126,73 @@ class Killed(BaseException):
     """What a kill is within a process."""
 
 
-def killed_at(moment: int, folder: Path, monkeypatch: Patch) -> bool:
-    """Build, and be killed when something is brought to the disk for the moment-th time; returns whether that came."""
-    synced = 0
+@contextlib.contextmanager
+def failing_at(moment: int, error: BaseException, monkeypatch: Patch) -> Iterator[list[int]]:
+    """Raise when something is brought to the disk for the moment-th time; yields a list of what was brought."""
+    synced: list[int] = []
 
     def sync(descriptor: int) -> None:
-        nonlocal synced
-        synced += 1
-        if synced == moment:
-            raise Killed
+        synced.append(descriptor)
+        if len(synced) == moment:
+            raise error
 
-    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(building.os, "fsync", sync)
+        yield synced
+
+
+def killed_at(moment: int, folder: Path, monkeypatch: Patch) -> bool:
+    """Build, and be killed when something is brought to the disk for the moment-th time; returns whether that came."""
+    with failing_at(moment, Killed(), monkeypatch) as synced, contextlib.suppress(Killed):
         built(SOURCE, folder)
-    return synced == moment
+    return len(synced) == moment
+
+
+class Faulty(RandomSource):
+    """A source of which the last layer cannot be read."""
+
+    def layer(self, index: int, shard: Shard | None = None) -> LayerWeights:
+        if index == len(self.config.layers) - 1:
+            raise CheckpointError("layer 4 is damaged")
+        return super().layer(index, shard)
+
+
+FAILURES: dict[str, tuple[RandomSource, int | None, BaseException | None, str | None]] = {
+    "no room": (SOURCE, 0, None, "make room"),
+    "disk full before the first record is there": (SOURCE, 1, OSError(28, "No space left"), "written: No space left$"),
+    "interrupted before the first record is there": (SOURCE, 1, KeyboardInterrupt(), None),
+    "damaged source": (Faulty(config(), 7), None, None, "layer 4 is damaged"),
+}
+
+
+@pytest.mark.parametrize("parallel", [None, ParallelConfig(tensor=2)], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize("failure", list(FAILURES))
+def test_a_failed_build_leaves_nothing(
+    failure: str, parallel: ParallelConfig | None, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """No folder, hidden or not, where there is nothing that a later run could go on from."""
+    source, moment, error, message = FAILURES[failure]
+    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": 1, "report": lambda line: None}
+    if moment == 0:
+        monkeypatch.setattr(building.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    failing = failing_at(moment, error, monkeypatch) if moment and error else nullcontext()
+    make = build if parallel is None else partial(build_shares, parallel=parallel)
+    with failing, pytest.raises((RequestError, CheckpointError, KeyboardInterrupt), match=message):
+        make(source, tmp_path / "s", Storage.FLOAT32, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_stores_without_room_are_refused_before_the_first(tmp_path: Path, monkeypatch: Patch) -> None:
+    """All shares count, not the next one only."""
+    parallel = ParallelConfig(tensor=2)
+    needed = sum(
+        total(RankSource(SOURCE, parallel, rank, Storage.FLOAT32, {}).config).bytes(Storage.FLOAT32) for rank in (0, 1)
+    )
+    monkeypatch.setattr(building.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": 1, "report": lambda line: None}
+    with pytest.raises(RequestError, match=f"has {needed - 1:,} bytes free; the store takes {needed:,} more"):
+        build_shares(SOURCE, tmp_path / "s", Storage.FLOAT32, parallel, **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_build_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -180,7 +240,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Pat
         RequestError, match=r"has 1,000 bytes free; the store takes [\d,]{6,} more in float32: make room"
     ):
         built(SOURCE, tmp_path / "s")
-    assert (tmp_path / ".s.partial" / WEIGHTS).stat().st_size == 0
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     assert killed_at(30, tmp_path / "s", monkeypatch)
     there = (tmp_path / ".s.partial" / WEIGHTS).stat().st_size
@@ -196,14 +256,12 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Pat
 def test_what_is_left_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypatch: Patch) -> None:
     """Its records would be of other weights."""
 
-    def sync(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
     given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "report": lambda line: None}
-    with monkeypatch.context() as patch:
-        patch.setattr(building.os, "fsync", sync)
-        with pytest.raises(RequestError, match=r"No space left on device; 0 of .* records are kept: run the same"):
-            build(RandomSource(config(), 8), tmp_path / "s", Storage.FLOAT32, identity=2, **given)
+    with (
+        failing_at(3, OSError(28, "No space left on device"), monkeypatch),
+        pytest.raises(RequestError, match=r"No space left on device; 1 of .* records are kept: run the same"),
+    ):
+        build(RandomSource(config(), 8), tmp_path / "s", Storage.FLOAT32, identity=2, **given)
     build(SOURCE, tmp_path / "s", Storage.FLOAT32, identity=1, **given)
     built(SOURCE, tmp_path / "whole")
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")

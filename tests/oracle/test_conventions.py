@@ -1,5 +1,6 @@
 """Conventions where public code differs from the reference, and what no convention excuses."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -65,3 +66,46 @@ def test_a_bias_may_be_added_to_a_stored_product_but_not_be_rounded_more() -> No
     assert share_that_fails("linear", partial(stored_before, 0), cases=200) == 0
     assert share_that_fails("linear", partial(stored_before, 46), cases=200) > 0.1
     assert torch.get_default_dtype() is torch.float32
+
+
+NAN_LAWS = ("hides_no_nan", "refuses_what_is_no_number", "nan_shows", "nan_stays")
+
+
+def raising(error: Exception, *, always: bool) -> Any:
+    """An implementation that raises for a NaN, or always, and otherwise is the reference."""
+
+    def made(reference: Any) -> Any:
+        def raises(**given: Any) -> Any:
+            tensors = [each for each in given.values() if isinstance(each, torch.Tensor)]
+            if always or any(each.is_floating_point() and bool(each.isnan().any()) for each in tensors):
+                raise error
+            return reference(**given)
+
+        return raises
+
+    return made
+
+
+REFUSALS: dict[str, tuple[Any, str | None]] = {
+    "a kind for bad values": (raising(ValueError("the largest logit is nan"), always=False), None),
+    "torch's own for NaN": (raising(RuntimeError("tensor contains either `inf`, `nan`"), always=False), None),
+    "always": (raising(ValueError("no"), always=True), "ValueError is raised without a NaN in"),
+    "another kind": (raising(TypeError("takes 2 arguments"), always=False), r"raises TypeError \(takes 2 arguments\)"),
+    "for another reason": (
+        raising(RuntimeError("out of memory"), always=False),
+        r"raises RuntimeError \(out of memory",
+    ),
+}
+
+
+@pytest.mark.parametrize("refusal", list(REFUSALS))
+@pytest.mark.parametrize(
+    "op", [op.name for op in OPS.values() if any(law.__name__ in NAN_LAWS for law in op.properties)]
+)
+def test_only_an_error_about_nan_is_a_refusal(op: str, refusal: str) -> None:
+    """Of every op with such a property: who always raises, or raises something else, breaks it."""
+    record, (made, complaint) = OPS[op], REFUSALS[refusal]
+    law = next(each for each in record.properties if each.__name__ in NAN_LAWS)
+    case, _ = drawn(record, 0, 0)
+    with nullcontext() if complaint is None else pytest.raises(AssertionError, match=complaint):
+        law(record, made(record.reference), case)

@@ -1,5 +1,6 @@
 """Decisions inside a model: what a tie explains is forced and told, what none explains is the fault."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -144,6 +145,18 @@ def test_a_flip_of_every_recipe_is_told_within_its_bound_and_is_the_fault_beyond
     seen = compared(source, ReferencePath(source, components=flipping_once()))
     (fault,) = seen.failures
     assert "a choice of experts that no tie explains: step 1, sequence 1, position 2, layer 1: experts [" in fault
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bound_is_no_wider_than_rounding_explains(family: str) -> None:
+    """Scores a thousandth apart are up to ten thousand times their bound, so exchanging those experts is the fault."""
+    source = source_of(top_k=1, tied=True, apart=2**-10, recipe=family, **FAMILIES[family])
+    seen = compared(source, ReferencePath(source, components=flipping_once()))
+    (fault,) = seen.failures
+    found = re.search(r"their scores are (\S+) apart, and (\S+) is allowed", fault)
+    assert found is not None, fault
+    gap, allowed = map(float, found.groups())
+    assert 1 < gap / allowed < 1e4, fault
 
 
 def flipping_once() -> Any:
