@@ -260,7 +260,10 @@ class ExpertCache:
                 return
             failure = self._failures.get(slot)
         if failure is None:
-            failure = self._faulty(records, buffer)
+            try:
+                self._verify(records, buffer)
+            except Exception as error:  # whatever it is: who waits for the slot is told, and waits no more
+                failure = error
         with self._changed:
             del self._left[slot]
             if failure is None:
@@ -270,15 +273,15 @@ class ExpertCache:
                 self._slots.failed(slot)
             self._changed.notify_all()
 
-    def _faulty(self, records: Sequence[Record], buffer: memoryview) -> Exception | None:
+    def _verify(self, records: Sequence[Record], buffer: memoryview) -> None:
+        """Raise `CheckpointError` for the first record that is not what was written."""
         begin = 0
         for record in records:
             if record.offset not in self._verified:
                 if fault := faulty(record, buffer[begin : begin + record.nbytes]):
-                    return damaged(self._file, record, fault)
+                    raise damaged(self._file, record, fault)
                 self._verified.add(record.offset)
             begin += record.nbytes
-        return None
 
     def _wait(self, slot: int) -> None:
         """Wait until a slot's bytes are there; raises what went wrong with reading them. The lock is held."""

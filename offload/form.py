@@ -11,7 +11,8 @@ So a record is read into any buffer of its size, and what it holds are tensors t
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -160,6 +161,56 @@ def faulty(record: Record, buffer: memoryview) -> str | None:
         if zlib.crc32(buffer[placed.offset : placed.offset + placed.nbytes]) != placed.checksum:
             return placed.name
     return None
+
+
+def checked(values: Any, root: type) -> Record:
+    """Return the record that a description is of, whose part is a `root`; nothing of the file is read.
+
+    Raises `ValueError` with what is wrong in any that `written` cannot have made.
+    """
+    known = isinstance(values, dict) and values.keys() == {"name", "offset", "nbytes", "form"}
+    if not known or not isinstance(values["name"], str):
+        raise ValueError("it lists what is no record")
+    name, offset, nbytes = values["name"], values["offset"], values["nbytes"]
+    if not (_is_count(offset) and _is_count(nbytes) and offset % PAGE == 0 == nbytes % PAGE):
+        raise ValueError(f"{name} lies in {nbytes!r} bytes from {offset!r} on, which are not whole pages")
+    if not _fits(values["form"], root, nbytes):
+        raise ValueError(f"what it says of the tensors of {name} is not how a {root.__name__} is described")
+    return Record(**values)
+
+
+def _fits(form: Any, hint: Any, room: int) -> bool:
+    """Return whether a value of this type can be described so, its tensors within a record of `room` bytes."""
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        return any(_fits(form, each, room) for each in get_args(hint))
+    if hint is Tensor:
+        return _is_placed(form) and 0 <= _placed_tensor(form).nbytes <= room - form["offset"]
+    if get_origin(hint) is tuple:
+        (each, *_) = get_args(hint)
+        return isinstance(form, list) and all(_fits(item, each, room) for item in form)
+    if hint is float or hint is int or hint is NoneType:
+        return type(form) is hint or (hint is float and type(form) is int)
+    fields = get_type_hints(hint)
+    whole = isinstance(form, dict) and form.get("kind") == hint.__name__ and form.keys() == {"kind", *fields}
+    return whole and all(_fits(form[name], each, room) for name, each in fields.items())
+
+
+def _is_placed(form: Any) -> bool:
+    if not isinstance(form, dict) or form.keys() != {"name", "dtype", "shape", "offset", "crc32"}:
+        return False
+    shape, counts = form["shape"], (form["offset"], form["crc32"])
+    return (
+        isinstance(form["name"], str)
+        and isinstance(form["dtype"], str)
+        and isinstance(getattr(torch, form["dtype"], None), torch.dtype)
+        and isinstance(shape, list)
+        and all(map(_is_count, (*shape, *counts)))
+        and form["offset"] % ALIGNMENT == 0
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _described(value: Any, dotted: str, place: Callable[[Tensor, str], dict[str, Any]]) -> Any:

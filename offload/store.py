@@ -16,18 +16,19 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..compiled.packing import ROWS
+from ..compiled.packing import ROWS, Matrix
+from ..compiled.weights import Layer
 from ..spec.config import ModelConfig, Storage
 from ..spec.errors import CheckpointError
 from .direct import DirectFile, aligned_buffer
-from .form import Record, faulty
+from .form import Record, Resident, checked, faulty
 from .streamer import damaged
 
 DESCRIPTION = "store.json"
@@ -142,24 +143,26 @@ def open_store(folder: Path) -> Store:
         found = parts.pop("sha256")
         if found != _digest(parts):
             raise ValueError("its digest is another")
+        _check_layout(folder, {**parts["layout"]}, {**parts["model"]}, parts["storage"])
+        head = _matrices(parts["head"])
+        store = Store(
+            folder=folder,
+            digest=found,
+            storage=Storage(parts["storage"]),
+            model={**parts["model"]},
+            resident=checked(parts["resident"], Resident),
+            layers=tuple(checked(each, Layer) for each in parts["layers"]),
+            mlp=tuple((_matrices(ups), _matrices(downs)) for ups, downs in parts["mlp"]),
+            experts=tuple(tuple((up, down) for up, down in map(_matrices, layer)) for layer in parts["experts"]),
+            head=head,
+            table=head if parts["table"] is None else _matrices(parts["table"]),
+        )
+        if not len(store.layers) == len(store.mlp) == len(store.experts):
+            raise ValueError(f"it has {len(store.layers)} layers, {len(store.mlp)} MLPs, {len(store.experts)} mixtures")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; is {folder} a store?") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); build the store again") from None
-    _check_layout(folder, parts)
-    head = tuple(map(_record, parts["head"]))
-    store = Store(
-        folder=folder,
-        digest=found,
-        storage=Storage(parts["storage"]),
-        model=parts["model"],
-        resident=_record(parts["resident"]),
-        layers=tuple(map(_record, parts["layers"])),
-        mlp=tuple((tuple(map(_record, ups)), tuple(map(_record, downs))) for ups, downs in parts["mlp"]),
-        experts=tuple(tuple((_record(up), _record(down)) for up, down in layer) for layer in parts["experts"]),
-        head=head,
-        table=head if parts["table"] is None else tuple(map(_record, parts["table"])),
-    )
     end = max(record.offset + record.nbytes for record in store.records)
     try:
         size = store.weights.stat().st_size
@@ -188,8 +191,8 @@ def as_json(record: Record) -> dict[str, Any]:
     return {"name": record.name, "offset": record.offset, "nbytes": record.nbytes, "form": record.form}
 
 
-def _record(values: dict[str, Any]) -> Record:
-    return Record(**values)
+def _matrices(descriptions: Iterable[Any]) -> tuple[Record, ...]:
+    return tuple(checked(each, Matrix) for each in descriptions)
 
 
 def differing_layout(there: dict[str, Any]) -> str | None:
@@ -199,12 +202,12 @@ def differing_layout(there: dict[str, Any]) -> str | None:
     return None if wrong is None else f"built for {wrong} {there.get(wrong)!r}; here it is {here[wrong]!r}"
 
 
-def _check_layout(folder: Path, parts: dict[str, Any]) -> None:
-    wrong = differing_layout(parts["layout"])
+def _check_layout(folder: Path, there: dict[str, Any], model: dict[str, Any], storage: str) -> None:
+    wrong = differing_layout(there)
     if wrong is not None:
-        name, storage = parts["model"].get("name", "MODEL"), parts["storage"]
         raise CheckpointError(
-            f"{folder} was {wrong}: remove it and run twinfer offload build {name} {folder} --storage {storage}"
+            f"{folder} was {wrong}: remove it and run twinfer offload build {model.get('name', 'MODEL')} {folder} "
+            f"--storage {storage}"
         )
 
 

@@ -123,15 +123,14 @@ class _Reading:
         """Bring a record into its slot, all of whose bytes were read, unless that failed."""
         source, slot, tier = self.sources[piece.ticket], self.ring.slot(piece.ticket), self.dram.tier
         whole = not self.dropping and piece.ticket not in self.failures
-        if whole and piece.record not in self.verified:
-            whole = self._verify(piece)
+        if whole:
+            try:
+                self._place(piece, source, slot)
+            except Exception as error:  # whatever it is: who waits for the record is told, and waits no more
+                self.failures[piece.ticket], whole = error, False
         if source is Source.FILL:
             with self.changed:
                 (tier.filled if whole else tier.failed)(piece.record)
-        if whole and (source is not Source.DISK or self.staging):
-            begin_s, record = time.perf_counter(), self.records[piece.record]
-            self.copies.copy(slot, self.buffers[slot], self._host(piece)[: record.nbytes])
-            self.events.append(Event(Kind.COPY, piece.record, slot, begin_s, time.perf_counter()))
         with self.changed:
             del self.left[piece.ticket], self.sources[piece.ticket]
             self.ring.filled(piece.ticket)
@@ -141,15 +140,21 @@ class _Reading:
             with self.changed:
                 tier.copied(piece.record)
 
-    def _verify(self, piece: _Piece) -> bool:
-        """Return whether a record is what was written; where it is not, that is its failure."""
+    def _place(self, piece: _Piece, source: Source, slot: int) -> None:
+        """Verify a record the first time, and copy it into its slot where it was not read into it."""
+        if piece.record not in self.verified:
+            self._verify(piece)
+        if source is not Source.DISK or self.staging:
+            begin_s, record = time.perf_counter(), self.records[piece.record]
+            self.copies.copy(slot, self.buffers[slot], self._host(piece)[: record.nbytes])
+            self.events.append(Event(Kind.COPY, piece.record, slot, begin_s, time.perf_counter()))
+
+    def _verify(self, piece: _Piece) -> None:
+        """Raise `CheckpointError` for a record that is not what was written."""
         record = self.records[piece.record]
-        fault = faulty(record, self._host(piece))
-        if fault is None:
-            self.verified.add(piece.record)
-            return True
-        self.failures[piece.ticket] = damaged(self.file, record, fault)
-        return False
+        if fault := faulty(record, self._host(piece)):
+            raise damaged(self.file, record, fault)
+        self.verified.add(piece.record)
 
     def read_now(self, index: int, slot: int) -> None:
         """Read a record into a slot while nothing else is read."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import resource
@@ -30,7 +31,7 @@ from twinfer.spec.parallel import ParallelConfig
 from twinfer.spec.shard import Shard
 from twinfer.spec.weights import LayerWeights
 
-from .small import built, config, contents, logits, offloaded, schedule
+from .small import built, config, contents, logits, mixtures, offloaded, schedule
 
 SOURCE = RandomSource(config(), 7)
 Patch = pytest.MonkeyPatch
@@ -120,6 +121,47 @@ def test_truncated_and_foreign_stores_are_refused(tmp_path: Path, monkeypatch: P
     description.write_text(text)
     with pytest.raises(CheckpointError, match="cannot be read"):
         open_store(store.folder)
+
+
+def places(parts: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield where the values of a description are."""
+    yield path
+    if isinstance(parts, dict | list):
+        for key in parts if isinstance(parts, dict) else range(len(parts)):
+            yield from places(parts[key], (*path, key))
+
+
+def test_a_description_that_no_build_makes_is_refused(tmp_path: Path) -> None:
+    """Also under a digest that is right, before anything is read by it: values of other types, and none at all.
+
+    What it says of the model is for whoever built it, and for `layout` are the tests above.
+    """
+    store = built(RandomSource(mixtures(2, 2, 1), 0), tmp_path / "s", Storage.INT8)
+    description = store.folder / DESCRIPTION
+    parts = json.loads(description.read_bytes())
+    del parts["sha256"]
+    pick = random.Random(0)
+    kinds: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    accepted = []
+    for place in places(parts):
+        if len(place) > 1 and place[0] not in ("model", "layout"):
+            kinds.setdefault(tuple(0 if isinstance(key, int) else key for key in place), []).append(place)
+    assert len(kinds) > 100
+    for kind, of_kind in kinds.items():
+        optional = kind[-1] in ("scale_N", "scale_BGU", "min_BGU", "bias_N", "gain_M", "bias_M") or "resident" in kind
+        for wrong in pick.sample(["x", {}, [[0]], True, -1, 1.5, None], 3):
+            changed = json.loads(json.dumps(parts))
+            inner, place = changed, pick.choice(of_kind)
+            for key in place[:-1]:
+                inner = inner[key]
+            if (wrong is None and (optional or inner[place[-1]] is None)) or inner[place[-1]] == wrong:
+                continue
+            inner[place[-1]] = wrong
+            description.write_text(json.dumps({"sha256": store_module._digest(changed), **changed}))
+            with contextlib.suppress(CheckpointError):
+                open_store(store.folder)
+                accepted.append((place, wrong))
+    assert not accepted
 
 
 class Killed(BaseException):

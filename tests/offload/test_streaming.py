@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ import torch
 
 from twinfer.offload.direct import DirectFile
 from twinfer.offload.events import Kind, overlap_s, seconds
-from twinfer.offload.form import PAGE, bytes_of, in_buffer, pages
+from twinfer.offload.form import PAGE, Record, bytes_of, in_buffer, pages
 from twinfer.offload.store import Store
 from twinfer.offload.streamer import Streamer
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.errors import CheckpointError, RequestError
 
-from .small import built, config
+from .small import built, config, logits, mixtures, offloaded, schedule
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,20 @@ def _bytes(store: Store, index: int) -> memoryview:
     with store.weights.open("rb") as file:
         file.seek(record.offset)
         return memoryview(bytearray(file.read(record.nbytes)))
+
+
+@pytest.mark.parametrize("owner", ["streamer", "expert_cache"])
+def test_an_unforeseen_error_of_a_reading_thread_ends_the_step(
+    owner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised where the record is waited for: a thread that ended silently would leave the step waiting."""
+    model = mixtures(2)
+    path = offloaded(built(RandomSource(model, 0), tmp_path / "s"), model)
+
+    def faulty(record: Record, buffer: memoryview) -> str | None:
+        raise ZeroDivisionError(record.name)
+
+    monkeypatch.setattr(f"twinfer.offload.{owner}.faulty", faulty)
+    step = ThreadPoolExecutor(1).submit(logits, path, schedule(model, 2, 0))
+    with pytest.raises(ZeroDivisionError, match="layer"):
+        step.result(timeout=20)
