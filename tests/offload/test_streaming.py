@@ -29,6 +29,11 @@ def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
     return os.preadv(descriptor, buffers, offset)
 
 
+def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+    time.sleep(0.001)
+    return os.preadv(descriptor, buffers, offset)
+
+
 def test_each_sweep_yields_every_record_in_order(store: Store) -> None:
     """Its tensors are those of the record, read by themselves, sweep after sweep, with any number of buffers."""
     file = DirectFile(store.weights)
@@ -62,6 +67,22 @@ def test_reading_overlaps_computing(store: Store) -> None:
         shares[slots] = overlap_s(streamer.events) / seconds(streamer.events, Kind.READ)
     assert shares[1] < 0.1
     assert shares[2] > 0.6
+
+
+def test_one_thread_reads_while_computing_is_ahead(store: Store) -> None:
+    """Where each use takes longer than its reads, no two reads go on at once; where uses take no time, several do."""
+    at_once = {}
+    for use_s in (0.02, 0.0):
+        streamer = Streamer(DirectFile(store.weights, read=short), store.schedule, 4, piece=PAGE)
+        for sweep in range(2):
+            for _part in streamer.sweep():
+                time.sleep(use_s)
+            if sweep == 0:
+                before = len(streamer.events)
+        reads = [each for each in streamer.events[before:] if each.kind is Kind.READ]
+        at_once[use_s] = sum(each.end_s - each.begin_s for each in reads) / seconds(reads, Kind.READ)
+        streamer.close()
+    assert at_once[0.02] == pytest.approx(1) and at_once[0.0] > 2
 
 
 @pytest.mark.parametrize("direct", [True, False])
