@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from twinfer.offload.direct import DirectFile
-from twinfer.offload.events import Kind, overlap_s, seconds
+from twinfer.offload.events import Kind, at_once, overlap_s, seconds
 from twinfer.offload.form import PAGE, bytes_of, in_buffer, pages
 from twinfer.offload.store import Store
 from twinfer.offload.streamer import Streamer
@@ -71,7 +71,7 @@ def test_reading_overlaps_computing(store: Store) -> None:
 
 def test_one_thread_reads_while_computing_is_ahead(store: Store) -> None:
     """Where each use takes longer than its reads, no two reads go on at once; where uses take no time, several do."""
-    at_once = {}
+    together = {}
     for use_s in (0.02, 0.0):
         streamer = Streamer(DirectFile(store.weights, read=short), store.schedule, 4, piece=PAGE)
         for sweep in range(2):
@@ -79,11 +79,10 @@ def test_one_thread_reads_while_computing_is_ahead(store: Store) -> None:
                 time.sleep(use_s)
             if sweep == 0:
                 before = len(streamer.events)
-        reads = [each for each in streamer.events[before:] if each.kind is Kind.READ]
-        at_once[use_s] = sum(each.end_s - each.begin_s for each in reads) / seconds(reads, Kind.READ)
+        together[use_s] = at_once(streamer.events[before:], Kind.READ)
         streamer.close()
-    assert at_once[0.02] == pytest.approx(1)
-    assert at_once[0.0] > 2
+    assert together[0.02] == pytest.approx(1)
+    assert together[0.0] > 2
 
 
 @pytest.mark.parametrize("direct", [True, False])
