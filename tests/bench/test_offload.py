@@ -107,7 +107,9 @@ def unlimited(monkeypatch: Patch, tmp_path: Path) -> Case:
     monkeypatch.setattr(memory_limit, "PROMPT", (1, 2, 3))
     monkeypatch.setattr(memory_limit, "own_group", lambda: None)
     monkeypatch.setattr(
-        memory_limit, "of_limited_process", lambda module, folder: json.loads(json.dumps(limited(case, folder)))
+        memory_limit,
+        "of_limited_process",
+        lambda module, folder, mode: json.loads(json.dumps(limited(case, folder, mode))),
     )
     return case
 
