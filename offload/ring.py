@@ -50,11 +50,6 @@ class Ring:
         """Return the state of a ticket's buffer, whoever holds it."""
         return self._states[self.slot(ticket)]
 
-    @property
-    def empty(self) -> bool:
-        """Whether no buffer is READY."""
-        return State.READY not in self._states
-
     def claim(self) -> int | None:
         """Return the next ticket to read, its buffer now FILLING; None while that buffer is not free."""
         ticket = self._next_claimed

@@ -5,8 +5,8 @@ share each record in pieces: several requests at a time are what a disk needs to
 schedule's last record come the first ones again, so the disk does not rest between steps either. The memory is that of
 the ring, whatever the model's size.
 
-All threads read while no record is ready, since the computation then waits or is about to. Once one is ready a single
-thread reads: computing is slower beside several, which take turns with it for the interpreter and for a core.
+All threads read while the computation waits for records. Once it finds them there a single thread reads: computing is
+slower beside several, which take turns with it for the interpreter and for a core.
 
 What DRAM keeps (`dram`) is copied into the ring instead, by the same threads. How bytes get there depends on the device
 (`copies`).
@@ -68,6 +68,8 @@ class _Reading:
         self.verified: set[int] = set()
         self.busy = 0
         """Threads that have a piece."""
+        self.late = True
+        """Whether the record that was asked for last was not there."""
         self.events: deque[Event] = deque(maxlen=KEPT)
         self.dropping = False
         """Whether pieces that are asked for are not read: a sweep was left."""
@@ -88,7 +90,7 @@ class _Reading:
 
     def ask(self) -> None:
         """Wake the threads that may read now. The lock is held."""
-        if self.ring.empty:
+        if self.late:
             self.asked.notify_all()
         elif self.busy == 0:
             self.asked.notify()
@@ -97,7 +99,7 @@ class _Reading:
         """Read pieces until closed: a thread's life."""
         while True:
             with self.changed:
-                while not self.closed and not (self.pieces and (self.busy == 0 or self.ring.empty)):
+                while not self.closed and not (self.pieces and (self.busy == 0 or self.late)):
                     self.asked.wait()
                 if self.closed:
                     return
@@ -303,11 +305,14 @@ class Streamer:
         """Return the ticket of the next record once its bytes are there."""
         reading, begin_s = self._reading, time.perf_counter()
         with reading.changed:
-            while (ticket := reading.ring.take()) is None:
+            ticket = reading.ring.take()
+            reading.late = ticket is None
+            reading.ask()
+            while ticket is None:
                 if reading.closed:
                     raise RequestError("the store is closed; open it again")
                 reading.changed.wait()
-            reading.ask()
+                ticket = reading.ring.take()
             failure = reading.failures.pop(ticket, None)
         assert ticket % len(reading.records) == index
         reading.events.append(Event(Kind.WAIT, index, reading.ring.slot(ticket), begin_s, time.perf_counter()))
