@@ -1,4 +1,4 @@
-"""A model many times larger than memory, under a hard limit: `python -m twinfer.bench.beyond_memory FOLDER`.
+"""A model many times larger than memory, under a hard limit: `python -m twinfer.bench.beyond_memory FOLDER [compiled]`.
 
 A model of equal layers with random weights is written as a store into FOLDER, and generates within a 25th of its
 weights beyond the interpreter, as `memory_limit` describes.

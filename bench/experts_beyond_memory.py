@@ -1,4 +1,4 @@
-"""A mixture of experts many times larger than memory: `python -m twinfer.bench.experts_beyond_memory FOLDER`.
+"""A mixture many times larger than memory: `python -m twinfer.bench.experts_beyond_memory FOLDER [compiled]`.
 
 A model of 8 GB, nearly all of it experts with random weights, is written as a store into FOLDER, and generates within
 256 MB beyond the interpreter, as `memory_limit` describes; of the experts it reads those that its tokens choose. With

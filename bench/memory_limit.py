@@ -1,7 +1,9 @@
 """A store run in a process that is limited to less memory than its weights, beside all weights in memory.
 
 The limited process imports everything, and is then given so many bytes beyond what it takes already. Its tokens and
-logits must be those of the compiled path. Both run uncompiled: a compiler takes more memory than the model is given.
+logits must be those of the compiled path. Both run uncompiled unless `compiled` is said: a compiler takes more memory
+than the model is given, so programs are compiled before the limit holds. What each layer needs (`Store.resident`) is
+read before as well, and counted as if it were after.
 
 The limit is that of a memory control group (Linux, as root), page cache counted: a process that exceeds it is killed.
 Where none can be made the process runs without, and the report says so.
@@ -20,7 +22,8 @@ from typing import Any
 
 import torch
 
-from ..compiled.path import CompiledPath
+from ..compiled.machine import return_freed_memory
+from ..compiled.path import CompiledPath, Mode
 from ..offload.building import build
 from ..offload.direct import DirectFile
 from ..offload.events import Kind, seconds
@@ -52,16 +55,16 @@ class Case:
 
 
 def command(case: Case, arguments: list[str]) -> None:
-    """Print the report of FOLDER, or as its limited process what it found."""
-    folder = Path(arguments[0])
-    if arguments[1:] == ["limited"]:
+    """Print the report of FOLDER in a mode, uncompiled by default, or as its limited process what it found."""
+    folder, mode = Path(arguments[0]), Mode(arguments[1]) if arguments[1:] else Mode.EAGER
+    if arguments[2:] == ["limited"]:
         torch.set_num_threads(1)
-        print(json.dumps(limited(case, folder)))
+        print(json.dumps(limited(case, folder, mode)))
     else:
-        print(json.dumps(compared(case, folder), indent=1))
+        print(json.dumps(compared(case, folder, mode), indent=1))
 
 
-def compared(case: Case, folder: Path) -> dict[str, Any]:
+def compared(case: Case, folder: Path, mode: Mode = Mode.EAGER) -> dict[str, Any]:
     """Build the store if it is missing, run both, compare; returns the report."""
     begin_s, found = time.perf_counter(), folder.exists()
     if not found:
@@ -69,11 +72,12 @@ def compared(case: Case, folder: Path) -> dict[str, Any]:
     built_s = None if found else time.perf_counter() - begin_s
     store = open_store(folder)
     assert DirectFile(store.weights).direct, "the folder's file system knows no direct reads"
-    report = of_limited_process(case.module, folder)
+    report = of_limited_process(case.module, folder, mode)
     speeds = measure(store, report["plan"]["slots"])
-    ids, _, bits = generated(CompiledPath(case.source, storage=case.storage, mode="eager"))
+    ids, _, bits = generated(CompiledPath(case.source, storage=case.storage, mode=mode))
     median_s = sorted(report["step_s"][1:])[(NEW_TOKENS - 1) // 2]
     return report | {
+        "mode": mode.value,
         "same_tokens": ids == report["ids"],
         "same_bits": bits == report.pop("bits"),
         "built_s": built_s,
@@ -83,10 +87,10 @@ def compared(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def of_limited_process(module: str, folder: Path) -> dict[str, Any]:
+def of_limited_process(module: str, folder: Path, mode: Mode) -> dict[str, Any]:
     """Return what the limited process reports; its group is removed when it has ended."""
     ran = subprocess.run(
-        [sys.executable, "-m", module, str(folder), "limited"], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", module, str(folder), mode, "limited"], stdout=subprocess.PIPE, text=True, check=False
     )
     with contextlib.suppress(OSError):
         group_of(os.getpid()).rmdir()
@@ -96,19 +100,22 @@ def of_limited_process(module: str, folder: Path) -> dict[str, Any]:
     return report
 
 
-def limited(case: Case, folder: Path) -> dict[str, Any]:
+def limited(case: Case, folder: Path, mode: Mode = Mode.EAGER) -> dict[str, Any]:
     """Generate under the limit, which counts what is taken after the process joins its group."""
     store = open_store(folder)
     torch.ones(64, 64) @ torch.ones(64, 64)
-    limit, base, group = case.limit(store), resident_bytes(), own_group()
+    limit, before = case.limit(store), store.resident.nbytes
+    decoder = OffloadPath(store, case.source.config, budget=limit - case.slack, mode=mode)
+    decoder.compile(batches=False)
+    return_freed_memory()
+    base, group = resident_bytes() - before, own_group()
     if group is not None:
-        (group / "memory.limit_in_bytes").write_text(str(limit))
-    decoder = OffloadPath(store, case.source.config, budget=limit - case.slack, mode="eager")
+        (group / "memory.limit_in_bytes").write_text(str(limit - before))
     ids, steps, bits = generated(decoder)
     plan, experts, events = decoder.plan, decoder.experts, decoder.events
     assert plan is not None
     used = group / "memory.max_usage_in_bytes" if group is not None else None
-    peak = int(used.read_text()) if used is not None else resident_bytes("VmHWM") - base
+    peak = before + int(used.read_text()) if used is not None else resident_bytes("VmHWM") - base
     decoder.close()
     swept = sum(record.nbytes for record in store.schedule)
     return {

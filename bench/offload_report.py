@@ -7,8 +7,10 @@ there, such as the peer of `accelerate`, leaves its table out and is said.
     stores       bytes, seconds and peak memory of building SmolLM2 in each storage
     settings     predictions beside measurements (`offload_settings`)
     accelerate   accelerate's disk offload beside ours (`peers.offload`)
+    weights      weights that stay in memory against a larger batch (`resident_weights`)
     limited      a dense model and a mixture within a memory control group (`beyond_memory`, `experts_beyond_memory`)
     policies     what caches of experts read over the fewest possible (`expert_cache`)
+    timeline     a chart of one decode step, FOLDER/timeline.png (`offload_timeline`)
 """
 
 import json
@@ -70,6 +72,11 @@ def accelerate(folder: Path) -> Iterator[Row]:
     yield from of_bench("peers.offload", folder, "smollm2")
 
 
+def weights(folder: Path) -> Iterator[Row]:
+    for report in of_bench("resident_weights", folder / "resident_weights"):
+        yield from report["rows"]
+
+
 def limited(folder: Path) -> Iterator[Row]:
     for bench in ("beyond_memory", "experts_beyond_memory"):
         for row in of_bench(bench, folder / bench):
@@ -81,12 +88,20 @@ def policies(folder: Path) -> Iterator[Row]:
         yield from of_bench("expert_cache", model, TEXT)
 
 
+def timeline(folder: Path) -> Iterator[Row]:
+    chart = folder / "timeline.png"
+    of_bench("offload_timeline", folder / "smollm2-float32", 128 * 10**6, chart)
+    yield {"chart": str(chart)}
+
+
 PARTS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "stores": stores,
     "settings": settings,
     "accelerate": accelerate,
+    "weights": weights,
     "limited": limited,
     "policies": policies,
+    "timeline": timeline,
 }
 
 
@@ -193,6 +208,50 @@ def over_peer(row: Row, peers: Sequence[Row]) -> str:
     return f"{found[0]:.1f}" if found and row["batch"] == 1 else ""
 
 
+def accelerate_table(rows: Sequence[Row]) -> str:
+    return table(
+        ("model", "accelerate, s a token", "ours", "s a token", "accelerate over ours", "same tokens"),
+        [
+            (
+                row["model"],
+                f"{row['step_s']['accelerate']:.3f}",
+                storage,
+                f"{row['step_s'][storage]:.3f}",
+                f"{ratio:.1f}",
+                ("yes" if row["same_tokens_float32"] else "no") if storage == Storage.FLOAT32 else "",
+            )
+            for row in rows
+            for storage, ratio in row["of_accelerate"].items()
+        ],
+    )
+
+
+def weights_table(rows: Sequence[Row]) -> str:
+    return table(
+        (
+            "tokens of a sequence",
+            "share for weights",
+            "kept / read a step, MB",
+            "batch",
+            "reading / computing, s",
+            "s a step",
+            "tokens a second",
+        ),
+        [
+            (
+                str(row["reserve"]),
+                f"{row['share']:.0%}",
+                f"{row['kept_bytes'] / 1e6:.0f} / {row['read_bytes'] / 1e6:.0f}",
+                str(row["batch"]),
+                f"{row['reading_s']:.2f} / {row['computing_s']:.2f}",
+                f"{row['step_s']:.2f}",
+                f"{row['tokens_per_s']:.0f}",
+            )
+            for row in rows
+        ],
+    )
+
+
 def limited_table(rows: Sequence[Row]) -> str:
     return table(
         (
@@ -241,6 +300,10 @@ def main(folder: Path, parts: Sequence[str]) -> None:
         print(stores_table(rows))
     if rows := found.get("settings"):
         print(settings_table(rows, found.get("accelerate", [])))
+    if rows := found.get("accelerate"):
+        print(accelerate_table(rows))
+    if rows := found.get("weights"):
+        print(weights_table(rows))
     if rows := found.get("limited"):
         print(limited_table(rows))
     if rows := found.get("policies"):

@@ -152,6 +152,8 @@ def run(folder: Path, setting: Setting) -> dict[str, Any]:
         "predicted_prompt_token_s": predicted["prompt_token_s"],
         "measured_prompt_token_s": prompt_s / (given * setting.prompt),
         "hiding_tokens": predicted["hiding_tokens"],
+        "computing_s": [step.computing.total_s for step, _ in computed],
+        "kv_s": [step.kv_s for step, _ in computed],
         "disk_gb_s": [each.disk / 1e9 for each in measured],
         "share_of_disk": (plan.step_bytes + kv_bytes) / measured_s / speeds.disk,
         "gemm_gflop_s": [each.gemm / 1e9 for each in measured],

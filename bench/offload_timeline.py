@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoint.config_json import from_json
-from ..offload.events import Event, Kind, overlap_s, seconds
+from ..offload.events import Event, Kind, at_once, overlap_s, seconds
 from ..offload.path import OffloadPath
 from ..offload.store import open_store
 
@@ -44,7 +44,8 @@ def timeline(events: Sequence[Event]) -> "Figure":
     axes.set_yticks(range(len(lines)), lines)
     axes.set_xlabel("milliseconds")
     share = overlap_s(events) / seconds(events, Kind.READ)
-    axes.set_title(f"{share:.0%} of the time of reads lies within that of computing")
+    many = at_once(events, Kind.READ)
+    axes.set_title(f"{share:.0%} of the time of reads lies within that of computing; {many:.1f} reads at a time")
     return figure
 
 

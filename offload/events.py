@@ -36,6 +36,16 @@ def seconds(events: Iterable[Event], kind: Kind) -> float:
     return sum(end - begin for begin, end in _joined(events, kind))
 
 
+def at_once(events: Iterable[Event], kind: Kind) -> float:
+    """Return how many of a kind went on at once, on average over the time in which one did.
+
+    >>> at_once([Event(Kind.READ, 0, 0, 0.0, 2.0), Event(Kind.READ, 1, 1, 1.0, 2.0)], Kind.READ)
+    1.5
+    """
+    given = [each for each in events if each.kind is kind]
+    return sum(each.end_s - each.begin_s for each in given) / seconds(given, kind)
+
+
 def overlap_s(events: Sequence[Event]) -> float:
     """Return for how long records were read while others were computed with.
 

@@ -211,12 +211,13 @@ class OffloadPath:
             sequences.make_room(longest, lambda capacity: self._grown(len(lengths), capacity))
             pending = calls_of(self._programs, sequences, tokens)
             assert self.plan is not None
-            last_BV = sequences.last_BV.clone()
+            rows = list(range(len(tokens)))
+            last_BV = sequences.last_BV if any(each.rows == rows for each in pending) else sequences.last_BV.clone()
             every: list[list[Tensor]] = [[] for _ in tokens]
             for together in in_sweeps(pending, self.plan.flight_bytes):
                 self._sweep(sequences, together, every_position)
                 for each in together:
-                    self._take(each, last_BV, every if every_position else None)
+                    last_BV = self._take(each, last_BV, every if every_position else None)
             sequences.advance(gained, last_BV)
             if not every_position:
                 return last_BV.clone()
@@ -320,16 +321,20 @@ class OffloadPath:
             return self._streamer.still_sweep(kinds(self._store, self._config))
         return self._streamer.sweep()
 
-    def _take(self, done: Pending, last_BV: Tensor, every: list[list[Tensor]] | None) -> None:
-        """Put a call's logits where they belong."""
+    def _take(self, done: Pending, last_BV: Tensor, every: list[list[Tensor]] | None) -> Tensor:
+        """Put a call's logits where they belong; returns those of all sequences, uncopied where one call has them."""
         vocabulary = self._config.vocabulary
         if done.last:
             logits_RV = done.call.logits(vocabulary)
-            last_BV[done.rows] = logits_RV
+            if done.rows == list(range(len(last_BV))):
+                last_BV = logits_RV
+            else:
+                last_BV[done.rows] = logits_RV
         if every is None:
-            return
+            return last_BV
         if done.call.one_row_scored:
             every[done.rows[0]].append(done.call.every_logits(vocabulary))
         else:
             for place, row in enumerate(done.rows):
                 every[row] = [logits_RV[place : place + 1].clone()]
+        return last_BV

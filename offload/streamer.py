@@ -5,6 +5,9 @@ share each record in pieces: several requests at a time are what a disk needs to
 schedule's last record come the first ones again, so the disk does not rest between steps either. The memory is that of
 the ring, whatever the model's size.
 
+All threads read while the computation waits for records. Once it finds them there a single thread reads: computing is
+slower beside several, which take turns with it for the interpreter and for a core.
+
 What DRAM keeps (`dram`) is copied into the ring instead, by the same threads. How bytes get there depends on the device
 (`copies`).
 
@@ -55,12 +58,18 @@ class _Reading:
         self.staging = [self.copies.host_buffer(size) for _ in range(slots if self.copies.staged else 0)]
         self.sources: dict[int, Source] = {}
         """For each ticket that is being read, where its bytes come from."""
-        self.changed = threading.Condition()
+        lock = threading.RLock()
+        self.changed, self.asked = threading.Condition(lock), threading.Condition(lock)
+        """Whoever computes waits for the first, the threads for the second."""
         self.pieces: deque[_Piece] = deque()
         self.left: dict[int, int] = {}
         """For each ticket that is being read, the pieces that are not there yet."""
         self.failures: dict[int, Exception] = {}
         self.verified: set[int] = set()
+        self.busy = 0
+        """Threads that have a piece."""
+        self.late = True
+        """Whether the record that was asked for last was not there."""
         self.events: deque[Event] = deque(maxlen=KEPT)
         self.dropping = False
         """Whether pieces that are asked for are not read: a sweep was left."""
@@ -77,25 +86,39 @@ class _Reading:
             begins = range(0, nbytes, nbytes if source is Source.COPY else self.piece)
             self.left[ticket] = len(begins)
             self.pieces += [_Piece(ticket, index, begin, min(begin + self.piece, nbytes)) for begin in begins]
-        self.changed.notify_all()
+        self.ask()
+
+    def ask(self) -> None:
+        """Wake the threads that may read now. The lock is held."""
+        if self.late:
+            self.asked.notify_all()
+        elif self.busy == 0:
+            self.asked.notify()
 
     def work(self) -> None:
         """Read pieces until closed: a thread's life."""
         while True:
             with self.changed:
-                while not self.pieces and not self.closed:
-                    self.changed.wait()
+                while not self.closed and not (self.pieces and (self.busy == 0 or self.late)):
+                    self.asked.wait()
                 if self.closed:
                     return
                 piece = self.pieces.popleft()
-            failure = None if self.dropping else self._read(piece)
+                self.busy += 1
+            self._fill(piece)
             with self.changed:
-                if failure is not None:
-                    self.failures.setdefault(piece.ticket, failure)
-                self.left[piece.ticket] -= 1
-                if self.left[piece.ticket] > 0:
-                    continue
-            self._end(piece)
+                self.busy -= 1
+
+    def _fill(self, piece: _Piece) -> None:
+        """Read a piece; with the last one of its record that is brought into its slot."""
+        failure = None if self.dropping else self._read(piece)
+        with self.changed:
+            if failure is not None:
+                self.failures.setdefault(piece.ticket, failure)
+            self.left[piece.ticket] -= 1
+            if self.left[piece.ticket] > 0:
+                return
+        self._end(piece)
 
     def _read(self, piece: _Piece) -> Exception | None:
         record, slot = self.records[piece.record], self.ring.slot(piece.ticket)
@@ -172,6 +195,7 @@ class _Reading:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
+            self.asked.notify_all()
 
 
 def damaged(file: DirectFile, record: Record, tensor: str) -> CheckpointError:
@@ -286,10 +310,14 @@ class Streamer:
         """Return the ticket of the next record once its bytes are there."""
         reading, begin_s = self._reading, time.perf_counter()
         with reading.changed:
-            while (ticket := reading.ring.take()) is None:
+            ticket = reading.ring.take()
+            reading.late = ticket is None
+            reading.ask()
+            while ticket is None:
                 if reading.closed:
                     raise RequestError("the store is closed; open it again")
                 reading.changed.wait()
+                ticket = reading.ring.take()
             failure = reading.failures.pop(ticket, None)
         assert ticket % len(reading.records) == index
         reading.events.append(Event(Kind.WAIT, index, reading.ring.slot(ticket), begin_s, time.perf_counter()))

@@ -107,7 +107,9 @@ def unlimited(monkeypatch: Patch, tmp_path: Path) -> Case:
     monkeypatch.setattr(memory_limit, "PROMPT", (1, 2, 3))
     monkeypatch.setattr(memory_limit, "own_group", lambda: None)
     monkeypatch.setattr(
-        memory_limit, "of_limited_process", lambda module, folder: json.loads(json.dumps(limited(case, folder)))
+        memory_limit,
+        "of_limited_process",
+        lambda module, folder, mode: json.loads(json.dumps(limited(case, folder, mode))),
     )
     return case
 
@@ -204,7 +206,27 @@ def test_tables_show_what_was_measured(tmp_path: Path, monkeypatch: Patch, capsy
     rows = {
         "stores": [{"storage": "int8", "bytes": 1234, "processor_s": 6.5, "passed_s": 7.25, "peak_bytes": 42 * 10**7}],
         "settings": [setting, many],
-        "accelerate": [{"of_accelerate": {"float32": 3.1, "int8": 10.9}}],
+        "accelerate": [
+            {
+                "model": "smollm2",
+                "step_s": {"accelerate": 1.5, "float32": 0.5, "int8": 0.125},
+                "of_accelerate": {"float32": 3.1, "int8": 10.9},
+                "same_tokens_float32": True,
+            }
+        ],
+        "weights": [
+            {
+                "reserve": 256,
+                "share": 0.2,
+                "kept_bytes": 46 * 10**6,
+                "read_bytes": 239 * 10**6,
+                "batch": 9,
+                "reading_s": 0.25,
+                "computing_s": 0.125,
+                "step_s": 0.26,
+                "tokens_per_s": 34.6,
+            }
+        ],
         "limited": [
             {
                 "bench": "beyond_memory",
@@ -238,6 +260,9 @@ def test_tables_show_what_was_measured(tmp_path: Path, monkeypatch: Patch, capsy
         "| 0.95 | 0.02 | 10.9 |",
         "| smollm2 int8, batch 8 | 136 | 64 / 52 | 2.1 | 8 | 0.0187 / 0.0150 (1.25) | 0.0080 / 0.0100 (0.80) "
         "| 0.95 | 0.02 |  |",
+        "| smollm2 | 1.500 | float32 | 0.500 | 3.1 | yes |",
+        "| smollm2 | 1.500 | int8 | 0.125 | 10.9 |  |",
+        "| 256 | 20% | 46 / 239 | 9 | 0.25 / 0.12 | 0.26 | 35 |",
         "| beyond_memory | 2148.0 | 85.9 | 25.0 | 318.0 | 73.4 | 2081.0 | 2.30 | 0.97 | yes | no |",
         "| least recently used | 1.440 (24%) |",
         "| knows the future | 1 (47%) |",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from twinfer.offload.direct import DirectFile
-from twinfer.offload.events import Kind, overlap_s, seconds
+from twinfer.offload.events import Kind, at_once, overlap_s, seconds
 from twinfer.offload.form import PAGE, Record, bytes_of, in_buffer, pages
 from twinfer.offload.store import Store
 from twinfer.offload.streamer import Streamer
@@ -27,6 +27,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
     time.sleep(0.01)
+    return os.preadv(descriptor, buffers, offset)
+
+
+def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+    time.sleep(0.001)
     return os.preadv(descriptor, buffers, offset)
 
 
@@ -63,6 +68,22 @@ def test_reading_overlaps_computing(store: Store) -> None:
         shares[slots] = overlap_s(streamer.events) / seconds(streamer.events, Kind.READ)
     assert shares[1] < 0.1
     assert shares[2] > 0.6
+
+
+def test_one_thread_reads_while_computing_is_ahead(store: Store) -> None:
+    """Where each use takes longer than its reads, no two reads go on at once; where uses take no time, several do."""
+    together = {}
+    for use_s in (0.02, 0.0):
+        streamer = Streamer(DirectFile(store.weights, read=short), store.schedule, 4, piece=PAGE)
+        for sweep in range(2):
+            for _part in streamer.sweep():
+                time.sleep(use_s)
+            if sweep == 0:
+                before = len(streamer.events)
+        together[use_s] = at_once(streamer.events[before:], Kind.READ)
+        streamer.close()
+    assert together[0.02] == pytest.approx(1)
+    assert together[0.0] > 2
 
 
 @pytest.mark.parametrize("direct", [True, False])
