@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..compiled.compute import DEFAULT
 from ..compiled.layers import Cache
-from ..compiled.machine import bound_freed_memory, check_compiler, return_freed_memory
+from ..compiled.machine import bound_freed_memory, check_compiler, checked_device, return_freed_memory
 from ..compiled.path import Mode
 from ..compiled.programs import Program
 from ..compiled.turn import Turn
@@ -37,7 +37,7 @@ from .dram import Dram
 from .events import Event
 from .expert_cache import ExpertCache
 from .expert_report import ExpertReport
-from .form import Resident, faulty, in_buffer
+from .form import Resident, faulty, in_buffer, on_device
 from .kv_stream import away_layers
 from .passes import calls_of
 from .plan import Plan, most_batch, plan
@@ -52,7 +52,7 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class OffloadPath:
-    """Implements `twinfer.spec.decoder.Decoder` for a store, on the CPU.
+    """Implements `twinfer.spec.decoder.Decoder` for a store, on the CPU or a GPU.
 
     `budget` bounds in bytes what it allocates; `open` decides how (`plan`) and refuses what does not fit. `dram_budget`
     bounds the memory in which records stay, from where they are copied instead of read from the disk. Raises
@@ -69,6 +69,7 @@ class OffloadPath:
         budget: int,
         dram_budget: int = 0,
         compute: torch.dtype = DEFAULT,
+        device: str | torch.device = CPU,
         mode: Mode | str = Mode.COMPILED,
         report: Callable[[str], None] | None = None,
         direct: bool = True,
@@ -85,16 +86,17 @@ class OffloadPath:
             )
         if dram_budget < 0:
             raise RequestError(f"the DRAM budget is {dram_budget} bytes; it must be 0 or more")
+        self._device = checked_device(device)
         if mode != Mode.EAGER:
-            check_compiler(CPU)
+            check_compiler(self._device)
         self._store, self._config, self._compute = store, config, compute
         self._budget, self._dram_budget = budget, dram_budget
-        self._dram = Dram(copies_for(CPU))
+        self._dram, self._kv_copies = Dram(copies_for(self._device)), copies_for(self._device)
         self._mode, self._report = Mode(mode), report or (lambda line: None)
         self._streamer: Streamer | None = None
         self._plan(batch=1, reserve=min(2, config.context))
         bound_freed_memory(budget)
-        self._turn = Turn(CPU, compiled=self._mode is not Mode.EAGER)
+        self._turn = Turn(self._device, compiled=self._mode is not Mode.EAGER)
         self._file = DirectFile(store.weights, direct=direct)
         if not self._file.direct:
             self._report(f"{store.weights} is read through the page cache: its file system knows no direct reads")
@@ -106,7 +108,8 @@ class OffloadPath:
         self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
         """That of the sequences opened last."""
-        example = Example(store, config, compute, self._file, self._table, self.resident, self._experts)
+        parts = self._file, self._table, self.resident, self._experts, self._device
+        example = Example(store, config, compute, *parts)
         self._programs = StreamedPrograms(example, self._mode, self._report)
 
     @property
@@ -119,7 +122,7 @@ class OffloadPath:
 
     @property
     def device(self) -> torch.device:
-        return CPU
+        return self._device
 
     @property
     def max_batch(self) -> int | None:
@@ -170,10 +173,9 @@ class OffloadPath:
             self._make_room(self.plan)
             if self._experts is not None:
                 self._experts.count_anew()
-            away, folder = self._away(self.plan), self._store.folder
-            sequences = TieredSequences(
-                self._config, batch, reserve, self._compute, away, folder, self._kv_events.append
-            )
+            away, log = self._away(self.plan), self._kv_events.append
+            given = self._compute, away, self._store.folder, log, self._kv_copies
+            sequences = TieredSequences(self._config, batch, reserve, *given)
         sequences.owner = self
         return sequences
 
@@ -259,7 +261,7 @@ class OffloadPath:
         self._file.read_into(buffer, record.offset, record.name)
         if fault := faulty(record, buffer):
             raise damaged(self._file, record, fault)
-        resident: Resident = in_buffer(record, buffer)
+        resident: Resident = on_device(in_buffer(record, buffer), self._device)
         return resident
 
     def _sweep(self, sequences: TieredSequences, pending: list[Pending], every_position: bool) -> None:
@@ -269,7 +271,7 @@ class OffloadPath:
         layers = self._config.layers
         for each in pending:
             table, numbers = self._table.rows(each.tokens)
-            each.call.enter(table, self.resident, numbers)
+            each.call.enter(table.to(self._device), self.resident, numbers)
         spans = [span for each in pending for span in each.spans]
         with (
             sequences.sweep(spans),

@@ -19,6 +19,7 @@ from ..compiled.compute import accumulation_dtype
 from ..compiled.layers import Cache
 from ..spec.config import ModelConfig
 from ..spec.errors import RequestError
+from .copies import Copies, Inline
 from .events import Event
 from .kv_blocks import KvBlocks
 from .kv_file import KvFile, writable_folder
@@ -45,6 +46,7 @@ class _Tiers:
         away: Away,
         folder: Path,
         log: Callable[[Event], None],
+        copies: Copies,
     ) -> None:
         self.capacity = max(2, tokens)  # a graph's S is at least 2, and it reads S slots
         if away.layers:
@@ -62,7 +64,9 @@ class _Tiers:
                 offset += place.nbytes
             else:
                 shape = batch * self.capacity, place.kv_heads, place.head_size
-                self.here[index] = Cache(*(torch.zeros(shape, dtype=compute) for _ in Cache._fields))
+                self.here[index] = Cache(
+                    *(torch.zeros(shape, dtype=compute, device=copies.device) for _ in Cache._fields)
+                )
         self.away: KvStream | KvBlocks | None = None
         if places:
             file = KvFile(writable_folder(folder), offset)
@@ -105,10 +109,16 @@ class TieredSequences:
         away: Away,
         folder: Path,
         log: Callable[[Event], None],
+        copies: Copies | None = None,
     ) -> None:
-        """`folder` is where the file is made that holds what is away; `log` gets what is read and written."""
+        """`folder` is where the file is made that holds what is away; `log` gets what is read and written.
+
+        `copies` say on which device they are, the CPU unless given, and bring what is away there.
+        """
         self.owner: object = None
-        self.last_BV = torch.zeros(batch, config.vocabulary, dtype=accumulation_dtype(compute))
+        self._copies = copies or Inline()
+        dtype = accumulation_dtype(compute)
+        self.last_BV = torch.zeros(batch, config.vocabulary, dtype=dtype, device=self._copies.device)
         self._config, self._batch, self._compute, self._folder, self._log = config, batch, compute, folder, log
         self._tiers = self._made(reserve, away)
         self._lengths = [0] * batch
@@ -190,4 +200,4 @@ class TieredSequences:
                 self._tiers.put(layer, self._tiers.get(layer, self._lengths), self.capacity, self._lengths)
 
     def _made(self, tokens: int, away: Away) -> _Tiers:
-        return _Tiers(self._config, self._batch, tokens, self._compute, away, self._folder, self._log)
+        return _Tiers(self._config, self._batch, tokens, self._compute, away, self._folder, self._log, self._copies)
