@@ -177,7 +177,8 @@ class Staged:
         self._copied[slot] = self._lane.run(lambda: part.copy_(host, non_blocking=True), after)
 
     def arrive(self, slot: int) -> None:
-        self._lane.wait(self._copied[slot])
+        if slot in self._copied:
+            self._lane.wait(self._copied[slot])
 
     def leave(self, slot: int) -> None:
         self._left[slot] = self._lane.computed()

@@ -8,7 +8,6 @@ them. The description is plain JSON: the named tuples by their names and fields,
 So a record is read into any buffer of its size, and what it holds are tensors that lie in that buffer.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -147,15 +146,17 @@ def in_buffer(record: Record, buffer: memoryview | Tensor) -> Any:
 _storage_at: Callable[..., Any] = torch._C._construct_storage_from_data_pointer  # as torch's own CUDA graphs make them
 
 
-def lying_in(buffer: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Return the tensor that begins at a byte of a buffer, as a non-owning alias.
+def lying_in(
+    buffer: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int] | None = None
+) -> Tensor:
+    """Return the tensor that begins at a byte of a buffer, as a non-owning alias; contiguous unless strides are given.
 
     >>> lying_in(torch.arange(8, dtype=torch.uint8), 4, torch.uint8, (2, 2)).tolist()
     [[4, 5], [6, 7]]
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    storage = _storage_at(buffer.data_ptr() + offset, buffer.device, nbytes)
-    strides = torch.empty(shape, device="meta").stride()
+    strides = tuple(strides or torch.empty(shape, device="meta").stride())
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    storage = _storage_at(buffer.data_ptr() + offset, buffer.device, (last + 1) * dtype.itemsize)
     return torch.empty(0, dtype=dtype, device=buffer.device).set_(storage, 0, tuple(shape), strides)
 
 

@@ -23,19 +23,22 @@ from .copies import Copies, Inline
 from .events import Event
 from .kv_blocks import KvBlocks
 from .kv_file import KvFile, writable_folder
+from .kv_home import KvHome
 from .kv_stream import KvStream, Place, Span, whole_capacity
 
 
 class Away(NamedTuple):
-    """What lies in a file."""
+    """What has no room in memory."""
 
     layers: Collection[int]
     block_tokens: int
     """Tokens that are brought in at a time; 0 where whole layers are."""
+    dram: Collection[int] = ()
+    """Those of the layers that lie in DRAM; the others lie in a file."""
 
 
 class _Tiers:
-    """Keys and values of all layers at one capacity: in memory, or in a file."""
+    """Keys and values of all layers at one capacity: in memory, in DRAM, or in a file."""
 
     def __init__(
         self,
@@ -53,15 +56,16 @@ class _Tiers:
             self.capacity = whole_capacity((config.layers[index] for index in away.layers), tokens, compute)
         self.here: dict[int, Cache] = {}
         places: dict[int, Place] = {}
-        offset = 0
-        for index, layer in enumerate(config.layers):
-            attention = layer.attention
+        offset = in_dram = 0
+        for index in sorted(range(len(config.layers)), key=lambda each: each not in away.dram):
+            attention = config.layers[index].attention
             place = Place(
                 batch, self.capacity, attention.kv_heads, attention.head_size, compute, attention.window, offset
             )
             if index in away.layers:
                 places[index] = place
                 offset += place.nbytes
+                in_dram += place.nbytes if index in away.dram else 0
             else:
                 shape = batch * self.capacity, place.kv_heads, place.head_size
                 self.here[index] = Cache(
@@ -69,9 +73,9 @@ class _Tiers:
                 )
         self.away: KvStream | KvBlocks | None = None
         if places:
-            file = KvFile(writable_folder(folder), offset)
-            blocks = away.block_tokens
-            self.away = KvBlocks(file, places, blocks, log) if blocks else KvStream(file, places, log)
+            file = KvFile(writable_folder(folder), offset - in_dram) if offset > in_dram else None
+            home, blocks = KvHome(file, in_dram, copies), away.block_tokens
+            self.away = KvBlocks(home, places, blocks, log, copies) if blocks else KvStream(home, places, log, copies)
 
     def get(self, layer: int, lengths: Sequence[int]) -> Cache:
         """Return a layer's keys and values, if need be in a buffer that the next call overwrites."""

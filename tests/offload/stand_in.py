@@ -1,10 +1,12 @@
 """A device without a GPU: the CPU, with buffers apart from the host's, on which what nothing orders goes wrong.
 
-A GPU may do a copy at any time that its marks allow, so a missing wait shows now and then. Here it shows always: bytes
-are poisoned where a copy may run before the computation is done with its slot, where a host buffer may be written before
-it was copied from, and from when a slot is left until what is copied into it has arrived.
+A GPU may do a copy at any time that its marks allow, so a missing wait shows now and then. Here it shows always. Bytes
+are poisoned where a copy may run before the computation is done with its slot, and where a host buffer may be written
+before it was copied from; what a slot holds, from when a copy is asked for, or the ring gives the slot back, until the
+copy has arrived.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinfer.offload import path
+from twinfer.offload import path, streamer
 from twinfer.offload.copies import Buffer, Staged, ThreadLane
+from twinfer.offload.ring import Ring
 
 POISON = 0xFF
 """Of each byte: floats of any width that are not a number."""
@@ -38,7 +41,6 @@ class Apart(Staged):
         """For each slot the number of its last use."""
         self._past = -1
         """The latest mark of the computation that the lane is past, as it does one copy after the other."""
-        self._targets: dict[int, list[Tensor]] = {}
         self._unsettled: dict[int, set[int]] = {}
         """For each slot the addresses of host memory that was copied from, and not waited for."""
 
@@ -49,10 +51,10 @@ class Apart(Staged):
 
     def copy(self, slot: int, target: Buffer, source: memoryview) -> None:
         assert isinstance(target, Tensor)
-        part, address = target[: len(source)], torch.frombuffer(source, dtype=torch.uint8).data_ptr()  # type: ignore[call-overload]
+        given: Any = source
+        part, address = target[: len(source)], torch.frombuffer(given, dtype=torch.uint8).data_ptr()
         ordered = self._orders(slot, self._left.get(slot, self._made))
         torn = address in self._unsettled.setdefault(slot, set())
-        self._targets.setdefault(slot, []).append(part)
         self._unsettled[slot].add(address)
         part.fill_(POISON)
         super().copy(slot, target, source)
@@ -63,11 +65,6 @@ class Apart(Staged):
         super().arrive(slot)
         self._counted.uses += 1
         self._used[slot] = self._counted.uses
-
-    def leave(self, slot: int) -> None:
-        super().leave(slot)
-        for part in self._targets.pop(slot, []):
-            part.fill_(POISON)
 
     def settle(self, slot: int) -> None:
         super().settle(slot)
@@ -86,6 +83,31 @@ class Apart(Staged):
         return self._past >= self._used.get(slot, 0)
 
 
-def on_stand_in(patch: pytest.MonkeyPatch, delay_s: float = 0.0) -> None:
-    """Have paths that are made from now on compute on the stand-in."""
-    patch.setattr(path, "copies_for", lambda device: Apart(delay_s))
+class _Poisoned(Ring):
+    """A ring whose buffers are poisoned when they are released."""
+
+    buffers: Sequence[Tensor]
+
+    def release(self, ticket: int) -> None:
+        super().release(ticket)
+        self.buffers[self.slot(ticket)].fill_(POISON)
+
+
+COMPONENTS = ("ring", "keys and values", "experts")
+"""In the order in which a path asks for the copies of each."""
+
+
+def on_stand_in(patch: pytest.MonkeyPatch, delay_s: float = 0.0, **kinds: type[Apart]) -> None:
+    """Have paths that are made from now on compute on the stand-in; `kinds` are the copies of some components."""
+    original, asked = streamer._Reading.__init__, itertools.count()
+
+    def begin(self: Any, *given: Any) -> None:
+        original(self, *given)
+        self.ring = _Poisoned(self.ring.slots)
+        self.ring.buffers = self.buffers
+
+    def copies_for(device: torch.device) -> Apart:
+        return kinds.get(COMPONENTS[next(asked) % len(COMPONENTS)], Apart)(delay_s)
+
+    patch.setattr(streamer._Reading, "__init__", begin)
+    patch.setattr(path, "copies_for", copies_for)

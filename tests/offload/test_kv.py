@@ -107,6 +107,29 @@ def test_layers_move_away_as_the_budget_shrinks(store: Store, expected: list[Ten
     assert len(set(counts)) > 2
 
 
+def test_dram_takes_keys_and_values_first(
+    store: Store, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many layers' as it has room for, before records; a file is made for the others only."""
+    budget, sizes = whole(store), []
+
+    def file(folder: Path, nbytes: int) -> KvFile:
+        sizes.append(nbytes)
+        return KvFile(folder, nbytes)
+
+    monkeypatch.setattr(sequences, "KvFile", file)
+    one = planned(store, budget).away_bytes // len(MODEL.layers)
+    for layers in (0, 3, 6):
+        decoder = OffloadPath(store, MODEL, budget=budget, dram_budget=layers * one, mode="eager")
+        state = decoder.open(4, RESERVE)
+        assert same([decoder.extend(state, step) for step in steps()], expected)
+        assert decoder.plan is not None
+        assert len(decoder.plan.dram_caches) == layers
+        assert decoder.plan.dram_bytes == layers * one
+        decoder.close()
+    assert sizes == [6 * one, 3 * one]
+
+
 def test_what_grows_past_its_reserve_moves_away(store: Store, expected: list[Tensor]) -> None:
     """Sequences that are opened for few tokens begin in memory; growing they are copied, whatever lies where."""
     budget = whole(store, 246)
