@@ -2,26 +2,33 @@
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
+from torch import Tensor
 
-from twinfer.offload import calls, cutting, passes, path
+from twinfer.offload import calls, cutting, passes, path, sequences
 from twinfer.offload.copies import Inline
 from twinfer.offload.expert_cache import ExpertCache
 from twinfer.offload.expert_dram import ExpertDram
+from twinfer.offload.kv_file import KvFile
 from twinfer.offload.kv_stream import KvStream
 from twinfer.offload.path import OffloadPath
+from twinfer.offload.plan import plan
 from twinfer.offload.sequences import Away
+from twinfer.offload.store import Store
 from twinfer.offload.streamer import Streamer
 from twinfer.oracle.models import RandomSource, draw_model_config, draw_moe_config
 from twinfer.oracle.strategies import drawn
 from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.errors import RequestError
 
-from .small import BUDGET, built, config, logits, mixtures, resident, same, schedule, steps_of
+from .small import BUDGET, built, config, logits, mixtures, resident, same, schedule, steps_of, tiny_pages
 from .stand_in import COMPONENTS, Apart, on_stand_in
 
 cases = drawn(
@@ -254,6 +261,33 @@ def test_after_a_step_that_failed_the_next_one_waits(tmp_path: Path, monkeypatch
         assert not _goes_on(tmp_path / "b", patch, **{"keys and values": NoLeave})
 
 
+def _in_blocks(folder: Path, patch: pytest.MonkeyPatch, copies: type[Apart] | None) -> list[Tensor]:
+    """Return the logits of a model that attends block by block, one of its layers in DRAM."""
+    model = config(layers=3)
+    store = built(RandomSource(model, 6), folder)
+    tiny_pages(patch)
+    patch.setattr(path.OffloadPath, "_away", lambda self, plan: Away(range(3), 2, (1,)))
+    if copies is not None:
+        on_stand_in(patch, 0.002, **{"keys and values": copies})
+    decoder = OffloadPath(store, model, budget=BUDGET, mode="eager", direct=False)
+    found = logits(decoder, schedule(model, 2, 3))
+    decoder.close()
+    return found
+
+
+def test_attention_in_blocks_is_the_cpus(tmp_path: Path) -> None:
+    """To the bit; and each fault of the waits changes it."""
+
+    def found(copies: type[Apart] | None) -> list[Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            return _in_blocks(tmp_path / f"{copies}", patch, copies)
+
+    expected = found(None)
+    assert same(found(Apart), expected)
+    for mutant in (NoArrive, NoLeave, NoSettle, WrongSlot, SavedUnmarked):
+        assert not same(found(mutant), expected), mutant
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_experts_in_dram_are_read_once(apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts and steps that come again ask the disk for none, though the device keeps none."""
@@ -272,6 +306,45 @@ def test_experts_in_dram_are_read_once(apart: bool, tmp_path: Path, monkeypatch:
         read.append((report.read_bytes > 0, report.prompt_bytes > 0))
     decoder.close()
     assert read == [(True, True), (False, False)]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_dram_takes_keys_and_values_first(apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many layers' as it has room for, before records; a file is made for the others only."""
+    model, reserve, files = replace(config(layers=4), context=600), 512, []
+    source = RandomSource(model, 2)
+    store = built(source, tmp_path / "s")
+    given: dict[str, Any] = {"batch": 4, "reserve": reserve, "compute": torch.float32, "expands": True}
+    budget = next(size for size in range(1 << 20, 1 << 30, 16 << 10) if _moves_all(store, model, size, given))
+    one = plan(store, model, budget=budget, **given).away_bytes // 4
+
+    def file(folder: Path, nbytes: int) -> KvFile:
+        files.append(nbytes)
+        return KvFile(folder, nbytes)
+
+    monkeypatch.setattr(sequences, "KvFile", file)
+    if apart:
+        on_stand_in(monkeypatch)
+    steps = schedule(model, 4, 3)
+    expected = logits(resident(source), steps)
+    for layers in (0, 2, 4):
+        decoder = OffloadPath(store, model, budget=budget, dram_budget=layers * one, mode="eager")
+        state = decoder.open(4, reserve)
+        assert same([decoder.extend(state, step) for step in steps], expected)
+        made = decoder.plan
+        assert made is not None
+        assert (len(made.dram_caches), made.dram_bytes) == (layers, layers * one)
+        assert (made.staging_bytes > 0) == apart
+        decoder.close()
+    assert files == [4 * one, 2 * one]
+
+
+def _moves_all(store: Store, model: ModelConfig, budget: int, given: dict[str, Any]) -> bool:
+    """Return whether all layers' keys and values are away within a budget, whole."""
+    with suppress(RequestError):
+        made = plan(store, model, budget=budget, **given)
+        return made.away_layers == len(model.layers) and made.block_tokens == 0
+    return False
 
 
 def _dram_of(experts: int, room: int) -> ExpertDram:

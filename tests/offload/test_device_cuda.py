@@ -35,7 +35,7 @@ def _built(source: RandomSource, folder: Path, storage: Storage) -> Store:
 
 @pytest.mark.parametrize("storage", list(Storage))
 @pytest.mark.parametrize("model", [config(), mixtures()], ids=["dense", "experts"])
-@pytest.mark.parametrize("blocks", [0, 16])
+@pytest.mark.parametrize("blocks", [0, 128])
 def test_a_store_on_a_gpu_is_within_the_budget_of_errors(
     model: ModelConfig, storage: Storage, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,9 +50,11 @@ def test_a_store_on_a_gpu_is_within_the_budget_of_errors(
         decoder.close()
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("storage", list(Storage))
-@pytest.mark.parametrize("model", [config(), mixtures()], ids=["dense", "experts"])
+CASES = [(model, storage, "eager") for model in (config(), mixtures()) for storage in Storage]
+CASES.append((config(), Storage.INT8, "compiled"))
+
+
+@pytest.mark.parametrize(("model", "storage", "mode"), CASES)
 def test_logits_are_those_of_the_resident_path_on_the_gpu(
     model: ModelConfig, storage: Storage, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
