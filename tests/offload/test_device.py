@@ -206,12 +206,8 @@ def _copied_back_early(patch: pytest.MonkeyPatch) -> None:
         with original(self, layer) as cache:
             before = [each.clone() for each in cache]
             yield cache
-            after = [each.clone() for each in cache]
             for mine, old in zip(cache, before, strict=True):
                 mine.copy_(old)
-        self._writes[-1].result()
-        for mine, new in zip(cache, after, strict=True):
-            mine.copy_(new)
 
     patch.setattr(KvStream, "layer", layer)
 
@@ -280,7 +276,7 @@ def test_attention_in_blocks_is_the_cpus(tmp_path: Path) -> None:
 
     def found(copies: type[Apart] | None) -> list[Tensor]:
         with pytest.MonkeyPatch.context() as patch:
-            return _in_blocks(tmp_path / f"{copies}", patch, copies)
+            return _in_blocks(tmp_path / (copies.__name__ if copies else "cpu"), patch, copies)
 
     expected = found(None)
     assert same(found(Apart), expected)
@@ -303,9 +299,10 @@ def test_experts_in_dram_are_read_once(apart: bool, tmp_path: Path, monkeypatch:
         logits(decoder, steps)
         report = decoder.experts
         assert report is not None
-        read.append((report.read_bytes > 0, report.prompt_bytes > 0))
+        read.append(report.read_bytes + report.prompt_bytes)
     decoder.close()
-    assert read == [(True, True), (False, False)]
+    assert read[0] > 0
+    assert read[1] == 0
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -315,7 +312,7 @@ def test_dram_takes_keys_and_values_first(apart: bool, tmp_path: Path, monkeypat
     source = RandomSource(model, 2)
     store = built(source, tmp_path / "s")
     given: dict[str, Any] = {"batch": 4, "reserve": reserve, "compute": torch.float32, "expands": True}
-    budget = next(size for size in range(1 << 20, 1 << 30, 16 << 10) if _moves_all(store, model, size, given))
+    budget = next(size for size in range(1 << 20, 1 << 30, 64 << 10) if _moves_all(store, model, size, given))
     one = plan(store, model, budget=budget, **given).away_bytes // 4
 
     def file(folder: Path, nbytes: int) -> KvFile:
