@@ -99,6 +99,7 @@ def _offload(order: Order) -> Built:
     path = OffloadPath(
         shares_in(order.source).of_rank(ONE, 0),
         order.source.config,
+        device=order.device,
         budget=budget,
         dram_budget=order.dram_budget,
         compute=order.compute.dtype,
@@ -112,8 +113,6 @@ def budget_of(order: Order) -> int:
     assert isinstance(order.source, StoreSource)
     if order.memory_budget is None:
         raise RequestError("a store runs within a memory budget, which is not given; give one, such as 512MB")
-    if order.device.type != "cpu":
-        raise RequestError(f"device is {str(order.device)!r}; a store runs on cpu")
     if order.storage is not order.source.store.storage:
         raise RequestError(f"storage is {order.storage}; this store is in {order.source.store.storage}")
     return order.memory_budget

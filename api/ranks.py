@@ -4,6 +4,8 @@ import hashlib
 import time
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from twinfer.spec.errors import RequestError
+
 from .paths import Built, Order, budget_of
 from .store_source import StoreSource
 
@@ -48,6 +50,8 @@ def build(order: Order, member: "Member") -> Built:
 
         from .stores import shares_in
 
+        if order.device.type != "cpu":
+            raise RequestError(f"device is {str(order.device)!r}; ranks run a store on cpu only")
         path = StreamedRankPath(
             shares_in(order.source),
             order.source.config,

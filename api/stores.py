@@ -32,6 +32,9 @@ from .paths import Compute
 from .store_source import StoreSource
 
 _TOKENIZER = "tokenizer.json"
+_DEVICES = ("cpu", "cuda")
+"""The types of device that stores are for."""
+
 _REMEDY = "build the store again"
 
 ONE = ParallelConfig()
@@ -55,12 +58,17 @@ def build_store(
     storage: Storage,
     report: Callable[[str], None],
     parallel: ParallelConfig = ONE,
+    device: str = "cpu",
 ) -> int:
-    """Write a model as a store; returns the bytes of its weights. Raises as `offload.building.build` does.
+    """Write a model as a store for cpu or cuda; returns its weights' bytes. Raises as `offload.building.build` does.
 
     With degrees it is one for many ranks (`offload.shares`). Weights that are kept in a storage already are built in
     that one.
     """
+    if device not in _DEVICES:
+        raise RequestError(f"device is {device!r}; a store is built for {' or '.join(_DEVICES)}")
+    if parallel.ranks > 1 and device != "cpu":
+        raise RequestError(f"device is {device!r}; a store for many ranks is built for cpu only")
     if checkpoint.storage not in (None, storage):
         raise RequestError(
             f"{checkpoint.name} is kept in {checkpoint.storage} already; build from the model that it came from, or "
@@ -72,7 +80,7 @@ def build_store(
     given: dict[str, Any] = {"model": model, "files": files, "identity": [checkpoint.name, files], "report": report}
     if parallel.ranks > 1:
         return build_shares(checkpoint.source, folder, storage, parallel, **given)
-    return build(checkpoint.source, folder, storage, **given)
+    return build(checkpoint.source, folder, storage, **given, device=device)
 
 
 def open_store_model(folder: Path, context: int | None = None) -> Checkpoint:

@@ -134,6 +134,8 @@ def multiplied(
     compiled: bool,
 ) -> Tensor:
     """Return rows sorted by expert, each times the matrix of its own, [A, N]; the experts come in any order."""
+    if x_AI.device.type != "cpu":
+        return _masked(x_AI, rows_E, matrices, outputs, storage)
     kernels = kernels_for(storage, x_AI.dtype, compiled=compiled)
     out_AN, span_of = x_AI.new_empty(len(x_AI), outputs), {span.expert: span for span in _spans(rows_E)}
     for expert, matrix in matrices:
@@ -249,11 +251,19 @@ def _by_masks(x_AI: Tensor, rows_E: Tensor, weights: Matrix, storage: Storage) -
 
     Slow with many experts, and legal within a CUDA graph.
     """
+    matrices = ((expert, one_expert(weights, expert)) for expert in range(len(rows_E)))
+    return _masked(x_AI, rows_E, matrices, weights.outputs, storage)
+
+
+def _masked(
+    x_AI: Tensor, rows_E: Tensor, matrices: Iterable[tuple[int, Matrix]], outputs: int, storage: Storage
+) -> Tensor:
+    """Return the same by the matrices of at least those experts that have rows, in any order."""
     dtype = product_dtype(x_AI.dtype, x_AI.device)
     expert_A = _expert_of(len(x_AI), rows_E.cumsum(0))
-    out_AN = x_AI.new_zeros(len(x_AI), weights.outputs)
-    for expert in range(len(rows_E)):
-        weight_NI, bias_N = _expanded(one_expert(weights, expert), storage, x_AI.shape[1], dtype)
+    out_AN = x_AI.new_zeros(len(x_AI), outputs)
+    for expert, matrix in matrices:
+        weight_NI, bias_N = _expanded(matrix, storage, x_AI.shape[1], dtype)
         of_expert_AN = product(x_AI.to(dtype), weight_NI, bias_N).to(x_AI.dtype)
         out_AN = torch.where((expert_A == expert)[:, None], of_expert_AN, out_AN)
     return out_AN

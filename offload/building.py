@@ -61,8 +61,9 @@ def build(
     files: Mapping[str, str],
     identity: object,
     report: Callable[[str], None],
+    device: str = "cpu",
 ) -> int:
-    """Write a model's store; returns the bytes of its weights.
+    """Write a model's store, for a type of device; returns the bytes of its weights.
 
     `model` is what there is to know of the model besides, as JSON, and `files` are texts that lie in the folder too.
     `identity` is JSON that tells this source from others: a partial store of another one is not gone on with.
@@ -83,9 +84,10 @@ def build(
             pinned(CPU),
         ):
             begin = {"layout": layout(), "storage": storage.value, "model": model, "identity": identity}
+            begin |= {} if device == "cpu" else {"device": device}
             journal = _journal(partial, json.dumps(begin, sort_keys=True))
             check_room(partial, total(config).bytes(storage) - journal.end, storage)
-            planned = list(parts(source, storage))
+            planned = list(parts(source, storage, device))
             try:
                 for index in range(len(journal.records), len(planned)):
                     report(f"writing {planned[index].name} ({index + 1} of {len(planned)} records)")
@@ -97,7 +99,7 @@ def build(
                     f"{folder} cannot be written: {error.strerror or error}; {len(journal.records)} of {len(planned)} "
                     f"records are kept: run the same command again to go on, or remove {partial}"
                 ) from None
-            return _finish(partial, folder, source, storage, model, files, journal)
+            return _finish(partial, folder, source, storage, model, files, journal, device)
     except OSError as error:
         raise RequestError(f"{folder} cannot be written: {error.strerror or error}") from None
 
@@ -179,6 +181,7 @@ def _finish(
     model: dict[str, Any],
     files: Mapping[str, str],
     journal: _Journal,
+    device: str,
 ) -> int:
     of_kind: dict[str, list[Record]] = {kind: [] for kind in ("layers", "mlp", "experts", "head", "table", "resident")}
     for kind, record in journal.records:
@@ -188,8 +191,10 @@ def _finish(
     indices = range(len(source.config.layers))
     experts = [[next(pairs) for _ in range(experts_of_layer(source, index))] for index in indices]
     blocks = iter(of_kind["mlp"])
-    mlp = [[[next(blocks) for _ in range(count)] for count in mlp_records(source, index, storage)] for index in indices]
-    text = described(storage, model, of_kind["resident"][0], of_kind["layers"], mlp, experts, of_kind["head"], table)
+    counts = [mlp_records(source, index, storage, device) for index in indices]
+    mlp = [[[next(blocks) for _ in range(count)] for count in of_layer] for of_layer in counts]
+    of_layers = of_kind["layers"], mlp, experts, of_kind["head"], table
+    text = described(storage, model, of_kind["resident"][0], *of_layers, device=device)
     for name, content in {**files, DESCRIPTION: text}.items():
         with (partial / name).open("w", encoding="utf-8") as file:
             file.write(content)

@@ -150,9 +150,9 @@ class Call:
         """Embed the tokens from a table in which they have these numbers, by default their own."""
         first, *others = self._inputs
         if numbers is not None and first.ndim == 1:
-            first = torch.tensor(numbers)
+            first = torch.tensor(numbers, device=first.device)
         elif numbers is not None:
-            first = torch.stack([torch.tensor(numbers), *first[1:]])
+            first = torch.stack([torch.tensor(numbers, device=first.device), *first[1:]])
         self._x, self._positions = self._program.enter(table, resident, first, *others)
 
     def layer(self, config: LayerConfig, weights: Layer, cache: Cache, place: int | None) -> None:

@@ -9,11 +9,13 @@ and one from the disk's reads:
     leave(slot)      the next copy into the slot waits until what was computed up to now is done
     settle(slot)     this thread waits until the slot's host buffer has been read
 
+What was computed comes back to the host the same way (`save`), once the computation is past a mark.
+
 A lane is a CUDA stream, or a thread, with which all of this runs without a GPU.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -31,7 +33,8 @@ Buffer = memoryview | Tensor
 
 
 class Copies(Protocol):
-    """The operations that fill a slot of a streamer. Only the reading threads call `copy` and `settle`."""
+    """The operations that fill a slot of a few. The computing thread calls `arrive`, `leave`, `computed` and `drain`;
+    those that read and write call `copy`, `save` and `settle`."""
 
     device: torch.device
     staged: bool
@@ -52,6 +55,18 @@ class Copies(Protocol):
     def leave(self, slot: int) -> None: ...
 
     def settle(self, slot: int) -> None: ...
+
+    def computed(self) -> Any:
+        """Return the mark of what was computed up to now."""
+        ...
+
+    def save(self, slot: int, pairs: Sequence[tuple[memoryview, Buffer]], after: Any) -> None:
+        """Copy bytes of a slot into host memory, the target first, once the computation is past a mark; return then."""
+        ...
+
+    def drain(self) -> None:
+        """Wait until what was computed up to now is done."""
+        ...
 
     def finish(self) -> None:
         """Wait until no copy is under way."""
@@ -86,6 +101,17 @@ class Inline:
     def settle(self, slot: int) -> None:
         pass
 
+    def computed(self) -> Any:
+        return None
+
+    def save(self, slot: int, pairs: Sequence[tuple[memoryview, Buffer]], after: Any) -> None:
+        for target, source in pairs:
+            assert isinstance(source, memoryview)
+            target[:] = source
+
+    def drain(self) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 
@@ -115,6 +141,10 @@ class Lane(Protocol):
         """Wait for a mark of the lane."""
         ...
 
+    def drain(self) -> None:
+        """Wait until what was computed up to now is done."""
+        ...
+
 
 class Staged:
     """The copies of a device with a memory of its own."""
@@ -126,6 +156,8 @@ class Staged:
         self._lane = lane
         self._copied: dict[int, Any] = {}
         self._left: dict[int, Any] = {}
+        self._made: Any = None
+        """The mark before which memory of the newest buffer may still have been used for something else."""
 
     def host_buffer(self, nbytes: int) -> memoryview:
         return self._lane.host_buffer(nbytes)
@@ -134,17 +166,19 @@ class Staged:
         self._lane.free(buffer)
 
     def device_buffer(self, nbytes: int) -> Buffer:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._made = self._lane.computed()
+        return buffer
 
     def copy(self, slot: int, target: Buffer, source: memoryview) -> None:
         assert isinstance(target, Tensor)
-        given: Any = source
-        host = torch.frombuffer(given, dtype=torch.uint8)
-        part = target[: len(source)]
-        self._copied[slot] = self._lane.run(lambda: part.copy_(host, non_blocking=True), self._left.pop(slot, None))
+        host, part = _bytes(source), target[: len(source)]
+        after = self._left.pop(slot, self._made)
+        self._copied[slot] = self._lane.run(lambda: part.copy_(host, non_blocking=True), after)
 
     def arrive(self, slot: int) -> None:
-        self._lane.wait(self._copied[slot])
+        if slot in self._copied:
+            self._lane.wait(self._copied[slot])
 
     def leave(self, slot: int) -> None:
         self._left[slot] = self._lane.computed()
@@ -152,6 +186,21 @@ class Staged:
     def settle(self, slot: int) -> None:
         if slot in self._copied:
             self._lane.synchronize(self._copied[slot])
+
+    def computed(self) -> Any:
+        return self._lane.computed()
+
+    def save(self, slot: int, pairs: Sequence[tuple[memoryview, Buffer]], after: Any) -> None:
+        def copies() -> None:
+            for target, source in pairs:
+                assert isinstance(source, Tensor)
+                _bytes(target).copy_(source, non_blocking=True)
+
+        if pairs:
+            self._lane.synchronize(self._lane.run(copies, after))
+
+    def drain(self) -> None:
+        self._lane.drain()
 
     def finish(self) -> None:
         for mark in list(self._copied.values()):
@@ -189,6 +238,9 @@ class ThreadLane:
 
     def synchronize(self, mark: Any) -> None:
         self.wait(mark)
+
+    def drain(self) -> None:
+        pass
 
 
 class CudaLane:
@@ -228,12 +280,19 @@ class CudaLane:
     def synchronize(self, mark: Any) -> None:
         mark.synchronize()
 
+    def drain(self) -> None:
+        _cuda.current_stream(self.device).synchronize()
+
 
 def copies_for(device: torch.device) -> Copies:
     """Return how bytes get to a device."""
     return Inline() if device.type == "cpu" else Staged(CudaLane(device))
 
 
-def _address(buffer: memoryview) -> int:
+def _bytes(buffer: memoryview) -> Tensor:
     given: Any = buffer
-    return torch.frombuffer(given, dtype=torch.uint8).data_ptr()
+    return torch.frombuffer(given, dtype=torch.uint8)
+
+
+def _address(buffer: memoryview) -> int:
+    return _bytes(buffer).data_ptr()

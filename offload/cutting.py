@@ -9,7 +9,7 @@ With heads that have keys of their own, M hidden and F = 4 M gated, attention is
     attention | up, first half | up, second half | down        four records of 4 M^2
 
 Only on processors with AVX-512 are matrices cut within: there a product of some rows has the bits of the whole one
-(`compiled.linear.product`). Elsewhere up and down are one record each.
+(`compiled.linear.product`). Elsewhere, and for a GPU, up and down are one record each.
 
 Shapes: T tokens, M hidden, F intermediate.
 """
@@ -58,18 +58,20 @@ class Blocks(NamedTuple):
     down: int
 
 
-def blocks_of(config: LayerConfig, hidden: int, storage: Storage) -> Blocks | None:
+def blocks_of(config: LayerConfig, hidden: int, storage: Storage, device: str = "cpu") -> Blocks | None:
     """Return how a layer is cut, so that no block of its MLP is larger than the rest of it; None where it is not."""
     sizes = _part_bytes(config, hidden, storage)
     if not isinstance(config.mlp, MlpConfig) or sum(sizes.values()) < LEAST:
         return None
     most = sizes["attention"]
+    if device != "cpu":
+        return Blocks(1, 1)
     return Blocks(_count(config.mlp.width, sizes["up"], most), _count(hidden, sizes["down"], most))
 
 
-def block_bytes(config: LayerConfig, hidden: int, storage: Storage) -> int:
+def block_bytes(config: LayerConfig, hidden: int, storage: Storage, device: str = "cpu") -> int:
     """Return the bytes that a block of the head may have: those of a layer's largest record, or half of a whole one."""
-    sizes, blocks = _part_bytes(config, hidden, storage), blocks_of(config, hidden, storage)
+    sizes, blocks = _part_bytes(config, hidden, storage), blocks_of(config, hidden, storage, device)
     if blocks is None:
         return sum(sizes.values()) // 2
     return max(sizes["attention"], sizes["up"] // blocks.up, sizes["down"] // blocks.down)

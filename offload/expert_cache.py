@@ -5,13 +5,13 @@ known only in the middle of the layer; there the computation stops (`compiled.fe
 was read stays for the next tokens as far as the budget goes (`expert_slots`, `uses`). A prompt reads each expert that
 any of its tokens chose, a part at a time, past what is kept: free slots are filled on the way, but nothing goes.
 
-Slots lie in one span of addresses with room for all experts, of which memory is taken for those slots only that the
-plan allows; so a compiled layer is the same within any budget.
+Slots are views of one span with room for all experts, of which memory is taken for those slots only that the plan
+allows (`expert_memory`); so a compiled layer is the same within any budget. What DRAM keeps besides is copied from
+there (`expert_dram`).
 
 Shapes: T tokens, K = top_k, M hidden.
 """
 
-import mmap
 import threading
 import time
 from collections import deque
@@ -29,10 +29,14 @@ from ..compiled.packing import Matrix
 from ..compiled.weights import Layer
 from ..spec.config import ModelConfig
 from ..spec.moe import MoeConfig
+from .copies import Copies, Inline
 from .direct import DirectFile
+from .dram import Source
+from .expert_dram import ExpertDram
+from .expert_memory import ExpertMemory, Job
 from .expert_report import ExpertReport
 from .expert_slots import Slots, State
-from .form import Placed, Record, faulty, rebuilt
+from .form import Record, faulty
 from .guessing import Guessing
 from .store import Store
 from .streamer import PIECE, WORKERS, damaged
@@ -56,6 +60,7 @@ class ExpertCache:
         *,
         policy: Policy = Policy.NEXT_USE,
         guess: bool | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self._file, self._guess = file, guess
         self._guessing = Guessing()
@@ -70,7 +75,9 @@ class ExpertCache:
         self._slots = Slots(Uses(experts, top_k, policy), kept=0, spare=0)
         self.slot_bytes = slot_bytes(store)
         room = sum(experts) + max(experts) + most_at_once(config, PASS_ROWS) + 2
-        self._buffer = _unbacked(room * self.slot_bytes)
+        self._copies = copies or Inline()
+        self._memory = ExpertMemory(self._copies, self.slot_bytes, room)
+        self._dram = ExpertDram(self._copies, self.slot_bytes)
         self._layers = {index: _Layer(self, place) for place, index in enumerate(layers)}
         self._matrices = [self._views(of_layer[0], room) for of_layer in self._records]
         self._examples: dict[int, _Example] = {}
@@ -79,23 +86,29 @@ class ExpertCache:
         self._pool = ThreadPoolExecutor(WORKERS)
         self._left: dict[int, int] = {}
         """For each slot that is being read into, the pieces that are not there yet."""
+        self._jobs = 0
+        """Experts that are being read or copied."""
+        self._disk_bytes = 0
+        """Asked of the disk so far."""
         self._failures: dict[int, Exception] = {}
         self._verified: set[int] = set()
         self._used: set[Expert] = set()
         """The experts of the step's layer that is under way."""
         self.report = ExpertReport()
 
-    def resize(self, *, kept: int, spare: int) -> None:
-        """Keep another number of experts, and have another number of slots to read into."""
+    def resize(self, *, kept: int, spare: int, dram: int = 0) -> None:
+        """Keep another number of experts, and have another number of slots to read into; `dram` stay in DRAM."""
         with self._changed:
             self._settle()
-            while self._left:
+            while self._jobs:
                 self._changed.wait()
+            self._copies.finish()
+            if self._memory.resize(kept + spare):
+                self._slots.resize(kept=0, spare=0)
+                self._matrices = [self._views(of_layer[0], self._memory.room) for of_layer in self._records]
+                self._examples.clear()
             self._slots.resize(kept=kept, spare=spare)
-            if hasattr(mmap, "MADV_DONTNEED"):
-                begin = (kept + spare) * self.slot_bytes
-                if begin < len(self._buffer):
-                    self._buffer.madvise(mmap.MADV_DONTNEED, begin)
+            self._dram.resize(dram)
             self.report.kept, self.report.spare = kept, spare
 
     def count_anew(self) -> None:
@@ -120,6 +133,8 @@ class ExpertCache:
     def close(self) -> None:
         """End the threads; closing twice does nothing."""
         self._pool.shutdown()
+        self._memory.close()
+        self._dram.resize(0)
 
     def fetch(self, place: int, experts: Sequence[int], x_TM: Tensor) -> dict[int, int]:
         """Bring experts of a layer into memory together; returns their slots, which stay until the next call."""
@@ -136,12 +151,13 @@ class ExpertCache:
             self._slots.drop_guesses()
             self.report.note_step(wanted, [each for each in found if found[each] not in before], self._nbytes)
             self.report.guessed_right += len(before & set(found.values()))
-            missing = [each for each in wanted if each not in found]
+            missing, before_bytes = [each for each in wanted if each not in found], self._disk_bytes
             for each in missing:
                 found[each] = self._claimed(each)
-                self.report.read_bytes += self._nbytes(each)
+            self.report.read_bytes += self._disk_bytes - before_bytes
             for slot in found.values():
                 self._wait(slot)
+                self._copies.arrive(slot)
                 self._slots.use(slot)
             self._used = set(wanted)
             end_s = time.perf_counter()
@@ -164,6 +180,7 @@ class ExpertCache:
                 slot = self._slots.find((place, expert), part)
                 if slot is not None:
                     self._wait(slot)
+                    self._copies.arrive(slot)
                     self._slots.use(slot)
                     taken.append((expert, slot))
         here = {expert for expert, _ in taken}
@@ -178,16 +195,19 @@ class ExpertCache:
                         self._read_ahead(place, part, taken, others)
                     expert, slot = taken[0]
                     self._wait(slot)
+                    self._copies.arrive(slot)
                     if self._slots.state(slot) is State.READY:
                         self._slots.use(slot)
                 yield expert, one_expert(self._matrices[place][part], slot)
                 with self._changed:
                     taken.popleft()
+                    self._copies.leave(slot)
                     self._slots.done(slot)
         finally:
             with self._changed:
                 for _, slot in taken:
                     if self._slots.state(slot) is State.IN_USE:
+                        self._copies.leave(slot)
                         self._slots.done(slot)
 
     def _read_ahead(self, place: int, part: int, taken: deque[tuple[int, int]], others: deque[int]) -> None:
@@ -197,9 +217,9 @@ class ExpertCache:
             slot = self._slots.claim((place, others[0]), None if whole else part)
             if slot is None:
                 return
-            expert = others.popleft()
+            expert, before_bytes = others.popleft(), self._disk_bytes
             self._read(slot, (place, expert), None if whole else part)
-            self.report.prompt_bytes += self._nbytes((place, expert), None if whole else part)
+            self.report.prompt_bytes += self._disk_bytes - before_bytes
             taken.append((expert, slot))
 
     def _expected(self, place: int, x_M: Tensor) -> Expert | None:
@@ -214,12 +234,14 @@ class ExpertCache:
         return likeliest if self._slots.find(likeliest) is None else None
 
     def _read_guess(self, expert: Expert) -> None:
-        slot = self._slots.claim(expert, guess=True)
+        slot, before_bytes = self._slots.claim(expert, guess=True), self._disk_bytes
         if slot is not None:
             self._read(slot, expert, None)
-            self.report.note_guess(self._nbytes(expert))
+            self.report.note_guess(self._disk_bytes - before_bytes)
 
     def _settle(self) -> None:
+        for slot in self._slots.in_use:
+            self._copies.leave(slot)
         self._slots.settle(self._used)
         self._used = set()
 
@@ -232,45 +254,79 @@ class ExpertCache:
         return slot
 
     def _read(self, slot: int, expert: Expert, part: int | None) -> None:
-        """Have the threads read an expert, or a part of it, into a slot. The lock is held."""
+        """Have the threads bring an expert, or a part of it, into a slot. The lock is held."""
         records = self._records[expert[0]][expert[1]]
-        begin = slot * self.slot_bytes + (records[0].nbytes if part else 0)
         chosen = records if part is None else (records[part],)
-        offset, nbytes = chosen[0].offset, sum(record.nbytes for record in chosen)
-        starts = range(0, nbytes, PIECE)
+        begin, nbytes = records[0].nbytes if part else 0, sum(record.nbytes for record in chosen)
+        target = self._memory.part(slot, begin, nbytes)
+        held = self._dram.find(expert)
+        evict = part is None and self._slots.held > self._slots.kept  # never for a prompt, which reads no more than fit
+        if held is not None:
+            job = Job(slot, expert, Source.COPY, (), held[:0], held[begin : begin + nbytes], target)
+        elif (place := self._dram.claim(expert, evict=evict)) is not None:
+            whole = place[: sum(record.nbytes for record in records)]
+            job = Job(slot, expert, Source.FILL, records, whole, place[begin : begin + nbytes], target)
+        else:
+            host = self._memory.host()[:nbytes] if self._copies.staged else target
+            assert isinstance(host, memoryview)
+            job = Job(slot, expert, Source.DISK, chosen, host, host, target)
+        starts = range(0, max(1, len(job.read)), PIECE)
         self._left[slot] = len(starts)
+        self._jobs += 1
+        self._disk_bytes += len(job.read)
         self._failures.pop(slot, None)  # what nobody waited for
-        buffer = memoryview(self._buffer)[begin : begin + nbytes]
         for start in starts:
-            self._pool.submit(self._work, slot, chosen, buffer, offset, start)
+            self._pool.submit(self._work, job, start)
 
-    def _work(self, slot: int, records: Sequence[Record], buffer: memoryview, offset: int, start: int) -> None:
+    def _work(self, job: Job, start: int) -> None:
         """Read a piece, and after a slot's last piece verify what was read for the first time: a thread's task."""
         failure: Exception | None = None
-        try:
-            piece = buffer[start : start + PIECE]
-            self._file.read_into(piece, offset + start, _names(records, offset + start, len(piece)))
-        except Exception as error:
-            failure = error
-        with self._changed:
-            if failure is not None:
-                self._failures.setdefault(slot, failure)
-            self._left[slot] -= 1
-            if self._left[slot]:
-                return
-            failure = self._failures.get(slot)
-        if failure is None:
+        if job.source is not Source.COPY:
             try:
-                self._verify(records, buffer)
-            except Exception as error:  # whatever it is: who waits for the slot is told, and waits no more
+                piece, offset = job.read[start : start + PIECE], job.records[0].offset + start
+                self._file.read_into(piece, offset, _names(job.records, offset, len(piece)))
+            except Exception as error:
                 failure = error
         with self._changed:
-            del self._left[slot]
+            if failure is not None:
+                self._failures.setdefault(job.slot, failure)
+            self._left[job.slot] -= 1
+            if self._left[job.slot]:
+                return
+            failure = self._failures.get(job.slot)
+        if failure is None:
+            try:
+                self._verify(job.records, job.read)
+            except Exception as error:  # whatever it is: who waits for the slot is told, and waits no more
+                failure = error
+        self._end(job, failure)
+
+    def _end(self, job: Job, failure: Exception | None) -> None:
+        """Bring an expert into its slot, all of whose bytes were read, unless that failed."""
+        copied = failure is None and job.host is not job.target
+        try:
+            if copied:
+                self._copies.copy(job.slot, job.target, job.host)
+        except Exception as error:
+            copied, failure = False, error
+        with self._changed:
+            if job.source is Source.FILL:
+                (self._dram.filled if failure is None else self._dram.failed)(job.expert)
+            del self._left[job.slot]
             if failure is None:
-                self._slots.filled(slot)
+                self._slots.filled(job.slot)
             else:
-                self._failures[slot] = failure
-                self._slots.failed(slot)
+                self._failures[job.slot] = failure
+                self._slots.failed(job.slot)
+            self._changed.notify_all()
+        if copied:
+            self._copies.settle(job.slot)
+        with self._changed:
+            if job.source is Source.COPY or (job.source is Source.FILL and failure is None):
+                self._dram.done(job.expert)
+            elif job.source is Source.DISK and self._copies.staged:
+                self._memory.give_back(job.read)
+            self._jobs -= 1
             self._changed.notify_all()
 
     def _verify(self, records: Sequence[Record], buffer: memoryview) -> None:
@@ -296,21 +352,8 @@ class ExpertCache:
         return sum(record.nbytes for record in (records if part is None else (records[part],)))
 
     def _views(self, records: tuple[Record, Record], room: int) -> tuple[Matrix, Matrix]:
-        """Return an expert's matrices with all slots in front."""
-        stride, buffer = self.slot_bytes, memoryview(self._buffer)
-
-        def view(record: Record, begin: int) -> Matrix:
-            def found(placed: Placed) -> Tensor:
-                if placed.nbytes == 0:
-                    return torch.empty(room, *placed.shape, dtype=placed.dtype)
-                flat = torch.frombuffer(buffer[begin + placed.offset :], dtype=placed.dtype)
-                strides = torch.empty(placed.shape, device="meta").stride()
-                return flat.as_strided((room, *placed.shape), (stride // placed.dtype.itemsize, *strides))
-
-            matrix: Matrix = rebuilt(record.form, found)
-            return matrix
-
-        return view(records[0], 0), view(records[1], records[0].nbytes)
+        """Return an expert's matrices with all slots in front, of which there may be `room`."""
+        return self._memory.views(records)
 
 
 def _copied(router: Matrix) -> Matrix:
@@ -328,7 +371,7 @@ class _Layer:
     def slots(self, expert_TK: Tensor, x_TM: Tensor) -> Tensor:
         chosen = expert_TK.flatten().tolist()
         slots = self._cache.fetch(self.place, chosen, x_TM)
-        return torch.tensor([slots[expert] for expert in chosen]).view(expert_TK.shape)
+        return torch.tensor([slots[expert] for expert in chosen], device=expert_TK.device).view(expert_TK.shape)
 
     def matrices(self, experts: Sequence[int], part: int) -> Iterator[tuple[int, Matrix]]:
         return self._cache.pass_through(self.place, experts, part)
@@ -359,14 +402,6 @@ def most_at_once(config: ModelConfig, rows: int) -> int:
     """Return how many experts of a layer as many rows can choose at most."""
     mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeConfig)]
     return max((min(each.router.experts, rows * each.router.top_k) for each in mixtures), default=0)
-
-
-def _unbacked(nbytes: int) -> mmap.mmap:
-    """Return addresses for so many bytes, of which memory is taken as pages are first written."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, nbytes)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    return mmap.mmap(-1, nbytes, flags=flags)
 
 
 def _names(records: Sequence[Record], begin: int, nbytes: int) -> str:

@@ -67,6 +67,11 @@ class Slots:
         return self._holds[slot]
 
     @property
+    def in_use(self) -> list[int]:
+        """The slots that are computed with."""
+        return [slot for slot, state in enumerate(self._states) if state is State.IN_USE]
+
+    @property
     def guessed(self) -> set[int]:
         """The slots of guesses that nobody has wanted yet."""
         return set(self._guessed)

@@ -9,13 +9,14 @@ So a record is read into any buffer of its size, and what it holds are tensors t
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..compiled.norms import Norm
 from ..compiled.packing import Matrix
@@ -127,20 +128,42 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def in_buffer(record: Record, buffer: memoryview | Tensor) -> Any:
     """Return the part that a record describes, its tensors lying in this buffer.
 
-    In host memory each has a storage of its own, so no tensor has an offset that a kernel could drop; in that of a
-    device they are views.
+    Each has a storage of its own, so no tensor has an offset that a kernel could drop, and none is a view of another.
+    Those in a device's memory do not keep it: whoever holds the buffer holds the part.
     """
 
     def found(placed: Placed) -> Tensor:
         if placed.nbytes == 0:
             device = buffer.device if isinstance(buffer, Tensor) else None
             return torch.empty(placed.shape, dtype=placed.dtype, device=device)
+        if isinstance(buffer, Tensor):
+            return lying_in(buffer, placed.offset, placed.dtype, placed.shape)
         raw = buffer[placed.offset : placed.offset + placed.nbytes]
-        if isinstance(raw, Tensor):
-            return raw.view(placed.dtype).view(placed.shape)
         return torch.frombuffer(cast(Any, raw), dtype=placed.dtype).view(placed.shape)
 
     return rebuilt(record.form, found)
+
+
+_storage_at: Callable[..., Any] = torch._C._construct_storage_from_data_pointer  # as torch's own CUDA graphs make them
+
+
+def lying_in(
+    buffer: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int] | None = None
+) -> Tensor:
+    """Return the tensor that begins at a byte of a buffer, as a non-owning alias; contiguous unless strides are given.
+
+    >>> lying_in(torch.arange(8, dtype=torch.uint8), 4, torch.uint8, (2, 2)).tolist()
+    [[4, 5], [6, 7]]
+    """
+    strides = tuple(strides or torch.empty(shape, device="meta").stride())
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    storage = _storage_at(buffer.data_ptr() + offset, buffer.device, (last + 1) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype, device=buffer.device).set_(storage, 0, tuple(shape), strides)
+
+
+def on_device(part: Any, device: torch.device) -> Any:
+    """Return a part whose tensors lie on a device; those that do already are not copied."""
+    return pytree.tree_map_only(Tensor, lambda each: each.to(device), part)
 
 
 def rebuilt(form: Any, found: Callable[[Placed], Tensor]) -> Any:

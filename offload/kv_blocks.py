@@ -1,4 +1,4 @@
-"""Attention over keys and values in a file, a block at a time: no layer's are ever in memory as a whole.
+"""Attention over keys and values in DRAM or a file, a block at a time: no layer's are ever in memory as a whole.
 
 For where even one layer's do not fit. While one block is attended to, the next is read. Each query keeps the maximum m
 of its scores so far, and the sums l of exp(score - m) and a of exp(score - m) * value; a block with a larger maximum
@@ -10,9 +10,11 @@ A sequence's new keys and values come from the layer itself, and are written beh
 Shapes: T queries of one sequence, S keys of a block, H heads, K key/value heads, G = H / K, D head size.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +23,32 @@ from ..compiled.compute import accumulation_dtype
 from ..compiled.layers import Cache
 from ..compiled.weights import Layer
 from ..spec.config import AttentionConfig
+from .copies import Copies
 from .direct import aligned_buffer
 from .events import Event, Kind
-from .form import PAGE, pages
-from .kv_file import KvFile
+from .form import PAGE, bytes_of, lying_in, pages
+from .kv_home import KvHome
 from .kv_stream import BUFFERS, Place, Span
+
+_NEW = BUFFERS
+"""Stands for the tokens that a layer gains, which lie in none of the buffers."""
 
 
 class KvBlocks:
-    """Keys and values of layers in a file, of which each buffer holds a block of `tokens` of one sequence."""
+    """Keys and values of layers that are away, of which each buffer holds a block of `tokens` of one sequence."""
 
-    def __init__(self, file: KvFile, places: Mapping[int, Place], tokens: int, log: Callable[[Event], None]) -> None:
-        self._file, self._places, self._tokens, self._log = file, places, tokens, log
+    def __init__(
+        self,
+        home: KvHome,
+        places: Mapping[int, Place],
+        tokens: int,
+        log: Callable[[Event], None],
+        copies: Copies,
+    ) -> None:
+        self._home, self._places, self._tokens, self._log, self._copies = home, places, tokens, log, copies
         size = max(2 * tokens * place.token_bytes for place in places.values())
-        self._buffers = [aligned_buffer(size) for _ in range(BUFFERS)]
+        self._buffers = [copies.device_buffer(size) for _ in range(BUFFERS)]
+        self._hosts = [copies.host_buffer(size) for _ in range(BUFFERS)] if copies.staged else self._buffers
         self._thread = ThreadPoolExecutor(1)
         self._writes: list[Future[None]] = []
 
@@ -61,7 +75,7 @@ class KvBlocks:
                 sums.add(first, key_SKD, value_SKD)
             sums.add(span.begin, *new)
             out_THD[rows] = sums.out()
-            self._writes.append(self._thread.submit(self._write, layer, span, new))
+            self._writes.append(self._thread.submit(self._write, layer, span, new, self._copies.computed()))
         out_THD[row:] = out_THD[row - 1]
         return out_THD
 
@@ -71,13 +85,14 @@ class KvBlocks:
             start = row * capacity
             key, value = (each[start : start + length] for each in cache)
             if length:
-                self._thread.submit(self._write, layer, Span(row, 0, length), (key, value)).result()
+                given = layer, Span(row, 0, length), (key, value), self._copies.computed()
+                self._thread.submit(self._write, *given).result()
 
     def get(self, layer: int, lengths: Sequence[int]) -> Cache:
         """Read a whole layer, into memory that is taken for it."""
         place = self._places[layer]
         shape = place.batch * place.capacity, place.kv_heads, place.head_size
-        cache = Cache(*(torch.zeros(shape, dtype=place.dtype) for _ in Cache._fields))
+        cache = Cache(*(torch.zeros(shape, dtype=place.dtype, device=self._copies.device) for _ in Cache._fields))
         for row, length in enumerate(lengths):
             for first, parts in self._blocks(layer, Span(row, length, length), None):
                 start = row * place.capacity + first
@@ -96,11 +111,17 @@ class KvBlocks:
         for each in self._writes:
             each.exception()
         self._writes = []
+        for slot in range(BUFFERS):
+            self._copies.leave(slot)
 
     def close(self) -> None:
-        """End the thread, and give up the file."""
+        """End the thread, and give up what is away."""
         self._thread.shutdown()
-        self._file.close()
+        self._copies.finish()
+        if self._copies.staged:
+            while self._hosts:
+                self._copies.free(self._hosts.pop())
+        self._home.close()
 
     def _blocks(self, layer: int, span: Span, window: int | None) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """Yield the first position of each block of what a sequence holds, and its keys and values."""
@@ -112,23 +133,38 @@ class KvBlocks:
                 given = layer, span, begins[number], number % BUFFERS
                 reads.append(self._thread.submit(self._read, *given))
             if number > 0:
-                yield begins[number - 1], reads[number - 1].result()
+                slot, found = (number - 1) % BUFFERS, reads[number - 1].result()
+                self._copies.arrive(slot)
+                yield begins[number - 1], found
+                self._copies.leave(slot)
 
     def _read(self, layer: int, span: Span, first: int, slot: int) -> tuple[Tensor, Tensor]:
         place, begin_s = self._places[layer], time.perf_counter()
         count = min(self._tokens, span.begin - first)
         nbytes, size = pages(count * place.token_bytes), self._tokens * place.token_bytes
+        shape = count, place.kv_heads, place.head_size
+        buffer, host = self._buffers[slot], self._hosts[slot]
         found = []
+        self._copies.settle(slot)
         for part in range(2):
-            buffer = self._buffers[slot][part * size : part * size + nbytes]
-            self._file.read_into(buffer, self._offset(place, part, span.row, first), _name(layer))
-            tokens_SKD = torch.frombuffer(buffer, dtype=place.dtype)[: count * place.kv_heads * place.head_size]
-            found.append(tokens_SKD.view(count, place.kv_heads, place.head_size))
+            where = slice(part * size, part * size + nbytes)
+            staged = host[where]
+            assert isinstance(staged, memoryview)
+            self._home.read_into(staged, self._offset(place, part, span.row, first), _name(layer))
+            if isinstance(buffer, Tensor):
+                self._copies.copy(slot, buffer[where], staged)
+                found.append(lying_in(buffer, where.start, place.dtype, shape))
+            else:
+                given: Any = staged
+                found.append(torch.frombuffer(given, dtype=place.dtype)[: math.prod(shape)].view(shape))
         self._log(Event(Kind.KV_READ, layer, slot, begin_s, time.perf_counter()))
         return found[0], found[1]
 
-    def _write(self, layer: int, span: Span, new: tuple[Tensor, Tensor]) -> None:
-        """Write what a sequence gained, in whole pages: what was in the first one before is read and written again."""
+    def _write(self, layer: int, span: Span, new: tuple[Tensor, Tensor], after: Any) -> None:
+        """Write what a sequence gained, in whole pages: what was in the first one before is read and written again.
+
+        `after` is the mark of when it was computed.
+        """
         place, begin_s = self._places[layer], time.perf_counter()
         low = span.begin * place.token_bytes // PAGE * PAGE
         buffer = aligned_buffer(pages(span.end * place.token_bytes) - low)
@@ -136,11 +172,10 @@ class KvBlocks:
         for part, tokens_TKD in enumerate(new):
             offset = self._offset(place, part, span.row, 0) + low
             if held:
-                self._file.read_into(buffer[:PAGE], offset, _name(layer))
-            raw = torch.frombuffer(buffer, dtype=place.dtype)
-            first = held // place.dtype.itemsize
-            raw[first : first + tokens_TKD.numel()] = tokens_TKD.flatten()
-            self._file.write_from(buffer, offset, _name(layer))
+                self._home.read_into(buffer[:PAGE], offset, _name(layer))
+            source = tokens_TKD.view(-1).view(torch.uint8) if self._copies.staged else bytes_of(tokens_TKD)
+            self._copies.save(_NEW, [(buffer[held : held + tokens_TKD.nbytes], source)], after)
+            self._home.write_from(buffer, offset, _name(layer))
         self._log(Event(Kind.KV_WRITE, layer, 0, begin_s, time.perf_counter()))
 
     def _offset(self, place: Place, part: int, row: int, token: int) -> int:
@@ -154,12 +189,13 @@ class _Sums:
         wide = accumulation_dtype(query_THD.dtype)
         tokens, _, size = query_THD.shape
         self._config, self._dtype = config, query_THD.dtype
-        self._position_T = torch.arange(span.begin, span.end)
+        self._device = query_THD.device
+        self._position_T = torch.arange(span.begin, span.end, device=self._device)
         self._query_KTGD = query_THD.reshape(tokens, config.kv_heads, -1, size).transpose(0, 1).to(wide)
         kv_heads, _, group, _ = self._query_KTGD.shape
         self._slope_KG = None if weights.slope_H is None else weights.slope_H.view(kv_heads, group)
-        self._most_KTG = torch.full((kv_heads, tokens, group), -torch.inf, dtype=wide)
-        self._total_KTG = torch.zeros(kv_heads, tokens, group, dtype=wide)
+        self._most_KTG = torch.full((kv_heads, tokens, group), -torch.inf, dtype=wide, device=self._device)
+        self._total_KTG = torch.zeros(kv_heads, tokens, group, dtype=wide, device=self._device)
         self._mixed_KTGD = torch.zeros_like(self._query_KTGD)
         if weights.sink_H is not None:  # a key of its own, whose value is zero
             self._most_KTG = weights.sink_H.view(kv_heads, 1, group).to(wide).expand(-1, tokens, -1)
@@ -168,7 +204,7 @@ class _Sums:
     def add(self, first: int, key_SKD: Tensor, value_SKD: Tensor) -> None:
         """Take in the keys and values from position `first` on."""
         config, wide = self._config, self._query_KTGD.dtype
-        distance_TS = self._position_T[:, None] - torch.arange(first, first + len(key_SKD))
+        distance_TS = self._position_T[:, None] - torch.arange(first, first + len(key_SKD), device=self._device)
         seen_TS = distance_TS >= 0 if config.window is None else (distance_TS >= 0) & (distance_TS < config.window)
         score_KTGS = self._query_KTGD @ key_SKD.to(wide).permute(1, 2, 0)[:, None] * config.scale
         if config.softcap is not None:

@@ -1,13 +1,15 @@
-"""Keys and values of layers that are kept in a file, brought in one layer ahead and written back behind.
+"""Keys and values of layers that are kept in DRAM or in a file, brought in one layer ahead and written back behind.
 
 Layers take turns in two buffers. One thread does all reads and writes in the order in which they were asked for:
 
     computing   | layer 3, buffer 0  | layer 4, buffer 1             | layer 5, buffer 0
     the thread  | read 4 into 1      | write 3 from 0, read 5 into 0 | write 4 from 1, ...
 
-so a buffer is filled anew only after what it held is written, and what a layer gained in one sweep is in the file when
-the next one reads it. A sweep brings in only what its sequences hold, from a window's first key on, and writes only the
-pages that gained tokens.
+so a buffer is filled anew only after what it held is written, and what a layer gained in one sweep is there when the
+next one reads it. The buffers are the device's; on one that has a memory of its own, what lies in the file passes
+through two buffers of the host, and what lies in DRAM is copied from and to where it lies (`kv_home`, `copies`). A
+sweep brings in only what its sequences hold, from a window's first key on, and writes only the pages that gained
+tokens.
 
 A layer lies in the file as in a buffer: first all keys, then all values, each sequence's from a page on. So capacities
 are whole pages in every layer (`whole_capacity`): with 3 heads of 64 floats, 768 bytes a token, multiples of 16.
@@ -20,16 +22,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..compiled.layers import Cache
 from ..spec.config import LayerConfig
-from .direct import aligned_buffer
+from .copies import Buffer, Copies
 from .events import Event, Kind
-from .form import PAGE, pages
-from .kv_file import KvFile
+from .form import PAGE, lying_in, pages
+from .kv_home import KvHome
 
 BUFFERS = 2
 
@@ -71,9 +74,11 @@ class Place(NamedTuple):
     def nbytes(self) -> int:
         return 2 * self.part_bytes
 
-    def in_buffer(self, buffer: memoryview) -> Cache:
+    def in_buffer(self, buffer: Buffer) -> Cache:
         """Return the cache that lies in a buffer."""
         shape = self.batch * self.capacity, self.kv_heads, self.head_size
+        if isinstance(buffer, Tensor):
+            return Cache(*(lying_in(buffer, begin, self.dtype, shape) for begin in (0, self.part_bytes)))
         parts = (buffer[begin : begin + self.part_bytes] for begin in (0, self.part_bytes))
         return Cache(*(torch.frombuffer(part, dtype=self.dtype).view(shape) for part in parts))
 
@@ -141,13 +146,14 @@ def _spread(layers: Sequence[int], count: int) -> list[int]:
 
 
 class KvStream:
-    """Keys and values of some layers in a file, and the two buffers in which they are computed with."""
+    """Keys and values of some layers, and the two buffers in which they are computed with."""
 
-    def __init__(self, file: KvFile, places: Mapping[int, Place], log: Callable[[Event], None]) -> None:
-        self._file, self._places, self._log = file, places, log
+    def __init__(self, home: KvHome, places: Mapping[int, Place], log: Callable[[Event], None], copies: Copies) -> None:
+        self._home, self._places, self._log, self._copies = home, places, log, copies
         self._layers = sorted(places)
         size = max(place.nbytes for place in places.values())
-        self._buffers = [aligned_buffer(size) for _ in range(BUFFERS)]
+        self._buffers = [copies.device_buffer(size) for _ in range(BUFFERS)]
+        self._hosts = [copies.host_buffer(size) for _ in range(BUFFERS)] if copies.staged else self._buffers
         self._caches = {
             (layer, slot): places[layer].in_buffer(buffer)
             for layer in self._layers
@@ -156,6 +162,8 @@ class KvStream:
         self._thread = ThreadPoolExecutor(1)
         self._reads: dict[int, Future[None]] = {}
         self._writes: list[Future[None]] = []
+        self._marks: dict[int, Any] = {}
+        """For each layer that is to be written, when it was computed."""
         self._spans: list[Span] = []
 
     def begin(self, spans: Sequence[Span]) -> None:
@@ -170,7 +178,9 @@ class KvStream:
         slot, begin_s = self._slot(layer), time.perf_counter()
         self._reads.pop(layer).result()
         self._log(Event(Kind.KV_WAIT, layer, slot, begin_s, time.perf_counter()))
+        self._copies.arrive(slot)
         yield self._caches[layer, slot]
+        self._marks[layer] = self._copies.computed()
         self._writes.append(self._thread.submit(self._write, layer))
         place = self._layers.index(layer)
         for following in self._layers[place + BUFFERS : place + BUFFERS + 1]:
@@ -187,29 +197,36 @@ class KvStream:
         for each in [*self._reads.values(), *self._writes]:
             each.exception()
         self._reads, self._writes = {}, []
+        self._leave()
 
     def put(self, layer: int, cache: Cache, capacity: int, lengths: Sequence[int]) -> None:
         """Write a layer from a cache of another capacity."""
         slot = self._slot(layer)
+        self._copies.arrive(slot)
         for mine, given in zip(self._caches[layer, slot], cache, strict=True):
             for row, length in enumerate(lengths):
                 start = row * self._places[layer].capacity
                 mine[start : start + length] = given[row * capacity : row * capacity + length]
         self._spans = [Span(row, 0, length) for row, length in enumerate(lengths)]
+        self._marks[layer] = self._copies.computed()
         self._thread.submit(self._write, layer).result()
 
     def get(self, layer: int, lengths: Sequence[int]) -> Cache:
         """Read a whole layer, into a buffer that the next call overwrites."""
-        slot = self._slot(layer)
-        place, buffer = self._places[layer]._replace(window=None), self._buffers[slot]
-        for part in place.held([Span(row, length, length) for row, length in enumerate(lengths)]):
-            self._file.read_into(buffer[part], place.offset + part.start, _name(layer))
+        slot, place = self._slot(layer), self._places[layer]._replace(window=None)
+        self._leave()
+        self._fetch(layer, place.held([Span(row, length, length) for row, length in enumerate(lengths)]))
+        self._copies.arrive(slot)
         return self._caches[layer, slot]
 
     def close(self) -> None:
-        """End the thread, and give up the file."""
+        """End the thread, and give up what is away."""
         self._thread.shutdown()
-        self._file.close()
+        self._copies.finish()
+        if self._copies.staged:
+            while self._hosts:
+                self._copies.free(self._hosts.pop())
+        self._home.close()
 
     def _slot(self, layer: int) -> int:
         return self._layers.index(layer) % BUFFERS
@@ -218,16 +235,50 @@ class KvStream:
         self._reads[layer] = self._thread.submit(self._read, layer)
 
     def _read(self, layer: int) -> None:
-        self._move(layer, Kind.KV_READ, self._places[layer].held(self._spans), self._file.read_into)
+        begin_s = time.perf_counter()
+        self._fetch(layer, self._places[layer].held(self._spans))
+        self._log(Event(Kind.KV_READ, layer, self._slot(layer), begin_s, time.perf_counter()))
+
+    def _fetch(self, layer: int, parts: Sequence[slice]) -> None:
+        """Bring parts of a layer into its buffer, or have the lane bring them there."""
+        slot = self._slot(layer)
+        self._copies.settle(slot)
+        for part in parts:
+            offset = self._places[layer].offset + part.start
+            host = self._home.part(offset, part.stop - part.start)
+            in_dram = host is not None
+            if host is None:
+                host = self._host(slot, part)
+                self._home.read_into(host, offset, _name(layer))
+            if in_dram or self._copies.staged:
+                self._copies.copy(slot, self._buffers[slot][part], host)
 
     def _write(self, layer: int) -> None:
-        self._move(layer, Kind.KV_WRITE, self._places[layer].gained(self._spans), self._file.write_from)
+        slot, begin_s, name = self._slot(layer), time.perf_counter(), _name(layer)
+        saved: list[tuple[memoryview, Buffer]] = []
+        written: list[tuple[memoryview, int]] = []
+        for part in self._places[layer].gained(self._spans):
+            offset = self._places[layer].offset + part.start
+            host = self._home.part(offset, part.stop - part.start)
+            if host is None:
+                written.append((self._host(slot, part), offset))
+            if host is not None or self._copies.staged:
+                saved.append((self._host(slot, part) if host is None else host, self._buffers[slot][part]))
+        self._copies.save(slot, saved, self._marks.pop(layer))
+        for host, offset in written:
+            self._home.write_from(host, offset, name)
+        self._log(Event(Kind.KV_WRITE, layer, slot, begin_s, time.perf_counter()))
 
-    def _move(self, layer: int, kind: Kind, parts: list[slice], move: Callable[[memoryview, int, str], None]) -> None:
-        slot, begin_s = self._slot(layer), time.perf_counter()
-        for part in parts:
-            move(self._buffers[slot][part], self._places[layer].offset + part.start, _name(layer))
-        self._log(Event(kind, layer, slot, begin_s, time.perf_counter()))
+    def _host(self, slot: int, part: slice) -> memoryview:
+        """Return the memory between a buffer and the disk."""
+        host = self._hosts[slot][part]
+        assert isinstance(host, memoryview)
+        return host
+
+    def _leave(self) -> None:
+        """Let the next copies into the buffers wait for what was computed up to now."""
+        for slot in range(BUFFERS):
+            self._copies.leave(slot)
 
 
 def _name(layer: int) -> str:

@@ -40,7 +40,7 @@ class Speeds:
     memory: float
     """Bytes a second, read by one sum."""
     copies: float
-    """Bytes a second, from DRAM into a buffer of the ring."""
+    """Bytes a second, from the host's memory into a buffer of the ring."""
     gemm: float
     """Float operations a second of a product of many rows."""
     direct: bool
@@ -70,7 +70,7 @@ class Step:
 
     computing: Sweep
     kv_s: float
-    """What a step's keys and values take to be read and written where they lie in a file."""
+    """What a step's keys and values take to be read and written where they are away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +98,21 @@ class Prediction:
     hiding_tokens: float
 
 
-def measure(store: Store, slots: int) -> Speeds:
+def measure(store: Store, slots: int, device: torch.device = CPU) -> Speeds:
     """Measure for about a second each; the disk with a ring of so many buffers, on which its rate depends.
+
+    Memory, copies and products are those of a device.
 
     Of records smaller than a piece one is read by one thread: with two buffers two threads read, with four all do.
     """
     file = DirectFile(store.weights)
     try:
         return Speeds(
-            disk=_disk(store, file, slots), memory=_memory(), copies=_copies(), gemm=_gemm(), direct=file.direct
+            disk=_disk(store, file, slots),
+            memory=_memory(device),
+            copies=_copies(device),
+            gemm=_gemm(device),
+            direct=file.direct,
         )
     finally:
         file.close()
@@ -156,6 +162,7 @@ def _still(path: OffloadPath, sequences: TieredSequences, tokens_BT: Tensor) -> 
     """Return what extending takes without waits, and what reading and writing keys and values does."""
     begin_s = time.perf_counter()
     path.extend(sequences, list(tokens_BT))
+    copies_for(path.device).drain()
     passed_s = time.perf_counter() - begin_s
     events = [each for each in path.events if each.begin_s >= begin_s]
     head = len(path.store.schedule) - len(path.store.head)
@@ -197,11 +204,10 @@ def _swept_s(store: Store, plan: Plan, read_bytes: int, kv_s: float, speeds: Spe
     computing is divided among their records by size, and so is what is read besides: experts, keys and values.
     """
     head, kept = len(store.schedule) - len(store.head), set(plan.dram_records)
-    reads = [
-        record.nbytes / (speeds.copies if place in kept else speeds.disk) for place, record in enumerate(store.schedule)
-    ]
+    disk = min(speeds.disk, speeds.copies) if plan.staging_bytes else speeds.disk  # what is read is copied then
+    reads = [record.nbytes / (speeds.copies if place in kept else disk) for place, record in enumerate(store.schedule)]
     scheduled = sum(record.nbytes for place, record in enumerate(store.schedule) if place not in kept)
-    more_s = (read_bytes - scheduled) / speeds.disk + kv_s
+    more_s = max(0, read_bytes - scheduled) / disk + kv_s
     layers_bytes = sum(record.nbytes for record in store.schedule[:head])
     head_bytes = sum(record.nbytes for record in store.head)
     uses = []
@@ -247,7 +253,7 @@ def best_batch(path: OffloadPath, reserve: int, prompts: int) -> int:
     """
     path.open(1, reserve).close()
     assert path.plan is not None
-    speeds = measure(path.store, path.plan.slots)
+    speeds = measure(path.store, path.plan.slots, path.device)
     here, most = (min(prompts, path.most_batch(reserve, away=away)) for away in (False, True))
 
     def hiding(batch: int) -> tuple[int, float]:
@@ -287,32 +293,36 @@ def _disk(store: Store, file: DirectFile, slots: int) -> float:
         streamer.close()
 
 
-def _memory() -> float:
-    tensor = torch.frombuffer(aligned_buffer(64 << 20), dtype=torch.float32).fill_(1.0)
-    return _rate(tensor.nbytes, lambda: tensor.sum())
+def _memory(device: torch.device) -> float:
+    tensor = torch.frombuffer(aligned_buffer(64 << 20), dtype=torch.float32).fill_(1.0).to(device)
+    return _rate(tensor.nbytes, lambda: tensor.sum(), device)
 
 
-def _copies() -> float:
-    copies = copies_for(CPU)
+def _copies(device: torch.device) -> float:
+    copies = copies_for(device)
     source, target = copies.host_buffer(64 << 20), copies.device_buffer(64 << 20)
 
     def copy() -> None:
         copies.copy(0, target, source)
         copies.settle(0)
 
-    return _rate(len(source), copy)
+    try:
+        return _rate(len(source), copy, device)
+    finally:
+        copies.free(source)
 
 
-def _gemm() -> float:
-    x, weight = torch.ones(_GEMM, _GEMM), torch.ones(_GEMM, _GEMM)
-    return _rate(2 * _GEMM**3, lambda: product(x, weight, None))
+def _gemm(device: torch.device) -> float:
+    x, weight = torch.ones(_GEMM, _GEMM, device=device), torch.ones(_GEMM, _GEMM, device=device)
+    return _rate(2 * _GEMM**3, lambda: product(x, weight, None), device)
 
 
-def _rate(work: int, call: Callable[[], object]) -> float:
+def _rate(work: int, call: Callable[[], object], device: torch.device) -> float:
     """Return the best of several runs."""
-    best = float("inf")
+    best, copies = float("inf"), copies_for(device)
     for _ in range(5):
         begin_s = time.perf_counter()
         call()
+        copies.drain()
         best = min(best, time.perf_counter() - begin_s)
     return work / best

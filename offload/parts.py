@@ -60,12 +60,12 @@ class Part(NamedTuple):
     prepare: Callable[[], Any]
 
 
-def parts(source: WeightSource, storage: Storage) -> Iterator[Part]:
-    """Yield what a store holds, in the file's order. Nothing is read before it is prepared."""
+def parts(source: WeightSource, storage: Storage, device: str = "cpu") -> Iterator[Part]:
+    """Yield what a store for a type of device holds, in the file's order. Nothing is read before it is prepared."""
     config = source.config
-    blocks = _Blocks(source, storage)
+    blocks = _Blocks(source, storage, device)
     for index in range(len(config.layers)):
-        cuts = cuts_of(source, index, storage)
+        cuts = cuts_of(source, index, storage, device)
         cut = "" if cuts is None else ", attention"
         yield Part("layers", f"layer {index}{cut}", lambda index=index: blocks.layer(index))  # type: ignore[misc]
         for part, count in cuts._asdict().items() if cuts is not None else ():
@@ -87,8 +87,8 @@ def parts(source: WeightSource, storage: Storage) -> Iterator[Part]:
 class _Blocks:
     """Prepares the parts of a model, holding on to the token table while that is cut."""
 
-    def __init__(self, source: WeightSource, storage: Storage) -> None:
-        self._source, self._config, self._storage = source, source.config, storage
+    def __init__(self, source: WeightSource, storage: Storage, device: str) -> None:
+        self._source, self._config, self._storage, self._device = source, source.config, storage, device
         self._frequencies: dict[int, Tensor | None] = {}
         self._checksums: dict[tuple[str, int], list[int]] = {}
         self._whole: tuple[str, Quantized, Tensor | None] | None = None
@@ -96,7 +96,7 @@ class _Blocks:
         self._expert: tuple[int, int, Mlp] | None = None
         self._cut: tuple[int, Layer] | None = None
         config = source.config
-        largest = max(block_bytes(layer, config.hidden, storage) for layer in config.layers)
+        largest = max(block_bytes(layer, config.hidden, storage, device) for layer in config.layers)
         most = max(ROWS, max(_LEAST_BLOCK, largest) * 8 // (BITS[storage] * _padded(config.table_width)))
         self.count = -(-source.config.vocabulary // most)
         self.rows = -(-source.config.vocabulary // self.count // ROWS) * ROWS
@@ -113,7 +113,7 @@ class _Blocks:
         config = self._config.layers[index]
         of_rows = self._source.of_rows(index) if isinstance(self._source, RankSource) else None
         layer = prepare_layer(weights, config, self._storage, CPU, of_rows=of_rows)
-        if cuts_of(self._source, index, self._storage) is None:
+        if cuts_of(self._source, index, self._storage, self._device) is None:
             return layer
         self._cut = index, layer
         return without_mlp(layer)
@@ -123,7 +123,7 @@ class _Blocks:
         config = self._config.layers[index]
         if self._cut is None or self._cut[0] != index:  # a run that was killed had read it
             self.layer(index)
-        cuts = cuts_of(self._source, index, self._storage)
+        cuts = cuts_of(self._source, index, self._storage, self._device)
         assert self._cut is not None
         assert cuts is not None
         layer = self._cut[1]
@@ -271,16 +271,16 @@ def experts_of_layer(source: WeightSource, index: int) -> int:
     return mlp.router.experts if isinstance(mlp, MoeConfig) else 0
 
 
-def cuts_of(source: WeightSource, index: int, storage: Storage) -> Blocks | None:
+def cuts_of(source: WeightSource, index: int, storage: Storage, device: str = "cpu") -> Blocks | None:
     """Return how a layer is cut; a rank's share, of which the programs take a whole layer, is not."""
     if isinstance(source, RankSource):
         return None
-    return blocks_of(source.config.layers[index], source.config.hidden, storage)
+    return blocks_of(source.config.layers[index], source.config.hidden, storage, device)
 
 
-def mlp_records(source: WeightSource, index: int, storage: Storage) -> Blocks:
+def mlp_records(source: WeightSource, index: int, storage: Storage, device: str = "cpu") -> Blocks:
     """Return how many records of their own a layer's up and down are; 0 where its first record holds them."""
-    return cuts_of(source, index, storage) or Blocks(0, 0)
+    return cuts_of(source, index, storage, device) or Blocks(0, 0)
 
 
 def _padded(inputs: int) -> int:

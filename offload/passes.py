@@ -32,15 +32,15 @@ def _decode_calls(
     programs: StreamedPrograms, sequences: TieredSequences, rows: Sequence[int], tokens: Sequence[int]
 ) -> list[Pending]:
     """Return the passes of a decode step, in which rows run out as in the compiled path."""
-    pending = []
+    pending, device = [], programs.example.device
     for given in passes(len(rows), programs.example.store.storage) if rows else []:
         of_pass = [rows[each] for each in given]
         positions = [sequences.lengths[row] for row in of_pass]
         starts = [row * sequences.capacity for row in of_pass]
         ids = [tokens[each] for each in given]
         name = {1: Program.DECODE, PASS_ROWS: Program.DECODE_ROWS}.get(len(given), Program.DECODE_MANY)
-        slot_S = torch.arange(max(2, max(positions) + 1))
-        inputs = torch.tensor([ids, positions, starts]), slot_S
+        slot_S = torch.arange(max(2, max(positions) + 1), device=device)
+        inputs = torch.tensor([ids, positions, starts], device=device), slot_S
         call = Call(programs.get(name), inputs, shared=(slot_S,), last_only=False)
         spans = [Span(row, sequences.lengths[row], sequences.lengths[row] + 1) for row in dict.fromkeys(of_pass)]
         nbytes = call_bytes(programs.example.store, programs.example.config, len(given), len(slot_S))
@@ -52,13 +52,13 @@ def _prefill_calls(
     programs: StreamedPrograms, sequences: TieredSequences, row: int, tokens: Sequence[int]
 ) -> list[Pending]:
     """Return the pieces of a prompt, which go through each layer one after the other."""
-    program, pending = programs.get(Program.PREFILL), []
+    program, device, pending = programs.get(Program.PREFILL), programs.example.device, []
     end, stop = sequences.lengths[row], sequences.lengths[row] + len(tokens)
-    start_1 = torch.tensor([row * sequences.capacity])
+    start_1 = torch.tensor([row * sequences.capacity], device=device)
     for piece_T in torch.tensor(tokens).tensor_split(-(-len(tokens) // PREFILL_TOKENS)):
         begin, end = end, end + len(piece_T)
-        slot_S = torch.arange(end)
-        call = Call(program, (piece_T, slot_S[begin:], start_1, slot_S), last_only=True)
+        slot_S = torch.arange(end, device=device)
+        call = Call(program, (piece_T.to(device), slot_S[begin:], start_1, slot_S), last_only=True)
         nbytes = call_bytes(programs.example.store, programs.example.config, len(piece_T), end)
         pending.append(Pending(call, piece_T.tolist(), [row], [Span(row, begin, end)], end == stop, nbytes))
     return pending

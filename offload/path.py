@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..compiled.compute import DEFAULT
 from ..compiled.layers import Cache
-from ..compiled.machine import bound_freed_memory, check_compiler, return_freed_memory
+from ..compiled.machine import bound_freed_memory, check_compiler, checked_device, return_freed_memory
 from ..compiled.path import Mode
 from ..compiled.programs import Program
 from ..compiled.turn import Turn
@@ -37,13 +37,13 @@ from .dram import Dram
 from .events import Event
 from .expert_cache import ExpertCache
 from .expert_report import ExpertReport
-from .form import Resident, faulty, in_buffer
+from .form import Resident, faulty, in_buffer, on_device
 from .kv_stream import away_layers
 from .passes import calls_of
 from .plan import Plan, most_batch, plan
 from .programs import Example, StreamedPrograms
 from .sequences import Away, TieredSequences
-from .store import Store, kinds
+from .store import Store, check_device, kinds
 from .streamer import KEPT, Streamer, damaged
 from .table import DiskTable
 
@@ -52,13 +52,13 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class OffloadPath:
-    """Implements `twinfer.spec.decoder.Decoder` for a store, on the CPU.
+    """Implements `twinfer.spec.decoder.Decoder` for a store, on the CPU or a GPU.
 
-    `budget` bounds in bytes what it allocates; `open` decides how (`plan`) and refuses what does not fit. `dram_budget`
-    bounds the memory in which records stay, from where they are copied instead of read from the disk. Raises
-    `RequestError` for an unknown compute dtype or mode, `MachineError` where there is no C++ compiler, and
-    `CheckpointError` where the store is damaged. `report` gets a line of text about whatever takes long, and says where
-    the file system knows no direct reads.
+    `budget` bounds in bytes what it allocates on the device; `open` decides how (`plan`) and refuses what does not fit.
+    `dram_budget` bounds what stays in the host's memory besides, from where it is copied instead of read from the disk.
+    Raises `RequestError` for an unknown compute dtype or mode, `MachineError` where there is no such device or no C++
+    compiler, and `CheckpointError` where the store is damaged, or for another type of device. `report` gets a line of
+    text about whatever takes long, and says where the file system knows no direct reads.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class OffloadPath:
         budget: int,
         dram_budget: int = 0,
         compute: torch.dtype = DEFAULT,
+        device: str | torch.device = CPU,
         mode: Mode | str = Mode.COMPILED,
         report: Callable[[str], None] | None = None,
         direct: bool = True,
@@ -85,28 +86,32 @@ class OffloadPath:
             )
         if dram_budget < 0:
             raise RequestError(f"the DRAM budget is {dram_budget} bytes; it must be 0 or more")
+        self._device = checked_device(device)
+        check_device(store, self._device)
         if mode != Mode.EAGER:
-            check_compiler(CPU)
+            check_compiler(self._device)
         self._store, self._config, self._compute = store, config, compute
         self._budget, self._dram_budget = budget, dram_budget
-        self._dram = Dram(copies_for(CPU))
+        self._dram, self._kv_copies = Dram(copies_for(self._device)), copies_for(self._device)
         self._mode, self._report = Mode(mode), report or (lambda line: None)
         self._streamer: Streamer | None = None
         self._plan(batch=1, reserve=min(2, config.context))
         bound_freed_memory(budget)
-        self._turn = Turn(CPU, compiled=self._mode is not Mode.EAGER)
+        self._turn = Turn(self._device, compiled=self._mode is not Mode.EAGER)
         self._file = DirectFile(store.weights, direct=direct)
         if not self._file.direct:
             self._report(f"{store.weights} is read through the page cache: its file system knows no direct reads")
         self.resident = self._read_resident()
         checksum_B = self.resident.table_checksum_B
         self._table = DiskTable(self._file, store.table, store.storage, checksum_B)
-        self._experts = ExpertCache(self._file, store, config) if any(store.experts) else None
+        given = self._file, store, config
+        self._experts = ExpertCache(*given, copies=copies_for(self._device)) if any(store.experts) else None
         self._still = False
         self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
         """That of the sequences opened last."""
-        example = Example(store, config, compute, self._file, self._table, self.resident, self._experts)
+        parts = self._file, self._table, self.resident, self._experts, self._device
+        example = Example(store, config, compute, *parts)
         self._programs = StreamedPrograms(example, self._mode, self._report)
 
     @property
@@ -119,7 +124,7 @@ class OffloadPath:
 
     @property
     def device(self) -> torch.device:
-        return CPU
+        return self._device
 
     @property
     def max_batch(self) -> int | None:
@@ -158,7 +163,7 @@ class OffloadPath:
         return time.perf_counter() - begin_s
 
     def most_batch(self, reserve: int, *, away: bool = True) -> int:
-        """Return how many sequences of so many tokens the budget has room for; `away`: with caches in a file."""
+        """Return how many sequences of so many tokens the budget has room for; `away`: with caches beyond it."""
         given: dict[str, Any] = {"budget": self._budget, "reserve": reserve, "compute": self._compute, "away": away}
         return most_batch(self._store, self._config, **given, expands=self._mode is Mode.EAGER)
 
@@ -170,10 +175,9 @@ class OffloadPath:
             self._make_room(self.plan)
             if self._experts is not None:
                 self._experts.count_anew()
-            away, folder = self._away(self.plan), self._store.folder
-            sequences = TieredSequences(
-                self._config, batch, reserve, self._compute, away, folder, self._kv_events.append
-            )
+            away, log = self._away(self.plan), self._kv_events.append
+            given = self._compute, away, self._store.folder, log, self._kv_copies
+            sequences = TieredSequences(self._config, batch, reserve, *given)
         sequences.owner = self
         return sequences
 
@@ -224,7 +228,8 @@ class OffloadPath:
             return [torch.cat(each) if each else last_BV[:0].clone() for each in every]
 
     def _away(self, plan: Plan) -> Away:
-        return Away(away_layers(len(self._config.layers), plan.away_layers), plan.block_tokens)
+        away = away_layers(len(self._config.layers), plan.away_layers)
+        return Away(away, plan.block_tokens, plan.dram_caches)
 
     def _grown(self, batch: int, capacity: int) -> Away:
         """Return what has to be away once each sequence has room for so many tokens."""
@@ -236,6 +241,7 @@ class OffloadPath:
         """Plan with the ring that is there, or where that leaves too little with a smaller one."""
         given: dict[str, Any] = {"budget": self._budget, "batch": batch, "reserve": reserve, "compute": self._compute}
         given |= {"expands": self._mode is Mode.EAGER, "dram_budget": self._dram_budget}
+        given |= {"staged": self._dram.copies.staged}
         if self._streamer is not None:
             with contextlib.suppress(RequestError):
                 made = plan(self._store, self._config, **given, slots=self._streamer.slots)
@@ -245,14 +251,15 @@ class OffloadPath:
 
     def _make_room(self, made: Plan) -> None:
         """Have as many buffers for layers, and slots for experts, as are planned."""
-        if self._streamer is not None and self._streamer.slots != made.slots:
+        as_before = self._dram.tier.wanted == frozenset(made.dram_records)
+        if self._streamer is not None and (self._streamer.slots != made.slots or not as_before):
             self._streamer.close()
             self._streamer = None
         if self._streamer is None:
             self._dram.want(made.dram_records)
             self._streamer = Streamer(self._file, self._store.schedule, made.slots, self._dram)
         if self._experts is not None:
-            self._experts.resize(kept=made.experts_kept, spare=made.experts_spare)
+            self._experts.resize(kept=made.experts_kept, spare=made.experts_spare, dram=made.dram_experts)
 
     def _read_resident(self) -> Resident:
         record = self._store.resident
@@ -260,7 +267,7 @@ class OffloadPath:
         self._file.read_into(buffer, record.offset, record.name)
         if fault := faulty(record, buffer):
             raise damaged(self._file, record, fault)
-        resident: Resident = in_buffer(record, buffer)
+        resident: Resident = on_device(in_buffer(record, buffer), self._device)
         return resident
 
     def _sweep(self, sequences: TieredSequences, pending: list[Pending], every_position: bool) -> None:
@@ -270,7 +277,7 @@ class OffloadPath:
         layers = self._config.layers
         for each in pending:
             table, numbers = self._table.rows(each.tokens)
-            each.call.enter(table, self.resident, numbers)
+            each.call.enter(table.to(self._device), self.resident, numbers)
         spans = [span for each in pending for span in each.spans]
         with (
             sequences.sweep(spans),

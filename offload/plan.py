@@ -54,9 +54,16 @@ class Plan:
     dram_budget: int
     dram_records: tuple[int, ...]
     """The places in the schedule of what DRAM keeps."""
+    dram_caches: tuple[int, ...]
+    """The layers that are away whose keys and values lie in DRAM."""
+    dram_experts: int
+    """Experts that DRAM keeps."""
     dram_bytes: int
+    """All that DRAM keeps."""
+    staging_bytes: int
+    """Host memory besides through which a device with a memory of its own gets what the disk has."""
     copied_bytes: int
-    """Copied into the ring in each sweep: from DRAM."""
+    """Copied into the ring in each sweep: from DRAM, and where the device has a memory of its own all records."""
     ring_bytes: int
     resident_bytes: int
     experts_kept: int
@@ -67,7 +74,7 @@ class Plan:
     cache_bytes: int
     """Keys and values that stay in memory, and buffers for those that do not."""
     away_layers: int
-    """Layers whose keys and values lie in a file."""
+    """Layers whose keys and values lie in DRAM or in a file."""
     away_bytes: int
     """What these take there."""
     block_tokens: int
@@ -93,8 +100,9 @@ class Plan:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return all fields and their sum; of what DRAM keeps, how many records that is."""
-        return {**asdict(self), "dram_records": len(self.dram_records), "total_bytes": self.total_bytes}
+        """Return all fields, and what the device takes; of what DRAM keeps, how many records and layers that is."""
+        kept = {name: len(getattr(self, name)) for name in ("dram_records", "dram_caches")}
+        return {**asdict(self), **kept, "total_bytes": self.total_bytes}
 
     def fetch_s(self, disk: float, copies: float) -> float:
         """Return how long a sweep's reads and copies take by bytes a second; they go on at once."""
@@ -112,10 +120,12 @@ def plan(
     expands: bool,
     slots: int | None = None,
     dram_budget: int = 0,
+    staged: bool = False,
 ) -> Plan:
-    """Spend a budget on a batch of sequences, and that of DRAM on records of the schedule.
+    """Spend a budget on a batch of sequences, and that of DRAM on what the disk would have to be read for.
 
     `expands`: programs run uncompiled, which writes weights out on their way. With `slots` the ring is there already.
+    `staged`: the budget is of a device with a memory of its own.
     Raises `RequestError`, which names the smallest budget that works, where this one does not.
     """
     given = store, config, batch, reserve, compute, expands
@@ -131,17 +141,51 @@ def plan(
     flight = min(left, max(0, whole - least.flight_bytes))
     more = 0 if slots else min(MOST_SLOTS - least.slots, (left - flight) // record)
     spent = _with(least, budget=budget, slots=least.slots + more, flight=least.flight_bytes + flight)
-    return _with_dram(with_experts(spent, store, config), store, dram_budget)
+    spent = with_experts(spent, store, config)
+    spent = _with_dram(spent, store, config, dram_budget, compute)
+    return _staged(spent, store, config, compute) if staged else spent
 
 
-def _with_dram(spent: Plan, store: Store, room: int) -> Plan:
-    """Keep in DRAM what fits there."""
+def _with_dram(spent: Plan, store: Store, config: ModelConfig, room: int, compute: torch.dtype) -> Plan:
+    """Keep in DRAM what fits there: keys and values, which would be written too, records, and experts last.
+
+    Those may be read in a step, records are.
+    """
+    away = away_layers(len(config.layers), spent.away_layers)
+    sizes = _away_sizes(spent, config, compute)
+    caches = spread(sizes, room)
+    of_caches = sum(sizes[place] for place in caches)
     sizes = [record.nbytes for record in store.schedule]
-    records = spread(sizes, room)
-    kept = sum(sizes[index] for index in records)
-    step = spent.step_bytes - kept
-    dram: dict[str, Any] = {"dram_records": records, "dram_bytes": kept, "copied_bytes": kept}
-    return replace(spent, dram_budget=room, step_bytes=step, **dram)
+    records = spread(sizes, room - of_caches)
+    of_records = sum(sizes[index] for index in records)
+    size, experts = slot_bytes(store), sum(map(len, store.experts))
+    kept = min(experts, (room - of_caches - of_records) // size) if size else 0
+    chosen = chosen_bytes(store, config, spent.batch) if experts and kept == experts else 0
+    return replace(
+        spent,
+        dram_budget=room,
+        dram_caches=tuple(away[place] for place in caches),
+        dram_records=records,
+        dram_experts=kept,
+        dram_bytes=of_caches + of_records + kept * size,
+        step_bytes=spent.step_bytes - of_records - chosen,
+        copied_bytes=of_records + chosen,
+    )
+
+
+def _away_sizes(spent: Plan, config: ModelConfig, compute: torch.dtype) -> list[int]:
+    """Return the bytes of each layer's keys and values that are away."""
+    layers = [config.layers[index] for index in away_layers(len(config.layers), spent.away_layers)]
+    capacity = whole_capacity(layers, spent.reserve, compute) if layers else 0
+    return [spent.batch * capacity * _token_bytes(layer, compute) for layer in layers]
+
+
+def _staged(spent: Plan, store: Store, config: ModelConfig, compute: torch.dtype) -> Plan:
+    """Count what a device with a memory of its own needs of the host's: a buffer for each of its own."""
+    whole = BUFFERS * max(_away_sizes(spent, config, compute), default=0)
+    away = spent.cache_bytes if spent.block_tokens else whole
+    staging = spent.ring_bytes + spent.experts_spare * slot_bytes(store) + away
+    return replace(spent, staging_bytes=staging, copied_bytes=spent.step_bytes + spent.copied_bytes)
 
 
 def with_experts(spent: Plan, store: Store, config: ModelConfig) -> Plan:
@@ -268,7 +312,10 @@ def _least(
         step_bytes=sum(record.nbytes for record in store.schedule) + chosen_bytes(store, config, batch),
         dram_budget=0,
         dram_records=(),
+        dram_caches=(),
+        dram_experts=0,
         dram_bytes=0,
+        staging_bytes=0,
         copied_bytes=0,
         ring_bytes=slots * max(record.nbytes for record in store.schedule),
         resident_bytes=store.resident.nbytes,

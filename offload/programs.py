@@ -17,13 +17,12 @@ from ..compiled.path import Mode
 from ..compiled.programs import Pieces, Program
 from ..compiled.sequences import StaticSequences
 from ..compiled.steps import Piece, eager
-from ..spec.ambient import CPU
 from ..spec.config import ModelConfig, Storage
 from .calls import Call, StreamedProgram, streamed_program
 from .cutting import owned
 from .direct import DirectFile, aligned_buffer
 from .expert_cache import ExpertCache
-from .form import Record, Resident, in_buffer
+from .form import Record, Resident, in_buffer, on_device
 from .store import Store
 from .table import DiskTable
 
@@ -38,6 +37,7 @@ class Example(NamedTuple):
     table: DiskTable
     resident: Resident
     experts: ExpertCache | None
+    device: torch.device
 
 
 class StreamedPrograms:
@@ -83,16 +83,17 @@ class StreamedPrograms:
 
     def _compile(self, name: Program, program: StreamedProgram) -> None:
         """Run each piece on an example, whose dynamic dims differ in size from each other."""
-        store, config, compute, file, table_of, resident, experts = self.example
+        store, config, compute, file, table_of, resident, experts, device = self.example
         rows = {Program.DECODE_ROWS: PASS_ROWS, Program.DECODE_MANY: PASS_ROWS + 2}.get(name, 1)
         tokens, slots, capacity = 160, 224, 352
         different = dict.fromkeys(config.layers)
         part = replace(config, layers=tuple(different))
-        caches = StaticSequences(part, rows, capacity, CPU, compute).caches
-        start_R, slot_S = torch.arange(rows) * capacity, torch.arange(slots)
+        caches = StaticSequences(part, rows, capacity, device, compute).caches
+        start_R, slot_S = torch.arange(rows, device=device) * capacity, torch.arange(slots, device=device)
         table, _ = table_of.rows([row * len(store.table) for row in range(20)])
         if name is Program.PREFILL:
-            token_T, position_T = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens) % config.context
+            token_T = torch.zeros(tokens, dtype=torch.int64, device=device)
+            position_T = torch.arange(tokens, device=device) % config.context
             call = Call(program, (token_T, position_T, start_R, slot_S), last_only=True)
         else:
             step_3R = torch.stack([0 * start_R, 0 * start_R, start_R])
@@ -101,9 +102,9 @@ class StreamedPrograms:
 
         def read(record: Record) -> Any:
             file.read_into(buffer[: record.nbytes], record.offset, record.name)
-            return in_buffer(record, buffer)
+            return on_device(in_buffer(record, buffer), device)
 
-        call.enter(table, resident)
+        call.enter(table.to(device), resident)
         for layer, cache in zip(different, caches, strict=True):
             index = config.layers.index(layer)
             weights = read(store.layers[index])

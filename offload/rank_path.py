@@ -56,6 +56,7 @@ from .rank_plan import plan_of_rank
 from .rank_source import NoWeights
 from .sequences import Away, TieredSequences
 from .shares import Shares
+from .store import check_device
 from .streamer import KEPT, Streamer, damaged
 from .table import DiskTable
 
@@ -109,6 +110,7 @@ class StreamedRankPath(RankPath):
             budget,
             mode is Mode.EAGER,
         )
+        check_device(self._store, CPU)
         self._local = local_config(config, groups.parallel, groups.place.stage)
         self._plan_of = partial(
             plan_of_rank,

@@ -19,22 +19,26 @@ from ..compiled.compute import accumulation_dtype
 from ..compiled.layers import Cache
 from ..spec.config import ModelConfig
 from ..spec.errors import RequestError
+from .copies import Copies, Inline
 from .events import Event
 from .kv_blocks import KvBlocks
 from .kv_file import KvFile, writable_folder
+from .kv_home import KvHome
 from .kv_stream import KvStream, Place, Span, whole_capacity
 
 
 class Away(NamedTuple):
-    """What lies in a file."""
+    """What has no room in memory."""
 
     layers: Collection[int]
     block_tokens: int
     """Tokens that are brought in at a time; 0 where whole layers are."""
+    dram: Collection[int] = ()
+    """Those of the layers that lie in DRAM; the others lie in a file."""
 
 
 class _Tiers:
-    """Keys and values of all layers at one capacity: in memory, or in a file."""
+    """Keys and values of all layers at one capacity: in memory, in DRAM, or in a file."""
 
     def __init__(
         self,
@@ -45,29 +49,33 @@ class _Tiers:
         away: Away,
         folder: Path,
         log: Callable[[Event], None],
+        copies: Copies,
     ) -> None:
         self.capacity = max(2, tokens)  # a graph's S is at least 2, and it reads S slots
         if away.layers:
             self.capacity = whole_capacity((config.layers[index] for index in away.layers), tokens, compute)
         self.here: dict[int, Cache] = {}
         places: dict[int, Place] = {}
-        offset = 0
-        for index, layer in enumerate(config.layers):
-            attention = layer.attention
+        offset = in_dram = 0
+        for index in sorted(range(len(config.layers)), key=lambda each: each not in away.dram):
+            attention = config.layers[index].attention
             place = Place(
                 batch, self.capacity, attention.kv_heads, attention.head_size, compute, attention.window, offset
             )
             if index in away.layers:
                 places[index] = place
                 offset += place.nbytes
+                in_dram += place.nbytes if index in away.dram else 0
             else:
                 shape = batch * self.capacity, place.kv_heads, place.head_size
-                self.here[index] = Cache(*(torch.zeros(shape, dtype=compute) for _ in Cache._fields))
+                self.here[index] = Cache(
+                    *(torch.zeros(shape, dtype=compute, device=copies.device) for _ in Cache._fields)
+                )
         self.away: KvStream | KvBlocks | None = None
         if places:
-            file = KvFile(writable_folder(folder), offset)
-            blocks = away.block_tokens
-            self.away = KvBlocks(file, places, blocks, log) if blocks else KvStream(file, places, log)
+            file = KvFile(writable_folder(folder), offset - in_dram) if offset > in_dram else None
+            home, blocks = KvHome(file, in_dram, copies), away.block_tokens
+            self.away = KvBlocks(home, places, blocks, log, copies) if blocks else KvStream(home, places, log, copies)
 
     def get(self, layer: int, lengths: Sequence[int]) -> Cache:
         """Return a layer's keys and values, if need be in a buffer that the next call overwrites."""
@@ -105,10 +113,16 @@ class TieredSequences:
         away: Away,
         folder: Path,
         log: Callable[[Event], None],
+        copies: Copies | None = None,
     ) -> None:
-        """`folder` is where the file is made that holds what is away; `log` gets what is read and written."""
+        """`folder` is where the file is made that holds what is away; `log` gets what is read and written.
+
+        `copies` say on which device they are, the CPU unless given, and bring what is away there.
+        """
         self.owner: object = None
-        self.last_BV = torch.zeros(batch, config.vocabulary, dtype=accumulation_dtype(compute))
+        self._copies = copies or Inline()
+        dtype = accumulation_dtype(compute)
+        self.last_BV = torch.zeros(batch, config.vocabulary, dtype=dtype, device=self._copies.device)
         self._config, self._batch, self._compute, self._folder, self._log = config, batch, compute, folder, log
         self._tiers = self._made(reserve, away)
         self._lengths = [0] * batch
@@ -190,4 +204,4 @@ class TieredSequences:
                 self._tiers.put(layer, self._tiers.get(layer, self._lengths), self.capacity, self._lengths)
 
     def _made(self, tokens: int, away: Away) -> _Tiers:
-        return _Tiers(self._config, self._batch, tokens, self._compute, away, self._folder, self._log)
+        return _Tiers(self._config, self._batch, tokens, self._compute, away, self._folder, self._log, self._copies)

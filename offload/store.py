@@ -9,7 +9,7 @@ attention and blocks of its MLP (`cutting`), unless it is small. Of a mixture of
 every token needs; each expert is two records behind each other, its up (with its gate) and its down.
 A token table that is not the head lies in blocks of its own, of which single rows are looked up. Layers are packed for
 one processor's vectors, by one version of torch and of this package; a store says which, and is refused where they are
-others.
+others. A GPU's layers are packed the same way, but cut less (`cutting`): a store says what type of device it is for.
 """
 
 import hashlib
@@ -52,6 +52,8 @@ class Store:
     """A store that is open: its records are known, none is read yet."""
 
     folder: Path
+    device: str = "cpu"
+    """The type of the device that it is for."""
     digest: str
     """Of its description, which has the checksum of each tensor."""
     storage: Storage
@@ -115,10 +117,13 @@ def described(
     experts: Sequence[Sequence[Sequence[Record]]],
     head: Sequence[Record],
     table: Sequence[Record] | None,
+    *,
+    device: str = "cpu",
 ) -> str:
     """Return the text of a store's description; `table` is None where it is the head."""
     parts = {
         "layout": layout(),
+        "device": device,
         "storage": storage.value,
         "model": model,
         "resident": as_json(resident),
@@ -143,10 +148,12 @@ def open_store(folder: Path) -> Store:
         found = parts.pop("sha256")
         if found != _digest(parts):
             raise ValueError("its digest is another")
-        _check_layout(folder, {**parts["layout"]}, {**parts["model"]}, parts["storage"])
+        device = parts.get("device", "cpu")
+        _check_layout(folder, {**parts["layout"]}, {**parts["model"]}, parts["storage"], device)
         head = _matrices(parts["head"])
         store = Store(
             folder=folder,
+            device=device,
             digest=found,
             storage=Storage(parts["storage"]),
             model={**parts["model"]},
@@ -157,6 +164,8 @@ def open_store(folder: Path) -> Store:
             head=head,
             table=head if parts["table"] is None else _matrices(parts["table"]),
         )
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"its device is {device!r}; it must be cpu or cuda")
         if not len(store.layers) == len(store.mlp) == len(store.experts):
             raise ValueError(f"it has {len(store.layers)} layers, {len(store.mlp)} MLPs, {len(store.experts)} mixtures")
     except OSError as error:
@@ -202,13 +211,23 @@ def differing_layout(there: dict[str, Any]) -> str | None:
     return None if wrong is None else f"built for {wrong} {there.get(wrong)!r}; here it is {here[wrong]!r}"
 
 
-def _check_layout(folder: Path, there: dict[str, Any], model: dict[str, Any], storage: str) -> None:
+def _check_layout(folder: Path, there: dict[str, Any], model: dict[str, Any], storage: str, device: str) -> None:
     wrong = differing_layout(there)
     if wrong is not None:
-        raise CheckpointError(
-            f"{folder} was {wrong}: remove it and run twinfer offload build {model.get('name', 'MODEL')} {folder} "
-            f"--storage {storage}"
-        )
+        remedy = _rebuild(folder, model, storage, device)
+        raise CheckpointError(f"{folder} was {wrong}: {remedy}")
+
+
+def check_device(store: Store, device: torch.device) -> None:
+    """Raise `CheckpointError`, which has the command that makes another store, for one of another type of device."""
+    if store.device != device.type:
+        remedy = _rebuild(store.folder, store.model, store.storage.value, device.type)
+        raise CheckpointError(f"{store.folder} was built for {store.device}; it is to run on {device}: {remedy}")
+
+
+def _rebuild(folder: Path, model: dict[str, Any], storage: str, device: str) -> str:
+    command = f"twinfer offload build {model.get('name', 'MODEL')} {folder} --storage {storage}"
+    return f"remove it and run {command}" + ("" if device == "cpu" else f" --device {device}")
 
 
 def _digest(parts: dict[str, Any]) -> str:

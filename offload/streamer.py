@@ -283,6 +283,7 @@ class Streamer:
                     self._reading.events.append(Event(Kind.WAIT, index, slot, begin_s, time.perf_counter()))
                 begin_s = time.perf_counter()
                 yield self._part(*held[kind])
+                self._reading.copies.drain()
                 self._reading.events.append(Event(Kind.USE, index, held[kind][1], begin_s, time.perf_counter()))
         finally:
             self._restart()

@@ -17,6 +17,7 @@ EPILOG = """\
 examples:
   twinfer offload build smollm2 smollm2-store --storage int8
   twinfer generate smollm2-store --memory-budget 256MB --prompt "Once upon a time"
+  twinfer offload build smollm2 smollm2-cuda --storage bfloat16 --device cuda
   twinfer offload build smollm2 smollm2-ranks --tensor 3
   twinfer generate smollm2-ranks --tensor 3 --memory-budget 128MB --prompt "Once upon a time"
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("store", metavar="STORE", type=Path, help="the folder to make; it must not exist yet")
     add_storage(parser)
+    parser.add_argument("--device", default="cpu", help="what it is to run on, cpu or cuda (default %(default)s)")
     add_context(parser)
     add_degrees(parser)
     add_json(parser)
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     with waiting() as report:
         checkpoint = open_checkpoint(args.model, report, context=args.context)
         storage = Storage(args.storage) if args.storage else checkpoint.storage or Storage.FLOAT32
-        size = build_store(checkpoint, args.store, storage, report, parallel)
+        size = build_store(checkpoint, args.store, storage, report, parallel, args.device)
     if args.json:
         print_json({"model": args.model, "store": str(args.store), "storage": storage.value, "bytes": size})
     else:

@@ -9,12 +9,13 @@ from twinfer.spec.errors import RequestError
 from twinfer.spec.naming import dtype_name
 from twinfer.spec.parallel import ParallelConfig, check_parallel
 
+from ..loading import find_device
 from ..memory import peak_memory_bytes
 from ..paths import Compute
 from ..store_source import StoreSource
 from .console import print_json, waiting
 from .degrees import add_degrees, degrees_of
-from .options import add_compute, add_dram_budget, add_json, batch_size, byte_count, positive
+from .options import add_compute, add_device, add_dram_budget, add_json, batch_size, byte_count, positive
 
 NAME, HELP = "plan", "say how a memory budget would be spent, and what a token would take"
 DESCRIPTION = "Plan a run within a memory budget before anything is allocated, by speeds measured now."
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=positive, default=512, metavar="N", help="tokens of each sequence (default %(default)s)"
     )
     add_compute(parser)
+    add_device(parser)
     add_degrees(parser)
     add_json(parser)
 
@@ -74,13 +76,15 @@ def run(args: argparse.Namespace) -> int:
         store = shares_in(source).of_rank(parallel, 0)
         check_budget(source, args.memory_budget, 1 if args.batch == "auto" else args.batch, reserve, compute_in)
         budgets = {"budget": args.memory_budget, "dram_budget": args.dram_budget}
-        path = OffloadPath(store, config, **budgets, compute=compute_in.dtype, report=report)
+        path = OffloadPath(
+            store, config, **budgets, device=find_device(args.device), compute=compute_in.dtype, report=report
+        )
         path.compile()
         batch = best_batch(path, reserve, _ANY) if args.batch == "auto" else args.batch
         step, prompts = compute(path, batch, reserve)
         planned = path.plan
         assert planned is not None
-        speeds = measure(store, planned.slots)
+        speeds = measure(store, planned.slots, path.device)
         predicted = predict(store, planned, speeds, step, prompts)
         path.close()
     if args.json:
@@ -118,6 +122,8 @@ def _of_ranks(args: argparse.Namespace, source: StoreSource, parallel: ParallelC
 
     from ..stores import shares_in
 
+    if args.device != "cpu":
+        raise RequestError(f"--device is {args.device}; ranks run a store on cpu only")
     if args.batch == "auto":
         raise RequestError("--batch is auto, which is found for one rank only; give a number")
     check_parallel(source.config, parallel, source.store.storage)

@@ -119,7 +119,7 @@ def add_dram_budget(parser: argparse.ArgumentParser) -> None:
         type=byte_count,
         default=0,
         metavar="SIZE",
-        help="of a store: memory besides in which records stay, to be copied instead of read (default none)",
+        help="of a store: memory besides in which weights, keys and values stay, not on the disk (default none)",
     )
 
 

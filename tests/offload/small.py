@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from twinfer.compiled.path import CompiledPath
+from twinfer.offload import form, kv_blocks, kv_file, kv_stream
 from twinfer.offload.building import build
+from twinfer.offload.direct import opened
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.store import Store, open_store
 from twinfer.oracle.models import RandomSource
@@ -108,3 +111,10 @@ def offloaded(store: Store, model: ModelConfig, budget: int = BUDGET) -> Offload
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tiny_pages(patch: pytest.MonkeyPatch) -> None:
+    """Let files be read at any byte, so that blocks of few tokens are tried."""
+    for module in (form, kv_stream, kv_blocks):
+        patch.setattr(module, "PAGE", 1)
+    patch.setattr(kv_file, "opened", lambda path, flags: opened(path, flags, direct=False))

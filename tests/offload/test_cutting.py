@@ -10,18 +10,23 @@ import pytest
 import torch
 
 from twinfer.compiled.linear import multiplies_fast
+from twinfer.compiled.moe import Mlp
 from twinfer.compiled.packing import ROWS, Matrix
+from twinfer.compiled.weights import prepare_layer
 from twinfer.offload import calls, cutting, parts, path
+from twinfer.offload.building import build
 from twinfer.offload.direct import DirectFile, aligned_buffer
 from twinfer.offload.form import Record, in_buffer
+from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
-from twinfer.offload.store import Store
+from twinfer.offload.store import Store, check_device, open_store
 from twinfer.offload.streamer import Streamer
 from twinfer.oracle.models import RandomSource
+from twinfer.spec.ambient import CPU
 from twinfer.spec.config import ModelConfig, NormPlacement, Storage
-from twinfer.spec.errors import RequestError
+from twinfer.spec.errors import CheckpointError, RequestError
 
-from .small import built, config, logits, offloaded, resident, same, schedule
+from .small import BUDGET, built, config, logits, offloaded, resident, same, schedule
 
 
 def model(placement: NormPlacement = NormPlacement.SANDWICH_NORM) -> ModelConfig:
@@ -47,6 +52,24 @@ def _read(store: Store, record: Record) -> Any:
     file.read_into(buffer, record.offset, record.name)
     file.close()
     return in_buffer(record, buffer)
+
+
+def test_a_store_is_for_a_type_of_device(tmp_path: Path) -> None:
+    """That of a GPU has the resident path's whole matrices; on a CPU it is refused with the command for another."""
+    source = RandomSource(model(), 3)
+    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": 1, "report": lambda line: None}
+    for device in ("cpu", "cuda"):
+        build(source, tmp_path / device, Storage.INT8, **given, device=device)
+    here, there = (open_store(tmp_path / device) for device in ("cpu", "cuda"))
+    assert (here.device, there.device) == ("cpu", "cuda")
+    whole = prepare_layer(source.layer(1), source.config.layers[1], Storage.INT8, CPU)
+    assert isinstance(whole.mlp, Mlp)
+    for (record,), matrix in zip(there.mlp[1], whole.mlp, strict=True):
+        assert torch.equal(_read(there, record).word.view(torch.int32), matrix.word.view(torch.int32))
+    with pytest.raises(CheckpointError, match=r"built for cuda; it is to run on cpu: .*build m .* --storage int8$"):
+        OffloadPath(there, source.config, budget=BUDGET)
+    with pytest.raises(CheckpointError, match=r"built for cpu; it is to run on cuda: .* --storage int8 --device cuda$"):
+        check_device(here, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("storage", list(Storage))

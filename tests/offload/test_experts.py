@@ -54,15 +54,15 @@ def _keeping(patch: Patch, kept: int, *, guess: bool | None = False, policy: Pol
     """Let caches keep so many experts, with as few slots besides as a plan may give."""
     original = ExpertCache.resize
 
-    def resize(self: ExpertCache, *, kept: int, spare: int) -> None:
+    def resize(self: ExpertCache, *, kept: int, spare: int, dram: int = 0) -> None:
         del kept, spare
-        original(self, kept=min(patched, sum(map(len, self._records))), spare=self.most + 2)
+        original(self, kept=min(patched, sum(map(len, self._records))), spare=self.most + 2, dram=dram)
 
     patched = kept
 
     class Cache(ExpertCache):
-        def __init__(self, file: Any, store: Store, config: ModelConfig) -> None:
-            super().__init__(file, store, config, policy=policy, guess=guess)
+        def __init__(self, file: Any, store: Store, config: ModelConfig, **given: Any) -> None:
+            super().__init__(file, store, config, policy=policy, guess=guess, **given)
             self.most = expert_cache.most_at_once(config, 4)
 
     patch.setattr(Cache, "resize", resize)

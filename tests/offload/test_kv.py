@@ -13,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from twinfer.offload import calls, form, kv_blocks, kv_file, kv_stream, sequences
-from twinfer.offload.direct import opened
+from twinfer.offload import calls, kv_blocks, kv_file, kv_stream, sequences
 from twinfer.offload.events import Kind
 from twinfer.offload.kv_blocks import KvBlocks
 from twinfer.offload.kv_file import KvFile
@@ -32,7 +31,7 @@ from twinfer.oracle.strategies import drawn
 from twinfer.spec.config import Storage
 from twinfer.spec.errors import CheckpointError, RequestError, TwinferError
 
-from .small import built, config, resident, same
+from .small import built, config, resident, same, tiny_pages
 
 MODEL = replace(config(layers=6), context=600)
 SOURCE = RandomSource(MODEL, 11)
@@ -285,13 +284,6 @@ def test_joined_ranges_cover_the_same_bytes() -> None:
     ranges = [slice(10, 20), slice(0, 4), slice(4, 6), slice(18, 25), slice(30, 31)]
     assert joined(ranges, 0) == [slice(0, 6), slice(10, 25), slice(30, 31)]
     assert joined(ranges, 5) == [slice(0, 31)]
-
-
-def tiny_pages(patch: pytest.MonkeyPatch) -> None:
-    """Let files be read at any byte, so that blocks of few tokens are tried."""
-    for module in (form, kv_stream, kv_blocks):
-        patch.setattr(module, "PAGE", 1)
-    patch.setattr(kv_file, "opened", lambda path, flags: opened(path, flags, direct=False))
 
 
 cases = drawn(

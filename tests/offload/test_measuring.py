@@ -91,7 +91,7 @@ def test_what_is_read_back_while_it_is_timed_lies_on_the_disk(decoder: OffloadPa
     def read(self: Any, layer: int) -> None:
         for part in self._places[layer].held(self._spans):
             begin = self._places[layer].offset + part.start
-            written.append(os.lseek(self._file._descriptor, begin, os.SEEK_HOLE) > begin)
+            written.append(os.lseek(self._home._on_disk._descriptor, begin, os.SEEK_HOLE) > begin)
         original(self, layer)
 
     monkeypatch.setattr(KvStream, "_read", read)

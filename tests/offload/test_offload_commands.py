@@ -5,6 +5,7 @@ import os
 import re
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from twinfer.offload.path import OffloadPath
 from twinfer.offload.store import open_store
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.config import Storage
+from twinfer.spec.errors import RequestError
+from twinfer.spec.parallel import ParallelConfig
 from twinfer.stores import build_store
 
 from ..api.conftest import END, byte_tokenizer, tiny_config
@@ -22,6 +25,7 @@ from ..api.conftest import END, byte_tokenizer, tiny_config
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 PROMPTS = ["abc", "the second one", "x", "a prompt", "and another"]
+NOTHING: dict[str, Any] = {"tokenizer": None, "end_tokens": (), "chat_template": None, "special_tokens": {}}
 LIMITS = ["--memory-budget", "20MB", "--max-new-tokens", "4", "--seed", "5", "--temperature", "1"]
 
 
@@ -30,8 +34,8 @@ def store(tmp_path: Path, monkeypatch: Patch) -> Path:
     """Return a store of a model that speaks bytes; paths run uncompiled, and speeds are measured for an instant."""
     monkeypatch.setattr(OffloadPath, "__init__", partialmethod(OffloadPath.__init__, mode="eager"))
     monkeypatch.setattr(measuring, "_ENOUGH_S", 0.01)
-    monkeypatch.setattr(measuring, "_memory", lambda: 1e9)
-    monkeypatch.setattr(measuring, "_gemm", lambda: 1e9)
+    monkeypatch.setattr(measuring, "_memory", lambda device: 1e9)
+    monkeypatch.setattr(measuring, "_gemm", lambda device: 1e9)
     config = tiny_config()
     tiny = Checkpoint(
         name="tiny",
@@ -127,6 +131,18 @@ def test_batches_that_cannot_be_run_are_refused(store: Path, capsys: Capture) ->
     refused(changed, capsys, "is no result of these prompts and options")
     assert out.read_bytes() == whole
     refused([*command[:-4], "--output", str(store / "no" / "out"), "--batch", "auto"], capsys, "cannot be written")
+
+
+def test_devices_that_a_store_cannot_be_for_are_refused(store: Path, capsys: Capture, tmp_path: Path) -> None:
+    """A run on another type of device than it was built for, a type that there is not, and many ranks on GPUs."""
+    tiny = Checkpoint(name="tiny", source=RandomSource(tiny_config()), config=tiny_config(), **NOTHING)
+    build_store(tiny, tmp_path / "c", Storage.FLOAT32, lambda line: None, device="cuda")
+    refused(["generate", str(tmp_path / "c"), *LIMITS, "--prompt-ids", "1,2"], capsys, "was built for cuda")
+    with pytest.raises(RequestError, match="device is 'tpu'; a store is built for cpu or cuda"):
+        build_store(tiny, tmp_path / "d", Storage.FLOAT32, lambda line: None, device="tpu")
+    with pytest.raises(RequestError, match="for many ranks is built for cpu only"):
+        build_store(tiny, tmp_path / "d", Storage.FLOAT32, lambda line: None, ParallelConfig(tensor=2), "cuda")
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_plan_that_does_not_fit_names_the_smallest_that_does(store: Path, capsys: Capture) -> None:
