@@ -36,7 +36,7 @@ from .expert_dram import ExpertDram
 from .expert_memory import ExpertMemory, Job
 from .expert_report import ExpertReport
 from .expert_slots import Slots, State
-from .form import Record, faulty
+from .form import Record, faulty, names_within
 from .guessing import Guessing
 from .store import Store
 from .streamer import PIECE, WORKERS, damaged
@@ -284,7 +284,7 @@ class ExpertCache:
         if job.source is not Source.COPY:
             try:
                 piece, offset = job.read[start : start + PIECE], job.records[0].offset + start
-                self._file.read_into(piece, offset, _names(job.records, offset, len(piece)))
+                self._file.read_into(piece, offset, names_within(job.records, offset, len(piece)))
             except Exception as error:
                 failure = error
         with self._changed:
@@ -402,10 +402,3 @@ def most_at_once(config: ModelConfig, rows: int) -> int:
     """Return how many experts of a layer as many rows can choose at most."""
     mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeConfig)]
     return max((min(each.router.experts, rows * each.router.top_k) for each in mixtures), default=0)
-
-
-def _names(records: Sequence[Record], begin: int, nbytes: int) -> str:
-    """Return the names of the records that lie in so many bytes of the file."""
-    return " and ".join(
-        each.name for each in records if each.offset < begin + nbytes and begin < each.offset + each.nbytes
-    )

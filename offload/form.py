@@ -82,6 +82,13 @@ class Record:
         return list(_placed(self.form))
 
 
+def names_within(records: Sequence[Record], begin: int, nbytes: int) -> str:
+    """Return the names of the records that lie in so many bytes of the file."""
+    return " and ".join(
+        each.name for each in records if each.offset < begin + nbytes and begin < each.offset + each.nbytes
+    )
+
+
 def pages(count: int) -> int:
     """Return a number of bytes, rounded up to whole pages.
 
