@@ -18,7 +18,7 @@ from .experts_family import (
     WINDOWS_MOVED,
     router_with,
 )
-from .llama_family import attention_with, layers_with, other_layout
+from .llama_family import attention_with, layers_with, other_layout, reads_alike
 
 SIZES: dict[str, Any] = {
     "vocab_size": 20,
@@ -344,3 +344,20 @@ def test_mixtures(family: str, which: int, agrees: Callable[..., None]) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_wrong_mappings_are_seen(family: str, catches: Callable[..., None]) -> None:
     catches(*made(family, 1), WRONG[family])
+
+
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "cohere2_moe": {"first_k_dense_replace": 2, "num_shared_experts": 1},
+    "exaone_moe": {},
+    "flint": {},
+    "granitemoe_swa": {},
+    "hy_v3": {},
+    "mellum": {"layer_types": [FULL, SLIDING] * 4},
+}
+
+
+@pytest.mark.parametrize("family", LEFT_OUT)
+def test_absent_fields_mean_what_the_class_takes_them_for(family: str) -> None:
+    """Which layers have windows and experts among them, for the classes write these out when a model is saved."""
+    kind = getattr(transformers, f"{CONFIGS[family][0]}Config")
+    reads_alike(kind, SIZES | {"num_hidden_layers": 8, "model_type": family} | LEFT_OUT[family])
