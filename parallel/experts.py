@@ -135,7 +135,7 @@ def _serve_slices(row_NM: Tensor, count_PE: Tensor, weights: Moe, pieces: Expert
     count_SPE = wire.all_gather_rows(count_PE, [len(count_PE)] * len(slices), slices).view(len(slices), *count_PE.shape)
     lengths: list[int] = count_SPE.sum((1, 2)).tolist()
     all_NM = wire.all_gather_rows(row_NM, lengths, slices)
-    out_NM = multiplied(all_NM, count_SPE.flatten(0, 1), weights, pieces)
+    out_NM = multiplied(all_NM, count_SPE.flatten(0, 1), weights, pieces).contiguous()  # few rows of int8 may not be
     return torch.split(wire.all_reduce(out_NM, slices), lengths)[slices.place]
 
 

@@ -186,7 +186,8 @@ def test_a_command_that_is_suspended_goes_on(delay_s: float) -> None:
 def test_a_store_that_vanishes_ends_the_job(tmp_path: Path) -> None:
     """Its files are emptied while ranks read them again for each token, as if the disk were gone; one is named."""
     store, output = tmp_path / "store", tmp_path / "output"
-    subprocess.run([sys.executable, "-m", "twinfer", "offload", "build", "tiny-moe", str(store)], check=True)
+    build = [sys.executable, "-m", "twinfer", "offload", "build", "tiny-moe", str(store)]
+    subprocess.run(build, check=True, capture_output=True)
     streamed = [str(store) if word == "tiny-moe" else word for word in COMMAND]
     with output_to(output):
         job = Job([sys.executable, *streamed, *PIPELINE, "--memory-budget", "64MB"], 2)
