@@ -29,9 +29,12 @@ from .shard import ExpertShard, Shard, check_ranks, nearest_divisor
 Groups = tuple[tuple[int, ...], ...]
 """Ranks of a stage that work together, numbered within the stage."""
 
-LONGEST_PIECE, SHORTEST_PIECE = 512, 128
-"""Tokens of a prompt's piece, at most, and at least where a prompt is cut so that pieces overlap. A piece of 128 takes
-2.70 ms a token of SmolLM2 in float32 on one core, of 64 3.10, of 512 2.68."""
+LONGEST_PIECE = 512
+"""Tokens of a prompt's piece, at most."""
+STAGED_PIECE, PAIRED_PIECE = 80, 256
+"""Tokens, at least, of a piece of a prompt that is cut so that stages overlap, or the two pieces of a pair.
+
+Shorter ones take longer: a token of SmolLM2 in float32 on one core 3.10 ms in 64, 2.70 in 128, 2.68 in 512."""
 
 
 class Exchange(StrEnum):
@@ -101,18 +104,11 @@ class ParallelConfig:
         return self.data * self.tensor
 
     @property
-    def overlaps(self) -> bool:
-        """Whether a job has use for several pieces of a prompt at a time.
-
-        Stages have: while one is busy with a piece, the one before is busy with the next. So has a tensor group: while
-        a piece's sum is on its way, another piece is computed. Where data groups and tensor groups exchange rows of
-        experts, they all do so for one piece after the other.
-        """
-        return self.pipeline > 1 or self.pairs
-
-    @property
     def pairs(self) -> bool:
-        """Whether tensor groups compute two pieces by turns, each while the other's sum is on its way."""
+        """Whether tensor groups compute two pieces of prompts by turns, each while the other's sum is on its way.
+
+        Where ranks exchange rows of experts, all of them do so for one piece after the other.
+        """
         return self.tensor > 1 and self.expert * self.expert_slices == 1
 
     @property
@@ -169,16 +165,18 @@ def prompt_pieces(tokens: int, parallel: ParallelConfig) -> list[int]:
     """Return the lengths of the pieces in which a sequence's new tokens pass the stages, one after the other.
 
     With P stages, m pieces take (m + P - 1) / (m P) of the time of one stage that has all layers: of 512 tokens on 2
-    stages 5/8 with four pieces, and all of it with one.
+    stages 7/12 with six pieces, and all of it with one.
 
-    >>> prompt_pieces(700, ParallelConfig()), prompt_pieces(700, ParallelConfig(pipeline=2))
-    ([350, 350], [140, 140, 140, 140, 140])
-    >>> prompt_pieces(255, ParallelConfig(pipeline=2)), prompt_pieces(0, ParallelConfig())
-    ([255], [0])
+    >>> prompt_pieces(700, ParallelConfig()), prompt_pieces(700, ParallelConfig(tensor=2))
+    ([350, 350], [350, 350])
+    >>> prompt_pieces(512, ParallelConfig(tensor=2)), prompt_pieces(512, ParallelConfig(pipeline=2, tensor=2))
+    ([256, 256], [86, 86, 85, 85, 85, 85])
+    >>> prompt_pieces(159, ParallelConfig(pipeline=2)), prompt_pieces(0, ParallelConfig())
+    ([159], [0])
     """
     count = max(1, -(-tokens // LONGEST_PIECE))
-    if parallel.overlaps:
-        count = max(count, tokens // SHORTEST_PIECE)
+    if parallel.pipeline > 1 or parallel.pairs:
+        count = max(count, tokens // (STAGED_PIECE if parallel.pipeline > 1 else PAIRED_PIECE))
     return [tokens // count + (place < tokens % count) for place in range(count)]
 
 
