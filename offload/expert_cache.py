@@ -33,7 +33,7 @@ from .copies import Copies, Inline
 from .direct import DirectFile
 from .dram import Source
 from .expert_dram import ExpertDram
-from .expert_memory import ExpertMemory, Job
+from .expert_memory import ExpertMemory, Job, slot_bytes
 from .expert_report import ExpertReport
 from .expert_slots import Slots, State
 from .form import Record, faulty, names_within
@@ -299,7 +299,12 @@ class ExpertCache:
                 self._verify(job.records, job.read)
             except Exception as error:  # whatever it is: who waits for the slot is told, and waits no more
                 failure = error
-        self._end(job, failure)
+        try:
+            self._end(job, failure)
+        finally:
+            with self._changed:
+                self._jobs -= 1
+                self._changed.notify_all()
 
     def _end(self, job: Job, failure: Exception | None) -> None:
         """Bring an expert into its slot, all of whose bytes were read, unless that failed."""
@@ -326,8 +331,6 @@ class ExpertCache:
                 self._dram.done(job.expert)
             elif job.source is Source.DISK and self._copies.staged:
                 self._memory.give_back(job.read)
-            self._jobs -= 1
-            self._changed.notify_all()
 
     def _verify(self, records: Sequence[Record], buffer: memoryview) -> None:
         """Raise `CheckpointError` for the first record that is not what was written."""
@@ -390,12 +393,6 @@ class _Example:
     def matrices(self, experts: Sequence[int], part: int) -> Iterator[tuple[int, Matrix]]:
         for expert in experts:
             yield expert, one_expert(self._matrices[part], 0)
-
-
-def slot_bytes(store: Store) -> int:
-    """Return the bytes of the largest expert; 0 where there are none."""
-    sizes = (up.nbytes + down.nbytes for layer in store.experts for up, down in layer)
-    return max(sizes, default=0)
 
 
 def most_at_once(config: ModelConfig, rows: int) -> int:

@@ -16,6 +16,7 @@ from ..compiled.packing import Matrix
 from .copies import Buffer, Copies
 from .dram import Source
 from .form import Placed, Record, lying_in, rebuilt
+from .store import Store
 from .uses import Expert
 
 
@@ -108,6 +109,12 @@ class Job(NamedTuple):
     host: Buffer
     """What the slot is to hold: the target itself where it is read into directly."""
     target: Buffer
+
+
+def slot_bytes(store: Store) -> int:
+    """Return the bytes of the largest expert; 0 where there are none."""
+    sizes = (up.nbytes + down.nbytes for layer in store.experts for up, down in layer)
+    return max(sizes, default=0)
 
 
 def _unbacked(nbytes: int) -> mmap.mmap:
