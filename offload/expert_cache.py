@@ -33,7 +33,7 @@ from .copies import Copies, Inline
 from .direct import DirectFile
 from .dram import Source
 from .expert_dram import ExpertDram
-from .expert_memory import ExpertMemory, Job, slot_bytes
+from .expert_memory import ExpertMemory, Job, most_at_once, slot_bytes
 from .expert_report import ExpertReport
 from .expert_slots import Slots, State
 from .form import Record, faulty, names_within
@@ -393,9 +393,3 @@ class _Example:
     def matrices(self, experts: Sequence[int], part: int) -> Iterator[tuple[int, Matrix]]:
         for expert in experts:
             yield expert, one_expert(self._matrices[part], 0)
-
-
-def most_at_once(config: ModelConfig, rows: int) -> int:
-    """Return how many experts of a layer as many rows can choose at most."""
-    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeConfig)]
-    return max((min(each.router.experts, rows * each.router.top_k) for each in mixtures), default=0)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..compiled.packing import Matrix
+from ..spec.config import ModelConfig
+from ..spec.moe import MoeConfig
 from .copies import Buffer, Copies
 from .dram import Source
 from .form import Placed, Record, lying_in, rebuilt
@@ -123,3 +125,9 @@ def _unbacked(nbytes: int) -> mmap.mmap:
         return mmap.mmap(-1, nbytes)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return mmap.mmap(-1, nbytes, flags=flags)
+
+
+def most_at_once(config: ModelConfig, rows: int) -> int:
+    """Return how many experts of a layer as many rows can choose at most."""
+    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeConfig)]
+    return max((min(each.router.experts, rows * each.router.top_k) for each in mixtures), default=0)

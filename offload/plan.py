@@ -18,8 +18,7 @@ from ..spec.config import LayerConfig, MlpConfig, ModelConfig
 from ..spec.errors import RequestError
 from ..spec.moe import MoeConfig
 from .dram import spread
-from .expert_cache import most_at_once
-from .expert_memory import slot_bytes
+from .expert_memory import most_at_once, slot_bytes
 from .kv_stream import BUFFERS, away_layers, whole_capacity
 from .store import Store
 from .work import work_bytes

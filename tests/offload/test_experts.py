@@ -18,7 +18,7 @@ from twinfer.compiled import moe
 from twinfer.compiled.linear import multiplies_fast
 from twinfer.compiled.packing import Matrix
 from twinfer.loading import open_checkpoint
-from twinfer.offload import expert_cache, path
+from twinfer.offload import expert_cache, expert_memory, path
 from twinfer.offload.expert_cache import ExpertCache
 from twinfer.offload.expert_slots import Slots, State
 from twinfer.offload.path import OffloadPath
@@ -63,7 +63,7 @@ def _keeping(patch: Patch, kept: int, *, guess: bool | None = False, policy: Pol
     class Cache(ExpertCache):
         def __init__(self, file: Any, store: Store, config: ModelConfig, **given: Any) -> None:
             super().__init__(file, store, config, policy=policy, guess=guess, **given)
-            self.most = expert_cache.most_at_once(config, 4)
+            self.most = expert_memory.most_at_once(config, 4)
 
     patch.setattr(Cache, "resize", resize)
     patch.setattr(path, "ExpertCache", Cache)
