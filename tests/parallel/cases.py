@@ -3,11 +3,12 @@
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from exact import ExactSource, without_norms  # beside this file
-from mutants import MUTANTS
+from mutants import MUTANTS, OF_PIECES
 from stored import differing
 from streamed import differing as differing_records
 from streamed import stream
@@ -18,11 +19,14 @@ from twinfer.compiled.moe import Moe
 from twinfer.compiled.path import Mode
 from twinfer.compiled.programs import Program
 from twinfer.compiled.steps import eager
+from twinfer.generation import generate
 from twinfer.oracle.models import RandomSource
 from twinfer.parallel.experts import expert_pieces, serve
 from twinfer.parallel.groups import Groups, form_groups
+from twinfer.parallel.ledger import Collective
 from twinfer.parallel.path import RankPath
 from twinfer.parallel.wire import Wire
+from twinfer.spec import parallel as degrees
 from twinfer.spec.config import ModelConfig, Storage
 from twinfer.spec.moe import MoeConfig
 from twinfer.spec.parallel import ParallelConfig
@@ -83,6 +87,57 @@ def events(
     path = path_of(config, seed, parallel, Storage.FLOAT32, torch.float32)
     path.extend(path.open(1, len(tokens)), [tokens])
     return [(step.value, call.kind.value, call.ranks) for step, call in path.wire.ledger.events]
+
+
+def extend_in_pieces(
+    shortest: int, mutant: str | None = None, **given: Any
+) -> tuple[list[Any], list[tuple[str, tuple[int, ...], int]]]:
+    """Do the same as `extend` where pieces of a prompt that overlap have at least so many tokens."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.multiple(degrees, STAGED_PIECE=shortest, PAIRED_PIECE=shortest))
+        for each in () if mutant is None else OF_PIECES[mutant]():
+            stack.enter_context(each)
+        return extend(**given)
+
+
+def computing(
+    config: ModelConfig, seed: int, parallel: ParallelConfig, prompts: list[Tensor], mutant: str | None = None
+) -> list[tuple[str, Any]]:
+    """Return the event log of one call, and in it how many rows each piece of the layers has as it is computed.
+
+    Of a collective there is its kind and the bytes that this rank hands in.
+    """
+    with ExitStack() as stack:
+        for each in () if mutant is None else OF_PIECES[mutant]():
+            stack.enter_context(each)
+        path = path_of(config, seed, parallel, Storage.FLOAT32, torch.float32)
+        events: list[Any] = path.wire.ledger.events
+
+        def logged(piece: Any) -> Any:
+            def compute(x_TM: Tensor, *given: Any) -> Any:
+                events.append(("computes", len(x_TM)))
+                return piece(x_TM, *given)
+
+            return piece and compute
+
+        pieces = path._programs[Program.PREFILL]._pieces
+        for layer, each in pieces.layers.items():
+            changed = {name: logged(getattr(each, name)) for name in ("project", "attend", "feed", "close")}
+            pieces.layers[layer] = each._replace(**changed)
+        path.extend(path.open(len(prompts), 1), prompts)
+    return [
+        each if each[0] == "computes" else (f"{each[1].kind.value} {each[0].value}", each[1].bytes) for each in events
+    ]
+
+
+def generated(
+    config: ModelConfig, seed: int, parallel: ParallelConfig, prompts: list[list[int]], tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    """Return the new tokens of each prompt, and the rows of each message to the next stage, in their order."""
+    path = path_of(config, seed, parallel, Storage.FLOAT32, torch.float64)
+    outputs = generate(path, prompts, max_new_tokens=tokens).outputs()
+    sends = [call.bytes for call in path.wire.ledger.calls if call.kind is Collective.SEND and call.bytes]
+    return [list(each.ids) for each in outputs], [nbytes // (8 * config.hidden) for nbytes in sends]
 
 
 def extend_exactly(

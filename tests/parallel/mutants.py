@@ -9,6 +9,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from twinfer.compiled.layers import Cache
+from twinfer.compiled.programs import Program
 from twinfer.oracle.models import RandomSource
 from twinfer.parallel import experts, path, pieces, programs, weights
 from twinfer.parallel.exchange import Route
@@ -24,6 +26,7 @@ _gather, _exchange = Wire.all_gather, Wire.all_to_all
 _gather_rows = Wire.all_gather_rows
 _through = programs.RankProgram.through
 _runs = path.runs_of
+_work = programs.RankProgram.work
 
 
 def _in_layer(change: Callable[[RandomSource, int, Shard, LayerWeights], LayerWeights]) -> Patches:
@@ -130,6 +133,41 @@ def _unsorted(order_of: Any) -> Any:
 
     return sort
 
+
+def _later_pieces_first(*given: Any) -> Any:
+    runs = _runs(*given)
+    prefills = [run for run in runs if run.program is Program.PREFILL]
+    return [*(run for run in runs if run.program is not Program.PREFILL), *prefills[::-1]]
+
+
+def _each_piece_from_the_start(lengths: Any, *given: Any) -> Any:
+    """Where the sequence was when the call began."""
+    return [run._replace(first=lengths[run.members[0]]) for run in _runs(lengths, *given)]
+
+
+def _first_keys_not_kept(self: Any, caches: Any, tokens: Any, **given: Any) -> Any:
+    """Of a sequence's first tokens each layer of the last stage forgets keys and values."""
+    place = self._wire.groups.place
+    if place.stage + 1 == self._wire.groups.parallel.pipeline and int(tokens.position_T[0]) == 0:
+        caches = [Cache(*(each.clone() for each in cache)) for cache in caches]
+    return _work(self, caches, tokens, **given)
+
+
+def _awaited_at_once(self: Any, part_TM: Tensor, tokens: Any) -> Any:
+    sum_TM = self._start_reduce(part_TM, tokens)()
+    yield
+    return sum_TM
+
+
+OF_PIECES: dict[str, Callable[[], Patches]] = {
+    "later pieces first": lambda: [patch.object(path, "runs_of", _later_pieces_first)],
+    "each piece from the start": lambda: [patch.object(path, "runs_of", _each_piece_from_the_start)],
+    "keys of the first piece not kept": lambda: [patch.object(programs.RankProgram, "work", _first_keys_not_kept)],
+    "the other piece of a pair first": lambda: [
+        patch.object(path, "by_turns", lambda works: programs.by_turns(works[::-1])[::-1])
+    ],
+    "sums awaited at once": lambda: [patch.object(programs.RankProgram, "_summed", _awaited_at_once)],
+}
 
 MUTANTS: dict[str, Callable[[], Patches]] = {
     "bias added on each rank": lambda: _in_layer(_bias_everywhere),
