@@ -92,7 +92,7 @@ class _Reading:
         """Wake the threads that may read now. The lock is held."""
         if self.late:
             self.asked.notify_all()
-        elif self.busy == 0:
+        elif self.pieces and self.busy == 0:
             self.asked.notify()
 
     def work(self) -> None:
