@@ -342,7 +342,7 @@ def test_streams_wait_for_each_other(store: Store, monkeypatch: pytest.MonkeyPat
     named: dict[str, list[FakeEvent]] = {}
     for what, event in cuda.log:
         if what.endswith("waits"):
-            assert event in named["lane marks" if what == "computation waits" else "computation marks"]
+            assert event in named["computation marks" if what == "lane waits" else "lane marks"]
         named.setdefault(what, []).append(event)
     waited, copied, after = (named[what] for what in ("computation waits", "lane marks", "lane waits"))
     assert len(waited) == len(set(waited)) == len(store.schedule) * len(steps)
