@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from twinfer.parallel.launch import Job
+
 from .processes import lives
 
 RUN = """
@@ -34,6 +36,15 @@ def test_control_c_ends_all_ranks() -> None:
     assert process.wait(15) != 0
     assert len(pids) == 2
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+def test_the_rank_that_died_first_is_named() -> None:
+    """Not one of a lower number that is aborted half a second later, as torch may do after a loss."""
+    dies = "rank = int(os.environ['RANK']); time.sleep(0.5 - 0.5 * rank); os.kill(os.getpid(), (6, 9)[rank])"
+    with Job([sys.executable, "-c", f"import os, time; {dies}"], 2) as job:
+        ended = job.wait()
+    assert ended is not None
+    assert ended.message.startswith("rank 1 was killed by SIGKILL"), ended.message
 
 
 @pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "exhaustive", reason="takes half a minute")
