@@ -45,7 +45,7 @@ def runs_of(
         name = {1: Program.DECODE, PASS_ROWS: Program.DECODE_ROWS}.get(len(members), Program.DECODE_MANY)
         runs.append(Run(name, members, [tokens[member] for member in members], 0, True))
     for index in (index for index, each in enumerate(tokens) if len(each) > 1):
-        pieces = torch.tensor(tokens[index]).split(prompt_pieces(len(tokens[index]), parallel))
+        pieces = torch.split(torch.tensor(tokens[index]), prompt_pieces(len(tokens[index]), parallel))
         first = lengths[index]
         for place, piece in enumerate(pieces, start=1):
             ends = every_position or place == len(pieces)

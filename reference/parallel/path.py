@@ -89,7 +89,7 @@ class ParallelReference:
         sequences = self._own(sequences)
         checked_tokens(self.config, sequences.lengths, new_tokens)
         parallel, states = self.job.parallel, list(sequences.states)
-        pieces = [token_T.to(self.device).split(prompt_pieces(len(token_T), parallel)) for token_T in new_tokens]
+        pieces = [torch.split(token_T.to(self.device), prompt_pieces(len(token_T), parallel)) for token_T in new_tokens]
         micro_batches = [
             (members, place)
             for members in self.job.rounds(len(states))

@@ -106,16 +106,16 @@ def test_mutants_are_caught(two: Pool, mutant: str) -> None:
 
 @pytest.mark.parametrize("parallel", OF_TWO, ids=["pipeline", "tensor"])
 def test_pieces_as_they_are_cut(two: Pool, parallel: ParallelConfig) -> None:
-    """Of three shortest pieces and 5 tokens there are three; calls are the reference's, those of a piece in order."""
+    """Of two shortest pieces and a token there are two; calls are the reference's, those of a piece in their order."""
     shortest = STAGED_PIECE if parallel.pipeline > 1 else PAIRED_PIECE
-    tokens = 3 * shortest + 5
+    tokens = 2 * shortest + 1
     config = replace(everything(2), context=1024)
     calls = [[torch.arange(tokens) % config.vocabulary]]
     assert_in_pieces(two, config, parallel, calls, shortest)
     given = {"config": config, "seed": 1, "parallel": parallel, "storage": Storage.FLOAT32, "compute": FLOAT64}
     counted = counted_by_reference(RandomSource(config, 1), parallel, Storage.FLOAT32, calls)
     for rank, (_, seen) in enumerate(two.run("extend", calls=calls, **given)):
-        assert len(prompt_pieces(tokens, parallel)) == 3
+        assert prompt_pieces(tokens, parallel) == [shortest + 1, shortest]
         for rows in set(prompt_pieces(tokens, parallel)):
             assert of_piece(seen, rows) == of_piece(counted[rank], rows)
         if parallel.pipeline > 1:
