@@ -31,7 +31,7 @@ from ..spec.config import ModelConfig
 from ..spec.errors import CheckpointError, RequestError
 from .calls import Pending, in_sweeps
 from .copies import copies_for
-from .cutting import owned
+from .cutting import feed_blocks
 from .direct import DirectFile, aligned_buffer
 from .dram import Dram
 from .events import Event
@@ -299,20 +299,8 @@ class OffloadPath:
                     each.call.layer_with(layer, part, attend, place, self._store.storage)
         if self._experts is not None:
             return_freed_memory()  # copies of experts are large, and would lie between what stays
-        ups, downs = self._store.mlp[index]
-        if not ups:
-            return
-        norm = owned(part.mlp_output_norm)
-        for _ in ups:
-            block = next(parts)
-            for each in pending:
-                each.call.up(layer, block)
-        for _ in downs:
-            block = next(parts)
-            for each in pending:
-                each.call.down(layer, block)
-        for each in pending:
-            each.call.finish(layer, norm)
+        if self._store.mlp[index][0]:
+            feed_blocks(parts, self._store.mlp[index], part, [each.call for each in pending])
 
     def _parts(self) -> Generator[Any, None, None]:
         assert self._streamer is not None

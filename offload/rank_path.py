@@ -12,9 +12,10 @@ shares have the same form, and it is made for the largest part of a batch that a
 Shapes: T tokens, W table width, V the rank's piece of the vocabulary.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from ..compiled.programs import Program
 from ..compiled.sequences import StaticSequences
 from ..compiled.weights import Head, Model
 from ..parallel.path import RankPath
-from ..parallel.programs import RankProgram, Tokens
+from ..parallel.programs import Tokens
 from ..parallel.runs import Run, runs_of
 from ..parallel.sequences import LocalSequences, ParallelSequences
 from ..parallel.weights import Share, local_config
@@ -43,7 +44,7 @@ from ..spec.errors import CheckpointError, RequestError
 from ..spec.parallel import check_parallel, stage_layers
 from ..spec.shard import vocabulary_piece
 from ..spec.weights import WeightSource
-from .cutting import NO_MATRIX
+from .cutting import NO_MATRIX, feed_blocks
 from .direct import DirectFile, aligned_buffer
 from .events import Event
 from .expert_cache import ExpertCache
@@ -53,24 +54,12 @@ from .kv_stream import Span, away_layers
 from .path import COMPUTE_DTYPES
 from .plan import Plan, call_bytes
 from .rank_plan import plan_of_rank
+from .rank_program import Moving, StreamedRankProgram
 from .rank_source import NoWeights
 from .sequences import Away, TieredSequences
 from .shares import Shares
 from .streamer import KEPT, Streamer, damaged
 from .table import DiskTable
-
-
-@dataclass(slots=True)
-class _Moving:
-    """A run on its way through the layers."""
-
-    run: Run
-    program: RankProgram
-    tokens: Tokens
-    x: Tensor
-    positions: Any
-    scored: list[Tensor] = field(default_factory=list)
-    """For each block of the head that it has met, its products."""
 
 
 class StreamedRankPath(RankPath):
@@ -186,6 +175,17 @@ class StreamedRankPath(RankPath):
         """Return False: a layer's weights lie elsewhere each time."""
         return False
 
+    def _made(self, name: Program) -> StreamedRankProgram:
+        cut = {layer: None for layer, (ups, _) in zip(self._local.layers, self._store.mlp, strict=True) if ups}
+        piece = self._piece(f"streamed {name}" if cut else name)
+        given = self.share, self._config.vocabulary, self.wire, piece, self._served, self._on_step
+        return StreamedRankProgram(name, *given, piece=piece, cut=cut)
+
+    def _program(self, name: Program) -> StreamedRankProgram:
+        program = self._programs[name]
+        assert isinstance(program, StreamedRankProgram)
+        return program
+
     def _head(self, block: Matrix) -> Head:
         return Head(self._resident.head_norm, self._resident.reduction, block)
 
@@ -265,12 +265,11 @@ class StreamedRankPath(RankPath):
     ) -> list[tuple[Run, Tensor | None]]:
         """Take runs through the stage's layers and the head, in one pass over the store."""
         moving = [self._entered(local.capacity, lengths, run) for run in runs]
-        layers = len(self._local.layers)
-        with local.sweep([span for each in moving for span in _spans(each.run, lengths)]):
-            for index, part in enumerate(self._parts()):
-                if index < layers:
-                    self._pass(index, part, local, moving)
-                    continue
+        spans = [span for each in moving for span in _spans(each.run, lengths)]
+        with local.sweep(spans), contextlib.closing(self._parts()) as parts:
+            for index in range(len(self._local.layers)):
+                self._pass(index, parts, local, moving)
+            for part in parts:
                 for each in moving:
                     if each.run.ends:
                         block = self._head(part)
@@ -278,7 +277,7 @@ class StreamedRankPath(RankPath):
                 self._on_step()
         return [(each.run, self._left(each)) for each in moving]
 
-    def _parts(self) -> Iterator[Any]:
+    def _parts(self) -> Generator[Any, None, None]:
         assert self._layers is not None
         parts = self._layers.sweep()
         while True:
@@ -288,13 +287,13 @@ class StreamedRankPath(RankPath):
                 return
             yield part
 
-    def _entered(self, capacity: int, lengths: Sequence[int], run: Run) -> _Moving:
+    def _entered(self, capacity: int, lengths: Sequence[int], run: Run) -> Moving:
         self._check_compiled(run.program)
-        program, tokens = self._programs[run.program], self._tokens_of(capacity, lengths, run)
+        program, tokens = self._program(run.program), self._tokens_of(capacity, lengths, run)
         x = self._looked_up(program, tokens) if self._place.stage == 0 else program.received(tokens)
-        return _Moving(run, program, tokens, *program.enter(x, tokens))
+        return Moving(run, program, tokens, *program.enter(x, tokens))
 
-    def _looked_up(self, program: RankProgram, tokens: Tokens) -> Tensor:
+    def _looked_up(self, program: StreamedRankProgram, tokens: Tokens) -> Tensor:
         """Return the tokens' rows of the table [T, W], of which each rank reads those of its piece."""
         first, width = int(self.share.first_token_1), self._config.table_width
         numbers = [token - first for token in tokens.token_T.tolist()]
@@ -305,19 +304,23 @@ class StreamedRankPath(RankPath):
             row_TW[held] = lookup(torch.tensor(places), table, self._storage, width, row_TW.dtype)
         return program.reduced(row_TW, tokens)
 
-    def _pass(self, index: int, part: Any, local: TieredSequences, moving: list[_Moving]) -> None:
-        weights = part if self._experts is None else self._experts.attached(index, part)
+    def _pass(self, index: int, parts: Iterator[Any], local: TieredSequences, moving: list[Moving]) -> None:
+        """Take runs through a layer, whose records are the next ones."""
+        weights, cut = next(parts), self._store.mlp[index]
+        if self._experts is not None:
+            weights = self._experts.attached(index, weights)
         with local.layer(index) as cache:
             assert isinstance(cache, Cache)
             for each in moving:
-                given = weights, cache, each.positions, each.tokens
-                each.x = each.program.pass_layer(index, each.x, *given)
+                each.layer(index, weights, cache)
+        if cut[0]:
+            feed_blocks(parts, cut, weights, moving)
         if not moving and self._exchanges:
             self._programs[Program.PREFILL].idle_layer(index, weights)
         if self._experts is not None:
             return_freed_memory()  # copies of experts are large, and would lie between what stays
 
-    def _left(self, done: _Moving) -> Tensor | None:
+    def _left(self, done: Moving) -> Tensor | None:
         """Send a run on to the next stage, or return its logits."""
         if self._place.stage + 1 < self._parallel.pipeline:
             self.wire.send(done.x[: done.tokens.rows], self.wire.groups.neighbor(1))
@@ -334,24 +337,26 @@ class StreamedRankPath(RankPath):
         different = dict.fromkeys(self._local.layers)
         part = replace(self._local, layers=tuple(different))
         caches = StaticSequences(part, rows, capacity, CPU, self._compute).caches
-        program = self._programs[name]
-        records = [*self._store.layers, *self._store.head[:1]]
-        buffer = aligned_buffer(max(record.nbytes for record in records))
+        program = self._program(name)
+        buffer = aligned_buffer(max(record.nbytes for record in self._store.schedule))
 
         def read(record: Record) -> Any:
             self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
             return in_buffer(record, buffer)
 
         x = self._looked_up(program, given) if self._place.stage == 0 else program.received(given)
-        x, positions = program.enter(x, given)
+        moving = Moving(Run(name, [], [], 0, True), program, given, *program.enter(x, given))
         for layer, cache in zip(different, caches, strict=True):
             index = self._local.layers.index(layer)
             weights = read(self._store.layers[index])
             if self._experts is not None:
                 weights = self._experts.attached(index, weights, example=True)
-            x = program.pass_layer(index, x, weights, cache, positions, given)
+            moving.layer(index, weights, cache)
+            if self._store.mlp[index][0]:
+                records = (record for part in self._store.mlp[index] for record in part)
+                feed_blocks(map(read, records), self._store.mlp[index], weights, [moving])
         for record in self._store.head[:1]:
-            program.scored(x, self._head(read(record)), given, every_position=False)
+            program.scored(moving.x, self._head(read(record)), given, every_position=False)
 
 
 def _spans(run: Run, lengths: Sequence[int]) -> list[Span]:

@@ -14,7 +14,7 @@ Shapes: R sequences that gain one token, T tokens of one sequence, S key positio
 size, G = H + 2 K heads of a rank, V the rank's piece of the vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ class LayerPieces(NamedTuple):
     attend: Callable[..., Partial]
     """(x, heads and reduced squares if normed so, weights, cache, rotary table, rows, slots, mask)."""
     feed: Callable[[Tensor, Tensor, Layer], Partial] | None
-    """(x, reduced output of attention, weights); None where sub-layers are parallel, or there are experts."""
+    """(x, reduced output of attention, weights); None where sub-layers are parallel, with experts, or cut."""
     close: Callable[[Tensor, Tensor, Layer], Tensor]
     """(x, reduced output of the MLP, weights) -> x of the next layer."""
     mixture: MixturePieces | None
@@ -93,8 +93,9 @@ def rank_pieces(
     storage: Storage,
     piece: Piece,
     compute: torch.dtype,
+    cut: Collection[LayerConfig] = (),
 ) -> RankPieces:
-    """Return the pieces of a program; `config` is the rank's own."""
+    """Return the pieces of a program; `config` is the rank's own. The MLPs of layers in `cut` are fed by the caller."""
     decodes, fixed = program is not Program.PREFILL, program in (Program.DECODE, Program.DECODE_ROWS)
     product = linear_decode if fixed else linear_prefill
     windows, rows = different_windows(config), () if fixed else (0,)
@@ -134,7 +135,7 @@ def rank_pieces(
         piece(looked_up, {"token_T": rows}),
         piece(entry, {"x_TW": rows, "position_T": rows, "start_T": starts, "slot_S": (0,)}),
         {
-            layer: _layer_pieces(layer, parallel, storage, product, piece, rows, decodes)
+            layer: _layer_pieces(layer, parallel, storage, product, piece, rows, decodes, cut=layer in cut)
             for layer in dict.fromkeys(config.layers)
         },
         piece(last, {"x_TM": rows}),
@@ -150,6 +151,8 @@ def _layer_pieces(
     piece: Piece,
     rows: tuple[int, ...],
     decodes: bool,
+    *,
+    cut: bool,
 ) -> LayerPieces:
     config, ranks, has_experts = layer.attention, parallel.tensor, isinstance(layer.mlp, MoeConfig)
 
@@ -161,7 +164,7 @@ def _layer_pieces(
         return attend_prompt(weights, cache, write_T, slot_S, mask, config)
 
     def attended(x_TM: Tensor, attention: Callable[[Tensor], Tensor], weights: Layer) -> Partial:
-        if has_experts:
+        if has_experts or cut:
             return _of_own(x_TM, *before_experts(x_TM, weights, layer, attention))
 
         def mlp(normed_TM: Tensor) -> Tensor:
@@ -231,7 +234,7 @@ def _layer_pieces(
         piece(attend_normed, {**of_rows, "qkv_TGD": rows, "square_2T1": rows})
         if over_ranks
         else piece(attend, of_rows),
-        piece(fed, both) if layer.residual is Residual.SEQUENTIAL and not has_experts else None,
+        piece(fed, both) if layer.residual is Residual.SEQUENTIAL and not has_experts and not cut else None,
         piece(close, both),
         mixture_pieces(layer, parallel.expert * parallel.expert_slices > 1, storage, product, piece, rows)
         if has_experts

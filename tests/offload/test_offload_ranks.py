@@ -15,19 +15,19 @@ from twinfer.offload.form import PAGE
 from twinfer.offload.rank_plan import plan_of_rank
 from twinfer.offload.rank_source import RankSource
 from twinfer.offload.shares import build_shares, check_degrees, open_shares, whole_as_shares
-from twinfer.offload.store import open_store
+from twinfer.offload.store import Store, open_store
 from twinfer.oracle.models import RandomSource
 from twinfer.oracle.trial import same_bits
 from twinfer.parallel.weights import local_config
 from twinfer.reference.offload.kv_offload import link_use
 from twinfer.reference.offload.partitioned import partition
-from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.config import ModelConfig, NormPlacement, Residual, Storage
 from twinfer.spec.errors import CheckpointError, RequestError
 from twinfer.spec.parallel import ParallelConfig
 
 from ..parallel.drawn import draw_calls, draw_mixture, draw_model
 from ..parallel.pool import Pool, started
-from .small import BUDGET, built, config
+from .small import BUDGET, built, config, wide_config
 
 TENSOR, STAGES, DATA = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(data=2)
 SEED = 600
@@ -106,6 +106,80 @@ def test_ranks_that_hold_the_same_read_a_part_each(two: Pool, storage: Storage, 
             expected = [int(page) for page in part_P[part_P > 0] - 1] or [len(page_P) - 1]
             reads = {(offset, count) for name, offset, count in each["reads"] if name == record.name}
             assert reads == {(record.offset + expected[0] * PAGE, len(expected) * PAGE)}, f"rank {rank}, {record.name}"
+
+
+def _parallel(model: ModelConfig) -> ModelConfig:
+    """Return the model with parallel sub-layers."""
+    given = {"residual": Residual.PARALLEL, "norm_placement": NormPlacement.PRE_NORM}
+    layers = tuple(replace(layer, **given) for layer in model.layers)
+    return replace(model, layers=layers)
+
+
+CUT = {
+    "norms at outputs": (wide_config, TENSOR, Storage.FLOAT32),
+    "int8": (wide_config, TENSOR, Storage.INT8),
+    "parallel sub-layers": (lambda: _parallel(wide_config()), TENSOR, Storage.FLOAT32),
+    "drawn": (lambda: draw_model(SEED + 1, layers=2), TENSOR, Storage.INT8),
+    "stages": (wide_config, STAGES, Storage.FLOAT32),
+    "data groups": (wide_config, DATA, Storage.FLOAT32),
+}
+
+
+def cut_shares(
+    name: str, folder: Path, patch: pytest.MonkeyPatch, parts: bool = True
+) -> tuple[ModelConfig, ParallelConfig, Storage]:
+    """Make a store for ranks whose dense layers are several records, unless `parts` is False."""
+    draw, parallel, storage = CUT[name]
+    model = replace(draw(), vocabulary=200)
+    patch.setattr(cutting, "LEAST", 1 if parts else 1 << 40)
+    if parallel is TENSOR:
+        shares_of(model, SEED, storage, parallel, folder)
+    else:
+        built(RandomSource(model, SEED), folder, storage)
+    return model, parallel, storage
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_ranks_stream_layers_in_several_records(
+    two: Pool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits, and what is sent, are those of ranks that hold their weights, for layers that are cut."""
+    model, parallel, storage = cut_shares(name, tmp_path / "s", monkeypatch)
+    ranks = assert_as_resident(two, model, parallel, storage, tmp_path / "s")
+    assert all(any(", up" in what for what, _, _ in each["reads"]) for each in ranks)
+
+
+def test_ranks_need_less_memory_for_layers_that_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's smallest budget falls by at least a buffer's difference."""
+    least, largest = [], []
+    for parts in (True, False):
+        folder = tmp_path / str(parts)
+        model, parallel, _ = cut_shares("norms at outputs", folder, monkeypatch, parts)
+        store = open_shares(folder).of_rank(parallel, 1)
+        largest.append(max(record.nbytes for record in store.schedule))
+        least.append(_least(store, local_config(model, parallel, 0)))
+    assert largest[0] < largest[1] / 2
+    assert least[1] - least[0] >= largest[1] - largest[0]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "name"),
+    [
+        ("blocks of the down reversed", "norms at outputs"),
+        ("inner numbers of another block", "norms at outputs"),
+        ("attention left out", "parallel sub-layers"),
+        ("attention added on after the sum", "parallel sub-layers"),
+        ("the MLP's part not added up", "norms at outputs"),
+        ("norm of a record that is gone", "data groups"),
+    ],
+)
+def test_seeded_faults_of_cut_layers_are_caught(
+    two: Pool, mutant: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each changes logits."""
+    model, parallel, storage = cut_shares(name, tmp_path / "s", monkeypatch)
+    with pytest.raises(AssertionError, match="has other logits"):
+        assert_as_resident(two, model, parallel, storage, tmp_path / "s", mutant=mutant)
 
 
 MIXTURES = {
@@ -212,26 +286,6 @@ def test_other_degrees_are_refused_with_the_command_that_builds_for_them(tmp_pat
         check_degrees(whole, TENSOR)
 
 
-def test_a_store_whose_layers_are_cut_is_refused_for_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks take a layer as one record; one rank runs it, and the command that builds for more is named."""
-    monkeypatch.setattr(cutting, "LEAST", 1)
-    cut = whole_as_shares(built(RandomSource(config(), SEED), tmp_path / "cut", Storage.INT8))
-    check_degrees(cut, ParallelConfig())
-    with pytest.raises(RequestError, match=r"layers in several records; .* --storage int8 --pipeline 2$"):
-        check_degrees(cut, STAGES)
-    build_shares(
-        RandomSource(config(), SEED),
-        tmp_path / "shares",
-        Storage.INT8,
-        STAGES,
-        model={"name": "m"},
-        files={},
-        identity=1,
-        report=lambda line: None,
-    )
-    check_degrees(open_shares(tmp_path / "shares"), STAGES)
-
-
 def test_a_build_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the same bytes; and not with the shares of another build."""
     wanted = shares_of(config(), SEED, Storage.INT8, TENSOR, tmp_path / "wanted")
@@ -261,14 +315,20 @@ def _killed_at_the_second() -> Any:
     return finishing
 
 
+def _least(store: Store, local: ModelConfig) -> int:
+    """Return the smallest budget of rank 1 for three sequences of 40 tokens, by the refusal."""
+    given: dict[str, Any] = {"batch": 3, "reserve": 40, "compute": torch.float32, "expands": True}
+    with pytest.raises(RequestError, match="the smallest that works is") as refused:
+        plan_of_rank(store, local, TENSOR, 1, budget=1000, **given)
+    return int(str(refused.value).rsplit("is ", 1)[1].removesuffix(" bytes").replace(",", ""))
+
+
 def test_a_budget_too_small_names_the_smallest_that_works(paired: tuple[ModelConfig, Path]) -> None:
     """Of each rank; a byte less does not work."""
     model, folder = paired
     store, local = open_shares(folder).of_rank(TENSOR, 1), local_config(model, TENSOR, 0)
     given: dict[str, Any] = {"batch": 3, "reserve": 40, "compute": torch.float32, "expands": True}
-    with pytest.raises(RequestError, match="the smallest that works is") as refused:
-        plan_of_rank(store, local, TENSOR, 1, budget=1000, **given)
-    least = int(str(refused.value).rsplit("is ", 1)[1].removesuffix(" bytes").replace(",", ""))
+    least = _least(store, local)
     assert plan_of_rank(store, local, TENSOR, 1, budget=least, **given).total_bytes <= least
     with pytest.raises(RequestError):
         plan_of_rank(store, local, TENSOR, 1, budget=least - 1, **given)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from twinfer.compiled.path import Mode
-from twinfer.offload import gathering, kv_stream, rank_path, shares
+from twinfer.offload import cutting, gathering, kv_stream, rank_path, rank_program, shares
 from twinfer.offload.direct import DirectFile
 from twinfer.offload.form import bytes_of, in_buffer
 from twinfer.offload.rank_path import StreamedRankPath
@@ -26,7 +26,8 @@ from twinfer.spec.errors import CheckpointError
 from twinfer.spec.parallel import ParallelConfig
 
 _of_rank, _away, _plan = Shares.of_rank, rank_path.away_layers, rank_path.plan_of_rank
-_gather = dist.all_gather_into_tensor
+_gather, _gathered = dist.all_gather_into_tensor, gathering.GatheredStreamer._gathered
+_down, _end_layer = cutting.Feeding.down, rank_program.StreamedRankProgram.end_layer
 
 
 def opened(folder: str) -> Shares:
@@ -62,6 +63,7 @@ def stream(
     with ExitStack() as stack:
         stack.enter_context(patch.object(DirectFile, "read_into", counting))
         stack.enter_context(patch.object(rank_path, "plan_of_rank", planned))
+        stack.enter_context(patch.object(gathering.GatheredStreamer, "_gathered", _wiped))
         for each in MUTANTS[mutant]() if mutant else ():
             stack.enter_context(each)
         wire = Wire(groups)
@@ -110,6 +112,41 @@ def _first_layers(layers: int, stages: int) -> Any:
     return [range(layers // stages)] * stages
 
 
+def _wiped(self: gathering.GatheredStreamer, *given: Any) -> Any:
+    """Gather a record once nothing of the one before it is left."""
+    torch.frombuffer(self._buffer, dtype=torch.uint8).zero_()
+    return _gathered(self, *given)
+
+
+def _down_reversed(self: cutting.Feeding) -> Tensor:
+    return torch.cat(self._out[::-1], 1)
+
+
+def _stale_inner(self: cutting.Feeding, block: Any) -> None:
+    self._inner = self._inner[:1] * len(self._inner)
+    _down(self, block)
+
+
+def _end(self: rank_program.StreamedRankProgram, index: int, feeding: Any, norm: Any, tokens: Any) -> Tensor:
+    feeding.half = feeding.half._replace(out_TM=None)
+    return _end_layer(self, index, feeding, norm, tokens)
+
+
+def _end_late(self: rank_program.StreamedRankProgram, index: int, feeding: Any, norm: Any, tokens: Any) -> Tensor:
+    late_TM = feeding.half.out_TM
+    return _end(self, index, feeding, norm, tokens) + late_TM
+
+
+def _end_alone(self: rank_program.StreamedRankProgram, index: int, feeding: Any, norm: Any, tokens: Any) -> Tensor:
+    self.reduced(torch.zeros_like(feeding.half.x_TM), tokens)
+    with patch.object(rank_program.StreamedRankProgram, "reduced", lambda self, part_TM, tokens: part_TM):
+        return _end_layer(self, index, feeding, norm, tokens)
+
+
+def _ends(end: Callable[..., Tensor]) -> list[Any]:
+    return [patch.object(rank_program.StreamedRankProgram, "end_layer", end)]
+
+
 MUTANTS: dict[str, Callable[[], list[Any]]] = {
     "records of another rank": lambda: [patch.object(Shares, "of_rank", _of_the_next)],
     "gathered backwards": lambda: [patch.object(dist, "all_gather_into_tensor", _gathered_backwards)],
@@ -119,6 +156,12 @@ MUTANTS: dict[str, Callable[[], list[Any]]] = {
     ],
     "the first stage's layers": lambda: [patch.object(shares, "stage_layers", _first_layers)],
     "keys and values not written": lambda: [patch.object(kv_stream.KvStream, "_write", lambda self, layer: None)],
+    "blocks of the down reversed": lambda: [patch.object(cutting.Feeding, "out_TM", _down_reversed)],
+    "inner numbers of another block": lambda: [patch.object(cutting.Feeding, "down", _stale_inner)],
+    "attention left out": lambda: _ends(_end),
+    "attention added on after the sum": lambda: _ends(_end_late),
+    "the MLP's part not added up": lambda: _ends(_end_alone),
+    "norm of a record that is gone": lambda: [patch.object(cutting, "owned", lambda norm: norm)],
     "both move the same layers": lambda: [
         patch.object(rank_path, "away_layers", lambda layers, count, rank: _away(layers, count, 0))
     ],
