@@ -45,8 +45,10 @@ class ExpertPieces(NamedTuple):
     few: Callable[[Tensor, Tensor, Mlp], Tensor]
     """N is `PASS_ROWS`; rows beyond those that are counted are of the last one's expert."""
     many: Callable[[Tensor, Tensor, Mlp], Tensor]
-    fetched: Callable[[Tensor, Tensor, Moe], Tensor]
-    """For experts that have to be fetched first; not compiled."""
+    here: Callable[[Tensor, Tensor, Mlp], Tensor]
+    """(rows, the slot of each, weights), for few rows whose experts were fetched."""
+    fetched: Callable[[Tensor, Tensor, Mlp, Tensor], Tensor]
+    """(rows, counts, weights, the fetcher), for many rows; it fetches one expert after the other."""
 
 
 def expert_pieces(config: MoeConfig, storage: Storage, piece: Piece) -> ExpertPieces:
@@ -64,27 +66,24 @@ def expert_pieces(config: MoeConfig, storage: Storage, piece: Piece) -> ExpertPi
         inner_NF = inner(grouped_product(row_NM[order.choice_A], order.rows_E, experts.up, storage), config.expert)
         return grouped_product(inner_NF, order.rows_E, experts.down, storage)[order.place_A]
 
-    def fetched(row_NM: Tensor, count_QE: Tensor, weights: Moe) -> Tensor:
-        assert weights.fetcher_1 is not None
-        (up, down), expert_N1 = weights.experts, _expert_of(len(row_NM), count_QE)[:, None]
-        if len(row_NM) <= PASS_ROWS:
-            slot_N1 = fetched_slots(expert_N1, row_NM, weights.fetcher_1)
-            return one_by_one(row_NM, slot_N1.flatten(), weights.experts)
-        order = sort_by_expert(expert_N1, count_QE.shape[1])
-        given = order.rows_E, weights.fetcher_1
+    def fetched(row_NM: Tensor, count_QE: Tensor, experts: Mlp, fetcher_1: Tensor) -> Tensor:
+        up, down = experts
+        order = sort_by_expert(_expert_of(len(row_NM), count_QE)[:, None], count_QE.shape[1])
+        given = order.rows_E, fetcher_1
         inner_NF = inner(fetched_product(row_NM[order.choice_A], *given, UP, up.outputs, storage), config.expert)
         return fetched_product(inner_NF, *given, DOWN, down.outputs, storage)[order.place_A]
 
-    return ExpertPieces(piece(few, {}), piece(many, {"row_NM": (0,)}), fetched)
+    rows = {"row_NM": (0,)}
+    return ExpertPieces(piece(few, {}), piece(many, rows), piece(one_by_one, {}), piece(fetched, rows))
 
 
-def warm_up(experts: Mlp, pieces: ExpertPieces, example_M: Tensor, groups: Groups) -> None:
+def warm_up(weights: Moe, config: MoeConfig, pieces: ExpertPieces, example_M: Tensor, groups: Groups) -> None:
     """Compile the pieces on an example, as no rank sends any rows."""
-    peers = len(places_of(groups)) * len(groups.slices)
-    count_QE = torch.zeros(peers, experts.up.word.shape[0], dtype=torch.int64, device=example_M.device)
-    for rows, multiply in ((PASS_ROWS, pieces.few), (_EXAMPLE_ROWS, pieces.many)):
+    peers, own = len(places_of(groups)) * len(groups.slices), config.router.experts // groups.parallel.expert
+    count_QE = torch.zeros(peers, own, dtype=torch.int64, device=example_M.device)
+    for rows in (PASS_ROWS, _EXAMPLE_ROWS):
         count_QE[0, 0] = rows
-        multiply(example_M.repeat(rows, 1), count_QE, experts)
+        multiplied(example_M.repeat(rows, 1), count_QE, weights, pieces)
 
 
 def _expert_of(rows: int, count_QE: Tensor) -> Tensor:
@@ -137,11 +136,15 @@ def multiplied(row_NM: Tensor, count_QE: Tensor, weights: Moe, pieces: ExpertPie
     rows = len(row_NM)
     if rows == 0:
         return row_NM
-    if weights.fetcher_1 is not None:
-        return pieces.fetched(row_NM, count_QE, weights)
     if rows > PASS_ROWS:
+        if weights.fetcher_1 is not None:
+            return pieces.fetched(row_NM, count_QE, weights.experts, weights.fetcher_1)
         return pieces.many(row_NM, count_QE, weights.experts)
-    return pieces.few(filled_up(row_NM, PASS_ROWS), count_QE, weights.experts)[:rows]
+    row_PM = filled_up(row_NM, PASS_ROWS)
+    if weights.fetcher_1 is not None:
+        slot_N1 = fetched_slots(_expert_of(rows, count_QE)[:, None], row_NM, weights.fetcher_1)
+        return pieces.here(row_PM, filled_up(slot_N1.flatten(), PASS_ROWS), weights.experts)[:rows]
+    return pieces.few(row_PM, count_QE, weights.experts)[:rows]
 
 
 def filled_up(row_NKM: Tensor, count: int) -> Tensor:
