@@ -8,24 +8,28 @@ over the tensor group. The sums are those of a layer that is whole, of the same 
 Shapes: T tokens, M hidden, F the rank's part of the inner width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..compiled.embedding import Product
-from ..compiled.layers import attention_input, between_reductions, joined, mlp_input
+from ..compiled.layers import Attend, Cache, attention_input, between_reductions, joined, mlp_input
 from ..compiled.linear import linear_decode, linear_prefill
 from ..compiled.norms import Norm
 from ..compiled.packing import Matrix
 from ..compiled.programs import Program
-from ..compiled.steps import Piece
+from ..compiled.steps import Piece, eager
 from ..compiled.weights import Layer
+from ..parallel.pieces import LayerPieces, rank_pieces
 from ..parallel.programs import RankProgram, Tokens
 from ..parallel.runs import Run
 from ..spec.config import LayerConfig, Residual, Storage
 from .cutting import Feeding, Halfway, fed_up, lacks_mlp
+from .kv_blocks import KvBlocks
+from .kv_stream import Span
 
 
 class BlockPieces(NamedTuple):
@@ -74,9 +78,14 @@ class StreamedRankProgram(RankProgram):
         super().__init__(name, *given, cut=cut)
         storage = self._share.model.storage
         self._blocks = {layer: block_pieces(name, layer, storage, piece) for layer in cut}
+        config, parallel = self._share.config, self._wire.groups.parallel
+        self._uncompiled = rank_pieces(name, config, parallel, storage, eager, self._share.model.compute, cut).layers
+
+    def _attending(self, layer: LayerConfig, cache: Cache | Attend) -> LayerPieces:
+        return self._pieces.layers[layer] if isinstance(cache, Cache) else self._uncompiled[layer]
 
     def begin_layer(
-        self, index: int, x_TM: Tensor, weights: Layer, cache: Any, positions: Any, tokens: Tokens
+        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache | Attend, positions: Any, tokens: Tokens
     ) -> Feeding:
         """Go through a cut layer up to its MLP."""
         layer = self._share.config.layers[index]
@@ -107,13 +116,18 @@ class Moving:
     tokens: Tokens
     x: Tensor
     positions: Any
+    spans: Sequence[Span] = ()
+    """What its sequences gain."""
     scored: list[Tensor] = field(default_factory=list)
     """For each block of the head that it has met, its products."""
     _cut: tuple[int, Feeding] | None = None
 
-    def layer(self, index: int, weights: Layer, cache: Any) -> None:
+    def layer(self, index: int, config: LayerConfig, weights: Layer, cache: Cache | KvBlocks) -> None:
         """Go through a layer, up to its MLP where that has records of its own."""
-        given = index, self.x, weights, cache, self.positions, self.tokens
+        attended: Cache | Attend = (
+            cache if isinstance(cache, Cache) else partial(cache.attend, index, weights, config.attention, self.spans)
+        )
+        given = index, self.x, weights, attended, self.positions, self.tokens
         if lacks_mlp(weights):
             self._cut = index, self.program.begin_layer(*given)
         else:

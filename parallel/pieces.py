@@ -66,7 +66,8 @@ class LayerPieces(NamedTuple):
     center: Callable[[Tensor, Sums], tuple[Tensor, Sums]] | None
     """(heads, reduced sums) -> the same, centered; None where nothing is."""
     attend: Callable[..., Partial]
-    """(x, heads and reduced squares if normed so, weights, cache, rotary table, rows, slots, mask)."""
+    """(x, heads and reduced squares if normed so, weights, cache, rotary table, rows, slots, mask); uncompiled, instead
+    of the cache also what attends to one that is elsewhere."""
     feed: Callable[[Tensor, Tensor, Layer], Partial] | None
     """(x, reduced output of attention, weights); None where sub-layers are parallel, with experts, or cut."""
     close: Callable[[Tensor, Tensor, Layer], Tensor]
@@ -156,7 +157,11 @@ def _layer_pieces(
 ) -> LayerPieces:
     config, ranks, has_experts = layer.attention, parallel.tensor, isinstance(layer.mlp, MoeConfig)
 
-    def attend_with(weights: Layer, cache: Cache, row_T: tuple[Tensor, ...], slot_S: Tensor, mask: Any) -> Attend:
+    def attend_with(
+        weights: Layer, cache: Cache | Attend, row_T: tuple[Tensor, ...], slot_S: Tensor, mask: Any
+    ) -> Attend:
+        if not isinstance(cache, Cache):
+            return cache
         if decodes:
             write_T, position_T = row_T
             return attend_step(weights, cache, write_T, position_T, slot_S, mask, config)
@@ -175,7 +180,7 @@ def _layer_pieces(
     def attend(
         x_TM: Tensor,
         weights: Layer,
-        cache: Cache,
+        cache: Cache | Attend,
         table: Table,
         row_T: tuple[Tensor, ...],
         slot_S: Tensor,
@@ -193,7 +198,7 @@ def _layer_pieces(
         qkv_TGD: Tensor,
         square_2T1: Sums,
         weights: Layer,
-        cache: Cache,
+        cache: Cache | Attend,
         table: Table,
         row_T: tuple[Tensor, ...],
         slot_S: Tensor,

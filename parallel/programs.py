@@ -20,7 +20,7 @@ from torch import Tensor
 from ..compiled.compute import accumulation_dtype
 from ..compiled.cpu_graph import CpuGraph, CpuGraphs, call_whole
 from ..compiled.head import head_prefill, scale_and_cap
-from ..compiled.layers import Cache
+from ..compiled.layers import Attend, Cache
 from ..compiled.moe import Moe
 from ..compiled.programs import Program
 from ..compiled.steps import Piece
@@ -130,7 +130,7 @@ class RankProgram:
         return x if x_TM is None else x_TM, positions
 
     def pass_layer(
-        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache, positions: Any, tokens: Tokens
+        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache | Attend, positions: Any, tokens: Tokens
     ) -> Tensor:
         """Pass through one layer of the stage."""
         layer = self._share.config.layers[index]
@@ -140,7 +140,7 @@ class RankProgram:
         return x_TM
 
     def attend(
-        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache, positions: Any, tokens: Tokens
+        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache | Attend, positions: Any, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         """Return what is added to, and this rank's part of attention's output, or of that and the MLP's in parallel."""
         layer, place = self._share.config.layers[index], self._share.model.rotations.of_layer[index]
@@ -148,7 +148,7 @@ class RankProgram:
         mask = positions.masks[self._pieces.windows.index(layer.attention.window)]
         writes = (positions.write_R, positions.position_R) if self._decodes else (positions.write_T,)
         slot_S = tokens.slot_S if self._decodes else positions.read_S
-        pieces = self._pieces.layers[layer]
+        pieces = self._attending(layer, cache)
         heads = self._heads(pieces, x_TM, weights, tokens)
         stream_TM, part_TM = pieces.attend(x_TM, *heads, weights, cache, table, writes, slot_S, mask)
         return x_TM if stream_TM is None else stream_TM, part_TM
@@ -191,6 +191,10 @@ class RankProgram:
         all_RV = call_whole(self._wire.all_gather, part_RV, self._wire.groups.tensor, counted)
         logits_RV = all_RV[:, : self._vocabulary]
         return scale_and_cap(logits_RV, config.logit_scale, config.logit_softcap).contiguous()
+
+    def _attending(self, layer: LayerConfig, cache: Cache | Attend) -> LayerPieces:
+        """Return the pieces that attend to a cache."""
+        return self._pieces.layers[layer]
 
     def _fed(self, layer: LayerConfig, x_TM: Tensor, part_TM: Tensor, weights: Layer, tokens: Tokens) -> Tensor:
         """End a layer after its attention."""

@@ -1,7 +1,6 @@
 """Ranks that stream their shares of a model give what ranks that hold them give, to the bit; and what breaks it."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,66 +8,27 @@ from typing import Any
 import pytest
 import torch
 
-from twinfer.offload import cutting
 from twinfer.offload.events import Kind
 from twinfer.offload.form import PAGE
 from twinfer.offload.rank_plan import plan_of_rank
 from twinfer.offload.rank_source import RankSource
-from twinfer.offload.shares import build_shares, check_degrees, open_shares, whole_as_shares
-from twinfer.offload.store import Store, open_store
+from twinfer.offload.shares import check_degrees, open_shares, whole_as_shares
+from twinfer.offload.store import open_store
 from twinfer.oracle.models import RandomSource
-from twinfer.oracle.trial import same_bits
 from twinfer.parallel.weights import local_config
 from twinfer.reference.offload.kv_offload import link_use
 from twinfer.reference.offload.partitioned import partition
-from twinfer.spec.config import ModelConfig, NormPlacement, Residual, Storage
+from twinfer.spec.config import (
+    ModelConfig,
+    Storage,
+)
 from twinfer.spec.errors import CheckpointError, RequestError
 from twinfer.spec.parallel import ParallelConfig
 
-from ..parallel.drawn import draw_calls, draw_mixture, draw_model
-from ..parallel.pool import Pool, started
-from .small import BUDGET, built, config, wide_config
-
-TENSOR, STAGES, DATA = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(data=2)
-SEED = 600
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Pool]:
-    with started(2) as pool:
-        yield pool
-
-
-def shares_of(model: ModelConfig, seed: int, storage: Storage, parallel: ParallelConfig, folder: Path) -> Path:
-    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": 1, "report": lambda line: None}
-    build_shares(RandomSource(model, seed), folder, storage, parallel, **given)
-    return folder
-
-
-def assert_as_resident(
-    pool: Pool,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    storage: Storage,
-    folder: Path,
-    *,
-    away: int = 0,
-    batch: int = 3,
-    every_position: bool = False,
-    mutant: str | None = None,
-) -> list[dict[str, Any]]:
-    """Logits of all calls have the bits of the ranks that hold their weights; what is sent has the same bytes."""
-    calls = draw_calls(SEED, model.vocabulary, batch=batch)
-    case = {"config": model, "parallel": parallel, "calls": calls, "every_position": every_position}
-    resident = pool.run("extend", seed=SEED, storage=storage, **case)
-    streamed = pool.run("extend_streamed", folder=str(folder), budget=BUDGET, away=away, mutant=mutant, **case)
-    for rank, ((wanted, counted), found) in enumerate(zip(resident, streamed, strict=True)):
-        assert "error" not in found, found["error"]
-        for got, want in zip(found["logits"], wanted, strict=True):
-            pairs = zip(got, want, strict=True) if every_position else [(got, want)]
-            assert all(same_bits(*pair) for pair in pairs), f"rank {rank} has other logits"
-        assert sorted(found["counted"]) == sorted(counted), f"rank {rank}"
-    return streamed
+from ..parallel.drawn import draw_mixture, draw_model
+from ..parallel.pool import Pool
+from .ranks import DATA, MIXTURES, SEED, STAGES, TENSOR, assert_as_resident, least_of_rank, shares_of
+from .small import built, config
 
 
 @pytest.mark.parametrize("storage", Storage)
@@ -106,88 +66,6 @@ def test_ranks_that_hold_the_same_read_a_part_each(two: Pool, storage: Storage, 
             expected = [int(page) for page in part_P[part_P > 0] - 1] or [len(page_P) - 1]
             reads = {(offset, count) for name, offset, count in each["reads"] if name == record.name}
             assert reads == {(record.offset + expected[0] * PAGE, len(expected) * PAGE)}, f"rank {rank}, {record.name}"
-
-
-def _parallel(model: ModelConfig) -> ModelConfig:
-    """Return the model with parallel sub-layers."""
-    given = {"residual": Residual.PARALLEL, "norm_placement": NormPlacement.PRE_NORM}
-    layers = tuple(replace(layer, **given) for layer in model.layers)
-    return replace(model, layers=layers)
-
-
-CUT = {
-    "norms at outputs": (wide_config, TENSOR, Storage.FLOAT32),
-    "int8": (wide_config, TENSOR, Storage.INT8),
-    "parallel sub-layers": (lambda: _parallel(wide_config()), TENSOR, Storage.FLOAT32),
-    "drawn": (lambda: draw_model(SEED + 1, layers=2), TENSOR, Storage.INT8),
-    "stages": (wide_config, STAGES, Storage.FLOAT32),
-    "data groups": (wide_config, DATA, Storage.FLOAT32),
-}
-
-
-def cut_shares(
-    name: str, folder: Path, patch: pytest.MonkeyPatch, parts: bool = True
-) -> tuple[ModelConfig, ParallelConfig, Storage]:
-    """Make a store for ranks whose dense layers are several records, unless `parts` is False."""
-    draw, parallel, storage = CUT[name]
-    model = replace(draw(), vocabulary=200)
-    patch.setattr(cutting, "LEAST", 1 if parts else 1 << 40)
-    if parallel is TENSOR:
-        shares_of(model, SEED, storage, parallel, folder)
-    else:
-        built(RandomSource(model, SEED), folder, storage)
-    return model, parallel, storage
-
-
-@pytest.mark.parametrize("name", CUT)
-def test_ranks_stream_layers_in_several_records(
-    two: Pool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Logits, and what is sent, are those of ranks that hold their weights, for layers that are cut."""
-    model, parallel, storage = cut_shares(name, tmp_path / "s", monkeypatch)
-    ranks = assert_as_resident(two, model, parallel, storage, tmp_path / "s")
-    assert all(any(", up" in what for what, _, _ in each["reads"]) for each in ranks)
-
-
-def test_ranks_need_less_memory_for_layers_that_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank's smallest budget falls by at least a buffer's difference."""
-    least, largest = [], []
-    for parts in (True, False):
-        folder = tmp_path / str(parts)
-        model, parallel, _ = cut_shares("norms at outputs", folder, monkeypatch, parts)
-        store = open_shares(folder).of_rank(parallel, 1)
-        largest.append(max(record.nbytes for record in store.schedule))
-        least.append(_least(store, local_config(model, parallel, 0)))
-    assert largest[0] < largest[1] / 2
-    assert least[1] - least[0] >= largest[1] - largest[0]
-
-
-@pytest.mark.parametrize(
-    ("mutant", "name"),
-    [
-        ("blocks of the down reversed", "norms at outputs"),
-        ("inner numbers of another block", "norms at outputs"),
-        ("attention left out", "parallel sub-layers"),
-        ("attention added on after the sum", "parallel sub-layers"),
-        ("the MLP's part not added up", "norms at outputs"),
-        ("norm of a record that is gone", "data groups"),
-    ],
-)
-def test_seeded_faults_of_cut_layers_are_caught(
-    two: Pool, mutant: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each changes logits."""
-    model, parallel, storage = cut_shares(name, tmp_path / "s", monkeypatch)
-    with pytest.raises(AssertionError, match="has other logits"):
-        assert_as_resident(two, model, parallel, storage, tmp_path / "s", mutant=mutant)
-
-
-MIXTURES = {
-    "tensor": TENSOR,
-    "expert": ParallelConfig(tensor=2, expert=2),
-    "expert of data groups": ParallelConfig(data=2, expert=2),
-    "slices": ParallelConfig(tensor=2, expert_slices=2),
-}
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -315,20 +193,12 @@ def _killed_at_the_second() -> Any:
     return finishing
 
 
-def _least(store: Store, local: ModelConfig) -> int:
-    """Return the smallest budget of rank 1 for three sequences of 40 tokens, by the refusal."""
-    given: dict[str, Any] = {"batch": 3, "reserve": 40, "compute": torch.float32, "expands": True}
-    with pytest.raises(RequestError, match="the smallest that works is") as refused:
-        plan_of_rank(store, local, TENSOR, 1, budget=1000, **given)
-    return int(str(refused.value).rsplit("is ", 1)[1].removesuffix(" bytes").replace(",", ""))
-
-
 def test_a_budget_too_small_names_the_smallest_that_works(paired: tuple[ModelConfig, Path]) -> None:
     """Of each rank; a byte less does not work."""
     model, folder = paired
     store, local = open_shares(folder).of_rank(TENSOR, 1), local_config(model, TENSOR, 0)
     given: dict[str, Any] = {"batch": 3, "reserve": 40, "compute": torch.float32, "expands": True}
-    least = _least(store, local)
+    least = least_of_rank(store, local)
     assert plan_of_rank(store, local, TENSOR, 1, budget=least, **given).total_bytes <= least
     with pytest.raises(RequestError):
         plan_of_rank(store, local, TENSOR, 1, budget=least - 1, **given)
