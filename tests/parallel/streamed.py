@@ -125,10 +125,10 @@ def _first_layers(layers: int, stages: int) -> Any:
     return [range(layers // stages)] * stages
 
 
-def _wiped(self: gathering.GatheredStreamer, *given: Any) -> Any:
+def _wiped(self: gathering.GatheredStreamer, *given: Any, **how: Any) -> Any:
     """Gather a record once nothing of the one before it is left."""
     torch.frombuffer(self._buffer, dtype=torch.uint8).zero_()
-    return _gathered(self, *given)
+    return _gathered(self, *given, **how)
 
 
 def _another(self: Dram, index: int, nbytes: int) -> memoryview:
