@@ -57,6 +57,7 @@ def build(order: Order, member: "Member") -> Built:
             order.source.config,
             member.wire,
             budget=budget_of(order),
+            dram_budget=order.dram_budget,
             compute=order.compute.dtype,
             report=report,
             on_step=member.progress.step,

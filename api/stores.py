@@ -14,6 +14,7 @@ from twinfer.checkpoint.source import limited
 from twinfer.checkpoint.tokenizer import read_tokenizer
 from twinfer.offload.building import build
 from twinfer.offload.plan import plan
+from twinfer.offload.rank_measuring import Job
 from twinfer.offload.shares import (
     SHARES,
     Shares,
@@ -98,6 +99,15 @@ def open_store_model(folder: Path, context: int | None = None) -> Checkpoint:
             raise CheckpointError(f"{folder} lacks {_TOKENIZER}; {_REMEDY}")
         tokenizer = read_tokenizer(path, _REMEDY)
     return described_checkpoint(about, StoreSource(store, config), tokenizer, store.storage, str(folder))
+
+
+def check_budget_of_ranks(
+    source: StoreSource, parallel: ParallelConfig, budgets: tuple[int, int], batch: int, reserve: int, compute: Compute
+) -> None:
+    """Do the same for each rank of a job; `budgets` are the memory's and DRAM's."""
+    Job(shares_in(source), source.config, parallel, *budgets, compute.dtype, False).plans(
+        batch, min(reserve, source.config.context)
+    )
 
 
 def check_budget(source: StoreSource, budget: int, batch: int, reserve: int, compute: Compute) -> None:

@@ -12,6 +12,7 @@ vocabulary, N rows of a block of the head.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ from ..compiled.steps import (
 from ..compiled.weights import Head, Layer
 from ..spec.config import LayerConfig, ModelConfig, Storage
 from .cut_pieces import cut_pieces
-from .cutting import NO_MATRIX, Halfway, attended, lacks_mlp
+from .cutting import NO_MATRIX, Feeding, Halfway, attended, lacks_mlp
 from .form import Resident
 from .kv_stream import Span
 
@@ -134,9 +135,7 @@ class Call:
         self._inputs, self._shared, self._last_only = inputs, shared, last_only
         self._x: Tensor | None = None
         self._positions: Any = None
-        self._half: Halfway | None = None
-        self._inner: list[Tensor] = []
-        self._out: list[Tensor] = []
+        self._cut: tuple[LayerConfig, Feeding] | None = None
         self.hidden: Tensor | None = None
         self._blocks: list[Tensor] = []
         self._every: list[Tensor] = []
@@ -159,7 +158,7 @@ class Call:
         """Go through a layer, up to its MLP where that has records of its own; `place` is that of its rotation."""
         given = config, self._x, weights, cache, place, self._positions, *self._shared
         if lacks_mlp(weights):
-            self._half = self._program.attention(*given)
+            self._feed(config, self._program.attention(*given))
         else:
             self._x = self._program.layer(*given)
 
@@ -171,27 +170,30 @@ class Call:
         table = None if place is None else self._positions.tables[place]
         given: dict[str, Any] = {"config": config, "storage": storage, "product": self._program.product}
         if lacks_mlp(weights):
-            self._half = attended(self._x, weights, table, attend, **given)
+            self._feed(config, attended(self._x, weights, table, attend, **given))
         else:
             self._x = layer_with(self._x, weights, table, attend, **given)
 
-    def up(self, config: LayerConfig, block: Matrix) -> None:
+    def _feed(self, config: LayerConfig, half: Halfway) -> None:
+        program = self._program
+        self._cut = config, Feeding(half, partial(program.up, config), partial(program.down, config))
+
+    def up(self, block: Matrix) -> None:
         """Go through a block of an MLP's up."""
-        assert self._half is not None
-        self._inner.append(self._program.up(config, self._half.read_TM, block))
+        assert self._cut is not None
+        self._cut[1].up(block)
 
-    def down(self, config: LayerConfig, block: Matrix) -> None:
+    def down(self, block: Matrix) -> None:
         """Go through a block of an MLP's down; all blocks of the up come before."""
-        if len(self._inner) > 1:
-            self._inner = [torch.cat(self._inner, 1)]
-        self._out.append(self._program.down(config, self._inner[0], block))
+        assert self._cut is not None
+        self._cut[1].down(block)
 
-    def finish(self, config: LayerConfig, norm: Norm | None) -> None:
+    def finish(self, norm: Norm | None) -> None:
         """End a layer whose MLP had records of its own; `norm` is that of its output."""
-        assert self._half is not None
-        out_TM = self._out[0] if len(self._out) == 1 else torch.cat(self._out, 1)
-        self._x = self._program.finish(config, self._half, out_TM, norm)
-        self._half, self._inner, self._out = None, [], []
+        assert self._cut is not None
+        config, feeding = self._cut
+        self._x = self._program.finish(config, feeding.half, feeding.out_TM(), norm)
+        self._cut = None
 
     def leave(self, resident: Resident) -> None:
         """Go through what stands between the layers and the head."""

@@ -15,7 +15,8 @@ Shapes: T tokens, M hidden, F intermediate.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -172,6 +173,63 @@ def attended(
         return Halfway(x_TM, None, read_TM)
     read_TM = attention_input(x_TM, weights, config)
     return Halfway(x_TM, attention(read_TM), mlp_input(x_TM, read_TM, weights, config))
+
+
+class Feeding:
+    """The MLP of a cut layer on its way through its blocks, for some tokens."""
+
+    def __init__(
+        self, half: Halfway, up: Callable[[Tensor, Matrix], Tensor], down: Callable[[Tensor, Matrix], Tensor]
+    ) -> None:
+        """`up` and `down` take a block, and return some of their numbers for each token."""
+        self.half = half
+        self._up, self._down = up, down
+        self._inner: list[Tensor] = []
+        self._out: list[Tensor] = []
+
+    def up(self, block: Matrix) -> None:
+        """Go through a block of the up."""
+        self._inner.append(self._up(self.half.read_TM, block))
+
+    def down(self, block: Matrix) -> None:
+        """Go through a block of the down; all blocks of the up come before."""
+        if len(self._inner) > 1:
+            self._inner = [torch.cat(self._inner, 1)]
+        self._out.append(self._down(self._inner[0], block))
+
+    def out_TM(self) -> Tensor:
+        """Return the MLP's output."""
+        return self._out[0] if len(self._out) == 1 else torch.cat(self._out, 1)
+
+
+class Fed(Protocol):
+    """Tokens in the middle of a cut layer."""
+
+    def up(self, block: Matrix) -> None: ...
+
+    def down(self, block: Matrix) -> None: ...
+
+    def finish(self, norm: Norm | None) -> None:
+        """End the layer; `norm` is that of the MLP's output."""
+        ...
+
+
+def feed_blocks(
+    parts: Iterator[Any], blocks: tuple[Sequence[Any], Sequence[Any]], first: Layer, fed: Sequence[Fed]
+) -> None:
+    """Take tokens through the rest of a cut layer, whose blocks are the next parts; `first` is what came before."""
+    ups, downs = blocks
+    norm = owned(first.mlp_output_norm)
+    for _ in ups:
+        block = next(parts)
+        for each in fed:
+            each.up(block)
+    for _ in downs:
+        block = next(parts)
+        for each in fed:
+            each.down(block)
+    for each in fed:
+        each.finish(norm)
 
 
 def fed_up(read_TM: Tensor, block: Matrix, config: LayerConfig, storage: Storage, product: Product) -> Tensor:

@@ -14,6 +14,10 @@ _LONGEST = 1 << 21
 """Experts of the longest trace that is kept for the bound."""
 
 
+COUNTS = ("kept", "spare", "needed", "found", "read_bytes", "prompt_bytes", "guessed", "guessed_right")
+"""The counts of a report that are shown."""
+
+
 @dataclass(slots=True, kw_only=True)
 class ExpertReport:
     """Counts since sequences were opened last."""
@@ -58,18 +62,68 @@ class ExpertReport:
     @property
     def line(self) -> str:
         """The counts of steps, in words."""
+        return RankReport(counts=self.counts()).line
+
+    def counts(self) -> list[int]:
+        """Return what `RankReport` takes."""
+        return [*(getattr(self, name) for name in COUNTS), self.bound_bytes()]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the counts, the hit rate and the bound."""
+        return RankReport(counts=self.counts()).as_json()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """The counts of a rank, or of several summed up, as they are sent: `COUNTS`, then the bytes of the bound."""
+
+    counts: list[int]
+
+    @classmethod
+    def summed(cls, reports: Sequence["RankReport"]) -> "RankReport":
+        """Return the counts of several ranks together."""
+        return cls(counts=[sum(each) for each in zip(*(report.counts for report in reports), strict=True)])
+
+    @property
+    def hit_rate(self) -> float | None:
+        needed, found = (self.counts[COUNTS.index(name)] for name in ("needed", "found"))
+        return found / needed if needed else None
+
+    @property
+    def line(self) -> str:
+        """The counts of steps, in words."""
+        read, prompts = (self.counts[COUNTS.index(name)] for name in ("read_bytes", "prompt_bytes"))
         if self.hit_rate is None:
-            return f"experts: {self.prompt_bytes:,} bytes read for prompts"
+            return f"experts: {prompts:,} bytes read for prompts"
         return (
-            f"experts: {self.hit_rate:.1%} of those that steps needed were in memory, {self.read_bytes:,} bytes were "
-            f"read for them (at best {self.bound_bytes():,}, from an empty cache), {self.prompt_bytes:,} for prompts"
+            f"experts: {self.hit_rate:.1%} of those that steps needed were in memory, {read:,} bytes were "
+            f"read for them (at best {self.counts[-1]:,}, from an empty cache), {prompts:,} for prompts"
         )
 
     def as_json(self) -> dict[str, Any]:
         """Return the counts, the hit rate and the bound."""
-        names = ("kept", "spare", "needed", "found", "read_bytes", "prompt_bytes", "guessed", "guessed_right")
-        counts = {name: getattr(self, name) for name in names}
-        return {**counts, "hit_rate": self.hit_rate, "bound_bytes": self.bound_bytes()}
+        *counts, bound = self.counts
+        return {**dict(zip(COUNTS, counts, strict=True)), "hit_rate": self.hit_rate, "bound_bytes": bound}
+
+
+@dataclass(frozen=True, slots=True)
+class RankReports:
+    """The counts of all ranks of a job."""
+
+    ranks: list[RankReport]
+
+    @property
+    def line(self) -> str:
+        """The counts of steps, in words: those of all ranks together, then hits and bytes of each."""
+        each = (
+            f"rank {rank} {report.hit_rate or 0.0:.1%}, {report.counts[COUNTS.index('read_bytes')]:,} bytes"
+            for rank, report in enumerate(self.ranks)
+        )
+        return f"{RankReport.summed(self.ranks).line}; {'; '.join(each)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the counts summed up, and those of each rank."""
+        return {**RankReport.summed(self.ranks).as_json(), "ranks": [report.as_json() for report in self.ranks]}
 
 
 def fewest(trace: Sequence[Expert], capacity: int) -> list[int]:

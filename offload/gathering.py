@@ -10,7 +10,7 @@ Parts are read ahead into a ring; a record is gathered when it is next, into one
 there when it is first whole. Nothing is gathered ahead. A rank whose part is empty reads the last page, for nobody.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..parallel.groups import PATIENCE, Group, Groups
 from ..parallel.wire import Pending, Wire
 from ..spec.parallel import ParallelConfig
 from .direct import DirectFile, aligned_buffer
+from .dram import Dram
 from .events import Event
 from .form import PAGE, Placed, Record, faulty, in_buffer
 from .streamer import Streamer, damaged
@@ -79,9 +80,11 @@ def part_of(record: Record, readers: int, reader: int) -> Part:
 class GatheredStreamer:
     """Goes through the records of a file as `Streamer` does, together with the same object on every other reader."""
 
-    def __init__(self, file: DirectFile, records: Sequence[Record], slots: int, readers: Group, wire: Wire) -> None:
+    def __init__(
+        self, file: DirectFile, records: Sequence[Record], slots: int, dram: Dram, readers: Group, wire: Wire
+    ) -> None:
         self._file, self._records, self._readers, self._wire = file, records, readers, wire
-        self._parts = Streamer(file, [part_of(each, len(readers), readers.place) for each in records], slots)
+        self._parts = Streamer(file, [part_of(each, len(readers), readers.place) for each in records], slots, dram)
         self._each = [-(-record.nbytes // PAGE // len(readers)) * PAGE for record in records]
         self._buffer = aligned_buffer(max(self._each) * len(readers))
         self._whole: dict[int, Any] = {}
@@ -98,16 +101,21 @@ class GatheredStreamer:
         for index, own_N in enumerate(self._parts.sweep()):
             yield self._gathered(index, own_N)
 
+    def still_sweep(self, kinds: Sequence[Hashable]) -> Iterator[Any]:
+        """Yield for each record the part of one of its kind, gathered each time; see `Streamer.still_sweep`."""
+        for index, own_N in enumerate(self._parts.still_sweep(kinds)):
+            yield self._gathered(index, own_N, verifies=False)
+
     def close(self) -> None:
         self._parts.close()
 
-    def _gathered(self, index: int, own_N: Tensor) -> Any:
+    def _gathered(self, index: int, own_N: Tensor, *, verifies: bool = True) -> Any:
         record, each = self._records[index], self._each[index]
         all_N = torch.frombuffer(self._buffer, dtype=torch.uint8)[: each * len(self._readers)]
         given_N = own_N if len(own_N) == each else functional.pad(own_N, (0, each - len(own_N)))
         work = dist.all_gather_into_tensor(all_N, given_N, self._readers.process_group, async_op=True)
         self._wire.waited(Pending(all_N, work, given_N))
-        if index not in self._verified:
+        if verifies and index not in self._verified:
             if fault := faulty(record, self._buffer):
                 raise damaged(self._file, record, fault)
             self._verified.add(index)

@@ -13,7 +13,7 @@ from ..compiled.linear import PASS_ROWS, product
 from ..spec.ambient import CPU
 from .copies import copies_for
 from .direct import DirectFile, aligned_buffer
-from .events import Kind
+from .events import Event, Kind
 from .path import OffloadPath
 from .plan import PREFILL_TOKENS, Plan, call_bytes, chosen_bytes
 from .sequences import TieredSequences
@@ -22,10 +22,10 @@ from .streamer import Streamer
 
 _ENOUGH_S = 1.0
 
-_RUNS = 2
+RUNS = 2
 """The better of so many counts: the first of a size also prepares for it."""
 
-_MARGIN = 1.1
+MARGIN = 1.1
 """What a batch has beyond the least that hides the reads: speeds vary while a run goes on."""
 
 _GEMM = 1024
@@ -131,7 +131,7 @@ def compute(path: OffloadPath, batch: int, reserve: int, prompt: int | None = No
     count = max(1, min(batch, together, PREFILL_TOKENS // tokens))
     given_BT = _drawn(path, count, tokens)
     with path.still():
-        sweeps = [_still(path, path.open(count, reserve), given_BT)[0] for _ in range(_RUNS)]
+        sweeps = [_still(path, path.open(count, reserve), given_BT)[0] for _ in range(RUNS)]
     path.open(batch, reserve).close()  # the plan and its room as they were
     assert path.plan is not None
     computing, rows = min(sweeps, key=lambda each: each.total_s), min(batch, together) * tokens
@@ -142,12 +142,12 @@ def compute(path: OffloadPath, batch: int, reserve: int, prompt: int | None = No
 
 def compute_step(path: OffloadPath, batch: int, reserve: int) -> Step:
     """Measure a decode step of a path that is compiled, with layers that stay where they are."""
-    given_BT = _drawn(path, batch, _RUNS)
+    given_BT = _drawn(path, batch, RUNS)
     with path.still():
         sequences = path.open(batch, reserve)
-        sequences.advance([max(0, reserve // 2 - _RUNS)] * batch, sequences.last_BV)
+        sequences.advance([max(0, reserve // 2 - RUNS)] * batch, sequences.last_BV)
         sequences.rewrite()
-        steps = [_still(path, sequences, given_BT[:, at, None]) for at in range(_RUNS)]
+        steps = [_still(path, sequences, given_BT[:, at, None]) for at in range(RUNS)]
         sequences.close()
     computing, kv_s = min(steps, key=lambda each: each[0].total_s)
     return Step(computing=computing, kv_s=kv_s)
@@ -164,8 +164,12 @@ def _still(path: OffloadPath, sequences: TieredSequences, tokens_BT: Tensor) -> 
     path.extend(sequences, list(tokens_BT))
     copies_for(path.device).drain()
     passed_s = time.perf_counter() - begin_s
-    events = [each for each in path.events if each.begin_s >= begin_s]
     head = len(path.store.schedule) - len(path.store.head)
+    return seen([each for each in path.events if each.begin_s >= begin_s], head, passed_s)
+
+
+def seen(events: Sequence[Event], head: int, passed_s: float) -> tuple[Sweep, float]:
+    """Return by the events of a call what computing takes, and keys and values; `head` is the head's first record."""
 
     def spent_s(*kinds: Kind) -> float:
         return sum(each.end_s - each.begin_s for each in events if each.kind in kinds)
@@ -182,7 +186,7 @@ def predict(store: Store, plan: Plan, speeds: Speeds, step: Step, prompts: Promp
     step_s = predict_step(store, plan, speeds, step)
     sweeps = -(-plan.batch // prompts.together)
     computing = prompts.computing.times(plan.batch / sweeps / prompts.count)
-    prompts_s = sweeps * _swept_s(store, plan, prompts.read_bytes, 0.0, speeds, computing)
+    prompts_s = sweeps * swept_s(store, plan, prompts.read_bytes, 0.0, speeds, computing)
     return Prediction(
         step_s=step_s,
         token_s=step_s / plan.batch,
@@ -193,10 +197,10 @@ def predict(store: Store, plan: Plan, speeds: Speeds, step: Step, prompts: Promp
 
 def predict_step(store: Store, plan: Plan, speeds: Speeds, step: Step) -> float:
     """Return what a decode step takes: reading and computing go on at once."""
-    return _swept_s(store, plan, plan.step_bytes, step.kv_s, speeds, step.computing)
+    return swept_s(store, plan, plan.step_bytes, step.kv_s, speeds, step.computing)
 
 
-def _swept_s(store: Store, plan: Plan, read_bytes: int, kv_s: float, speeds: Speeds, computing: Sweep) -> float:
+def swept_s(store: Store, plan: Plan, read_bytes: int, kv_s: float, speeds: Speeds, computing: Sweep) -> float:
     """Return what a sweep takes, one after another, that reads so many bytes of the store.
 
     The longer of reading and computing would be too little: a block of the head takes long to read and little to
@@ -261,8 +265,17 @@ def best_batch(path: OffloadPath, reserve: int, prompts: int) -> int:
         step = compute_step(path, batch, reserve)
         assert path.plan is not None
         hiding_tokens = batch * path.plan.fetch_s(speeds.disk, speeds.copies) / step.computing.total_s
-        return math.ceil(hiding_tokens * _MARGIN), predict_step(path.store, path.plan, speeds, step) / batch
+        return math.ceil(hiding_tokens * MARGIN), predict_step(path.store, path.plan, speeds, step) / batch
 
+    return search_batch(here, most, prompts, hiding)
+
+
+def search_batch(here: int, most: int, prompts: int, hiding: Callable[[int], tuple[int, float]]) -> int:
+    """Return the batch for some prompts, of `here` sequences with all keys and values in memory, `most` without.
+
+    `hiding` measures what a step of a batch takes; it returns the batch that hides the reads by that, and seconds a
+    token.
+    """
     batch, token_s = 0, math.inf
     wanted = min(here, PASS_ROWS)
     while wanted > batch:

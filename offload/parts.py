@@ -272,9 +272,7 @@ def experts_of_layer(source: WeightSource, index: int) -> int:
 
 
 def cuts_of(source: WeightSource, index: int, storage: Storage, device: str = "cpu") -> Blocks | None:
-    """Return how a layer is cut; a rank's share, of which the programs take a whole layer, is not."""
-    if isinstance(source, RankSource):
-        return None
+    """Return how a layer is cut; None where it is one record."""
     return blocks_of(source.config.layers[index], source.config.hidden, storage, device)
 
 

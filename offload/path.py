@@ -28,27 +28,25 @@ from ..compiled.turn import Turn
 from ..spec import decoder as protocol
 from ..spec.ambient import CPU
 from ..spec.config import ModelConfig
-from ..spec.errors import CheckpointError, RequestError
+from ..spec.errors import RequestError
 from .calls import Pending, in_sweeps
 from .copies import copies_for
-from .cutting import owned
-from .direct import DirectFile, aligned_buffer
+from .cutting import feed_blocks
+from .direct import DirectFile
 from .dram import Dram
 from .events import Event
 from .expert_cache import ExpertCache
 from .expert_report import ExpertReport
-from .form import Resident, faulty, in_buffer, on_device
+from .form import on_device
 from .kv_stream import away_layers
+from .opening import check_opening, read_resident
 from .passes import calls_of
 from .plan import Plan, most_batch, plan
 from .programs import Example, StreamedPrograms
 from .sequences import Away, TieredSequences
 from .store import Store, check_device, kinds
-from .streamer import KEPT, Streamer, damaged
+from .streamer import KEPT, Streamer
 from .table import DiskTable
-
-COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""A store's norms and biases are float32, so it does not serve float64."""
 
 
 class OffloadPath:
@@ -74,18 +72,9 @@ class OffloadPath:
         report: Callable[[str], None] | None = None,
         direct: bool = True,
     ) -> None:
-        if compute not in COMPUTE_DTYPES:
-            raise RequestError(
-                f"compute is {compute}; of a store it must be one of {', '.join(map(str, COMPUTE_DTYPES))}"
-            )
+        check_opening(store, config, compute, dram_budget)
         if mode not in list(Mode):
             raise RequestError(f"mode is {mode!r}; it must be one of {', '.join(Mode)}")
-        if len(store.layers) != len(config.layers):
-            raise CheckpointError(
-                f"{store.folder} holds {len(store.layers)} layers; its config has {len(config.layers)}"
-            )
-        if dram_budget < 0:
-            raise RequestError(f"the DRAM budget is {dram_budget} bytes; it must be 0 or more")
         self._device = checked_device(device)
         check_device(store, self._device)
         if mode != Mode.EAGER:
@@ -101,7 +90,7 @@ class OffloadPath:
         self._file = DirectFile(store.weights, direct=direct)
         if not self._file.direct:
             self._report(f"{store.weights} is read through the page cache: its file system knows no direct reads")
-        self.resident = self._read_resident()
+        self.resident = on_device(read_resident(self._file, store), self._device)
         checksum_B = self.resident.table_checksum_B
         self._table = DiskTable(self._file, store.table, store.storage, checksum_B)
         given = self._file, store, config
@@ -261,15 +250,6 @@ class OffloadPath:
         if self._experts is not None:
             self._experts.resize(kept=made.experts_kept, spare=made.experts_spare, dram=made.dram_experts)
 
-    def _read_resident(self) -> Resident:
-        record = self._store.resident
-        buffer = aligned_buffer(record.nbytes)
-        self._file.read_into(buffer, record.offset, record.name)
-        if fault := faulty(record, buffer):
-            raise damaged(self._file, record, fault)
-        resident: Resident = on_device(in_buffer(record, buffer), self._device)
-        return resident
-
     def _sweep(self, sequences: TieredSequences, pending: list[Pending], every_position: bool) -> None:
         """Take the calls through all layers and the head, in one pass over the store."""
         assert self._streamer is not None
@@ -307,20 +287,8 @@ class OffloadPath:
                     each.call.layer_with(layer, part, attend, place, self._store.storage)
         if self._experts is not None:
             return_freed_memory()  # copies of experts are large, and would lie between what stays
-        ups, downs = self._store.mlp[index]
-        if not ups:
-            return
-        norm = owned(part.mlp_output_norm)
-        for _ in ups:
-            block = next(parts)
-            for each in pending:
-                each.call.up(layer, block)
-        for _ in downs:
-            block = next(parts)
-            for each in pending:
-                each.call.down(layer, block)
-        for each in pending:
-            each.call.finish(layer, norm)
+        if self._store.mlp[index][0]:
+            feed_blocks(parts, self._store.mlp[index], part, [each.call for each in pending])
 
     def _parts(self) -> Generator[Any, None, None]:
         assert self._streamer is not None

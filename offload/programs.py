@@ -19,7 +19,7 @@ from ..compiled.sequences import StaticSequences
 from ..compiled.steps import Piece, eager
 from ..spec.config import ModelConfig, Storage
 from .calls import Call, StreamedProgram, streamed_program
-from .cutting import owned
+from .cutting import feed_blocks
 from .direct import DirectFile, aligned_buffer
 from .expert_cache import ExpertCache
 from .form import Record, Resident, in_buffer, on_device
@@ -111,13 +111,8 @@ class StreamedPrograms:
             if experts is not None:
                 weights = experts.attached(index, weights, example=True)
             call.layer(layer, weights, cache, resident.rotations.of_layer[index])
-            ups, downs = store.mlp[index]
-            if ups:
-                norm = owned(weights.mlp_output_norm)
-                for record in ups:
-                    call.up(layer, read(record))
-                for record in downs:
-                    call.down(layer, read(record))
-                call.finish(layer, norm)
+            if store.mlp[index][0]:
+                records = (record for part in store.mlp[index] for record in part)
+                feed_blocks(map(read, records), store.mlp[index], weights, [call])
         call.leave(resident)
         call.score(read(store.head[0]))

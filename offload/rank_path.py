@@ -12,18 +12,18 @@ shares have the same form, and it is made for the largest part of a batch that a
 Shapes: T tokens, W table width, V the rank's piece of the vocabulary.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compiled.compute import DEFAULT, accumulation_dtype
 from ..compiled.embedding import Embedding
-from ..compiled.layers import Cache
 from ..compiled.linear import lookup
 from ..compiled.machine import bound_freed_memory, return_freed_memory
 from ..compiled.packing import Matrix
@@ -31,53 +31,46 @@ from ..compiled.path import Mode
 from ..compiled.programs import Program
 from ..compiled.sequences import StaticSequences
 from ..compiled.weights import Head, Model
+from ..parallel.experts import warm_up
 from ..parallel.path import RankPath
-from ..parallel.programs import RankProgram, Tokens
+from ..parallel.programs import Tokens
 from ..parallel.runs import Run, runs_of
 from ..parallel.sequences import LocalSequences, ParallelSequences
 from ..parallel.weights import Share, local_config
 from ..parallel.wire import Wire
 from ..spec.ambient import CPU
 from ..spec.config import ModelConfig, Storage
-from ..spec.errors import CheckpointError, RequestError
+from ..spec.moe import MoeConfig
 from ..spec.parallel import check_parallel, stage_layers
 from ..spec.shard import vocabulary_piece
 from ..spec.weights import WeightSource
-from .cutting import NO_MATRIX
+from .copies import copies_for
+from .cutting import NO_MATRIX, feed_blocks
 from .direct import DirectFile, aligned_buffer
+from .dram import Dram
 from .events import Event
 from .expert_cache import ExpertCache
-from .form import Record, Resident, faulty, in_buffer
+from .expert_report import ExpertReport
+from .form import Record, in_buffer
 from .gathering import GatheredStreamer, form_readers
 from .kv_stream import Span, away_layers
-from .path import COMPUTE_DTYPES
+from .opening import check_opening, read_resident
 from .plan import Plan, call_bytes
-from .rank_plan import plan_of_rank
+from .rank_measuring import Job, computed_here
+from .rank_program import Moving, StreamedRankProgram
 from .rank_source import NoWeights
 from .sequences import Away, TieredSequences
 from .shares import Shares
-from .store import check_device
-from .streamer import KEPT, Streamer, damaged
+from .store import check_device, kinds
+from .streamer import KEPT, Streamer
 from .table import DiskTable
-
-
-@dataclass(slots=True)
-class _Moving:
-    """A run on its way through the layers."""
-
-    run: Run
-    program: RankProgram
-    tokens: Tokens
-    x: Tensor
-    positions: Any
-    scored: list[Tensor] = field(default_factory=list)
-    """For each block of the head that it has met, its products."""
 
 
 class StreamedRankPath(RankPath):
     """Implements `twinfer.spec.decoder.Decoder` together with the same object on every other rank, for a store.
 
-    `budget` bounds in bytes what this rank allocates. Raises `RequestError` for a store of other degrees, and what
+    `budget` bounds in bytes what this rank allocates, and `dram_budget` the memory in which records, or its parts of
+    them, stay. Raises `RequestError` for a store of other degrees, and what
     `RankPath` and `OffloadPath` raise. Ranks that hold the same share read a part of each record each, and gather the
     rest from each other.
     """
@@ -89,6 +82,7 @@ class StreamedRankPath(RankPath):
         wire: Wire,
         *,
         budget: int,
+        dram_budget: int = 0,
         compute: torch.dtype = DEFAULT,
         mode: Mode = Mode.COMPILED,
         report: Callable[[str], None] | None = None,
@@ -96,32 +90,13 @@ class StreamedRankPath(RankPath):
         direct: bool = True,
     ) -> None:
         groups, whole = wire.groups, next(iter(shares.stores.values()))
-        if compute not in COMPUTE_DTYPES:
-            raise RequestError(
-                f"compute is {compute}; of a store it must be one of {', '.join(map(str, COMPUTE_DTYPES))}"
-            )
-        if len(whole.layers) != len(config.layers):
-            raise CheckpointError(
-                f"{shares.folder} holds {len(whole.layers)} layers; its config has {len(config.layers)}"
-            )
+        check_opening(whole, config, compute, dram_budget)
         check_parallel(config, groups.parallel, shares.storage)
-        self._store, self._budget, self._expands = (
-            shares.of_rank(groups.parallel, groups.rank),
-            budget,
-            mode is Mode.EAGER,
-        )
+        self._store = shares.of_rank(groups.parallel, groups.rank)
         check_device(self._store, CPU)
         self._local = local_config(config, groups.parallel, groups.place.stage)
-        self._plan_of = partial(
-            plan_of_rank,
-            self._store,
-            self._local,
-            groups.parallel,
-            groups.rank,
-            budget=budget,
-            compute=compute,
-            expands=mode is Mode.EAGER,
-        )
+        self.job = Job(shares, config, groups.parallel, budget, dram_budget, compute, mode is Mode.EAGER)
+        self._plan_of = partial(self.job.plan, groups.rank)
         self._plan_of(batch=1, reserve=min(2, config.context))
         bound_freed_memory(budget)
         self._file = DirectFile(self._store.weights, direct=direct)
@@ -129,6 +104,8 @@ class StreamedRankPath(RankPath):
             report(f"{self._store.weights} is read through the page cache: its file system knows no direct reads")
         self._readers = form_readers(groups)
         self._layers: Streamer | GatheredStreamer | None = None
+        self._dram = Dram(copies_for(CPU))
+        self._still = False
         self._kv_events: deque[Event] = deque(maxlen=KEPT)
         self.plan: Plan | None = None
         """That of the sequences opened last."""
@@ -151,23 +128,46 @@ class StreamedRankPath(RankPath):
         streamed = [] if self._layers is None else self._layers.events
         return sorted([*streamed, *self._kv_events], key=lambda each: each.end_s)
 
+    @property
+    def layer_records(self) -> int:
+        """How many records of a sweep are of layers; those of the head follow."""
+        return len(self._store.schedule) - len(self._store.head)
+
     def close(self) -> None:
         """Give back threads, buffers and the file; sequences cannot be extended any more."""
         if self._layers is not None:
             self._layers.close()
         if self._experts is not None:
             self._experts.close()
+        self._dram.want(())
         self._table.close()
         self._file.close()
 
+    def measure(self, batch: int, reserve: int, tokens: int) -> list[list[int]]:
+        """Compute a step, or prompts of so many tokens, with layers that stay; returns nanoseconds on all ranks.
+
+        They are those of layers, the head, the rest, and of keys and values that are moved. All ranks call this.
+        """
+        return self.wire.all_numbers(computed_here(self, batch, reserve, tokens), self.wire.groups.world)
+
+    def expert_counts(self) -> list[list[int]]:
+        """Return what each rank read of experts (`RankReport`), since sequences were opened last. All call this."""
+        report = ExpertReport() if self._experts is None else self._experts.report
+        return self.wire.all_numbers(report.counts(), self.wire.groups.world)
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Compute with one layer of each kind in place of all, which stays: for seeing what computing takes."""
+        self._still = True
+        try:
+            yield
+        finally:
+            self._still = False
+
     def _prepared(self, source: WeightSource, storage: Storage, compute: torch.dtype) -> Share:
         """Read what stays in memory."""
-        record, parallel, place = self._store.resident, self._parallel, self._place
-        buffer = aligned_buffer(record.nbytes)
-        self._file.read_into(buffer, record.offset, record.name)
-        if fault := faulty(record, buffer):
-            raise damaged(self._file, record, fault)
-        self._resident = resident = cast(Resident, in_buffer(record, buffer))
+        parallel, place = self._parallel, self._place
+        self._resident = resident = read_resident(self._file, self._store)
         self._on_step()
         beside = resident.projection, resident.position_PM, resident.type_YM, resident.embedding_norm
         layers = stage_layers(len(resident.rotations.of_layer), parallel.pipeline)[place.stage]
@@ -188,6 +188,17 @@ class StreamedRankPath(RankPath):
         """Return False: a layer's weights lie elsewhere each time."""
         return False
 
+    def _made(self, name: Program) -> StreamedRankProgram:
+        cut = {layer: None for layer, (ups, _) in zip(self._local.layers, self._store.mlp, strict=True) if ups}
+        piece = self._piece(f"streamed {name}" if cut else name)
+        given = self.share, self._config.vocabulary, self.wire, piece, self._served, self._on_step
+        return StreamedRankProgram(name, *given, piece=piece, cut=cut)
+
+    def _program(self, name: Program) -> StreamedRankProgram:
+        program = self._programs[name]
+        assert isinstance(program, StreamedRankProgram)
+        return program
+
     def _head(self, block: Matrix) -> Head:
         return Head(self._resident.head_norm, self._resident.reduction, block)
 
@@ -202,14 +213,16 @@ class StreamedRankPath(RankPath):
 
     def _away(self, plan: Plan) -> Away:
         """Return whose keys and values lie in a file: of two neighbors that share a link each moves every other one."""
-        return Away(away_layers(len(self._local.layers), plan.away_layers, self.wire.groups.rank), 0)
+        layers = away_layers(len(self._local.layers), plan.away_layers, self.wire.groups.rank)
+        return Away(layers, plan.block_tokens)
 
     def _make_room(self, made: Plan) -> None:
         if self._layers is not None and self._layers.slots != made.slots:
             self._layers.close()
             self._layers = None
         if self._layers is None:
-            given = self._file, self._store.schedule, made.slots
+            self._dram.want(made.dram_records)
+            given = self._file, self._store.schedule, made.slots, self._dram
             alone = len(self._readers) == 1
             self._layers = Streamer(*given) if alone else GatheredStreamer(*given, self._readers, self.wire)
         if self._experts is not None:
@@ -267,12 +280,11 @@ class StreamedRankPath(RankPath):
     ) -> list[tuple[Run, Tensor | None]]:
         """Take runs through the stage's layers and the head, in one pass over the store."""
         moving = [self._entered(local.capacity, lengths, run) for run in runs]
-        layers = len(self._local.layers)
-        with local.sweep([span for each in moving for span in _spans(each.run, lengths)]):
-            for index, part in enumerate(self._parts()):
-                if index < layers:
-                    self._pass(index, part, local, moving)
-                    continue
+        spans = [span for each in moving for span in each.spans]
+        with local.sweep(spans), contextlib.closing(self._parts()) as parts:
+            for index in range(len(self._local.layers)):
+                self._pass(index, parts, local, moving)
+            for part in parts:
                 for each in moving:
                     if each.run.ends:
                         block = self._head(part)
@@ -280,9 +292,10 @@ class StreamedRankPath(RankPath):
                 self._on_step()
         return [(each.run, self._left(each)) for each in moving]
 
-    def _parts(self) -> Iterator[Any]:
+    def _parts(self) -> Generator[Any, None, None]:
         assert self._layers is not None
-        parts = self._layers.sweep()
+        still = kinds(self._store, self._local) if self._still else None
+        parts = self._layers.sweep() if still is None else self._layers.still_sweep(still)
         while True:
             with self.wire.waiting():
                 part = next(parts, None)
@@ -290,13 +303,13 @@ class StreamedRankPath(RankPath):
                 return
             yield part
 
-    def _entered(self, capacity: int, lengths: Sequence[int], run: Run) -> _Moving:
+    def _entered(self, capacity: int, lengths: Sequence[int], run: Run) -> Moving:
         self._check_compiled(run.program)
-        program, tokens = self._programs[run.program], self._tokens_of(capacity, lengths, run)
+        program, tokens = self._program(run.program), self._tokens_of(capacity, lengths, run)
         x = self._looked_up(program, tokens) if self._place.stage == 0 else program.received(tokens)
-        return _Moving(run, program, tokens, *program.enter(x, tokens))
+        return Moving(run, program, tokens, *program.enter(x, tokens), _spans(run, lengths))
 
-    def _looked_up(self, program: RankProgram, tokens: Tokens) -> Tensor:
+    def _looked_up(self, program: StreamedRankProgram, tokens: Tokens) -> Tensor:
         """Return the tokens' rows of the table [T, W], of which each rank reads those of its piece."""
         first, width = int(self.share.first_token_1), self._config.table_width
         numbers = [token - first for token in tokens.token_T.tolist()]
@@ -307,19 +320,22 @@ class StreamedRankPath(RankPath):
             row_TW[held] = lookup(torch.tensor(places), table, self._storage, width, row_TW.dtype)
         return program.reduced(row_TW, tokens)
 
-    def _pass(self, index: int, part: Any, local: TieredSequences, moving: list[_Moving]) -> None:
-        weights = part if self._experts is None else self._experts.attached(index, part)
+    def _pass(self, index: int, parts: Iterator[Any], local: TieredSequences, moving: list[Moving]) -> None:
+        """Take runs through a layer, whose records are the next ones."""
+        weights, cut, layer = next(parts), self._store.mlp[index], self._local.layers[index]
+        if self._experts is not None:
+            weights = self._experts.attached(index, weights, example=self._still)
         with local.layer(index) as cache:
-            assert isinstance(cache, Cache)
             for each in moving:
-                given = weights, cache, each.positions, each.tokens
-                each.x = each.program.pass_layer(index, each.x, *given)
+                each.layer(index, layer, weights, cache)
+        if cut[0]:
+            feed_blocks(parts, cut, weights, moving)
         if not moving and self._exchanges:
             self._programs[Program.PREFILL].idle_layer(index, weights)
         if self._experts is not None:
             return_freed_memory()  # copies of experts are large, and would lie between what stays
 
-    def _left(self, done: _Moving) -> Tensor | None:
+    def _left(self, done: Moving) -> Tensor | None:
         """Send a run on to the next stage, or return its logits."""
         if self._place.stage + 1 < self._parallel.pipeline:
             self.wire.send(done.x[: done.tokens.rows], self.wire.groups.neighbor(1))
@@ -336,24 +352,29 @@ class StreamedRankPath(RankPath):
         different = dict.fromkeys(self._local.layers)
         part = replace(self._local, layers=tuple(different))
         caches = StaticSequences(part, rows, capacity, CPU, self._compute).caches
-        program = self._programs[name]
-        records = [*self._store.layers, *self._store.head[:1]]
-        buffer = aligned_buffer(max(record.nbytes for record in records))
+        program = self._program(name)
+        buffer = aligned_buffer(max(record.nbytes for record in self._store.schedule))
 
         def read(record: Record) -> Any:
             self._file.read_into(buffer[: record.nbytes], record.offset, record.name)
             return in_buffer(record, buffer)
 
         x = self._looked_up(program, given) if self._place.stage == 0 else program.received(given)
-        x, positions = program.enter(x, given)
+        moving = Moving(Run(name, [], [], 0, True), program, given, *program.enter(x, given))
         for layer, cache in zip(different, caches, strict=True):
             index = self._local.layers.index(layer)
             weights = read(self._store.layers[index])
             if self._experts is not None:
                 weights = self._experts.attached(index, weights, example=True)
-            x = program.pass_layer(index, x, weights, cache, positions, given)
+            if isinstance(layer.mlp, MoeConfig) and layer.mlp in self._served:
+                example_M = torch.zeros(self._config.hidden, dtype=self._compute)
+                warm_up(weights.mlp, layer.mlp, self._served[layer.mlp], example_M, self.wire.groups)
+            moving.layer(index, layer, weights, cache)
+            if self._store.mlp[index][0]:
+                records = (record for part in self._store.mlp[index] for record in part)
+                feed_blocks(map(read, records), self._store.mlp[index], weights, [moving])
         for record in self._store.head[:1]:
-            program.scored(x, self._head(read(record)), given, every_position=False)
+            program.scored(moving.x, self._head(read(record)), given, every_position=False)
 
 
 def _spans(run: Run, lengths: Sequence[int]) -> list[Span]:

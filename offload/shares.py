@@ -7,8 +7,8 @@
 
 Ranks of different stages of a pipeline read different layers of the same share, and ranks that hold the same read the
 same one, so a share is made for each place in the tensor, expert and slice groups: with --tensor 2 two, whatever the
-pipeline and the number of data groups. Layers are one record each. A store of a whole model serves jobs of stages and
-data groups as it is, if its layers are small enough to be one record too.
+pipeline and the number of data groups. Layers are cut as those of a whole model are (`cutting`), by the share's own
+sizes. A store of a whole model serves jobs of stages and data groups as it is.
 """
 
 import json
@@ -77,11 +77,6 @@ def check_degrees(shares: Shares, parallel: ParallelConfig) -> None:
     """
     built, holders = shares.parallel, _holders(shares.parallel)
     same = all(getattr(built, name) == getattr(parallel, name) for name in ("tensor", "expert", "expert_slices"))
-    if parallel.ranks > 1 and any(ups for store in shares.stores.values() for ups, _ in store.mlp):
-        raise RequestError(
-            f"{shares.folder} was built for one rank, its layers in several records; for more make another store: "
-            + build_command(shares.model, shares.storage, parallel)
-        )
     if same and all(_key(parallel.place(rank)) in holders for rank in range(parallel.ranks)):
         return
     was, asked = (options_of(each) or "whole layers on each rank" for each in (built, parallel))

@@ -44,8 +44,10 @@ class ExpertPieces(NamedTuple):
 
     few: Callable[[Tensor, Tensor, Mlp], Tensor]
     many: Callable[[Tensor, Tensor, Mlp], Tensor]
-    fetched: Callable[[Tensor, Tensor, Moe], Tensor]
-    """For experts that have to be fetched first; not compiled."""
+    here: Callable[[Tensor, Tensor, Mlp], Tensor]
+    """(rows, the slot of each, weights), for `PASS_ROWS` rows whose experts were fetched."""
+    fetched: Callable[[Tensor, Tensor, Mlp, Tensor], Tensor]
+    """(rows, counts, weights, the fetcher), for more rows; it fetches one expert after the other."""
     are_few: Callable[[int, Mlp], bool]
     """(N, weights) -> whether `few` is for so many rows."""
 
@@ -61,14 +63,13 @@ def expert_pieces(config: MoeConfig, storage: Storage, piece: Piece) -> ExpertPi
         inner_NF = inner(grouped_product(row_NM[order.choice_A], order.rows_E, experts.up, storage), config.expert)
         return grouped_product(inner_NF, order.rows_E, experts.down, storage)[order.place_A]
 
-    def fetched(row_NM: Tensor, count_QE: Tensor, weights: Moe) -> Tensor:
-        assert weights.fetcher_1 is not None
-        (up, down), expert_N1 = weights.experts, _expert_of(len(row_NM), count_QE)[:, None]
-        if len(row_NM) <= PASS_ROWS:
-            slot_N1 = fetched_slots(expert_N1, row_NM, weights.fetcher_1)
-            return one_by_one(row_NM, slot_N1.flatten(), weights.experts, config.expert, storage)
-        order = sort_by_expert(expert_N1, count_QE.shape[1])
-        given = order.rows_E, weights.fetcher_1
+    def here(row_NM: Tensor, slot_N: Tensor, experts: Mlp) -> Tensor:
+        return one_by_one(row_NM, slot_N, experts, config.expert, storage)
+
+    def fetched(row_NM: Tensor, count_QE: Tensor, experts: Mlp, fetcher_1: Tensor) -> Tensor:
+        up, down = experts
+        order = sort_by_expert(_expert_of(len(row_NM), count_QE)[:, None], count_QE.shape[1])
+        given = order.rows_E, fetcher_1
         inner_NF = inner(fetched_product(row_NM[order.choice_A], *given, UP, up.outputs, storage), config.expert)
         return fetched_product(inner_NF, *given, DOWN, down.outputs, storage)[order.place_A]
 
@@ -77,16 +78,22 @@ def expert_pieces(config: MoeConfig, storage: Storage, piece: Piece) -> ExpertPi
         in_place = piece is not eager and all(in_tiles(rows, each.word[0], storage) for each in experts)
         return rows <= PASS_ROWS or in_place
 
-    return ExpertPieces(piece(few, {"row_NM": (0,)}), piece(many, {"row_NM": (0,)}), fetched, are_few)
+    rows = {"row_NM": (0,)}
+    return ExpertPieces(piece(few, rows), piece(many, rows), piece(here, {}), piece(fetched, rows), are_few)
 
 
-def warm_up(experts: Mlp, pieces: ExpertPieces, example_M: Tensor, groups: Groups) -> None:
+def warm_up(weights: Moe, config: MoeConfig, pieces: ExpertPieces, example_M: Tensor, groups: Groups) -> None:
     """Compile the pieces on an example, as no rank sends any rows."""
-    peers = len(places_of(groups)) * len(groups.slices)
-    count_QE = torch.zeros(peers, experts.up.word.shape[0], dtype=torch.int64, device=example_M.device)
+    peers, own = len(places_of(groups)) * len(groups.slices), config.router.experts // groups.parallel.expert
+    count_QE = torch.zeros(peers, own, dtype=torch.int64, device=example_M.device)
+    if weights.fetcher_1 is not None:
+        for rows in (PASS_ROWS, _MANY_EXAMPLE):
+            count_QE[0, 0] = rows
+            multiplied(example_M.repeat(rows, 1), count_QE, weights, pieces)
+        return
     for rows, multiply in ((_FEW_EXAMPLE, pieces.few), (_MANY_EXAMPLE, pieces.many)):
         count_QE[0, 0] = rows
-        multiply(example_M.repeat(rows, 1), count_QE, experts)
+        multiply(example_M.repeat(rows, 1), count_QE, weights.experts)
 
 
 def _expert_of(rows: int, count_QE: Tensor) -> Tensor:
@@ -144,10 +151,14 @@ def multiplied(row_NM: Tensor, count_QE: Tensor, weights: Moe, pieces: ExpertPie
     rows = len(row_NM)
     if rows == 0:
         return row_NM
-    if weights.fetcher_1 is not None:
-        return pieces.fetched(row_NM, count_QE, weights)
-    multiply = pieces.few if pieces.are_few(rows, weights.experts) else pieces.many
-    return multiply(row_NM, count_QE, weights.experts)
+    if weights.fetcher_1 is None:
+        multiply = pieces.few if pieces.are_few(rows, weights.experts) else pieces.many
+        return multiply(row_NM, count_QE, weights.experts)
+    if rows > PASS_ROWS:
+        return pieces.fetched(row_NM, count_QE, weights.experts, weights.fetcher_1)
+    slot_N1 = fetched_slots(_expert_of(rows, count_QE)[:, None], row_NM, weights.fetcher_1)
+    row_PM, slot_P = filled_up(row_NM, PASS_ROWS), filled_up(slot_N1.flatten(), PASS_ROWS)
+    return pieces.here(row_PM, slot_P, weights.experts)[:rows]
 
 
 def filled_up(row_NKM: Tensor, count: int) -> Tensor:

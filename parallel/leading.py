@@ -117,6 +117,11 @@ class Leader:
         self.tell("collect", ticket.number)
         return self.path.collect(ticket.inner)
 
+    def everywhere(self, method: str, *arguments: int) -> Any:
+        """Have every rank call a method of its path, in which they agree; returns what this rank's returns."""
+        self.tell("everywhere", method, *arguments)
+        return getattr(self.path, method)(*arguments)
+
     def end(self) -> None:
         """Let the other ranks go."""
         self.tell("end")
@@ -154,6 +159,9 @@ def follow(path: RankPath, member: Member) -> None:
                 begun[number] = path.submit(opened[sequences], new_tokens, every_position=every_position)
             case "collect":
                 path.collect(begun.pop(arguments[0]))
+            case "everywhere":
+                method, *given = arguments
+                getattr(path, method)(*given)
             case "close":
                 opened.pop(arguments[0]).close()
             case "end":

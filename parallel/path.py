@@ -352,7 +352,7 @@ class RankPath:
         for layer, weights in zip(self.share.config.layers, self.share.model.layers, strict=True):
             if layer.mlp in self._served and isinstance(weights.mlp, Moe):
                 example_M = torch.zeros(self._config.hidden, dtype=self._compute, device=self._device)
-                warm_up(weights.mlp.experts, self._served[layer.mlp], example_M, self.wire.groups)
+                warm_up(weights.mlp, layer.mlp, self._served[layer.mlp], example_M, self.wire.groups)
         given, rows, capacity = self._example(name)
         local = StaticSequences(self.share.config, rows, capacity, self._device, self._compute)
         program = self._programs[name]

@@ -14,7 +14,7 @@ Shapes: R sequences that gain one token, T tokens of one sequence, S key positio
 size, G = H + 2 K heads of a rank, V the rank's piece of the vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -66,9 +66,10 @@ class LayerPieces(NamedTuple):
     center: Callable[[Tensor, Sums], tuple[Tensor, Sums]] | None
     """(heads, reduced sums) -> the same, centered; None where nothing is."""
     attend: Callable[..., Partial]
-    """(x, heads and reduced squares if normed so, weights, cache, rotary table, rows, slots, mask)."""
+    """(x, heads and reduced squares if normed so, weights, cache, rotary table, rows, slots, mask); uncompiled, instead
+    of the cache also what attends to one that is elsewhere."""
     feed: Callable[[Tensor, Tensor, Layer], Partial] | None
-    """(x, reduced output of attention, weights); None where sub-layers are parallel, or there are experts."""
+    """(x, reduced output of attention, weights); None where sub-layers are parallel, with experts, or cut."""
     close: Callable[[Tensor, Tensor, Layer], Tensor]
     """(x, reduced output of the MLP, weights) -> x of the next layer."""
     mixture: MixturePieces | None
@@ -93,8 +94,9 @@ def rank_pieces(
     storage: Storage,
     piece: Piece,
     compute: torch.dtype,
+    cut: Collection[LayerConfig] = (),
 ) -> RankPieces:
-    """Return the pieces of a program; `config` is the rank's own."""
+    """Return the pieces of a program; `config` is the rank's own. The MLPs of layers in `cut` are fed by the caller."""
     decodes, fixed = program is not Program.PREFILL, program in (Program.DECODE, Program.DECODE_ROWS)
     product = linear_decode if fixed else linear_prefill
     windows, rows = different_windows(config), () if fixed else (0,)
@@ -134,7 +136,7 @@ def rank_pieces(
         piece(looked_up, {"token_T": rows}),
         piece(entry, {"x_TW": rows, "position_T": rows, "start_T": starts, "slot_S": (0,)}),
         {
-            layer: _layer_pieces(layer, parallel, storage, product, piece, rows, decodes)
+            layer: _layer_pieces(layer, parallel, storage, product, piece, rows, decodes, cut=layer in cut)
             for layer in dict.fromkeys(config.layers)
         },
         piece(last, {"x_TM": rows}),
@@ -150,10 +152,16 @@ def _layer_pieces(
     piece: Piece,
     rows: tuple[int, ...],
     decodes: bool,
+    *,
+    cut: bool,
 ) -> LayerPieces:
     config, ranks, has_experts = layer.attention, parallel.tensor, isinstance(layer.mlp, MoeConfig)
 
-    def attend_with(weights: Layer, cache: Cache, row_T: tuple[Tensor, ...], slot_S: Tensor, mask: Any) -> Attend:
+    def attend_with(
+        weights: Layer, cache: Cache | Attend, row_T: tuple[Tensor, ...], slot_S: Tensor, mask: Any
+    ) -> Attend:
+        if not isinstance(cache, Cache):
+            return cache
         if decodes:
             write_T, position_T = row_T
             return attend_step(weights, cache, write_T, position_T, slot_S, mask, config)
@@ -161,7 +169,7 @@ def _layer_pieces(
         return attend_prompt(weights, cache, write_T, slot_S, mask, config)
 
     def attended(x_TM: Tensor, attention: Callable[[Tensor], Tensor], weights: Layer) -> Partial:
-        if has_experts:
+        if has_experts or cut:
             return _of_own(x_TM, *before_experts(x_TM, weights, layer, attention))
 
         def mlp(normed_TM: Tensor) -> Tensor:
@@ -172,7 +180,7 @@ def _layer_pieces(
     def attend(
         x_TM: Tensor,
         weights: Layer,
-        cache: Cache,
+        cache: Cache | Attend,
         table: Table,
         row_T: tuple[Tensor, ...],
         slot_S: Tensor,
@@ -190,7 +198,7 @@ def _layer_pieces(
         qkv_TGD: Tensor,
         square_2T1: Sums,
         weights: Layer,
-        cache: Cache,
+        cache: Cache | Attend,
         table: Table,
         row_T: tuple[Tensor, ...],
         slot_S: Tensor,
@@ -231,7 +239,7 @@ def _layer_pieces(
         piece(attend_normed, {**of_rows, "qkv_TGD": rows, "square_2T1": rows})
         if over_ranks
         else piece(attend, of_rows),
-        piece(fed, both) if layer.residual is Residual.SEQUENTIAL and not has_experts else None,
+        piece(fed, both) if layer.residual is Residual.SEQUENTIAL and not has_experts and not cut else None,
         piece(close, both),
         mixture_pieces(layer, parallel.expert * parallel.expert_slices > 1, storage, product, piece, rows)
         if has_experts

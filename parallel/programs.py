@@ -17,7 +17,7 @@ Shapes: R sequences that gain one token, T tokens of one sequence, S key positio
 V vocabulary.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from ..compiled.compute import accumulation_dtype
 from ..compiled.cpu_graph import CpuGraph, CpuGraphs, call_whole
 from ..compiled.head import head_prefill, scale_and_cap
-from ..compiled.layers import Cache
+from ..compiled.layers import Attend, Cache
 from ..compiled.moe import Moe
 from ..compiled.programs import Program
 from ..compiled.steps import Piece
@@ -56,7 +56,10 @@ class Tokens(NamedTuple):
 
 
 class RankProgram:
-    """One program of one rank. `served` multiplies rows that arrive; `on_layer` is called after each layer."""
+    """One program of one rank. `served` multiplies rows that arrive; `on_layer` is called after each layer.
+
+    The MLPs of layers in `cut` are not fed here.
+    """
 
     def __init__(
         self,
@@ -67,13 +70,15 @@ class RankProgram:
         piece: Piece,
         served: Mapping[MoeConfig, ExpertPieces],
         on_layer: Callable[[], None],
+        cut: Collection[LayerConfig] = (),
     ) -> None:
         model = share.model
         self._decodes = name is not Program.PREFILL
         self._share, self._wire, self._served, self._on_layer = share, wire, served, on_layer
         self._vocabulary = vocabulary
         self._steps: dict[int | None, Callable[..., Tensor]] = {}
-        self._pieces = rank_pieces(name, share.config, wire.groups.parallel, model.storage, piece, model.compute)
+        given = share.config, wire.groups.parallel, model.storage, piece, model.compute
+        self._pieces = rank_pieces(name, *given, cut)
 
     def step_of(self, filled: int | None) -> Callable[..., Tensor]:
         """Return a function (model, caches, step_3R, slot_S) that runs a step; the same one each time.
@@ -136,21 +141,39 @@ class RankProgram:
         return x if x_TM is None else x_TM, positions
 
     def pass_layer(
-        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache, positions: Any, tokens: Tokens
+        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache | Attend, positions: Any, tokens: Tokens
     ) -> Tensor:
         """Pass through one layer of the stage."""
         return by_turns([self.layer(index, x_TM, weights, cache, positions, tokens)])[0]
 
-    def layer(self, index: int, x_TM: Tensor, weights: Layer, cache: Cache, positions: Any, tokens: Tokens) -> Work:
+    def layer(
+        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache | Attend, positions: Any, tokens: Tokens
+    ) -> Work:
+        """Do the same with stops."""
+        x_TM, part_TM = yield from self._attended(index, x_TM, weights, cache, positions, tokens)
+        x_TM = yield from self._fed(self._share.config.layers[index], x_TM, part_TM, weights, tokens)
+        self._on_layer()
+        return x_TM
+
+    def attend(
+        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache | Attend, positions: Any, tokens: Tokens
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is added to, and this rank's part of attention's output, or of that and the MLP's in parallel."""
+        return by_turns([self._attended(index, x_TM, weights, cache, positions, tokens)])[0]
+
+    def _attended(
+        self, index: int, x_TM: Tensor, weights: Layer, cache: Cache | Attend, positions: Any, tokens: Tokens
+    ) -> Generator[None, None, tuple[Tensor, Tensor]]:
         """Do the same with stops."""
         layer, place = self._share.config.layers[index], self._share.model.rotations.of_layer[index]
         table = None if place is None else positions.tables[place]
         mask = positions.masks[self._pieces.windows.index(layer.attention.window)]
         writes = (positions.write_R, positions.position_R) if self._decodes else (positions.write_T,)
         slot_S = tokens.slot_S if self._decodes else positions.read_S
-        x_TM = yield from self._layer(layer, x_TM, weights, (cache, table, writes, slot_S, mask), tokens)
-        self._on_layer()
-        return x_TM
+        pieces = self._attending(layer, cache)
+        heads = yield from self._heads(pieces, x_TM, weights, tokens)
+        stream_TM, part_TM = pieces.attend(x_TM, *heads, weights, cache, table, writes, slot_S, mask)
+        return x_TM if stream_TM is None else stream_TM, part_TM
 
     def idle(self) -> None:
         """Take part in the exchanges of other data groups, without tokens of its own."""
@@ -191,11 +214,13 @@ class RankProgram:
         logits_RV = all_RV[:, : self._vocabulary]
         return scale_and_cap(logits_RV, config.logit_scale, config.logit_softcap).contiguous()
 
-    def _layer(self, layer: LayerConfig, x_TM: Tensor, weights: Layer, where: tuple[Any, ...], tokens: Tokens) -> Work:
+    def _attending(self, layer: LayerConfig, cache: Cache | Attend) -> LayerPieces:
+        """Return the pieces that attend to a cache."""
+        return self._pieces.layers[layer]
+
+    def _fed(self, layer: LayerConfig, x_TM: Tensor, part_TM: Tensor, weights: Layer, tokens: Tokens) -> Work:
+        """End a layer after its attention."""
         pieces = self._pieces.layers[layer]
-        heads = yield from self._heads(pieces, x_TM, weights, tokens)
-        stream_TM, part_TM = pieces.attend(x_TM, *heads, weights, *where)
-        x_TM = x_TM if stream_TM is None else stream_TM
         if pieces.mixture is not None:
             return self._experts(pieces.mixture, layer, x_TM, part_TM, weights, tokens)
         if pieces.feed is not None:

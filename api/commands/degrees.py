@@ -22,6 +22,8 @@ from .options import positive
 
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint
+    from twinfer.offload.rank_path import StreamedRankPath
+    from twinfer.parallel.leading import Leader
     from twinfer.parallel.member import Member
 
 FAST = Path.COMPILED
@@ -79,10 +81,6 @@ def check_request(checkpoint: "Checkpoint", parallel: ParallelConfig, args: argp
         raise RequestError(
             "--memory-budget bounds a store, which this model is not; make one of it, for as many ranks: "
             "twinfer offload build"
-        )
-    if args.dram_budget:
-        raise RequestError(
-            "--dram-budget is for one rank; of many each reads from the disk what its budget cannot hold"
         )
     if args.memory_budget is None and streamed:
         raise RequestError("a store runs within a memory budget, which is not given; give each rank one, such as 512MB")
@@ -151,6 +149,16 @@ def follow_leader(decoder: Decoder, member: "Member") -> None:
 
     assert isinstance(decoder, RankPath)
     follow(decoder, member)
+
+
+def streaming_leader(decoder: Decoder) -> "tuple[Leader, StreamedRankPath]":
+    """Return what leads a job whose ranks stream a store, and this rank's path."""
+    from twinfer.offload.rank_path import StreamedRankPath
+    from twinfer.parallel.leading import Leader
+
+    assert isinstance(decoder, Leader)
+    assert isinstance(decoder.path, StreamedRankPath)
+    return decoder, decoder.path
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from .degrees import (
     in_job,
     leading,
     start_ranks,
+    streaming_leader,
 )
 from .options import (
     add_arithmetic,
@@ -44,7 +46,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from twinfer.checkpoint import Checkpoint
-    from twinfer.offload.expert_report import ExpertReport
+    from twinfer.offload.expert_report import ExpertReport, RankReports
     from twinfer.parallel.member import Member
 
 NAME, HELP = "generate", "continue prompts, streaming the text"
@@ -58,7 +60,8 @@ with --json, one object: {"model", "path", "storage", "compute", "device",
   "outputs": [{"prompt_ids", "ids", "text", "stop"}],
   "timings": {"load_s", "compile_s", "prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s"},
   "peak_memory_bytes"}, and for a store with experts "experts": {"kept", "spare", "needed", "found", "read_bytes",
-  "prompt_bytes", "guessed", "guessed_right", "hit_rate", "bound_bytes"}
+  "prompt_bytes", "guessed", "guessed_right", "hit_rate", "bound_bytes"}, of many ranks summed up, with "ranks", those
+  of each
   ids    the new tokens, the end token included if it came; text leaves it out (null without a tokenizer)
   stop   "end": an end token came; "length": --max-new-tokens are there; "stop": a --stop string came
   prefill_s runs from the prompts to the first new token of each, decode_s from there to the end; both add up over
@@ -146,6 +149,12 @@ def run(args: argparse.Namespace) -> int:
         return _generate(args, checkpoint, ids, sampling, opening_s)
     check_request(checkpoint, parallel, args)
     if not in_job():
+        if isinstance(checkpoint.source, StoreSource):
+            from ..stores import check_budget_of_ranks
+
+            budgets, at_once = (args.memory_budget, args.dram_budget), _at_once(args, ids)
+            given = budgets, at_once, _reserve(args, ids), Compute(args.compute)
+            check_budget_of_ranks(checkpoint.source, parallel, *given)
         return start_ranks(args.words, parallel)
     with as_member(checkpoint, parallel, args) as member:
         return _generate(args, checkpoint, ids, sampling, opening_s, member)
@@ -165,8 +174,7 @@ def _generate(
         if budget is not None and member is None and isinstance(checkpoint.source, StoreSource):
             from ..stores import check_budget
 
-            at_once = {None: len(ids), "auto": 1}.get(args.batch, args.batch)
-            check_budget(checkpoint.source, budget, at_once, _reserve(args, ids), Compute(args.compute))
+            check_budget(checkpoint.source, budget, _at_once(args, ids), _reserve(args, ids), Compute(args.compute))
         model = load(
             checkpoint,
             *how,
@@ -217,6 +225,12 @@ def _run_batches(args: argparse.Namespace, model: Model, ids: Sequence[Sequence[
     return 0
 
 
+def _at_once(args: argparse.Namespace, ids: Sequence[Sequence[int]]) -> int:
+    """Return how many prompts run at once, at least."""
+    at_once: int = {None: len(ids), "auto": 1}.get(args.batch, args.batch)
+    return at_once
+
+
 def _reserve(args: argparse.Namespace, ids: Sequence[Sequence[int]]) -> int:
     return max(len(prompt) for prompt in ids) + int(args.max_new_tokens)
 
@@ -228,9 +242,10 @@ def _batch(model: Model, reserve: int, prompts: int) -> int:
     from twinfer.offload.measuring import best_batch
     from twinfer.offload.path import OffloadPath
 
-    if not isinstance(model.decoder, OffloadPath):
-        raise RequestError("--batch is auto, which is found for one rank only; give a number")
-    return best_batch(model.decoder, reserve, prompts)
+    if isinstance(model.decoder, OffloadPath):
+        return best_batch(model.decoder, reserve, prompts)
+    leader, path = streaming_leader(model.decoder)
+    return path.job.best_batch(partial(leader.everywhere, "measure"), reserve, prompts)
 
 
 def report_of(model: Model, name: str, generation: Generation) -> dict[str, Any]:
@@ -258,13 +273,19 @@ def report_of(model: Model, name: str, generation: Generation) -> dict[str, Any]
     }
 
 
-def _experts(model: Model) -> "ExpertReport | None":
-    """Return what was read of experts; None for models that are no stores with experts, and for many ranks."""
+def _experts(model: Model) -> "ExpertReport | RankReports | None":
+    """Return what was read of experts; None for models that are no stores with experts."""
     if model.path is not Path.OFFLOAD:
         return None
+    from twinfer.offload.expert_report import RankReport, RankReports
     from twinfer.offload.path import OffloadPath
 
-    return model.decoder.experts if isinstance(model.decoder, OffloadPath) else None
+    if isinstance(model.decoder, OffloadPath):
+        return model.decoder.experts
+    if not model.decoder.config.mixtures:
+        return None
+    leader, _ = streaming_leader(model.decoder)
+    return RankReports([RankReport(counts=each) for each in leader.everywhere("expert_counts")])
 
 
 def _prompts(args: argparse.Namespace) -> Sequence[str | list[int]]:

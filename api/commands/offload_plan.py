@@ -3,19 +3,33 @@
 import argparse
 import platform
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from twinfer.spec.errors import RequestError
 from twinfer.spec.naming import dtype_name
 from twinfer.spec.parallel import ParallelConfig, check_parallel
 
-from ..loading import find_device
+from ..loading import find_device, load
 from ..memory import peak_memory_bytes
 from ..paths import Compute
 from ..store_source import StoreSource
 from .console import print_json, waiting
-from .degrees import add_degrees, degrees_of
+from .degrees import (
+    add_degrees,
+    as_member,
+    degrees_of,
+    follow_leader,
+    in_job,
+    leading,
+    start_ranks,
+    streaming_leader,
+)
 from .options import add_compute, add_device, add_dram_budget, add_json, batch_size, byte_count, positive
+
+if TYPE_CHECKING:
+    from twinfer.checkpoint import Checkpoint
 
 NAME, HELP = "plan", "say how a memory budget would be spent, and what a token would take"
 DESCRIPTION = "Plan a run within a memory budget before anything is allocated, by speeds measured now."
@@ -26,12 +40,12 @@ example:
 The budget is for what a run takes besides the interpreter with torch. The smallest one that works is named where the
 given one does not. Programs are compiled if they are not kept from an earlier run, since computing is measured too.
 
-With --tensor and the other degrees, the plan of each rank, of which each has that budget for itself. Computing is not
-measured then; the seconds of a step are those of the reads, which all come from one disk.
+With --tensor and the other degrees, the plan of each rank, of which each has that budget for itself. The ranks are
+started then, to measure computing; all are taken to read from one disk.
 
 with --json, one object: {"plan": bytes for each purpose, "speeds", "step" and "prompts": seconds of computing,
   "prediction", "interpreter_bytes", "processor"}, and of several ranks {"plans": one for each rank, "speeds",
-  "read_s"}
+  "read_s", "step" and "prompt": seconds of computing on each rank, "prediction"}
 """
 
 
@@ -56,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_compute(parser)
     add_device(parser)
     add_degrees(parser)
+    parser.set_defaults(device="cpu", storage=None)
     add_json(parser)
 
 
@@ -72,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         assert isinstance(source, StoreSource)
         parallel, reserve = degrees_of(args), min(args.tokens, config.context)
         if parallel.ranks > 1:
-            return _of_ranks(args, source, parallel)
+            return _of_ranks(args, checkpoint, parallel, reserve)
         store = shares_in(source).of_rank(parallel, 0)
         check_budget(source, args.memory_budget, 1 if args.batch == "auto" else args.batch, reserve, compute_in)
         budgets = {"budget": args.memory_budget, "dram_budget": args.dram_budget}
@@ -114,35 +129,48 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_ranks(args: argparse.Namespace, source: StoreSource, parallel: ParallelConfig) -> int:
-    """Print what each rank of a job would take and read."""
-    from twinfer.offload.measuring import measure
-    from twinfer.offload.rank_plan import plan_of_rank
-    from twinfer.parallel.weights import local_config
+def _of_ranks(args: argparse.Namespace, checkpoint: "Checkpoint", parallel: ParallelConfig, reserve: int) -> int:
+    """Print what each rank of a job would take and read, and what all of them measure together."""
+    from twinfer.offload.plan import PREFILL_TOKENS
+    from twinfer.offload.rank_measuring import steps_of
 
-    from ..stores import shares_in
+    from ..stores import check_budget_of_ranks
 
     if args.device != "cpu":
         raise RequestError(f"--device is {args.device}; ranks run a store on cpu only")
-    if args.batch == "auto":
-        raise RequestError("--batch is auto, which is found for one rank only; give a number")
+    source, compute = checkpoint.source, Compute(dtype_name(args.compute))
+    assert isinstance(source, StoreSource)
     check_parallel(source.config, parallel, source.store.storage)
-    shares, plans = shares_in(source), []
-    for rank in range(parallel.ranks):
-        store, config = (
-            shares.of_rank(parallel, rank),
-            local_config(source.config, parallel, parallel.place(rank).stage),
-        )
-        given = {"budget": args.memory_budget, "batch": args.batch, "reserve": min(args.tokens, config.context)}
-        compute = Compute(dtype_name(args.compute)).dtype
-        plans.append(plan_of_rank(store, config, parallel, rank, **given, compute=compute, expands=False))
-    speeds = measure(next(iter(shares.stores.values())), plans[0].slots)
-    read_s = sum(each.step_bytes for each in plans) / speeds.disk
+    if not in_job():  # refused here, where it is too small, before ranks are started
+        budgets, least = (args.memory_budget, args.dram_budget), 1 if args.batch == "auto" else args.batch
+        check_budget_of_ranks(source, parallel, budgets, least, reserve, compute)
+        return start_ranks(args.words, parallel)
+    with as_member(checkpoint, parallel, args) as member, waiting() as report:
+        given = {"memory_budget": args.memory_budget, "dram_budget": args.dram_budget, "batches": args.batch != 1}
+        model = load(checkpoint, compute=compute.value, **given, report=report, member=member)
+        if not member.leads:
+            follow_leader(model.decoder, member)
+            return 0
+        leader, path = streaming_leader(model.decoder)
+        with leading(leader):
+            job, measured = path.job, partial(leader.everywhere, "measure")
+            batch = job.best_batch(measured, reserve, _ANY) if args.batch == "auto" else args.batch
+            plans, tokens = job.plans(batch, reserve), min(reserve, PREFILL_TOKENS)
+            step = steps_of(measured(batch, reserve, 1))
+            prompt = tokens, steps_of(measured(batch, reserve, tokens))
+            speeds = job.speeds(plans[0])
+            predicted, read_s = job.predict(batch, reserve, speeds, step, prompt), job.read_s(plans, speeds)
     if args.json:
-        print_json({"plans": [each.as_json() for each in plans], "speeds": asdict(speeds), "read_s": read_s})
+        measured_steps = {"step": list(map(asdict, step)), "prompt": list(map(asdict, prompt[1]))}
+        shown = {"plans": [each.as_json() for each in plans], "speeds": asdict(speeds), "read_s": read_s}
+        print_json({**shown, **measured_steps, "prediction": asdict(predicted)})
         return 0
     print(" ".join([f"{'':>16}", *(f"{f'rank {rank}':>16}" for rank in range(parallel.ranks))]))
     for name in plans[0].as_json():
         print(" ".join([f"{name:>16}", *(f"{each.as_json()[name]:>16,}" for each in plans)]))
     print(f"disk {speeds.disk / 1e9:.2f} GB/s: all ranks together read for {read_s:.3f} s a step")
+    print(f"computing a decode step of {batch} takes {job.computed_s(step):.3f} s")
+    print(f"a decode step of {batch}: {predicted.step_s:.3f} s, {predicted.token_s:.4f} s a token")
+    print(f"a prompt token: {predicted.prompt_token_s:.5f} s")
+    print(f"reads are hidden from {predicted.hiding_tokens:.0f} tokens a step on")
     return 0

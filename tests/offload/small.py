@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from twinfer.compiled.packing import ROWS
 from twinfer.compiled.path import CompiledPath
 from twinfer.offload import form, kv_blocks, kv_file, kv_stream
 from twinfer.offload.building import build
@@ -25,6 +26,7 @@ from twinfer.spec.config import (
     ModelConfig,
     NormConfig,
     NormKind,
+    NormPlacement,
     Storage,
 )
 from twinfer.spec.decoder import Decoder
@@ -51,6 +53,16 @@ def config(layers: int = 5, head: Head = Head.UNTIED) -> ModelConfig:
         learned_positions=True,
         head=head,
     )
+
+
+def wide_config(placement: NormPlacement = NormPlacement.SANDWICH_NORM) -> ModelConfig:
+    """Return layers of which attention is 4 M^2 weights, up 20 M^2 and down 10 M^2, M = 4 U."""
+    small = config(layers=3)
+    layer = small.layers[0]
+    attention = replace(layer.attention, heads=4, kv_heads=4, head_size=16)
+    mlp = replace(layer.mlp, width=40 * ROWS)
+    each = replace(layer, attention=attention, mlp=mlp, norm_placement=placement)
+    return replace(small, hidden=4 * ROWS, layers=(each,) * 3)
 
 
 def mixtures(layers: int = 4, experts: int = 6, top_k: int = 3) -> ModelConfig:

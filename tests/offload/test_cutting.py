@@ -11,7 +11,7 @@ import torch
 
 from twinfer.compiled.linear import multiplies_fast
 from twinfer.compiled.moe import Mlp
-from twinfer.compiled.packing import ROWS, Matrix
+from twinfer.compiled.packing import Matrix
 from twinfer.compiled.weights import prepare_layer
 from twinfer.offload import calls, cutting, parts, path
 from twinfer.offload.building import build
@@ -23,23 +23,11 @@ from twinfer.offload.store import Store, check_device, open_store
 from twinfer.offload.streamer import Streamer
 from twinfer.oracle.models import RandomSource
 from twinfer.spec.ambient import CPU
-from twinfer.spec.config import ModelConfig, NormPlacement, Storage
+from twinfer.spec.config import Storage
 from twinfer.spec.errors import CheckpointError, RequestError
 
-from .small import BUDGET, built, config, logits, offloaded, resident, same, schedule
-
-
-def model(placement: NormPlacement = NormPlacement.SANDWICH_NORM) -> ModelConfig:
-    """Return layers of which attention is 4 M^2 weights, up 20 M^2 and down 10 M^2, M = 4 U."""
-    small = config(layers=3)
-    layer = small.layers[0]
-    attention = replace(layer.attention, heads=4, kv_heads=4, head_size=16)
-    mlp = replace(layer.mlp, width=40 * ROWS)
-    return replace(
-        small,
-        hidden=4 * ROWS,
-        layers=(replace(layer, attention=attention, mlp=mlp, norm_placement=placement),) * 3,
-    )
+from .small import BUDGET, built, logits, offloaded, resident, same, schedule
+from .small import wide_config as model
 
 
 @pytest.fixture(autouse=True)
@@ -153,13 +141,13 @@ def _mutants() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
         )
 
     def stale_inner(patch: pytest.MonkeyPatch) -> None:
-        original = calls.Call.down
+        original = cutting.Feeding.down
 
         def down(self: Any, *given: Any) -> None:
             self._inner = self._inner[:1] * len(self._inner)
             original(self, *given)
 
-        patch.setattr(calls.Call, "down", down)
+        patch.setattr(cutting.Feeding, "down", down)
 
     def norm_gone(patch: pytest.MonkeyPatch) -> None:
         """Ten records on, the next layer's first one lies where this one's did, of five buffers."""
@@ -169,7 +157,7 @@ def _mutants() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
             time.sleep(0.05)
             original(self, *given)
 
-        patch.setattr(path, "owned", lambda norm: norm)
+        patch.setattr(cutting, "owned", lambda norm: norm)
         patch.setattr(path, "Streamer", lambda file, records, slots, dram: Streamer(file, records, 5, dram))
         patch.setattr(calls.Call, "finish", late)
 

@@ -1,6 +1,6 @@
 """Processes that the system kills at drawn moments of a build and of a generation in batches: nothing lost or doubled.
 
-By default two moments each; with HYPOTHESIS_PROFILE=exhaustive a hundred.
+By default two moments each; with HYPOTHESIS_PROFILE=exhaustive a hundred, and 30 of a build for many ranks.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import settings
@@ -21,8 +22,11 @@ from twinfer.batches import run_batches
 from twinfer.generation import generate
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.sequences import Away
+from twinfer.offload.shares import build_shares
 from twinfer.offload.store import Store, open_store
 from twinfer.oracle.models import RandomSource
+from twinfer.spec.config import Storage
+from twinfer.spec.parallel import ParallelConfig
 
 from .small import built, config, contents
 
@@ -76,6 +80,18 @@ def builds(folder: str) -> None:
     built(RandomSource(config(layers=12), 7), Path(folder))
 
 
+def builds_shares(folder: str) -> None:
+    """Build a store for two ranks, in a child."""
+    print(os.getpid(), flush=True)
+    built_shares(Path(folder))
+
+
+def built_shares(folder: Path) -> None:
+    given: dict[str, Any] = {"model": {"name": "m"}, "files": {"tokenizer.json": "{}"}, "identity": 1}
+    source, parallel = RandomSource(config(layers=6), 7), ParallelConfig(tensor=2)
+    build_shares(source, folder, Storage.INT8, parallel, **given, report=lambda line: None)
+
+
 def generates(store: str, file: str) -> None:
     """Generate in batches, in a child."""
     decoder = opened(Path(store))
@@ -124,6 +140,27 @@ def test_a_build_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
             if not folder.exists():
                 built(source, folder)
             assert contents(folder) == expected
+
+
+def test_a_build_for_ranks_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
+    """The same command gives the same bytes of all ranks, and leaves nothing beside them."""
+    begin_s = time.perf_counter()
+    built_shares(tmp_path / "whole")
+    whole_s = time.perf_counter() - begin_s
+    expected, pick = all_contents(tmp_path / "whole"), random.Random(3)
+    with Killer() as kill:
+        for index in range(min(MOMENTS, 30)):
+            folder = tmp_path / f"s{index}"
+            kill("builds_shares", folder, after_s=pick.uniform(0, whole_s))
+            if not folder.exists():
+                built_shares(folder)
+            assert all_contents(folder) == expected
+    assert all(not path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+def all_contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_a_generation_killed_at_any_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:

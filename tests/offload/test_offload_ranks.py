@@ -1,7 +1,6 @@
 """Ranks that stream their shares of a model give what ranks that hold them give, to the bit; and what breaks it."""
 
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,73 +8,27 @@ from typing import Any
 import pytest
 import torch
 
-from twinfer.offload import cutting
 from twinfer.offload.events import Kind
 from twinfer.offload.form import PAGE
 from twinfer.offload.rank_plan import plan_of_rank
 from twinfer.offload.rank_source import RankSource
-from twinfer.offload.shares import build_shares, check_degrees, open_shares, whole_as_shares
+from twinfer.offload.shares import check_degrees, open_shares, whole_as_shares
 from twinfer.offload.store import open_store
 from twinfer.oracle.models import RandomSource
-from twinfer.oracle.trial import same_bits
 from twinfer.parallel.weights import local_config
 from twinfer.reference.offload.kv_offload import link_use
 from twinfer.reference.offload.partitioned import partition
-from twinfer.spec.config import ModelConfig, Storage
+from twinfer.spec.config import (
+    ModelConfig,
+    Storage,
+)
 from twinfer.spec.errors import CheckpointError, RequestError
 from twinfer.spec.parallel import ParallelConfig
 
-from ..parallel.drawn import draw_calls, draw_mixture, draw_model
-from ..parallel.pool import Pool, started
-from .small import BUDGET, built, config
-
-TENSOR, STAGES, DATA = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(data=2)
-SEED = 600
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Pool]:
-    with started(2) as pool:
-        yield pool
-
-
-def shares_of(
-    model: ModelConfig,
-    seed: int,
-    storage: Storage,
-    parallel: ParallelConfig,
-    folder: Path,
-    report: Callable[[str], None] = lambda line: None,
-) -> Path:
-    given: dict[str, Any] = {"model": {"name": "m"}, "files": {}, "identity": seed, "report": report}
-    build_shares(RandomSource(model, seed), folder, storage, parallel, **given)
-    return folder
-
-
-def assert_as_resident(
-    pool: Pool,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    storage: Storage,
-    folder: Path,
-    *,
-    away: int = 0,
-    batch: int = 3,
-    every_position: bool = False,
-    mutant: str | None = None,
-) -> list[dict[str, Any]]:
-    """Logits of all calls have the bits of the ranks that hold their weights; what is sent has the same bytes."""
-    calls = draw_calls(SEED, model.vocabulary, batch=batch)
-    case = {"config": model, "parallel": parallel, "calls": calls, "every_position": every_position}
-    resident = pool.run("extend", seed=SEED, storage=storage, **case)
-    streamed = pool.run("extend_streamed", folder=str(folder), budget=BUDGET, away=away, mutant=mutant, **case)
-    for rank, ((wanted, counted), found) in enumerate(zip(resident, streamed, strict=True)):
-        assert "error" not in found, found["error"]
-        for got, want in zip(found["logits"], wanted, strict=True):
-            pairs = zip(got, want, strict=True) if every_position else [(got, want)]
-            assert all(same_bits(*pair) for pair in pairs), f"rank {rank} has other logits"
-        assert sorted(found["counted"]) == sorted(counted), f"rank {rank}"
-    return streamed
+from ..parallel.drawn import draw_mixture, draw_model
+from ..parallel.pool import Pool
+from .ranks import DATA, MIXTURES, SEED, STAGES, TENSOR, assert_as_resident, least_of_rank, shares_of
+from .small import built, config
 
 
 @pytest.mark.parametrize("storage", Storage)
@@ -113,14 +66,6 @@ def test_ranks_that_hold_the_same_read_a_part_each(two: Pool, storage: Storage, 
             expected = [int(page) for page in part_P[part_P > 0] - 1] or [len(page_P) - 1]
             reads = {(offset, count) for name, offset, count in each["reads"] if name == record.name}
             assert reads == {(record.offset + expected[0] * PAGE, len(expected) * PAGE)}, f"rank {rank}, {record.name}"
-
-
-MIXTURES = {
-    "tensor": TENSOR,
-    "expert": ParallelConfig(tensor=2, expert=2),
-    "expert of data groups": ParallelConfig(data=2, expert=2),
-    "slices": ParallelConfig(tensor=2, expert_slices=2),
-}
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -219,26 +164,6 @@ def test_other_degrees_are_refused_with_the_command_that_builds_for_them(tmp_pat
         check_degrees(whole, TENSOR)
 
 
-def test_a_store_whose_layers_are_cut_is_refused_for_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks take a layer as one record; one rank runs it, and the command that builds for more is named."""
-    monkeypatch.setattr(cutting, "LEAST", 1)
-    cut = whole_as_shares(built(RandomSource(config(), SEED), tmp_path / "cut", Storage.INT8))
-    check_degrees(cut, ParallelConfig())
-    with pytest.raises(RequestError, match=r"layers in several records; .* --storage int8 --pipeline 2$"):
-        check_degrees(cut, STAGES)
-    build_shares(
-        RandomSource(config(), SEED),
-        tmp_path / "shares",
-        Storage.INT8,
-        STAGES,
-        model={"name": "m"},
-        files={},
-        identity=1,
-        report=lambda line: None,
-    )
-    check_degrees(open_shares(tmp_path / "shares"), STAGES)
-
-
 def test_a_build_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the same bytes, with no share written twice; and not with the shares of another build."""
     wanted = shares_of(config(), SEED, Storage.INT8, TENSOR, tmp_path / "wanted")
@@ -278,9 +203,7 @@ def test_a_budget_too_small_names_the_smallest_that_works(paired: tuple[ModelCon
     model, folder = paired
     store, local = open_shares(folder).of_rank(TENSOR, 1), local_config(model, TENSOR, 0)
     given: dict[str, Any] = {"batch": 3, "reserve": 40, "compute": torch.float32, "expands": True}
-    with pytest.raises(RequestError, match="the smallest that works is") as refused:
-        plan_of_rank(store, local, TENSOR, 1, budget=1000, **given)
-    least = int(str(refused.value).rsplit("is ", 1)[1].removesuffix(" bytes").replace(",", ""))
+    least = least_of_rank(store, local)
     assert plan_of_rank(store, local, TENSOR, 1, budget=least, **given).total_bytes <= least
     with pytest.raises(RequestError):
         plan_of_rank(store, local, TENSOR, 1, budget=least - 1, **given)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from twinfer.compiled.path import Mode
-from twinfer.offload import gathering, kv_stream, rank_path, shares
+from twinfer.offload import cutting, gathering, kv_stream, rank_measuring, rank_path, rank_program, shares
 from twinfer.offload.direct import DirectFile
+from twinfer.offload.dram import Dram
 from twinfer.offload.form import bytes_of, in_buffer
 from twinfer.offload.rank_path import StreamedRankPath
 from twinfer.offload.shares import Shares, is_shares, open_shares, whole_as_shares
@@ -25,8 +26,10 @@ from twinfer.spec.config import ModelConfig
 from twinfer.spec.errors import CheckpointError
 from twinfer.spec.parallel import ParallelConfig
 
-_of_rank, _away, _plan = Shares.of_rank, rank_path.away_layers, rank_path.plan_of_rank
-_gather = dist.all_gather_into_tensor
+_of_rank, _away, _plan = Shares.of_rank, rank_path.away_layers, rank_measuring.plan_of_rank
+_gather, _gathered = dist.all_gather_into_tensor, gathering.GatheredStreamer._gathered
+_buffer, _layer = Dram.buffer, rank_program.Moving.layer
+_down, _end_layer = cutting.Feeding.down, rank_program.StreamedRankProgram.end_layer
 
 
 def opened(folder: str) -> Shares:
@@ -42,12 +45,18 @@ def stream(
     budget: int,
     every_position: bool = False,
     away: int = 0,
+    block_tokens: int = 0,
+    dram: int = 0,
+    measures: bool = False,
     mutant: str | None = None,
 ) -> dict[str, Any]:
-    """Extend one batch from a store, the keys and values of `away` layers in a file.
+    """Extend one batch from a store, the keys and values of `away` layers in a file; before, measure if asked to.
+
+    With `block_tokens` these are attended to so many tokens at a time.
 
     Returns the logits of each call; what this rank handed in to collectives (`counted`); what it read, as a record's
-    name, the first byte and how many (`reads`); and the event log. Or what was refused, on all ranks (`error`).
+    name, the first byte and how many (`reads`); the event log, what all ranks read of experts, and what they measured.
+    Or what was refused, on all ranks (`error`).
     """
     reads: list[tuple[str, int, int]] = []
     read_into = DirectFile.read_into
@@ -57,25 +66,31 @@ def stream(
         read_into(self, buffer, offset, what)
 
     def planned(*given: Any, **others: Any) -> Any:
-        return replace(_plan(*given, **others), away_layers=away)
+        return replace(_plan(*given, **others), away_layers=away, block_tokens=block_tokens)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(DirectFile, "read_into", counting))
-        stack.enter_context(patch.object(rank_path, "plan_of_rank", planned))
+        stack.enter_context(patch.object(rank_measuring, "plan_of_rank", planned))
+        stack.enter_context(patch.object(gathering.GatheredStreamer, "_gathered", _wiped))
         for each in MUTANTS[mutant]() if mutant else ():
             stack.enter_context(each)
         wire = Wire(groups)
-        path = StreamedRankPath(opened(folder), config, wire, budget=budget, mode=Mode.EAGER)
+        given: dict[str, Any] = {"budget": budget, "dram_budget": dram, "mode": Mode.EAGER}
+        path = StreamedRankPath(opened(folder), config, wire, **given)
+        measured = [path.measure(len(calls[0]), 12, tokens) for tokens in (1, 5)] if measures else []
+        reads.clear()
+        wire.ledger.calls.clear()
         sequences = path.open(len(calls[0]), 1)
         try:
             logits: list[Any] = [path.extend(sequences, call, every_position=every_position) for call in calls]
         except CheckpointError as error:
             return {"error": str(error)}
-        events = path.events
+        events, experts = path.events, path.expert_counts()
         sequences.close()
         path.close()
     counted = [(call.kind.value, call.ranks, call.bytes) for call in wire.ledger.calls]
-    return {"logits": logits, "counted": counted, "reads": reads, "events": events}
+    shown = {"events": events, "experts": experts, "measured": measured, "plan": path.plan}
+    return {"logits": logits, "counted": counted, "reads": reads, **shown}
 
 
 def differing(groups: Any, resident: RankPath, folder: str) -> list[str]:
@@ -110,6 +125,51 @@ def _first_layers(layers: int, stages: int) -> Any:
     return [range(layers // stages)] * stages
 
 
+def _wiped(self: gathering.GatheredStreamer, *given: Any, **how: Any) -> Any:
+    """Gather a record once nothing of the one before it is left."""
+    torch.frombuffer(self._buffer, dtype=torch.uint8).zero_()
+    return _gathered(self, *given, **how)
+
+
+def _another(self: Dram, index: int, nbytes: int) -> memoryview:
+    return _buffer(self, index // 2, nbytes)
+
+
+def _down_reversed(self: cutting.Feeding) -> Tensor:
+    return torch.cat(self._out[::-1], 1)
+
+
+def _stale_inner(self: cutting.Feeding, block: Any) -> None:
+    self._inner = self._inner[:1] * len(self._inner)
+    _down(self, block)
+
+
+def _end(self: rank_program.StreamedRankProgram, index: int, feeding: Any, norm: Any, tokens: Any) -> Tensor:
+    feeding.half = feeding.half._replace(out_TM=None)
+    return _end_layer(self, index, feeding, norm, tokens)
+
+
+def _end_late(self: rank_program.StreamedRankProgram, index: int, feeding: Any, norm: Any, tokens: Any) -> Tensor:
+    late_TM = feeding.half.out_TM
+    return _end(self, index, feeding, norm, tokens) + late_TM
+
+
+def _end_alone(self: rank_program.StreamedRankProgram, index: int, feeding: Any, norm: Any, tokens: Any) -> Tensor:
+    self.reduced(torch.zeros_like(feeding.half.x_TM), tokens)
+    with patch.object(rank_program.StreamedRankProgram, "reduced", lambda self, part_TM, tokens: part_TM):
+        return _end_layer(self, index, feeding, norm, tokens)
+
+
+def _exchanged(self: rank_program.Moving, *given: Any) -> None:
+    rows = [each.row for each in self.spans]
+    self.spans = [each._replace(row=row) for each, row in zip(self.spans, rows[::-1], strict=True)]
+    _layer(self, *given)
+
+
+def _ends(end: Callable[..., Tensor]) -> list[Any]:
+    return [patch.object(rank_program.StreamedRankProgram, "end_layer", end)]
+
+
 MUTANTS: dict[str, Callable[[], list[Any]]] = {
     "records of another rank": lambda: [patch.object(Shares, "of_rank", _of_the_next)],
     "gathered backwards": lambda: [patch.object(dist, "all_gather_into_tensor", _gathered_backwards)],
@@ -119,6 +179,16 @@ MUTANTS: dict[str, Callable[[], list[Any]]] = {
     ],
     "the first stage's layers": lambda: [patch.object(shares, "stage_layers", _first_layers)],
     "keys and values not written": lambda: [patch.object(kv_stream.KvStream, "_write", lambda self, layer: None)],
+    "copied from another record's memory": lambda: [patch.object(Dram, "buffer", _another)],
+    "blocks of the down reversed": lambda: [patch.object(cutting.Feeding, "out_TM", _down_reversed)],
+    "inner numbers of another block": lambda: [patch.object(cutting.Feeding, "down", _stale_inner)],
+    "attention left out": lambda: _ends(_end),
+    "attention added on after the sum": lambda: _ends(_end_late),
+    "the MLP's part not added up": lambda: _ends(_end_alone),
+    "norm of a record that is gone": lambda: [patch.object(cutting, "owned", lambda norm: norm)],
+    "sequences' keys and values exchanged": lambda: [
+        patch.object(rank_program.Moving, "layer", _exchanged),
+    ],
     "both move the same layers": lambda: [
         patch.object(rank_path, "away_layers", lambda layers, count, rank: _away(layers, count, 0))
     ],
