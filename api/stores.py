@@ -115,6 +115,12 @@ def check_budget(source: StoreSource, budget: int, batch: int, reserve: int, com
 
     Also for a store that was built for many ranks, and cannot be run by one.
     """
-    given = {"batch": batch, "reserve": min(reserve, source.config.context)}
-    store = shares_in(source).of_rank(ONE, 0)
-    plan(store, source.config, budget=budget, **given, compute=compute.dtype, expands=False)
+    plan(
+        shares_in(source).of_rank(ONE, 0),
+        source.config,
+        budget=budget,
+        batch=batch,
+        reserve=min(reserve, source.config.context),
+        compute=compute.dtype,
+        expands=False,
+    )

@@ -311,6 +311,7 @@ class ExpertCache:
         copied = failure is None and job.host is not job.target
         try:
             if copied:
+                assert isinstance(job.host, memoryview)
                 self._copies.copy(job.slot, job.target, job.host)
         except Exception as error:
             copied, failure = False, error

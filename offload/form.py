@@ -218,8 +218,10 @@ def _fits(form: Any, hint: Any, room: int) -> bool:
     if get_origin(hint) is tuple:
         (each, *_) = get_args(hint)
         return isinstance(form, list) and all(_fits(item, each, room) for item in form)
-    if hint is float or hint is int or hint is NoneType:
-        return type(form) is hint or (hint is float and type(form) is int)
+    if hint is int or hint is NoneType:  # whole numbers are counts and places
+        return _is_count(form) if hint is int else form is None
+    if hint is float:
+        return type(form) in (float, int)
     fields = get_type_hints(hint)
     whole = isinstance(form, dict) and form.get("kind") == hint.__name__ and form.keys() == {"kind", *fields}
     return whole and all(_fits(form[name], each, room) for name, each in fields.items())

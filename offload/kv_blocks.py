@@ -120,7 +120,9 @@ class KvBlocks:
         self._copies.finish()
         if self._copies.staged:
             while self._hosts:
-                self._copies.free(self._hosts.pop())
+                host = self._hosts.pop()
+                assert isinstance(host, memoryview)
+                self._copies.free(host)
         self._home.close()
 
     def _blocks(self, layer: int, span: Span, window: int | None) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:

@@ -225,7 +225,9 @@ class KvStream:
         self._copies.finish()
         if self._copies.staged:
             while self._hosts:
-                self._copies.free(self._hosts.pop())
+                host = self._hosts.pop()
+                assert isinstance(host, memoryview)
+                self._copies.free(host)
         self._home.close()
 
     def _slot(self, layer: int) -> int:

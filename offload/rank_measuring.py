@@ -53,7 +53,10 @@ class Job:
         """Return all ranks' plans; raises `RequestError`, which names the smallest budget that works for each."""
         given: dict[str, Any] = {"batch": batch, "reserve": reserve}
         of_ranks = [self._of(rank) for rank in range(self.parallel.ranks)]
-        plans = [fitting_plan(*each, **self._budgets(), **given) for each in of_ranks]
+        plans = [
+            fitting_plan(store, config, parallel, rank, **self._budgets(), **given)
+            for store, config, parallel, rank in of_ranks
+        ]
         if None in plans:
             different = {  # of ranks whose records have the same sizes, one
                 (config, readers_of(parallel, rank).index(rank), *(record.nbytes for record in store.records)): each

@@ -16,7 +16,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,9 @@ def as_json(record: Record) -> dict[str, Any]:
     return {"name": record.name, "offset": record.offset, "nbytes": record.nbytes, "form": record.form}
 
 
-def _matrices(descriptions: Iterable[Any]) -> tuple[Record, ...]:
+def _matrices(descriptions: Any) -> tuple[Record, ...]:
+    if not isinstance(descriptions, list):
+        raise ValueError("it lists what are no records")
     return tuple(checked(each, Matrix) for each in descriptions)
 
 

@@ -70,6 +70,7 @@ class RankProgram:
         piece: Piece,
         served: Mapping[MoeConfig, ExpertPieces],
         on_layer: Callable[[], None],
+        *,
         cut: Collection[LayerConfig] = (),
     ) -> None:
         model = share.model

@@ -174,7 +174,7 @@ def chosen(store: Store, monkeypatch: Patch, *, budget: int = 1 << 30, prompts: 
     )
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "compute_step", computed)
-        patch.setattr(measuring, "measure", lambda store, slots: speeds)
+        patch.setattr(measuring, "measure", lambda store, slots, device: speeds)
         found = best_batch(decoder, 2048, prompts)
     decoder.close()
     return found

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from twinfer.compiled.linear import multiplies_fast
 from twinfer.offload import calls, cutting, form, passes, path, streamer, table
 from twinfer.offload.copies import Staged, ThreadLane
+from twinfer.offload.direct import DirectFile
+from twinfer.offload.form import Resident
 from twinfer.offload.path import OffloadPath
 from twinfer.offload.plan import plan
 from twinfer.offload.sequences import Away
+from twinfer.offload.store import Store
 from twinfer.offload.streamer import Streamer
 from twinfer.oracle.models import RandomSource, draw_model_config
 from twinfer.oracle.strategies import drawn
@@ -104,14 +107,14 @@ def _slow(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _mutants() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
     def swapped(patch: pytest.MonkeyPatch) -> None:
-        original = path.OffloadPath._read_resident
+        original = path.read_resident
 
-        def read(self: OffloadPath) -> Any:
-            first, second, *others = self._store.layers
-            object.__setattr__(self._store, "layers", (second, first, *others))
-            return original(self)
+        def read(file: DirectFile, store: Store) -> Resident:
+            first, second, *others = store.layers
+            object.__setattr__(store, "layers", (second, first, *others))
+            return original(file, store)
 
-        patch.setattr(path.OffloadPath, "_read_resident", read)
+        patch.setattr(path, "read_resident", read)
 
     def not_waited(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(streamer._Reading, "_read", _slow(streamer._Reading._read))
