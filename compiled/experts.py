@@ -193,13 +193,26 @@ def _multiply(
         multiply_few(x_AI, [span._replace(expert=0)], alone, storage, kernels, out_AN)
     else:
         rows = slice(span.begin, span.end)
-        multiply_many(x_AI[rows], one, storage, kernels, out_AN[rows])
+        multiply_many(x_AI[rows], _aligned(one, storage), storage, kernels, out_AN[rows])
+
+
+def _aligned(one: Matrix, storage: Storage) -> Matrix:
+    """Return a matrix that begins at a line of the caches, a copy if need be: of odd sizes, all experts but the first.
+
+    Float32 products of the same numbers round differently at other places, so an expert that was read by itself would
+    give other bits than one that lies between others.
+    """
+    if storage is not Storage.FLOAT32 or one.word.data_ptr() % _LINE_BYTES == 0:
+        return one
+    return one._replace(word=one.word.clone())
 
 
 def _expanded(one: Matrix, storage: Storage, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Return one expert's matrix, [N, I], and its bias."""
     return expanded(one, storage, inputs, dtype), None if one.bias_N is None else one.bias_N.to(dtype)
 
+
+_LINE_BYTES = 64
 
 _grouped_mm: Callable[..., Tensor] | None = getattr(torch, "_grouped_mm", None)  # untyped in torch
 

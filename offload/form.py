@@ -159,7 +159,8 @@ def lying_in(
 ) -> Tensor:
     """Return the tensor that begins at a byte of a buffer, as a non-owning alias; contiguous unless strides are given.
 
-    >>> lying_in(torch.arange(8, dtype=torch.uint8), 4, torch.uint8, (2, 2)).tolist()
+    >>> buffer = torch.arange(8, dtype=torch.uint8)
+    >>> lying_in(buffer, 4, torch.uint8, (2, 2)).tolist()
     [[4, 5], [6, 7]]
     """
     strides = tuple(strides or torch.empty(shape, device="meta").stride())

@@ -63,6 +63,8 @@ def _greedy_by_hand(*, logits_V: Tensor, previous_T: Tensor, sampling: Sampling,
 
 def _greedy_last_of_ties(*, logits_V: Tensor, previous_T: Tensor, sampling: Sampling, generator: Any) -> int:
     shaped_V = shape_logits(logits_V, previous_T, sampling)
+    if shaped_V.isnan().any():
+        raise ValueError("a logit is NaN")
     return int((shaped_V == shaped_V.max()).nonzero()[-1])
 
 

@@ -188,10 +188,10 @@ def small_store(parallel: ParallelConfig, folder: Path) -> tuple[ModelConfig, Pa
 
 
 def test_a_fault_of_dram_is_caught(two: Pool, tmp_path: Path) -> None:
-    """A record that is copied from another one's memory changes logits, or is refused by its checksum."""
+    """A record that is copied from another one's memory changes logits, where no checksum is looked at."""
     model, folder = small_store(TENSOR, tmp_path / "s")
     given = {"dram": 1 << 20, "mutant": "copied from another record's memory"}
-    with pytest.raises(AssertionError, match=r"has other logits|is damaged"):
+    with pytest.raises(AssertionError, match="has other logits"):
         assert_as_resident(two, model, TENSOR, Storage.FLOAT32, folder, **given)
 
 

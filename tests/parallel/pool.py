@@ -13,8 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-PATIENCE_S = 300
-"""Longer than any case, one that compiles included; after it the pool is taken to hang."""
+PATIENCE_S = 60.0
+"""Longer than any case that does not compile; after it the pool is taken to hang."""
 
 
 class Pool:
@@ -29,12 +29,12 @@ class Pool:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: dict[int, Connection] = {}
 
-    def run(self, name: str, **arguments: Any) -> list[Any]:
+    def run(self, name: str, *, patience_s: float = PATIENCE_S, **arguments: Any) -> list[Any]:
         """Return the results of all ranks, in their order."""
         if not self._connections:
             self._start()
         try:
-            return self._answers(name, arguments)
+            return self._answers(name, arguments, patience_s)
         except BaseException:
             self.end()
             raise
@@ -45,11 +45,11 @@ class Pool:
             process.wait()
         self._processes, self._connections = [], {}
 
-    def _answers(self, name: str, arguments: dict[str, Any]) -> list[Any]:
+    def _answers(self, name: str, arguments: dict[str, Any], patience_s: float) -> list[Any]:
         for connection in self._connections.values():
             connection.send_bytes(pickle.dumps((name, arguments)))
         results: dict[int, Any] = {}
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + patience_s
         while len(results) < self.ranks:
             missing = {self._connections[rank]: rank for rank in self._connections if rank not in results}
             ready = wait(list(missing), max(0.0, end - time.monotonic()))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from twinfer.compiled.path import Mode
-from twinfer.offload import cutting, gathering, kv_stream, rank_measuring, rank_path, rank_program, shares
+from twinfer.offload import cutting, gathering, kv_stream, rank_measuring, rank_path, rank_program, shares, streamer
 from twinfer.offload.direct import DirectFile
 from twinfer.offload.dram import Dram
 from twinfer.offload.form import bytes_of, in_buffer
@@ -179,7 +179,10 @@ MUTANTS: dict[str, Callable[[], list[Any]]] = {
     ],
     "the first stage's layers": lambda: [patch.object(shares, "stage_layers", _first_layers)],
     "keys and values not written": lambda: [patch.object(kv_stream.KvStream, "_write", lambda self, layer: None)],
-    "copied from another record's memory": lambda: [patch.object(Dram, "buffer", _another)],
+    "copied from another record's memory": lambda: [
+        patch.object(Dram, "buffer", _another),
+        patch.object(streamer._Reading, "_verify", lambda self, piece: None),
+    ],
     "blocks of the down reversed": lambda: [patch.object(cutting.Feeding, "out_TM", _down_reversed)],
     "inner numbers of another block": lambda: [patch.object(cutting.Feeding, "down", _stale_inner)],
     "attention left out": lambda: _ends(_end),

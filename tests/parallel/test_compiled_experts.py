@@ -67,7 +67,7 @@ def test_compiled_mixtures(two: Pool, parallel: ParallelConfig, storage: Storage
     lengths = [length for prompt in PROMPTS for length in (prompt, 1)]
     calls = [[token_T[:length].roll(group) for group in range(parallel.data)] for length in lengths]
     given = {"config": config, "parallel": parallel, "storage": storage, "calls": calls}
-    results = two.run("compiled", programs=[Program.PREFILL, Program.DECODE], **given)
+    results = two.run("compiled", patience_s=300, programs=[Program.PREFILL, Program.DECODE], **given)
     source = RandomSource(config, 1)
     counted = counted_by_reference(source, parallel, storage, calls)
     for rank, (logits, seen, recorded) in enumerate(results):
