@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..parallel.groups import PATIENCE, Group, Groups
-from ..parallel.wire import Pending, Wire
+from ..parallel.wire import Pending, Wire, all_gather_flat
 from ..spec.parallel import ParallelConfig
 from .direct import DirectFile, aligned_buffer
 from .dram import Dram
@@ -113,7 +113,7 @@ class GatheredStreamer:
         record, each = self._records[index], self._each[index]
         all_N = torch.frombuffer(self._buffer, dtype=torch.uint8)[: each * len(self._readers)]
         given_N = own_N if len(own_N) == each else functional.pad(own_N, (0, each - len(own_N)))
-        work = dist.all_gather_into_tensor(all_N, given_N, self._readers.process_group, async_op=True)
+        work = all_gather_flat(all_N, given_N, self._readers.process_group, async_op=True)
         self._wire.waited(Pending(all_N, work, given_N))
         if verifies and index not in self._verified:
             if fault := faulty(record, self._buffer):

@@ -46,6 +46,7 @@ class StreamedPrograms:
     def __init__(self, example: Example, mode: Mode, report: Callable[[str], None]) -> None:
         self.example = example
         self._mode, self._report = mode, report
+        self._said: set[str] = set()
         many = [Program.DECODE_MANY] if example.store.storage is Storage.FLOAT32 else []
         names = [Program.PREFILL, Program.DECODE, Program.DECODE_ROWS, *many]
         self._programs = {name: self._made(name) for name in names}
@@ -77,7 +78,10 @@ class StreamedPrograms:
             return eager
 
         def on_compile(reason: str) -> None:
-            self._report(f"compiling {name} ({reason})")
+            line = f"compiling {name} ({reason})"
+            if line not in self._said:  # a program is many pieces
+                self._said.add(line)
+                self._report(line)
 
         return Pieces(described, on_compile, keep_guards=self._mode is Mode.GUARDED)
 

@@ -20,8 +20,8 @@ from .groups import Group, Groups
 from .ledger import Call, Collective, Ledger
 from .shared_sums import SharedSum
 
-_all_gather: Callable[..., Work] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""The newer name, where torch has it."""
+all_gather_flat: Callable[..., Work] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Gathers flat tensors of one size; by the newer name, where torch has it."""
 
 
 class Pending:
@@ -110,7 +110,7 @@ class Wire:
         call = self.ledger.call(Collective.ALL_GATHER, group.ranks, counted)
         all_GRV = part_RV.new_empty(len(group), rows, width)
         given = part_RV.contiguous()
-        work = _all_gather(all_GRV.view(-1, width), given, group.process_group, async_op=True)
+        work = all_gather_flat(all_GRV.view(-1, width), given, group.process_group, async_op=True)
         self.waited(Pending(all_GRV, work, given, call=call))
         return all_GRV.transpose(0, 1).reshape(rows, -1)
 
@@ -128,7 +128,7 @@ class Wire:
         given = rows.new_zeros(longest, *rows.shape[1:])
         given[: len(rows)] = rows
         all_GN = rows.new_empty(len(group) * longest, *rows.shape[1:])
-        work = _all_gather(all_GN, given, group.process_group, async_op=True)
+        work = all_gather_flat(all_GN, given, group.process_group, async_op=True)
         self.waited(Pending(all_GN, work, given, call=call))
         return torch.cat([all_GN[place * longest :][:length] for place, length in enumerate(lengths)])
 
@@ -147,7 +147,7 @@ class Wire:
         """Return the numbers of all ranks; they are not counted."""
         own = torch.tensor(numbers)
         all_GN = own.new_empty(len(group), len(numbers))
-        self.waited(Pending(all_GN, _all_gather(all_GN.view(-1), own, group.process_group, async_op=True)))
+        self.waited(Pending(all_GN, all_gather_flat(all_GN.view(-1), own, group.process_group, async_op=True)))
         table: list[list[int]] = all_GN.tolist()
         return table
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twinfer.compiled import expert_kernels
 from twinfer.compiled.expert_kernels import MOST_ROWS, Span, plain_kernels, tiles_of
-from twinfer.compiled.experts import multiplied, one_expert, stack
+from twinfer.compiled.experts import grouped_product, multiplied, one_expert, stack
 from twinfer.compiled.packing import Matrix
 from twinfer.oracle.budget import Budget, Sizes, judge_elements
 from twinfer.reference.linear import linear
@@ -107,3 +107,18 @@ def test_each_row_is_in_one_tile_and_three_at_most_are_filled_up(rows: list[int]
     wanted = {(row, span.expert) for span in spans for row in range(span.begin, span.end)}
     assert set(expert_of) == wanted
     assert len(expert_of) - len(wanted) == sum(count % 4 == 3 for count in rows)
+
+
+def test_an_expert_has_the_same_bits_wherever_it_lies() -> None:
+    """Between others, where an odd size leaves it at any byte, and alone."""
+    generator = torch.Generator().manual_seed(0)
+    for inputs in (9, 13, 18, 19):
+        word_ENI = torch.randn(4, 11, inputs, generator=generator)
+        stacked = Matrix(word_ENI, None, None, None, None, 11)
+        for rows in (1, 2, 3, 7):
+            x_AI = torch.randn(rows, inputs, generator=generator)
+            for expert in range(4):
+                rows_E = torch.zeros(4, dtype=torch.int64).index_fill(0, torch.tensor(expert), rows)
+                alone = stacked._replace(word=word_ENI[expert : expert + 1].clone())
+                got = grouped_product(x_AI, rows_E, stacked, Storage.FLOAT32)
+                assert torch.equal(got, grouped_product(x_AI, torch.tensor([rows]), alone, Storage.FLOAT32))
