@@ -27,7 +27,7 @@ from twinfer.spec.errors import CheckpointError
 from twinfer.spec.parallel import ParallelConfig
 
 _of_rank, _away, _plan = Shares.of_rank, rank_path.away_layers, rank_measuring.plan_of_rank
-_gather, _gathered = dist.all_gather_into_tensor, gathering.GatheredStreamer._gathered
+_gather, _gathered = gathering.all_gather_flat, gathering.GatheredStreamer._gathered
 _buffer, _layer = Dram.buffer, rank_program.Moving.layer
 _down, _end_layer = cutting.Feeding.down, rank_program.StreamedRankProgram.end_layer
 
@@ -172,9 +172,9 @@ def _ends(end: Callable[..., Tensor]) -> list[Any]:
 
 MUTANTS: dict[str, Callable[[], list[Any]]] = {
     "records of another rank": lambda: [patch.object(Shares, "of_rank", _of_the_next)],
-    "gathered backwards": lambda: [patch.object(dist, "all_gather_into_tensor", _gathered_backwards)],
+    "gathered backwards": lambda: [patch.object(gathering, "all_gather_flat", _gathered_backwards)],
     "gathered backwards, unverified": lambda: [
-        patch.object(dist, "all_gather_into_tensor", _gathered_backwards),
+        patch.object(gathering, "all_gather_flat", _gathered_backwards),
         patch.object(gathering, "faulty", lambda record, buffer: None),
     ],
     "the first stage's layers": lambda: [patch.object(shares, "stage_layers", _first_layers)],
